@@ -1,0 +1,493 @@
+"""What the user wants, as data: formats, granularities, plans, rules. Illegal states cannot be written.
+
+Text form of a ``Quant``: ``int<bits>[/asym][/half|by_sign]/<tensor|channel|token|g<N>>[/dynamic]``; ``parse_quant`` and
+``str`` are inverses. Rules are ordered and flat: the last rule that matches a layer wins, whole.
+"""
+
+import difflib
+import fnmatch
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Final, Literal, assert_never, final
+
+from graphq.errors import SpecError
+
+Divisor = Literal["max", "half", "by_sign"]
+MIN_BITS: Final = 2
+MAX_WEIGHT_BITS: Final = 8
+ACTIVATION_BITS: Final = (4, 6, 8, 16)
+MAX_GROUP_SIZE: Final = 10**9 - 1  # what the text form writes, in nine digits
+MAX_BLOCK: Final = 9999
+
+
+@final
+@dataclass(frozen=True)
+class Int:
+    """Two's-complement integer codes from -2^(bits-1) to 2^(bits-1)-1, asymmetric ones with a zero point in that range.
+
+    ``divisor`` gives a symmetric scale: absmax / (2^(bits-1)-1) for ``max``, absmax / ((2^bits-1)/2) for ``half`` (as
+    compressed-tensors does), and AMCT's sign-dependent rule for ``by_sign`` (2^(bits-1) where the extreme is negative).
+    """
+
+    bits: int
+    symmetric: bool = True
+    divisor: Divisor = "max"
+
+    def __post_init__(self) -> None:
+        if type(self.bits) is not int or not (MIN_BITS <= self.bits <= 8 or self.bits == 16):  # bool is an int too
+            raise SpecError(f"bits: {self.bits!r} is not one of 2 to 8 or 16")
+        if type(self.symmetric) is not bool:
+            raise SpecError(f"symmetric: {self.symmetric!r} is not true or false")
+        if self.divisor not in ("max", "half", "by_sign"):
+            raise SpecError(f"divisor: {self.divisor!r} is not one of max, half, by_sign")
+        if self.divisor != "max" and not self.symmetric:
+            raise SpecError(f"divisor: {self.divisor} is a rule for symmetric scales; this format is asymmetric")
+
+    def __str__(self) -> str:
+        parts = [f"int{self.bits}"]
+        if not self.symmetric:
+            parts.append("asym")
+        if self.divisor != "max":
+            parts.append(self.divisor)
+        return "/".join(parts)
+
+
+Format = Int  # a union once float formats exist; every ``match`` on it ends in ``assert_never``
+
+
+@final
+@dataclass(frozen=True)
+class PerTensor:
+    """One scale for the whole tensor."""
+
+
+@final
+@dataclass(frozen=True)
+class PerChannel:
+    """One scale for each output channel of a weight."""
+
+
+@final
+@dataclass(frozen=True)
+class PerToken:
+    """One scale for each vector along the last axis of an activation, computed at run time."""
+
+
+@final
+@dataclass(frozen=True)
+class PerGroup:
+    """One scale for each ``size`` neighbours along the input axis; the last group is short where the axis does not divide."""
+
+    size: int
+
+    def __post_init__(self) -> None:
+        if type(self.size) is not int or not 0 < self.size <= MAX_GROUP_SIZE:
+            raise SpecError(f"group_size: {self.size!r} is not a positive integer")
+
+
+Granularity = PerTensor | PerChannel | PerToken | PerGroup
+
+
+def granularity_name(granularity: Granularity) -> Literal["tensor", "channel", "token", "group"]:
+    """The word a table uses for this granularity."""
+    match granularity:
+        case PerTensor():
+            return "tensor"
+        case PerChannel():
+            return "channel"
+        case PerToken():
+            return "token"
+        case PerGroup():
+            return "group"
+        case _:
+            assert_never(granularity)
+
+
+@final
+@dataclass(frozen=True)
+class Quant:
+    """How one tensor is quantized. ``dynamic``: the scale is computed at run time, from the tensor itself."""
+
+    format: Format
+    granularity: Granularity
+    dynamic: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.granularity, PerToken) and not self.dynamic:
+            raise SpecError(f"{self}: one scale per token exists only at run time; write {self}/dynamic")
+
+    def __str__(self) -> str:
+        match self.granularity:
+            case PerGroup(size):
+                granularity = f"g{size}"
+            case other:
+                granularity = granularity_name(other)
+        return f"{self.format}/{granularity}" + ("/dynamic" if self.dynamic else "")
+
+
+_QUANT: Final = re.compile(
+    r"int(?P<bits>\d{1,3})(?P<asym>/asym)?(/(?P<divisor>half|by_sign))?"
+    r"/((?P<word>tensor|channel|token)|g(?P<size>\d{1,9}))(?P<dynamic>/dynamic)?"
+)
+
+
+def parse_quant(text: str) -> Quant:
+    """The ``Quant`` that ``text`` writes, such as ``int4/asym/g128`` or ``int8/token/dynamic``. Raises ``SpecError``."""
+    found = _QUANT.fullmatch(text)
+    if not found:
+        raise SpecError(
+            f"{text!r} is not a format; write int<bits>[/asym][/half|by_sign]/<tensor|channel|token|g<size>>[/dynamic],"
+            " such as int4/asym/g128 or int8/token/dynamic"
+        )
+    granularity: Granularity
+    match found["word"]:
+        case "tensor":
+            granularity = PerTensor()
+        case "channel":
+            granularity = PerChannel()
+        case "token":
+            granularity = PerToken()
+        case _:
+            granularity = PerGroup(int(found["size"]))
+    divisor: Divisor = "max"
+    if found["divisor"] == "half":
+        divisor = "half"
+    elif found["divisor"] == "by_sign":
+        divisor = "by_sign"
+    return Quant(Int(int(found["bits"]), not found["asym"], divisor), granularity, bool(found["dynamic"]))
+
+
+@final
+@dataclass(frozen=True)
+class Plan:
+    """How one layer is quantized: its weight, its input activation, or both. At least one is given."""
+
+    weight: Quant | None = None
+    input: Quant | None = None
+
+    def __post_init__(self) -> None:
+        if self.weight is None and self.input is None:
+            raise SpecError("a plan quantizes a weight or an input; to keep a layer float, write a keep-float rule")
+        if self.weight is not None:
+            if self.weight.dynamic:
+                raise SpecError(f"weight: {self.weight} is dynamic; a weight's scale is known when it is compiled")
+            if self.weight.format.bits > MAX_WEIGHT_BITS:
+                raise SpecError(f"weight: {self.weight} has {self.weight.format.bits} bits; weights hold 2 to 8")
+        if self.input is not None:
+            if isinstance(self.input.granularity, PerChannel | PerGroup):
+                raise SpecError(f"input: {self.input}: activations have one scale per tensor or per token")
+            if self.input.format.bits not in ACTIVATION_BITS:
+                raise SpecError(f"input: {self.input} has {self.input.format.bits} bits; activations hold 4, 6, 8 or 16")
+
+    def __str__(self) -> str:
+        return ", ".join(
+            f"{role} {quant}" for role, quant in (("weight", self.weight), ("input", self.input)) if quant is not None
+        )
+
+
+@final
+@dataclass(frozen=True)
+class KeepFloat:
+    """The layer stays float, for this reason."""
+
+    reason: str
+
+    def __str__(self) -> str:
+        return f"float ({self.reason})"
+
+
+Decision = Plan | KeepFloat
+
+
+@final
+@dataclass(frozen=True)
+class PerExpert:
+    """The decisions for a stack of experts, one for each."""
+
+    decisions: tuple[Decision, ...]
+
+    def __str__(self) -> str:
+        counts = {str(d): self.decisions.count(d) for d in dict.fromkeys(self.decisions)}
+        return "; ".join(f"{count} x {text}" for text, count in counts.items())
+
+
+LayerKind = Literal["linear", "conv1d", "conv2d", "embedding", "expert"]
+
+
+@final
+@dataclass(frozen=True)
+class Layer:
+    """A layer that a rule can name. ``block``: its position in the model's list of repeated blocks.
+
+    ``named_only``: why it is quantized only by a rule that names it; empty for the others.
+    ``shape``: the weight's, channels first (an ``[N, K]`` matrix for a linear, whatever the layout it is stored in).
+    """
+
+    fqn: str
+    kind: LayerKind
+    shape: tuple[int, ...]
+    block: int | None = None
+    named_only: Literal["", "embedding", "output head", "router", "outside of the repeated blocks"] = ""
+
+
+@final
+@dataclass(frozen=True)
+class Name:
+    """Matches layers whose dotted path holds ``path`` as a run of whole segments, in the given ``blocks`` (None: anywhere).
+
+    Text form: ``mlp.down_proj`` or ``mlp.down_proj#0-1-28..31`` (a list of block indices, ranges inclusive).
+    """
+
+    path: str
+    blocks: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w-]+(\.[\w-]+)*", self.path):
+            raise SpecError(f"{self.path!r} is not a layer name: write dotted segments, such as mlp.down_proj")
+        if self.path == "blocks":
+            raise SpecError("blocks stands for all layers of the repeated blocks; write *.blocks.* for layers below that name")
+        _check_blocks(self.path, self.blocks)
+
+    def matches(self, layer: Layer) -> bool:
+        if self.blocks is not None and layer.block not in self.blocks:
+            return False
+        if f".{self.path}." not in f".{layer.fqn}.":
+            return False
+        return not layer.named_only or f".{layer.fqn}".endswith(f".{self.path}")
+
+    def __str__(self) -> str:
+        return self.path if self.blocks is None else f"{self.path}#{'-'.join(map(_print_run, _runs(self.blocks)))}"
+
+
+@final
+@dataclass(frozen=True)
+class Exact:
+    """Matches the one layer of this full dotted path."""
+
+    fqn: str
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w-]+(\.[\w-]+)*", self.fqn):
+            raise SpecError(f"{self.fqn!r} is not a layer name: write dotted segments, such as model.layers.0.mlp.down_proj")
+
+    def matches(self, layer: Layer) -> bool:
+        return layer.fqn == self.fqn
+
+    def __str__(self) -> str:
+        return f"={self.fqn}"
+
+
+@final
+@dataclass(frozen=True)
+class Glob:
+    """Matches full dotted paths by shell wildcards; ``*`` crosses dots."""
+
+    pattern: str
+
+    def __post_init__(self) -> None:
+        if not set(self.pattern) & set("*?["):
+            raise SpecError(f"{self.pattern!r} has no wildcard; write it as a name")
+        if "#" in self.pattern or self.pattern.startswith("="):
+            raise SpecError(f"{self.pattern!r}: a pattern takes neither = nor #blocks; write a name, such as down_proj#0-1")
+
+    def matches(self, layer: Layer) -> bool:
+        if layer.named_only and layer.fqn.rpartition(".")[2] not in self.pattern:
+            return False
+        return fnmatch.fnmatchcase(layer.fqn, self.pattern)
+
+    def __str__(self) -> str:
+        return self.pattern
+
+
+@final
+@dataclass(frozen=True)
+class Blocks:
+    """Matches what is quantized when no rule names it: every layer in the repeated blocks (``named_only`` ones excepted),
+    or every layer of a model without repeated blocks. ``blocks`` restricts it to these indices."""
+
+    blocks: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _check_blocks("blocks", self.blocks)
+
+    def matches(self, layer: Layer) -> bool:
+        return not layer.named_only and (self.blocks is None or layer.block in self.blocks)
+
+    def __str__(self) -> str:
+        return "blocks" if self.blocks is None else f"blocks#{'-'.join(map(_print_run, _runs(self.blocks)))}"
+
+
+Match = Name | Exact | Glob | Blocks
+
+
+def _check_blocks(name: str, blocks: tuple[int, ...] | None) -> None:
+    if blocks is None:
+        return
+    if not blocks or len(set(blocks)) < len(blocks) or not all(type(b) is int and 0 <= b <= MAX_BLOCK for b in blocks):
+        raise SpecError(f"{name}: block indices {blocks} are not a list of different numbers from 0 to {MAX_BLOCK}")
+
+
+def parse_blocks(text: str) -> tuple[int, ...]:
+    """Block indices of ``0-1-28..31``: a list joined by ``-``; ``a..b`` is a range that holds both ends."""
+    blocks: dict[int, None] = {}
+    for item in text.split("-"):
+        found = re.fullmatch(r"(\d{1,4})(\.\.(\d{1,4}))?", item)
+        if not found:
+            raise SpecError(f"#{text}: {item!r} is not a block index; write #2-7 for blocks 2 and 7, #2..7 for 2 to 7")
+        first, last = int(found[1]), int(found[3] or found[1])
+        if last < first:
+            raise SpecError(f"#{text}: the range {item} is empty; write #{last}..{first}")
+        blocks.update(dict.fromkeys(range(first, last + 1)))
+    return tuple(blocks)
+
+
+def _runs(blocks: Iterable[int]) -> list[tuple[int, int]]:
+    runs: list[tuple[int, int]] = []
+    for block in blocks:
+        if runs and block == runs[-1][1] + 1:
+            runs[-1] = (runs[-1][0], block)
+        else:
+            runs.append((block, block))
+    return runs
+
+
+def _print_run(run: tuple[int, int]) -> str:
+    first, last = run
+    return str(first) if first == last else f"{first}-{last}" if last == first + 1 else f"{first}..{last}"
+
+
+def parse_match(text: str) -> Match:
+    """The ``Match`` that ``text`` writes: ``down_proj``, ``down_proj#0-1``, ``=full.name``, ``*.down_proj``, ``blocks``."""
+    name, mark, blocks = text.partition("#")
+    chosen = parse_blocks(blocks) if mark else None
+    if name == "blocks":
+        return Blocks(chosen)
+    if text.startswith("="):
+        return Exact(text[1:])
+    if set(text) & set("*?["):
+        return Glob(text)
+    return Name(name, chosen)
+
+
+@final
+@dataclass(frozen=True)
+class Rule:
+    """Layers that match get the decision. ``source``: where the user wrote it, such as ``mix_bits.setting_0``.
+
+    ``may_match_nothing``: a pattern that keeps layers float and matches none is a line in the report, not an error.
+    ``exclusive``: two rules that share this word may not both match one layer (empty: the later one wins).
+    """
+
+    match: Match
+    decision: Decision
+    source: str = field(default="", compare=False)
+    may_match_nothing: bool = False
+    exclusive: str = ""
+
+
+@final
+@dataclass(frozen=True)
+class Algorithm:
+    """A calibration algorithm the spec asks for, by its canonical name (``rtn``, ``awq``, ...), with its options."""
+
+    name: str
+    options: tuple[tuple[str, str | int | float | bool | None], ...] = ()
+    source: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z][a-z0-9_-]*", self.name):
+            raise SpecError(f"{self.name!r} is not an algorithm's name: write lower-case letters, such as awq")
+        if len(dict(self.options)) < len(self.options):
+            raise SpecError(f"{self.name}: an option is given twice")
+        for option, value in self.options:
+            if isinstance(value, float) and not math.isfinite(value):
+                raise SpecError(f"{self.name}: {option}: {value} is not a finite number")
+
+
+@final
+@dataclass(frozen=True)
+class Spec:
+    """Ordered rules (the last that matches a layer wins, whole), the algorithms, and the KV cache's format.
+
+    ``dialect``: the one it was read from. ``notes``: what the frontend read and has no use for, for the report.
+    """
+
+    rules: tuple[Rule, ...]
+    algorithms: tuple[Algorithm, ...] = ()
+    cache: Quant | None = None
+    dialect: str = field(default="native", compare=False)
+    notes: tuple[str, ...] = field(default=(), compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.rules:
+            raise SpecError("the spec has no rules: it quantizes nothing")
+
+
+@final
+@dataclass(frozen=True)
+class Resolved:
+    """What becomes of one layer, and the rule that decided (None: no rule matched)."""
+
+    layer: Layer
+    decision: Decision
+    rule: Rule | None
+
+
+def resolve(spec: Spec, layers: Mapping[str, Layer]) -> tuple[dict[str, Resolved], tuple[str, ...]]:
+    """The decision for every layer by FQN, and lines for the report. Raises ``SpecError`` for rules that match nothing."""
+    problems: list[str] = []
+    notes: list[str] = list(spec.notes)
+    block_count = 1 + max((layer.block for layer in layers.values() if layer.block is not None), default=-1)
+    matched: dict[str, Rule] = {}
+    claimed: dict[tuple[str, str], Rule] = {}
+    for rule in spec.rules:
+        where = f"{rule.source}: " if rule.source else ""
+        hits = [fqn for fqn, layer in layers.items() if rule.match.matches(layer)]
+        for fqn in hits:
+            other = claimed.setdefault((rule.exclusive, fqn), rule) if rule.exclusive else rule
+            if other is not rule:
+                problems.append(f"{where}{rule.match} and {other.source}: {other.match} both claim {fqn}")
+                break
+            matched[fqn] = rule
+        beyond = [b for b in (getattr(rule.match, "blocks", None) or ()) if b >= block_count]
+        if beyond:
+            have = f"blocks 0 to {block_count - 1}" if block_count else "no repeated blocks"
+            hint = "; #a-b is a list, write #a..b for a range"
+            problems.append(f"{where}{rule.match}: block {', '.join(map(str, beyond))} does not exist: this model has {have}{hint}")
+        elif not hits and rule.may_match_nothing:
+            notes.append(f"{where}{rule.match} matches no layer")
+        elif not hits:
+            name, _, blocks = str(rule.match).lstrip("=").partition("#")
+            near = nearest_layer(name, layers)
+            if near is None:
+                hint = ""
+            elif blocks and near == name:
+                hint = "; other blocks have it"
+            else:
+                hint = f"; did you mean {near}?"
+            problems.append(f"{where}{rule.match} matches no layer{hint}")
+    if problems:
+        raise SpecError(problems)
+    resolved: dict[str, Resolved] = {}
+    for fqn, layer in layers.items():
+        rule = matched.get(fqn)
+        if rule is None:
+            why = f"{layer.named_only}: quantized only when a rule names it" if layer.named_only else "no rule matches it"
+            resolved[fqn] = Resolved(layer, KeepFloat(why), None)
+        else:
+            resolved[fqn] = Resolved(layer, rule.decision, rule)
+    return resolved, tuple(notes)
+
+
+def nearest_layer(name: str, layers: Iterable[str]) -> str | None:
+    """The run of segments of any layer's path that is spelled most like ``name``; None when none comes close."""
+    width = name.count(".") + 1
+    candidates: dict[str, None] = {}
+    for fqn in layers:
+        segments = fqn.split(".")
+        for start in range(max(1, len(segments) - width + 1)):
+            candidates[".".join(segments[start : start + width])] = None
+    found = difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)
+    return found[0] if found else None
