@@ -1,0 +1,300 @@
+"""Capture of transformers models, and of the directories they are saved in, with or without weights.
+
+A causal language model becomes ``input_ids, attention_mask, position_ids (where it takes them), past_key_values.{i}.key,
+past_key_values.{i}.value`` -> ``logits, present.{i}.key, present.{i}.value``: full-length caches as flat tensors, positions
+explicit. Cache objects live in the wrapper that is traced away. Other models are fed the inputs of their own kind.
+"""
+
+import contextlib
+import inspect
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from graphq.capture import FlatModel, export_flat
+from graphq.errors import GraphError
+from graphq.source import BATCH, KEY, PAST, SEQUENCE, TOTAL, Source, TensorInput
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+# Different sizes of at least 2, so that no two dimensions are taken for one and none for a constant.
+_SAMPLE: Final = {BATCH: 2, SEQUENCE: 3, PAST: 5, TOTAL: 8}
+
+
+def is_pretrained(model: nn.Module) -> bool:
+    """Whether ``model`` is a transformers model; does not import transformers."""
+    return any(c.__module__.startswith("transformers.") and c.__name__ == "PreTrainedModel" for c in type(model).__mro__)
+
+
+def capture_pretrained(model: "PreTrainedModel", cache: bool = True) -> fx.GraphModule:
+    """The graph of a transformers model, with inputs made from its configuration.
+
+    ``cache=False`` leaves the key/value cache out of a causal language model. Raises ``GraphError`` for models that are
+    quantized already, of a kind whose inputs cannot be made, or with a cache that is not plain keys and values.
+    """
+    refuse_quantized(model.config)
+    flat, inputs = _causal_lm(model, cache) if _is_causal_lm(model) else _plain(model)
+    longest: Any = getattr(model.config, "max_position_embeddings", None)
+    limits = {SEQUENCE: longest} if isinstance(longest, int) and not any(i.is_cache for i in inputs) else {}
+    with _experts_as("grouped_mm", model):
+        gm = export_flat(flat, inputs, tuple(_sample(model, i) for i in inputs), limits)
+    config = model.config.to_diff_dict() | {"architectures": [type(model).__name__]}
+    source: Source = gm.meta[KEY]
+    gm.meta[KEY] = replace(source, config=json.dumps(config, default=str, sort_keys=True), dtype=_own_dtype(model))
+    return gm
+
+
+def refuse_quantized(config: "PreTrainedConfig") -> None:
+    """Raises ``GraphError`` if the configuration says that the weights are quantized already."""
+    found = getattr(config, "quantization_config", None)
+    if found is not None:
+        settings = cast(dict[str, Any], found if isinstance(found, dict) else found.to_dict())
+        raise GraphError(
+            f"quantization_config: this model is quantized already ({settings.get('quant_method', 'unknown method')});"
+            " graphq compiles float models"
+        )
+
+
+def _own_dtype(model: "PreTrainedModel") -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+@contextlib.contextmanager
+def _experts_as(implementation: str, model: "PreTrainedModel") -> Iterator[None]:
+    """Experts in one product: the loops of transformers' eager implementation depend on the routing."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    before = [(c, c._experts_implementation) for c in configs.values() if hasattr(c, "_experts_implementation")]
+    for config, _ in before:
+        config._experts_implementation = implementation
+    try:
+        yield
+    finally:
+        for config, own in before:
+            config._experts_implementation = own
+
+
+def _arguments(model: "PreTrainedModel") -> set[str]:
+    return set(inspect.signature(model.forward).parameters)
+
+
+def _is_causal_lm(model: "PreTrainedModel") -> bool:
+    return (
+        model.main_input_name == "input_ids"
+        and not getattr(model.config, "is_encoder_decoder", False)
+        and model.get_output_embeddings() is not None
+        and "past_key_values" in _arguments(model)
+        and (model.can_generate() or "CausalLM" in type(model).__name__)
+    )
+
+
+def _causal_lm(model: "PreTrainedModel", cache: bool) -> tuple[FlatModel, list[TensorInput]]:
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    total = TOTAL if cache else SEQUENCE
+    inputs = [
+        TensorInput("input_ids", torch.int64, (BATCH, SEQUENCE)),
+        TensorInput("attention_mask", torch.int64, (BATCH, total)),
+    ]
+    if "position_ids" in _arguments(model):
+        inputs.append(TensorInput("position_ids", torch.int64, (BATCH, SEQUENCE)))
+    shapes = _cache_shapes(model) if cache else []
+    for i, (key, value) in enumerate(shapes):
+        inputs.append(TensorInput(f"past_key_values.{i}.key", key.dtype, (BATCH, key.shape[1], PAST, key.shape[3])))
+        inputs.append(TensorInput(f"past_key_values.{i}.value", value.dtype, (BATCH, value.shape[1], PAST, value.shape[3])))
+
+    def call(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        past = [tensors.pop(i.name) for i in inputs if i.is_cache]
+        if not cache:
+            return {"logits": module(**tensors, use_cache=False, return_dict=True).logits}
+        state = DynamicCache()  # no configuration: full-length layers, also where the model slides a window
+        for key, value in zip(past[::2], past[1::2], strict=True):
+            layer = DynamicLayer()
+            layer.keys, layer.values, layer.dtype, layer.device = key, value, key.dtype, key.device
+            layer.is_initialized = True
+            state.layers.append(layer)
+        result = module(**tensors, past_key_values=state, use_cache=True, return_dict=True)
+        outputs = {"logits": result.logits}
+        for i, layer in enumerate(result.past_key_values.layers):
+            outputs |= {f"present.{i}.key": layer.keys, f"present.{i}.value": layer.values}
+        return outputs
+
+    return FlatModel(model, [i.name for i in inputs], call), inputs
+
+
+def _cache_shapes(model: "PreTrainedModel") -> list[tuple[Tensor, Tensor]]:
+    """The keys and values of each layer after two tokens."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    state = DynamicCache()
+    with torch.no_grad(), _experts_as("batched_mm", model):  # grouped_mm has no fake kernel for float32
+        model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=_device(model)), past_key_values=state, use_cache=True)
+    for i, layer in enumerate(state.layers):
+        if type(layer) is not DynamicLayer or layer.keys is None:
+            raise GraphError(f"{type(model).__name__}: the cache of layer {i} is a {type(layer).__name__}, not keys and values")
+    if not state.layers:
+        raise GraphError(f"{type(model).__name__} leaves its cache empty; pass cache=False to compile it without one")
+    return [(cast(Tensor, layer.keys), cast(Tensor, layer.values)) for layer in state.layers]
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _plain(model: "PreTrainedModel") -> tuple[FlatModel, list[TensorInput]]:
+    """An encoder or a vision model, by its main input."""
+    config, arguments = model.config, _arguments(model)
+    inputs: list[TensorInput]
+    match model.main_input_name:
+        case "input_ids" if not getattr(config, "is_encoder_decoder", False):
+            names = [n for n in ("input_ids", "attention_mask", "token_type_ids") if n in arguments]
+            inputs = [TensorInput(n, torch.int64, (BATCH, SEQUENCE)) for n in names]
+        case "pixel_values":
+            size: Any = getattr(config, "image_size", 224)
+            height, width = size if isinstance(size, list | tuple) else (size, size)
+            shape = (BATCH, getattr(config, "num_channels", 3), height, width)
+            inputs = [TensorInput("pixel_values", _own_dtype(model), shape)]
+        case other:
+            kind = "an encoder-decoder" if getattr(config, "is_encoder_decoder", False) else f"a model of {other}"
+            raise GraphError(f"{type(model).__name__} is {kind}: pass example inputs (inputs=...) of its forward")
+
+    def call(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        extra = {"use_cache": False} if "use_cache" in arguments else {}
+        result = module(**tensors, **extra, return_dict=True)
+        return {name: value for name, value in result.items() if isinstance(value, Tensor)}
+
+    return FlatModel(model, [i.name for i in inputs], call), inputs
+
+
+def _sample(model: nn.Module, wanted: TensorInput) -> Tensor:
+    shape = [_SAMPLE[d] if isinstance(d, str) else d for d in wanted.shape]
+    return torch.ones(shape, dtype=wanted.dtype, device=_device(model))
+
+
+def read_config(path: Path) -> "PreTrainedConfig":
+    """The configuration in a model directory. Raises ``GraphError`` naming what is missing or wrong."""
+    if not path.is_dir():
+        raise GraphError(f"{path}: no such model directory")
+    if not (path / "config.json").is_file():
+        raise GraphError(f"{path}: not a Hugging Face model directory: config.json is missing")
+    from transformers import AutoConfig
+
+    try:
+        config = cast("PreTrainedConfig", AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False))
+    except Exception as error:  # one line for whatever transformers finds wrong with the file
+        raise GraphError(f"{path / 'config.json'}: {str(error).strip().splitlines()[0]}") from error
+    refuse_quantized(config)
+    return config
+
+
+def _model_class(path: Path, config: "PreTrainedConfig") -> type["PreTrainedModel"]:
+    import transformers
+
+    names = config.architectures or []
+    for name in names:
+        found = getattr(transformers, name, None)
+        if isinstance(found, type):
+            return cast(type["PreTrainedModel"], found)
+    raise GraphError(f"{path / 'config.json'}: architectures {names} names no class of transformers {transformers.__version__}")
+
+
+def load_model(path: Path, dtype: torch.dtype = torch.float32) -> "PreTrainedModel":
+    """The model in a directory, on the CPU in ``dtype``, from safetensors alone (pickled weights are refused)."""
+    config = read_config(path)
+    cls = _model_class(path, config)
+    check_weight_files(path)
+    try:
+        with _silent_transformers():
+            loaded: Any = cls.from_pretrained(
+                path, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
+    except Exception as error:
+        raise GraphError(f"{path}: {str(error).strip().splitlines()[0]}") from error
+    model, info = loaded
+    missing, wrong = sorted(info["missing_keys"]), sorted(str(k[0]) for k in info.get("mismatched_keys", ()))
+    if missing or wrong:
+        what = [f"{len(missing)} missing ({', '.join(missing[:3])}...)"] if missing else []
+        what += [f"{len(wrong)} of another shape ({', '.join(wrong[:3])}...)"] if wrong else []
+        raise GraphError(f"{path}: the weights do not fit {cls.__name__}: {'; '.join(what)}")
+    return model.eval()
+
+
+def check_weight_files(path: Path) -> None:
+    """Raises ``GraphError`` if the directory has no safetensors, or one that is missing or damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise GraphError(f"{index}: not an index of weight files: {error}") from error
+        files = [path / name for name in names]
+        outside = [f for f in files if f.resolve().parent != path.resolve() and f.parent != path]
+        if outside:
+            raise GraphError(f"{index}: {outside[0].name} lies outside of the model directory")
+    else:
+        files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise GraphError(f"{path}: no weights: expected model.safetensors or model.safetensors.index.json")
+    for file in files:
+        if not file.is_file():
+            raise GraphError(f"{file}: missing, but {index.name} names it")
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise GraphError(f"{file}: damaged or incomplete: {error}") from error
+
+
+@contextlib.contextmanager
+def _silent_transformers() -> Iterator[None]:
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    bar = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def capture_directory(
+    path: Path, dtype: torch.dtype = torch.float32, weights: bool = True, cache: bool = True
+) -> fx.GraphModule:
+    """The graph of the model in a directory; its source dtype is the one its configuration records.
+
+    ``weights=False`` reads the configuration alone: parameters are fake tensors on the CPU, the graph is the same.
+    """
+    config = read_config(path)
+    if weights:
+        gm = capture_pretrained(load_model(path, dtype), cache)
+    else:
+        gm = capture_config(config, _model_class(path, config), dtype, cache)
+    source: Source = gm.meta[KEY]
+    recorded: Any = getattr(config, "dtype", None)
+    gm.meta[KEY] = replace(source, dtype=recorded if isinstance(recorded, torch.dtype) else source.dtype, files=str(path))
+    return gm
+
+
+def capture_config(
+    config: "PreTrainedConfig", cls: type["PreTrainedModel"], dtype: torch.dtype = torch.float32, cache: bool = True
+) -> fx.GraphModule:
+    """The graph of a model that exists only as a configuration; its parameters are fake tensors on the CPU."""
+    from transformers.initialization import no_init_weights
+
+    with FakeTensorMode(allow_non_fake_inputs=True), _silent_transformers(), no_init_weights():
+        model = cls._from_config(config, dtype=dtype).eval()
+        return capture_pretrained(model, cache)
