@@ -1,0 +1,86 @@
+"""Passes in order. A pass is one named rewriting of a graph; a pipeline runs them and checks what they promise."""
+
+import hashlib
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
+
+from graphq.errors import PassError
+from graphq.text import dump
+
+Batches = Iterable[tuple[Tensor, ...]]  # calibration inputs of this graph, complete and in its order
+log = logging.getLogger("graphq")
+
+
+@final
+@dataclass(frozen=True)
+class Invariant:
+    """A property of graphs. ``broken`` gives None where it holds, else the reason why it does not."""
+
+    name: str
+    broken: Callable[[fx.GraphModule], str | None]
+
+
+class Pass(ABC):
+    """One named rewriting of a graph. Concrete passes are final, frozen dataclasses; their fields are their options."""
+
+    name: ClassVar[str]
+    requires: ClassVar[tuple[Invariant, ...]] = ()
+    ensures: ClassVar[tuple[Invariant, ...]] = ()
+
+    @abstractmethod
+    def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
+        """Rewrite ``gm`` in place; return the number of changes, 0 if it was left alone."""
+
+
+@final
+@dataclass(frozen=True)
+class Pipeline:
+    """``passes`` in order. ``strict`` fingerprints text and tensors, and fails when a pass reports a false count."""
+
+    passes: Sequence[Pass]
+    strict: bool = False
+    after: Callable[[Pass, fx.GraphModule], None] | None = None
+
+    def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> dict[str, int]:
+        """Run every pass; the number of changes of each by its name. Raises ``PassError`` for a broken promise."""
+        counts: dict[str, int] = {}
+        for step in self.passes:
+            _check(gm, step.requires, f"{step.name} needs")
+            before = fingerprint(gm) if self.strict else ""
+            count = step.run(gm, batches)
+            gm.graph.lint()
+            gm.recompile()
+            if self.strict and (fingerprint(gm) != before) != (count > 0):
+                raise PassError(f"{step.name} reports {count} changes, but the graph is {'the same' if count else 'another'}")
+            _check(gm, step.ensures, f"{step.name} promises")
+            log.info("%s: %d", step.name, count)
+            counts[step.name] = counts.get(step.name, 0) + count
+            if self.after is not None:
+                self.after(step, gm)
+        return counts
+
+
+def _check(gm: fx.GraphModule, invariants: Iterable[Invariant], who: str) -> None:
+    for invariant in invariants:
+        reason = invariant.broken(gm)
+        if reason is not None:
+            raise PassError(f"{who} {invariant.name}: {reason}")
+
+
+def fingerprint(gm: fx.GraphModule) -> str:
+    """A digest of the graph's text, its annotations and the bytes of its tensors."""
+    digest = hashlib.sha256(dump(gm).encode())
+    for node in gm.graph.nodes:
+        digest.update(repr(sorted((k, str(v)) for k, v in node.meta.items() if k.startswith("graphq."))).encode())
+    for name, tensor in sorted(gm.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        if not isinstance(tensor, FakeTensor):
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,259 @@
+"""Typed windows on FX nodes. ``view(node)`` gives the view of a node's op; two views are equal iff they show one node.
+
+A class names its op and the op's arguments; the names are checked against the ATen schema when the class is made, so
+that a misspelling fails at import. Positional, keyword and default arguments read alike, and ``match`` patterns work:
+``case Linear(x, Param() as w)``. Arguments that are nodes come as views, lists of nodes as lists of views.
+"""
+
+from collections.abc import Iterator
+from typing import Any, ClassVar, Final, Self, cast, final
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
+from graphq.errors import PassError
+from graphq.runtime import ops
+
+_VIEWS: Final[dict[Any, type["Op"]]] = {}
+aten = torch.ops.aten
+
+
+class Op:
+    """A window on one node. The plain class shows nodes whose op has no view of its own."""
+
+    target: ClassVar[Any] = None
+    __match_args__: tuple[str, ...] = ()
+
+    def __init__(self, node: fx.Node) -> None:
+        self.node = node
+
+    def __init_subclass__(cls, target: Any = None) -> None:
+        if target is None:
+            return
+        cls.target = target
+        names = tuple(name for name in cls.__dict__.get("__annotations__", {}))
+        if isinstance(target, OpOverload):
+            schema = [argument.name for argument in target._schema.arguments]
+            wrong = [name for name in names if name.rstrip("_") not in schema]
+            if wrong:
+                raise PassError(f"{cls.__name__}: {target} has no argument {', '.join(wrong)}; it has {', '.join(schema)}")
+        cls.__match_args__ = names
+        _VIEWS[target] = cls
+
+    @classmethod
+    def of(cls, node: object) -> Self | None:
+        """The view of ``node`` if it is a node of this class, else None."""
+        seen = view(node) if isinstance(node, fx.Node) else None
+        return seen if isinstance(seen, cls) else None
+
+    def __getattr__(self, name: str) -> Any:
+        if name in type(self).__match_args__:
+            return _show(self.argument(name.rstrip("_")))  # self_ shows the argument self
+        raise AttributeError(f"{type(self).__name__} has no {name}")
+
+    def argument(self, name: str) -> Any:
+        """The raw argument of this name, wherever it was given; its default where it was not."""
+        for position, argument in enumerate(self.target._schema.arguments):
+            if argument.name == name:
+                if name in self.node.kwargs:
+                    return self.node.kwargs[name]
+                if position < len(self.node.args):
+                    return self.node.args[position]
+                return argument.default_value
+        raise PassError(f"{self.target} has no argument {name}")
+
+    @property
+    def users(self) -> list["Op"]:
+        """The views of the nodes that read this one."""
+        return [view(user) for user in self.node.users]
+
+    @property
+    def val(self) -> Any:
+        """The fake tensor (or symbolic number) that this node gives."""
+        return self.node.meta.get("val")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Op) and other.node is self.node
+
+    def __hash__(self) -> int:
+        return hash(self.node)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.node.name})"
+
+
+def view(node: fx.Node) -> Op:
+    """The most specific view of ``node``."""
+    if node.op == "get_attr":
+        return Param(node)
+    if node.op == "placeholder":
+        return Input(node)
+    return _VIEWS.get(node.target, Op)(node) if node.op == "call_function" else Op(node)
+
+
+def _show(value: Any) -> Any:
+    if isinstance(value, fx.Node):
+        return view(value)
+    if isinstance(value, list | tuple):
+        return [_show(item) for item in cast(list[Any], value)]
+    return value
+
+
+def ops_of(gm: fx.GraphModule) -> Iterator[Op]:
+    """The views of a graph's nodes in order; nodes added on the way are not met."""
+    for node in list(gm.graph.nodes):
+        yield view(node)
+
+
+@final
+class Param(Op):
+    """A parameter or buffer; ``fqn`` is its state-dict key."""
+
+    @property
+    def fqn(self) -> str:
+        return str(self.node.target)
+
+
+@final
+class Input(Op):
+    """An input of the graph."""
+
+
+class Weighted(Op):
+    """An op that multiplies an input by a weight. Axes are those of the weight as it is stored."""
+
+    weight_name: ClassVar[str] = "weight"
+    input_name: ClassVar[str] = "input"
+    out_axis: ClassVar[int] = 0
+    in_axis: ClassVar[int] = 1
+    own_axes: ClassVar[tuple[int, ...]] = ()
+
+    @property
+    def weight_op(self) -> Op:
+        return view(self.argument(self.weight_name))
+
+    @property
+    def input_op(self) -> Op:
+        return view(self.argument(self.input_name))
+
+
+@final
+class Linear(Weighted, target=aten.linear.default):
+    input: Op
+    weight: Op
+    bias: Op | None
+
+
+@final
+class TransposedLinear(Weighted, target=aten.addmm.default):
+    """GPT-2's ``Conv1D``: ``self + mat1 @ mat2`` with the weight ``mat2[K, N]``."""
+
+    self_: Op
+    mat1: Op
+    mat2: Op
+    weight_name = "mat2"
+    input_name = "mat1"
+    out_axis = 1
+    in_axis = 0
+
+
+@final
+class Conv1d(Weighted, target=aten.conv1d.default):
+    input: Op
+    weight: Op
+    bias: Op | None
+
+
+@final
+class Conv1dPadding(Weighted, target=aten.conv1d.padding):
+    input: Op
+    weight: Op
+    bias: Op | None
+
+
+@final
+class Conv2d(Weighted, target=aten.conv2d.default):
+    input: Op
+    weight: Op
+    bias: Op | None
+
+
+@final
+class Conv2dPadding(Weighted, target=aten.conv2d.padding):
+    input: Op
+    weight: Op
+    bias: Op | None
+
+
+@final
+class Embedding(Weighted, target=aten.embedding.default):
+    weight: Op
+    indices: Op
+    input_name = "indices"
+
+
+@final
+class GroupedLinear(Weighted, target=ops.grouped_linear):
+    """Experts' linears: rows of ``x[T, K]`` by ``weight[E, N, K]``, cut at ``offsets[E]``."""
+
+    x: Op
+    weight: Op
+    offsets: Op
+    input_name = "x"
+    out_axis = 1
+    in_axis = 2
+    own_axes = (0,)
+
+
+@final
+class Dequantize(Op, target=ops.dequantize):
+    codes: Op
+    scale: Op
+    zero_point: Op | None
+    global_scale: Op | None
+    format: str
+    block: list[int]
+    dtype: torch.dtype | None
+
+
+@final
+class Quantize(Op, target=ops.quantize):
+    x: Op
+    scale: Op
+    zero_point: Op | None
+    global_scale: Op | None
+    format: str
+    block: list[int]
+
+
+@final
+class ChooseScale(Op, target=ops.choose_scale):
+    x: Op
+    format: str
+    block: list[int]
+
+
+@final
+class TopK(Op, target=aten.topk.default):
+    self_: Op
+
+
+@final
+class Split(Op, target=aten.split.Tensor):
+    self_: Op
+    split_size: int
+    dim: int
+
+
+@final
+class Transpose(Op, target=aten.transpose.int):
+    self_: Op
+    dim0: int
+    dim1: int
+
+
+@final
+class Cast(Op, target=aten._to_copy.default):
+    self_: Op
+    dtype: torch.dtype | None
