@@ -1,0 +1,13 @@
+"""What the compiler does, one pass a file, in the order in which ``graphq.compile`` runs them.
+
+1. ``remove_no_ops``: aliases and other identities are gone.
+2. ``raise_grouped_linear``: experts' products of every origin are one op.
+3. ``split_gate_up``: experts' fused gate and up projections are two layers.
+4. ``annotate``: every layer knows its plan, or why it stays float.
+5. ``observe``: activations with static scales pass through observers.
+6. ``calibrate``: the observers have seen the calibration data.
+7. ``quantize_weights``: weights are codes, read through ``graphq::dequantize``.
+8. ``quantize_activations``: activations go through ``graphq::quantize`` and ``graphq::dequantize``; observers are gone.
+
+What comes out is the QDQ form, from which ``graphq.lowering`` makes artifacts.
+"""

@@ -1,0 +1,80 @@
+"""Every layer's decision, from the spec's rules, on the nodes that use its weight."""
+
+from dataclasses import dataclass
+from typing import ClassVar, assert_never, final
+
+from torch import fx
+
+from graphq.errors import SpecError
+from graphq.layers import LAYER, PLAN, layers, sites
+from graphq.pipeline import Batches, Invariant, Pass
+from graphq.spec import Layer, PerExpert, PerGroup, PerToken, Plan, Resolved, Spec, resolve
+
+
+def decide(gm: fx.GraphModule, spec: Spec) -> tuple[dict[str, Resolved], tuple[str, ...]]:
+    """The decision for every layer by FQN, and lines for the report.
+
+    Raises ``SpecError`` for rules that match nothing and for plans that a layer of its kind cannot have.
+    """
+    resolved, notes = resolve(spec, layers(gm))
+    problems = [problem for found in resolved.values() if (problem := _impossible(found)) is not None]
+    if problems:
+        raise SpecError(problems)
+    return resolved, notes
+
+
+def _impossible(found: Resolved) -> str | None:
+    layer, plan = found.layer, found.decision
+    if not isinstance(plan, Plan):
+        return None
+    where = f"{found.rule.source}: " if found.rule and found.rule.source else ""
+    reason = _reason(layer, plan)
+    return f"{where}{layer.fqn}: {reason}" if reason else None
+
+
+def _reason(layer: Layer, plan: Plan) -> str | None:
+    match layer.kind:
+        case "embedding":
+            if plan.input is not None:
+                return f"input {plan.input}: an embedding reads token ids, which are not quantized; leave out its input"
+        case "conv1d" | "conv2d":
+            if plan.input is not None and isinstance(plan.input.granularity, PerToken):
+                return f"input {plan.input}: a convolution's input has no token vectors; use one scale per tensor"
+            if plan.weight is not None and isinstance(plan.weight.granularity, PerGroup) and layer.shape[1] == 1:
+                return f"weight {plan.weight}: a depthwise convolution has one input per channel; use channel"
+        case "linear" | "expert":
+            pass
+        case _:
+            assert_never(layer.kind)
+    return None
+
+
+def _unannotated(gm: fx.GraphModule) -> str | None:
+    for site in sites(gm):
+        if PLAN not in site.op.node.meta:
+            return f"{site.path} has no decision"
+    return None
+
+
+annotated = Invariant("a decision for every layer", _unannotated)
+
+
+@final
+@dataclass(frozen=True)
+class Annotate(Pass):
+    """Every use of a layer carries the layer's FQN and its decision (a stack of experts: one decision for each)."""
+
+    spec: Spec
+    name: ClassVar[str] = "annotate"
+    ensures: ClassVar[tuple[Invariant, ...]] = (annotated,)
+
+    def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
+        resolved, _ = decide(gm, self.spec)
+        count = 0
+        for site in sites(gm):
+            decisions = tuple(resolved[fqn].decision for fqn in site.fqns)
+            meta = {LAYER: site.path, PLAN: PerExpert(decisions) if site.is_stack else decisions[0]}
+            if any(site.op.node.meta.get(key) != value for key, value in meta.items()):
+                site.op.node.meta |= meta
+                count += 1
+        return count

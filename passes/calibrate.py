@@ -1,0 +1,36 @@
+"""Calibration: the observers see the activations of the user's data."""
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from torch import fx
+
+from graphq.errors import SpecError
+from graphq.passes.observe import observers
+from graphq.pipeline import Batches, Pass
+
+
+@final
+@dataclass(frozen=True)
+class Calibrate(Pass):
+    """Every observer has seen every batch. Without observers the batches are not run."""
+
+    name: ClassVar[str] = "calibrate"
+
+    def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
+        watching = observers(gm)
+        if not watching:
+            return 0
+        gm.recompile()
+        count = 0
+        with torch.inference_mode():
+            for batch in batches or ():
+                gm(*batch)
+                count += 1
+        if count == 0:
+            raise SpecError("calibration: no batches; static scales need at least one")
+        unseen = [observer.layers[0] for _, observer in watching if not torch.isfinite(observer.low)]
+        if unseen:
+            raise SpecError([f"calibration: no data reached {layer}; calibrate with data that uses it" for layer in unseen])
+        return len(watching)
