@@ -1,0 +1,105 @@
+"""Batches of a model's inputs: what the user gives, completed to what the graph takes."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from graphq.errors import SpecError
+from graphq.source import PAST, SEQUENCE, TOTAL, Source, TensorInput
+
+
+def complete(source: Source, batch: object, where: str = "inputs") -> tuple[Tensor, ...]:
+    """Every input of the graph, in order, from a tensor (the first input), a tuple, or a dict by name.
+
+    Masks, positions, token types and empty caches that were left out are filled in. Raises ``SpecError``, beginning with
+    ``where``, for unknown and missing inputs, wrong types and wrong shapes.
+    """
+    given = _by_name(source, batch, where)
+    sizes: dict[str, int] = {}
+    for wanted in source.inputs:
+        if wanted.name in given:
+            given[wanted.name] = _fit(wanted, given[wanted.name], sizes, where)
+    sizes.setdefault(PAST, 0)
+    if SEQUENCE in sizes and TOTAL in sizes and sizes[TOTAL] != sizes[SEQUENCE] + sizes[PAST]:
+        raise SpecError(
+            f"{where}: attention_mask covers {sizes[TOTAL]} tokens, past_sequence + sequence are {sizes[PAST]} + {sizes[SEQUENCE]}"
+        )
+    if SEQUENCE in sizes:
+        sizes[TOTAL] = sizes[SEQUENCE] + sizes[PAST]
+    complete: list[Tensor] = []
+    first = next(iter(given.values()))
+    for wanted in source.inputs:
+        value = given.get(wanted.name)
+        if value is None:
+            value = _default(source, wanted, given, sizes, first.device, where)
+            given[wanted.name] = value
+        complete.append(value)
+    return tuple(complete)
+
+
+def _by_name(source: Source, batch: object, where: str) -> dict[str, Tensor]:
+    names = [wanted.name for wanted in source.inputs]
+    if isinstance(batch, Tensor):
+        items: list[tuple[Any, Any]] = [(names[0], batch)]
+    elif isinstance(batch, Mapping):
+        items = list(cast(Mapping[Any, Any], batch).items())
+    elif isinstance(batch, Sequence) and not isinstance(batch, str | bytes):
+        values = cast(Sequence[Any], batch)
+        if len(values) > len(names):
+            raise SpecError(f"{where}: {len(values)} tensors, the model takes {len(names)}: {', '.join(names)}")
+        items = list(zip(names, values, strict=False))
+    else:
+        raise SpecError(f"{where}: a {type(batch).__name__} is not a batch; give a tensor, a tuple or a dict of tensors")
+    if not items:
+        raise SpecError(f"{where}: empty; the model takes {', '.join(names)}")
+    for name, value in items:
+        if name not in names:
+            raise SpecError(f"{where}: the model has no input {name}; it takes {', '.join(names)}")
+        if not isinstance(value, Tensor):
+            raise SpecError(f"{where}: {name} is a {type(value).__name__}, not a tensor")
+    return dict(items)
+
+
+def _fit(wanted: TensorInput, value: Tensor, sizes: dict[str, int], where: str) -> Tensor:
+    if wanted.dtype.is_floating_point != value.is_floating_point():
+        raise SpecError(f"{where}: {wanted.name} is {value.dtype}, the model takes {wanted.dtype}")
+    fits = value.dim() == len(wanted.shape) and all(
+        size == sizes.setdefault(want, size) if isinstance(want, str) else size == want
+        for want, size in zip(wanted.shape, value.shape, strict=True)
+    )
+    if not fits:
+        expected = ", ".join(f"{d} = {sizes[d]}" if isinstance(d, str) and d in sizes else str(d) for d in wanted.shape)
+        raise SpecError(f"{where}: {wanted.name} has shape {tuple(value.shape)}, expected ({expected})")
+    return value.to(wanted.dtype)
+
+
+def _default(
+    source: Source, wanted: TensorInput, given: Mapping[str, Tensor], sizes: Mapping[str, int], device: torch.device, where: str
+) -> Tensor:
+    def shape() -> list[int]:
+        missing = [d for d in wanted.shape if isinstance(d, str) and d not in sizes]
+        if missing:
+            raise SpecError(f"{where}: {wanted.name} is missing")
+        return [sizes[d] if isinstance(d, str) else d for d in wanted.shape]
+
+    match wanted.name:
+        case "attention_mask":
+            return torch.ones(shape(), dtype=wanted.dtype, device=device)
+        case "token_type_ids":
+            return torch.zeros(shape(), dtype=wanted.dtype, device=device)
+        case "position_ids" if "attention_mask" in given:
+            # A padded token has no position of its own; 1 is what transformers' generation gives it.
+            mask = given["attention_mask"]
+            return (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)[:, -sizes[SEQUENCE] :].to(wanted.dtype)
+        case _ if wanted.is_cache:
+            return torch.zeros(shape(), dtype=wanted.dtype, device=device)
+        case _:
+            raise SpecError(f"{where}: {wanted.name} is missing; the model takes {', '.join(i.name for i in source.inputs)}")
+
+
+def complete_all(source: Source, batches: Iterable[object], where: str = "calibration") -> Iterator[tuple[Tensor, ...]]:
+    """``complete`` for each of many batches, which the errors number from 0."""
+    for number, batch in enumerate(batches):
+        yield complete(source, batch, f"{where}: batch {number}")

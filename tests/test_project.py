@@ -1,0 +1,258 @@
+"""The project's own rules: who imports whom, what an import may load, what a file may hold, what a wheel contains."""
+
+import ast
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from importlib.metadata import packages_distributions
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
+HEAVY = ("compressed_tensors", "networkx", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "transformers")
+
+# Each may import the ones above it; a name stands for its submodules too, but for graphq, which is the public API.
+LAYERS = (
+    ("graphq.errors",),
+    ("graphq.spec",),
+    ("graphq.views",),
+    ("graphq.edit", "graphq.text"),
+    ("graphq.pipeline",),
+    ("graphq.passes",),
+    ("graphq.lowering",),
+    ("graphq.compile",),
+    ("graphq",),
+    ("graphq.cli",),
+)
+# These import nothing else of graphq.
+LEAVES = {
+    "graphq.evaluate": {"graphq.errors"},
+    "graphq.frontends": {"graphq.errors", "graphq.spec"},
+    "graphq.numerics": {"graphq.errors", "graphq.spec"},
+    "graphq.packing": {"graphq.errors", "graphq.spec"},
+}
+TORCH_ALONE = {"graphq.numerics": {"jaxtyping", "torch"}, "graphq.packing": {"jaxtyping", "torch"}}
+
+
+def source_files() -> Iterator[Path]:
+    """The Python files that are installed; ``graphq/passes`` and ``graphq/lowering`` are symlinks, read once."""
+    for folder in ("graphq", "passes", "lowering"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            if path.relative_to(ROOT).parts[:2] not in (("graphq", "passes"), ("graphq", "lowering")):
+                yield path
+
+
+def module_name(path: Path) -> str:
+    """The name ``path`` is imported by."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts if parts[0] == "graphq" else ("graphq", *parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def sources() -> dict[str, str]:
+    """Module name -> source text."""
+    return {module_name(path): path.read_text(encoding="utf-8") for path in source_files()}
+
+
+def imports(text: str, known: Iterable[str]) -> set[str]:
+    """Every module that ``text`` imports anywhere, in functions and under TYPE_CHECKING too."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(text)):
+        match node:
+            case ast.Import(names):
+                found.update(alias.name for alias in names)
+            case ast.ImportFrom(module, names, 0):
+                assert module is not None
+                members = {f"{module}.{alias.name}" for alias in names}
+                found.update(members & set(known) or {module})
+            case ast.ImportFrom():
+                raise AssertionError(f"line {node.lineno}: a relative import; write graphq.")
+            case _:
+                pass
+    return found
+
+
+def is_within(module: str, package: str) -> bool:
+    return module == package or (package != "graphq" and module.startswith(f"{package}."))
+
+
+def reached(module: str, edges: Mapping[str, set[str]]) -> dict[str, str]:
+    """Every module that ``module`` imports, itself or through others -> the one it is imported by."""
+    by: dict[str, str] = {}
+    queue = [module]
+    for importer in queue:
+        for imported in sorted(edges.get(importer, ())):
+            if imported not in by:
+                by[imported] = importer
+                queue.append(imported)
+    return by
+
+
+def layer_of(module: str) -> int | None:
+    return next((i for i, layer in enumerate(LAYERS) for name in layer if is_within(module, name)), None)
+
+
+def wrong_imports(texts: Mapping[str, str]) -> list[str]:
+    """A line for each import against the direction, or beyond what a leaf may import."""
+    edges = {module: imports(text, texts) for module, text in texts.items()}
+    problems: list[str] = []
+    for module, direct in edges.items():
+        by = reached(module, edges)
+        if module in by:
+            problems.append(f"{module} imports itself through {by[module]}")
+        if (own := layer_of(module)) is not None:
+            home = next(name for name in LAYERS[own] if is_within(module, name))
+            for other, importer in by.items():
+                rank = layer_of(other)
+                if rank is not None and rank >= own and not is_within(other, home):
+                    problems.append(
+                        f"{module} imports {other}" + (f" through {importer}" if importer != module else "")
+                    )
+        for leaf, allowed in LEAVES.items():
+            if is_within(module, leaf):
+                ours = {other for other in by if other.partition(".")[0] == "graphq" and not is_within(other, leaf)}
+                problems += [f"{module} imports {other}" for other in sorted(ours - allowed)]
+        if module in TORCH_ALONE:
+            outside = {other.partition(".")[0] for other in direct} - {"graphq"} - sys.stdlib_module_names
+            problems += [f"{module} imports {other}" for other in sorted(outside - TORCH_ALONE[module])]
+    return problems
+
+
+def test_imports_go_one_way() -> None:
+    assert wrong_imports(sources()) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "problems"),
+    [
+        ("graphq.passes.fold", "from graphq.lowering.onnx_qdq import emit", ["{} imports graphq.lowering.onnx_qdq"]),
+        ("graphq.passes.fold", "from graphq import lowering", ["{} imports graphq.lowering"]),
+        ("graphq.passes.fold", "import graphq", ["{} imports graphq"]),
+        ("graphq.passes.fold", "def run():\n    import graphq.compile", ["{} imports graphq.compile"]),
+        ("graphq.passes.fold", "from graphq.cut import cut", ["{} imports graphq.lowering through graphq.cut"]),
+        ("graphq.passes.fold", "from graphq.passes.other import Other", []),
+        ("graphq.passes.fold", "from graphq import edit, views", []),
+        ("graphq.lowering.torch_module", "from graphq.passes import fold", []),
+        ("graphq.text", "from graphq.edit import insert", ["{} imports graphq.edit"]),
+        ("graphq.errors", "from graphq.spec import Spec", ["{} imports graphq.spec"]),
+        ("graphq.compile", "import graphq.lowering.torch_module", []),
+        ("graphq.frontends.llmc", "from graphq.spec import Spec\nfrom graphq.frontends import native", []),
+        ("graphq.frontends.llmc", "from graphq.views import Linear", ["{} imports graphq.views"]),
+        ("graphq.numerics", "import torch, math\nfrom graphq.spec import Int", []),
+        ("graphq.numerics", "import numpy as np", ["{} imports numpy"]),
+        ("graphq.packing", "from graphq.numerics import pack", ["{} imports graphq.numerics"]),
+        ("graphq.fresh", "import graphq.other", ["{} imports itself through graphq.other", "graphq.other imports itself through {}"]),
+    ],
+)  # fmt: skip
+def test_the_check_sees_a_wrong_import(module: str, line: str, problems: list[str]) -> None:
+    texts = dict.fromkeys(("graphq", "graphq.edit", "graphq.views", "graphq.lowering", "graphq.frontends.native"), "")
+    texts |= {"graphq.cut": "from graphq import lowering", "graphq.other": "import graphq.fresh"}
+    assert sorted(wrong_imports(texts | {module: line})) == [problem.format(module) for problem in problems]
+
+
+@pytest.mark.parametrize("name", [name for layer in LAYERS for name in layer] + list(LEAVES))
+def test_the_layers_name_modules_that_exist(name: str) -> None:
+    assert name in {known for module in sources() for known in (module, module.rpartition(".")[0])}
+
+
+def test_importing_graphq_loads_no_heavy_library() -> None:
+    code = f"import sys, graphq; print([name for name in {HEAVY} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def normal(name: str) -> str:
+    return name.lower().replace("_", "-")
+
+
+def test_every_imported_library_is_declared() -> None:
+    requirements: list[str] = PROJECT["project"]["dependencies"]
+    declared = {normal(requirement.partition(">")[0].partition("=")[0]) for requirement in requirements}
+    distributions = packages_distributions()
+    for module, text in sources().items():
+        libraries = (
+            {imported.partition(".")[0] for imported in imports(text, ())} - {"graphq"} - sys.stdlib_module_names
+        )
+        for name in sorted(libraries):
+            owners = {normal(owner) for owner in distributions.get(name, [name])}
+            assert owners & declared, f"{module} imports {name}, which pyproject.toml does not declare"
+
+
+def unsafe(text: str) -> list[str]:
+    """What ``text`` holds that runs, or loads, code from outside; or a path out of the project."""
+    problems = ["../shared"] if "../shared" in text else []
+    for node in ast.walk(ast.parse(text)):
+        match node:
+            case ast.Call(ast.Name("eval" | "exec" | "__import__" as name)):
+                problems.append(f"{name}(")
+            case ast.Attribute(ast.Name("torch"), "load"):
+                problems.append("torch.load")
+            case ast.ImportFrom("torch", names) if any(alias.name == "load" for alias in names):
+                problems.append("torch.load")
+            case ast.keyword("allow_pickle"):
+                problems.append("allow_pickle")
+            case _:
+                pass
+    unsafe_modules = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+    return problems + sorted({name.partition(".")[0] for name in imports(text, ())} & unsafe_modules)
+
+
+def test_nothing_runs_code_that_a_file_brings() -> None:
+    assert {module: unsafe(text) for module, text in sources().items() if unsafe(text)} == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "problems"),
+    [
+        ("eval('1')", ["eval("]),
+        ("def f(x):\n    exec(x)", ["exec("]),
+        ("import pickle", ["pickle"]),
+        ("from pickle import loads", ["pickle"]),
+        ("torch.load(path, weights_only=True)", ["torch.load"]),
+        ("from torch import load", ["torch.load"]),
+        ("np.load(path, allow_pickle=True)", ["allow_pickle"]),
+        ("path = '../shared/models'", ["../shared"]),
+        ("model.eval(); safetensors.torch.load(data)", []),
+        ("'''No pickle, no eval().'''", []),
+    ],
+)
+def test_the_check_sees_unsafe_code(text: str, problems: list[str]) -> None:
+    assert unsafe(text) == problems
+
+
+def test_every_pass_has_its_test_file() -> None:
+    passes = {path.stem for path in (ROOT / "passes").glob("*.py")} - {"__init__"}
+    tested = {path.stem.removeprefix("test_") for path in (ROOT / "tests" / "passes").glob("test_*.py")}
+    assert sorted(passes - tested) == []
+
+
+def test_files_are_short() -> None:
+    tests = (path for folder in ("tests", "examples", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in (*source_files(), *tests)}
+    assert {str(path.relative_to(ROOT)): length for path, length in lengths.items() if length >= 400} == {}
+
+
+def test_every_package_is_installed() -> None:
+    folders = {module_name(path.with_name("__init__.py")) for path in source_files()}
+    assert sorted(PROJECT["tool"]["setuptools"]["packages"]) == sorted(folders)
+
+
+def test_a_wheel_holds_every_module_once(tmp_path: Path) -> None:
+    ignored = shutil.ignore_patterns("__pycache__")
+    for name in ("graphq", "passes", "lowering"):
+        shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=ignored)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", "dist", "."]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    (wheel,) = (tmp_path / "dist").iterdir()
+    held = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")]
+    assert sorted(held) == sorted(
+        f"graphq/{path.relative_to(ROOT)}".replace("graphq/graphq", "graphq") for path in source_files()
+    )
