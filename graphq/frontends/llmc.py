@@ -1,0 +1,238 @@
+"""LLMC (LightCompress) configs, with ``mix_bits`` and ``ignored_layers`` as documented; docs/specs.md has the rules.
+
+https://github.com/ModelTC/LightCompress, v1.2.0 to v1.5.0. Where LLMC silently ignores a key or crashes on it, the
+documented meaning holds here, or the key is refused by name.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+from graphq.frontends.document import Document, Plain, Section, nearest, show
+from graphq.frontends.llmc_tensor import check_quant_type, read_tensor
+from graphq.spec import (
+    Algorithm,
+    Blocks,
+    Exact,
+    KeepFloat,
+    Name,
+    Plan,
+    Quant,
+    Rule,
+    Spec,
+    parse_blocks,
+)
+
+SIGN: Final = "a top-level quant with method or weight, or quant or sparse beside base and model"
+METHODS: Final = (
+    *("RTN", "Awq", "GPTQ", "SmoothQuant", "OsPlus", "OmniQuant", "Quarot", "HQQ", "SpQR", "QUIK", "LlmInt8", "DGQ"),
+    *("AdaDim", "NormTweaking", "TesseraQ"),
+)
+_OWN_SECTIONS: Final = ("base", "model", "calib", "eval", "save", "opencompass")
+_QUANT: Final = ("method", "weight", "act", "kvcache", "special", "mix_bits", "quant_out", "tp", "quant_type")
+
+
+def recognises(document: Document) -> bool:
+    """Whether the document is in this dialect."""
+    match document.root:
+        case {"quant": dict() as quant} if "method" in quant or "weight" in quant:
+            return True
+        case {"base": _, "model": _}:
+            return "quant" in document.root or "sparse" in document.root
+        case _:
+            return False
+
+
+def parse(document: Document) -> Spec:
+    """The spec that the config means. Raises ``SpecError`` with everything that is wrong with it."""
+    top = Section(document, document.root)
+    top.only(("quant", "sparse", "ignored_layers", *_OWN_SECTIONS))
+    for key in top.values:
+        if key in _OWN_SECTIONS:
+            top.unused(key, "it steers LLMC's own run")
+    if "sparse" in top.values:
+        top.report("sparsity is not supported", "sparse")
+    quant = top.section("quant", required="sparse" not in top.values)
+    base = None if quant is None else _read_quant(quant)
+    ignored = top.section("ignored_layers")
+    last = [] if ignored is None else list(_read_ignored_layers(ignored))
+    document.finish()
+    assert base is not None  # else there was a problem
+    return Spec((*base.rules, *last), base.algorithms, base.cache, "llmc", tuple(document.notes))
+
+
+def _read_quant(quant: Section) -> Spec | None:
+    nested = [key for key in ("language", "vision", "video_gen") if key in quant.values]
+    for key in nested:
+        quant.report("a section for each modality is not supported; write method and weight right under quant", key)
+    if nested:
+        return None
+    quant.only(_QUANT)
+    method = quant.text("method", required=True)
+    if method is not None and method not in METHODS:
+        quant.report(f"{show(method)} is not a method{nearest(method, METHODS)}", "method")
+        method = None
+    weight = read_tensor(quant.section("weight", required=True), "weight", method)
+    act = read_tensor(quant.section("act"), "act", method)
+    cache = _read_cache(quant, act, method)
+    settings = list(_read_mix_bits(quant, act, method))
+    algorithm = _read_algorithm(quant, method)
+    for key in ("quant_out", "tp"):
+        if key in quant.values:
+            quant.unused(key, "graphq's own way of running holds")
+    check_quant_type(quant)
+    if weight is None:
+        return None
+    base = Rule(Blocks(), Plan(weight, act), quant.document.origin(("quant",), "quant"))
+    return Spec((base, *settings), algorithm, cache)
+
+
+def _read_algorithm(quant: Section, method: str | None) -> tuple[Algorithm, ...]:
+    special = quant.section("special")
+    options = () if special is None else tuple(_scalars("", dict(special.values)))
+    if method is None:
+        return ()
+    if method == "RTN":
+        for option, value in options:
+            if value not in (False, None):
+                quant.report("RTN has no options", "special", option)
+        return ()
+    source = quant.document.origin(("quant", "method"), "quant.method")
+    algorithm = quant.made(lambda: Algorithm(method.lower(), options, source), "special")
+    return () if algorithm is None else (algorithm,)
+
+
+def _scalars(prefix: str, value: Plain) -> Iterator[tuple[str, str | int | float | bool | None]]:
+    """The single values in ``value``, named by their path: ``scale.bit``, ``n_outs.0``."""
+    match value:
+        case dict():
+            for key, item in value.items():
+                yield from _scalars(f"{prefix}.{key}" if prefix else key, item)
+        case list():
+            for index, item in enumerate(value):
+                yield from _scalars(f"{prefix}.{index}", item)
+        case _:
+            yield prefix, value
+
+
+def _read_cache(quant: Section, act: Quant | None, method: str | None) -> Quant | None:
+    section = quant.section("kvcache")
+    if section is None:
+        return None
+    cache = section.text("method", required=True)
+    if cache is not None and cache != "Naive":
+        section.report(f"{show(cache)} is not supported; write Naive", "method")
+    for key in ("special", "residual_length"):
+        if section.values.get(key) not in (None, {}):
+            section.report("options of other caches than Naive are not supported", key)
+    return read_tensor(section, "kvcache", method, static=act is not None and not act.dynamic)
+
+
+def _read_mix_bits(quant: Section, act: Quant | None, method: str | None) -> Iterator[Rule]:
+    section = quant.section("mix_bits")
+    if section is None:
+        return
+    names = section.values
+    for key in names:
+        if not re.fullmatch(r"setting_(0|[1-9][0-9]{0,4})", key):
+            section.report("unknown key; settings are named setting_0, setting_1, ...", key)
+    gap = next(i for i in range(len(names) + 1) if f"setting_{i}" not in names)
+    if gap < len(names):
+        section.report(f"setting_{gap} is missing: settings are numbered from 0 without a gap")
+    for key in sorted(names, key=lambda name: (len(name), name)):
+        setting = section.section(key)
+        if setting is not None:
+            yield from _read_setting(setting, f"mix_bits.{key}", act, method)
+
+
+def _read_setting(setting: Section, name: str, base_act: Quant | None, method: str | None) -> Iterator[Rule]:
+    setting.only(("layer_name", "do_quant", "weight", "act"))
+    decision: Plan | KeepFloat | None = None
+    do_quant = setting.boolean("do_quant", required=True)
+    if do_quant is False:
+        decision = KeepFloat(f"{name}: do_quant False")
+        for key in ("weight", "act"):
+            if key in setting.values:
+                setting.unused(key, "do_quant is False")
+    elif do_quant:
+        weight = read_tensor(setting.section("weight", required=True), "weight", method)
+        act = _read_setting_act(setting, base_act, method)
+        decision = None if weight is None else Plan(weight, act)
+    source = setting.document.origin(setting.at, name)
+    for index, item in _strings(setting, "layer_name", required=True):
+        match = setting.made(lambda item=item: _parse_layer_name(item), "layer_name", index)
+        if match is not None and decision is not None:
+            yield Rule(match, decision, source, exclusive="mix_bits")
+
+
+def _read_setting_act(setting: Section, base_act: Quant | None, method: str | None) -> Quant | None:
+    match setting.values.get("act", "none"):
+        case "none":
+            return None
+        case "inherit":
+            if base_act is None:
+                setting.report("quant has no act to inherit", "act")
+            return base_act
+        case dict():
+            return read_tensor(setting.section("act"), "act", method)
+        case other:
+            setting.report(f"{show(other)} is not a mapping, inherit or none", "act")
+            return None
+
+
+def _parse_layer_name(item: str) -> Name:
+    name, mark, blocks = item.partition("#")
+    return Name(name, parse_blocks(blocks) if mark else None)
+
+
+def _read_ignored_layers(section: Section) -> Iterator[Rule]:
+    section.only(("block_ids", "layer_names", "speical_names"))
+
+    def rule(match: Blocks | Name | Exact, key: str) -> Rule:
+        source = section.document.origin((*section.at, key), f"ignored_layers.{key}")
+        return Rule(match, KeepFloat(f"ignored_layers: {key}"), source)
+
+    blocks: dict[int, None] = {}
+    for index, item in enumerate(section.items("block_ids", ", such as [0, 2-5]")):
+        blocks.update(dict.fromkeys(_parse_block_id(section, item, index)))
+    names = [item for _, item in _strings(section, "layer_names")]
+    if names and not section.values.get("block_ids"):
+        section.report(
+            "has no effect in LLMC without block_ids; list the blocks, or write full speical_names", "layer_names"
+        )
+    if blocks and not names:
+        yield rule(Blocks(tuple(blocks)), "block_ids")
+    for index, name in enumerate(names):
+        match = section.made(lambda name=name: Name(name, tuple(blocks) or None), "layer_names", index)
+        if match is not None:
+            yield rule(match, "layer_names")
+    for index, name in _strings(section, "speical_names"):
+        exact = section.made(lambda name=name: Exact(name), "speical_names", index)
+        if exact is not None:
+            yield rule(exact, "speical_names")
+
+
+def _parse_block_id(section: Section, item: Plain, index: int) -> Sequence[int]:
+    """The blocks of a number, or of ``a-b``: a range that holds both ends, though mix_bits writes a list so."""
+    found = re.fullmatch(r"([0-9]{1,4})(-([0-9]{1,4}))?", str(item))
+    if not found:
+        section.report(f"{show(item)} is neither a block's number nor a range such as 2-5", "block_ids", index)
+        return ()
+    first, last = int(found[1]), int(found[3] or found[1])
+    if last < first:
+        section.report(f"the range {item} is empty; write {last}-{first}", "block_ids", index)
+    return range(first, last + 1)
+
+
+def _strings(section: Section, key: str, *, required: bool = False) -> Iterator[tuple[int, str]]:
+    """The strings of the list at ``key``, with their positions."""
+    value = section.values.get(key)
+    hint = f" of names; write [{value}]" if isinstance(value, str) else " of names"
+    items = section.items(key, hint, required=required)
+    if required and value == []:
+        section.report("names no layer", key)
+    for index, item in enumerate(items):
+        if isinstance(item, str):
+            yield index, item
+        else:
+            section.report(f"{show(item)} is not a layer name", key, index)

@@ -1,0 +1,185 @@
+"""The native YAML form, in both directions: ``parse`` inverts ``print_spec``. docs/specs.md has the grammar."""
+
+from typing import Final, assert_never, final
+
+import yaml
+
+from graphq.frontends.document import Document, Plain, Section, show
+from graphq.spec import (
+    Algorithm,
+    Blocks,
+    Decision,
+    Glob,
+    KeepFloat,
+    Match,
+    Plan,
+    Rule,
+    Spec,
+    parse_match,
+    parse_quant,
+)
+
+SIGN: Final = "a top-level key graphq"
+VERSION: Final = 1
+KEPT_BY_RULE: Final = "a rule keeps it float"
+
+
+def recognises(document: Document) -> bool:
+    """Whether the document is in this dialect."""
+    return "graphq" in document.root
+
+
+def parse(document: Document) -> Spec:
+    """The spec that the document writes. Raises ``SpecError`` with everything that is wrong with it."""
+    top = Section(document, document.root)
+    top.only(("graphq", "weight", "input", "rules", "algorithms", "cache"))
+    version = top.integer("graphq", required=True)
+    if version not in (None, VERSION):
+        top.report(f"{version} is not a version of the form that this graphq reads: write {VERSION}", "graphq")
+    rules: list[Rule] = []
+    if "weight" in top.values or "input" in top.values:
+        plan = _read_plan(top)
+        if plan is not None:
+            first = "weight" if "weight" in top.values else "input"
+            rules.append(Rule(Blocks(), plan, document.origin((first,), first)))
+    elif "rules" not in top.values:
+        top.report("is missing: write rules, or weight and input for all blocks", "rules")
+    for index, item in enumerate(top.items("rules")):
+        rule = _read_rule(document, item, index)
+        if rule is not None:
+            rules.append(rule)
+    algorithms = [_read_algorithm(document, item, index) for index, item in enumerate(top.items("algorithms"))]
+    text = top.text("cache")
+    cache = None if text is None else top.made(lambda: parse_quant(text), "cache")
+    if top.values.get("rules") == [] and not rules:
+        top.report("is empty: the spec quantizes nothing", "rules")
+    document.finish()
+    return Spec(tuple(rules), tuple(filter(None, algorithms)), cache)
+
+
+def _read_rule(document: Document, item: Plain, index: int) -> Rule | None:
+    at = ("rules", index)
+    if not isinstance(item, dict):
+        document.report(at, f"{show(item)} is not a mapping with match and weight, input or float")
+        return None
+    section = Section(document, item, at)
+    section.only(("match", "weight", "input", "float", "may_match_nothing", "exclusive"))
+    text = section.text("match", required=True)
+    match = None if text is None else section.made(lambda: parse_match(text), "match")
+    decision = _read_decision(section)
+    may_match_nothing = section.boolean("may_match_nothing")
+    exclusive = section.text("exclusive")
+    if match is None or decision is None:
+        return None
+    if may_match_nothing is None:
+        may_match_nothing = _may_match_nothing(match, decision)
+    return Rule(match, decision, document.origin(at, f"rules[{index}]"), may_match_nothing, exclusive or "")
+
+
+def _may_match_nothing(match: Match, decision: Decision) -> bool:
+    """The default: only a pattern that keeps layers float may."""
+    return isinstance(match, Glob) and isinstance(decision, KeepFloat)
+
+
+def _read_decision(section: Section) -> Decision | None:
+    if "float" not in section.values:
+        if "weight" in section.values or "input" in section.values:
+            return _read_plan(section)
+        section.report("decides nothing: write weight, input or float")
+        return None
+    for key in ("weight", "input"):
+        if key in section.values:
+            section.report("the rule keeps layers float: write either this or float", key)
+    match section.values["float"]:
+        case True:
+            return KeepFloat(KEPT_BY_RULE)
+        case str() as reason:
+            return KeepFloat(reason)
+        case other:
+            section.report(f"{show(other)} is neither true nor the reason", "float")
+            return None
+
+
+def _read_plan(section: Section) -> Plan | None:
+    weight, activation = section.text("weight"), section.text("input")
+    plans = (
+        None if weight is None else section.made(lambda: Plan(weight=parse_quant(weight)), "weight"),
+        None if activation is None else section.made(lambda: Plan(input=parse_quant(activation)), "input"),
+    )
+    match plans:  # None: not there, or wrong and reported
+        case Plan() as one, Plan() as other:
+            return Plan(one.weight, other.input)
+        case one, other:
+            return one or other
+
+
+def _read_algorithm(document: Document, item: Plain, index: int) -> Algorithm | None:
+    at = ("algorithms", index)
+    source = document.origin(at, f"algorithms[{index}]")
+    section = Section(document, {}, at)
+    match item:
+        case str():
+            return section.made(lambda: Algorithm(item, source=source))
+        case dict() if len(item) == 1:
+            (name,) = item
+            options = Section(document, item, at).section(name)
+            if options is None:
+                return None
+            scalars: list[tuple[str, str | int | float | bool | None]] = []
+            for option, value in options.values.items():
+                if isinstance(value, list | dict):
+                    options.report(f"{show(value)} is not a single value", option)
+                else:
+                    scalars.append((option, value))
+            return section.made(lambda: Algorithm(name, tuple(scalars), source), name)
+        case _:
+            section.report(f"{show(item)} is neither a name nor a mapping of one name to its options")
+            return None
+
+
+def print_spec(spec: Spec) -> str:
+    """The canonical text of the spec. It writes all that takes part in a spec's equality, and no defaults."""
+    top: dict[str, Plain] = {"graphq": VERSION, "rules": [_rule(rule) for rule in spec.rules]}
+    if spec.algorithms:
+        top["algorithms"] = [_algorithm(algorithm) for algorithm in spec.algorithms]
+    if spec.cache is not None:
+        top["cache"] = str(spec.cache)
+    return yaml.dump(top, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6)
+
+
+def _rule(rule: Rule) -> dict[str, Plain]:
+    items: dict[str, Plain] = {"match": str(rule.match)}
+    match rule.decision:
+        case Plan(weight, activation):
+            if weight is not None:
+                items["weight"] = str(weight)
+            if activation is not None:
+                items["input"] = str(activation)
+        case KeepFloat(reason):
+            items["float"] = True if reason == KEPT_BY_RULE else reason
+        case _:
+            assert_never(rule.decision)
+    if rule.may_match_nothing != _may_match_nothing(rule.match, rule.decision):
+        items["may_match_nothing"] = rule.may_match_nothing
+    if rule.exclusive:
+        items["exclusive"] = rule.exclusive
+    return items
+
+
+def _algorithm(algorithm: Algorithm) -> Plain:
+    return {algorithm.name: dict(algorithm.options)} if algorithm.options else algorithm.name
+
+
+@final
+class _Dumper(yaml.SafeDumper):
+    """Writes lists indented below their key, and line breaks as escapes."""
+
+    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
+        super().increase_indent(flow, False)
+
+    def write_text(self, text: str) -> yaml.ScalarNode:
+        # Between single quotes PyYAML 6.0.3 writes U+0085 and U+2028 so that they read as spaces.
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _Dumper.write_text)

@@ -1,0 +1,213 @@
+"""LLMC configs, key by key: the rules they make, what is noted, and what is refused with which message."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from graphq.errors import SpecError
+from graphq.frontends import load_spec
+from graphq.frontends.llmc import METHODS
+from graphq.spec import Algorithm, Rule
+
+WEIGHT = {"bit": 4, "symmetric": False, "granularity": "per_group", "group_size": 128}
+ACT = {"bit": 8, "symmetric": True, "granularity": "per_token"}
+BASE = {"quant": {"method": "RTN", "weight": WEIGHT}}
+GONE = object()
+
+
+def edited(*edits: tuple[str, Any]) -> dict[str, Any]:
+    """The base config with values set, or taken out, at dotted paths."""
+    config: dict[str, Any] = copy.deepcopy(BASE)
+    for path, value in edits:
+        *sections, key = path.split(".")
+        section = config
+        for name in sections:
+            section = section.setdefault(name, {})
+        if value is GONE:
+            del section[key]
+        else:
+            section[key] = copy.deepcopy(value)
+    return config
+
+
+def setting(*names: Any, **others: Any) -> dict[str, Any]:
+    return {"layer_name": list(names), "do_quant": True, "weight": WEIGHT, **others}
+
+
+def text(rule: Rule) -> str:
+    return f"{rule.match}: {rule.decision}"
+
+
+@pytest.mark.parametrize(
+    ("edits", "rules"),
+    [
+        ([], ["blocks: weight int4/asym/g128"]),
+        ([("quant.act", ACT), ("quant.quant_type", "int-quant")], ["blocks: weight int4/asym/g128, input int8/token/dynamic"]),
+        ([("quant.act", ACT), ("quant.mix_bits.setting_0", setting("a", act="inherit"))], [
+            "blocks: weight int4/asym/g128, input int8/token/dynamic", "a: weight int4/asym/g128, input int8/token/dynamic"]),
+        ([("quant.act", ACT), ("quant.mix_bits.setting_0", setting("a", act="none"))], [
+            "blocks: weight int4/asym/g128, input int8/token/dynamic", "a: weight int4/asym/g128"]),
+        ([("quant.mix_bits.setting_0", setting("a", act=ACT))], [
+            "blocks: weight int4/asym/g128", "a: weight int4/asym/g128, input int8/token/dynamic"]),
+        ([("quant.mix_bits.setting_0", setting("mlp.a#2-7", "b#1..3"))], [
+            "blocks: weight int4/asym/g128", "mlp.a#2-7: weight int4/asym/g128", "b#1..3: weight int4/asym/g128"]),
+        ([(f"quant.mix_bits.setting_{i}", setting(f"l{i}")) for i in (10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0)],
+         ["blocks: weight int4/asym/g128", *(f"l{i}: weight int4/asym/g128" for i in range(11))]),
+        ([("ignored_layers", {"block_ids": [4, "0-2", "7"]})], ["blocks: weight int4/asym/g128", "blocks#4-0..2-7: float (ignored_layers: block_ids)"]),
+        ([("ignored_layers", {"block_ids": ["0-1"], "layer_names": ["mlp.a", "b"], "speical_names": ["model.layers.1.c"]})], [
+            "blocks: weight int4/asym/g128",
+            "mlp.a#0-1: float (ignored_layers: layer_names)",
+            "b#0-1: float (ignored_layers: layer_names)",
+            "=model.layers.1.c: float (ignored_layers: speical_names)",
+        ]),
+        ([("ignored_layers", {"block_ids": [], "layer_names": [], "speical_names": []})], ["blocks: weight int4/asym/g128"]),
+    ],
+)  # fmt: skip
+def test_rules(edits, rules):
+    assert [text(rule) for rule in load_spec(edited(*edits)).rules] == rules
+
+
+def test_methods_and_their_options():
+    assert [load_spec(edited(("quant.method", method))).algorithms for method in METHODS] == [
+        () if method == "RTN" else (Algorithm(method.lower()),) for method in METHODS
+    ]
+    special = {"actorder": True, "percdamp": 0.01, "n_outs": [6, 2], "scale": {"bit": 3}}
+    spec = load_spec(edited(("quant.method", "GPTQ"), ("quant.special", special)))
+    options = (("actorder", True), ("percdamp", 0.01), ("n_outs.0", 6), ("n_outs.1", 2), ("scale.bit", 3))
+    assert spec.algorithms == (Algorithm("gptq", options),)
+    assert load_spec(edited(("quant.special.weight_clip", False))).algorithms == ()
+
+
+def test_what_has_no_effect_is_noted():
+    config = edited(
+        *((name, {"any": "thing"}) for name in ("base", "model", "calib", "save", "opencompass")),
+        ("eval", [{"eval_pos": []}]),
+        ("quant.weight.need_pack", True),
+        ("quant.weight.mse_grid", 100),
+        ("quant.weight.granularity", "per_channel"),
+        ("quant.quant_out", True),
+        ("quant.tp", 1),
+        ("quant.mix_bits.setting_0", setting("a", do_quant=False, act=ACT)),
+    )
+    assert sorted(load_spec(config).notes) == [
+        *(f"{key}: ignored: it steers LLMC's own run" for key in ("base", "calib", "eval", "model", "opencompass")),
+        "quant.mix_bits.setting_0.act: ignored: do_quant is False",
+        "quant.mix_bits.setting_0.weight: ignored: do_quant is False",
+        "quant.quant_out: ignored: graphq's own way of running holds",
+        "quant.tp: ignored: graphq's own way of running holds",
+        "quant.weight.group_size: ignored: the granularity is not per_group",
+        "quant.weight.mse_grid: ignored: an option of calib_algo mse",
+        "quant.weight.need_pack: ignored: the target decides",
+        "save: ignored: it steers LLMC's own run",
+    ]
+
+
+NO_NAME = "is not a layer name: write dotted segments, such as mlp.down_proj"
+NO_BLOCK = "is not a block index; write #2-7 for blocks 2 and 7, #2..7 for 2 to 7"
+BITS = "is not supported; weight takes 2, 3, 4, 5, 6, 7 or 8"
+SETTING = "quant.mix_bits.setting_0"
+
+
+@pytest.mark.parametrize(
+    ("edits", "problems"),
+    [
+        # sections
+        ([("qaunt", {})], ["qaunt: unknown key; did you mean quant?"]),
+        ([("base", {}), ("model", {}), ("quant", GONE), ("sparse", {"method": "Wanda"})], ["sparse: sparsity is not supported"]),
+        ([("base", {}), ("model", {}), ("quant", []),], ["quant: a list is not a mapping"]),
+        ([("base", {}), ("model", {}), ("quant", {"language": {}, "vision": {}})], [
+            "quant.language: a section for each modality is not supported; write method and weight right under quant",
+            "quant.vision: a section for each modality is not supported; write method and weight right under quant",
+        ]),
+        ([("quant.mixbits", {})], ["quant.mixbits: unknown key; did you mean mix_bits?"]),
+        ([("quant.token_reduction", {})], ["quant.token_reduction: unknown key"]),
+        ([("quant.quant_type", "float_quant")], ["quant.quant_type: 'float_quant' is not supported; write int-quant"]),
+        ([("quant.weight", GONE)], ["quant.weight: is missing"]),
+        ([("quant.act", None)], ["quant.act: an empty value is not a mapping"]),
+        ([("quant.method", GONE)], ["quant.method: is missing"]),
+        ([("quant.method", "awq")], ["quant.method: 'awq' is not a method; did you mean Awq?"]),
+        ([("quant.method", "GTPQ")], ["quant.method: 'GTPQ' is not a method; did you mean GPTQ?"]),
+        ([("quant.special.weight_clip", True)], ["quant.special.weight_clip: RTN has no options"]),
+        ([("quant.method", "Awq"), ("quant.special", {"a": float("inf")})], ["quant.special: awq: a: inf is not a finite number"]),
+        # mix_bits
+        ([("quant.mix_bits", [])], ["quant.mix_bits: a list is not a mapping"]),
+        ([("quant.mix_bits.setting_1", setting("a"))], ["quant.mix_bits: setting_0 is missing: settings are numbered from 0 without a gap"]),
+        ([("quant.mix_bits.setting_0", setting("a")), ("quant.mix_bits.setting_2", setting("b"))], ["quant.mix_bits: setting_1 is missing: settings are numbered from 0 without a gap"]),
+        ([("quant.mix_bits.down", setting("a"))], [
+            "quant.mix_bits.down: unknown key; settings are named setting_0, setting_1, ...",
+            "quant.mix_bits: setting_0 is missing: settings are numbered from 0 without a gap",
+        ]),
+        ([(SETTING, 8)], [f"{SETTING}: 8 is not a mapping"]),
+        ([(SETTING, setting("a", layer_names=["b"]))], [f"{SETTING}.layer_names: unknown key; did you mean layer_name?"]),
+        ([(SETTING, setting("a", layer_name="down_proj"))], [f"{SETTING}.layer_name: 'down_proj' is not a list of names; write [down_proj]"]),
+        ([(SETTING, setting())], [f"{SETTING}.layer_name: names no layer"]),
+        ([(SETTING, {"do_quant": False})], [f"{SETTING}.layer_name: is missing"]),
+        ([(SETTING, {"layer_name": ["a"]})], [f"{SETTING}.do_quant: is missing"]),
+        ([(SETTING, setting("a", do_quant="no"))], [f"{SETTING}.do_quant: 'no' is not true or false"]),
+        ([(SETTING, {"layer_name": ["a"], "do_quant": True})], [f"{SETTING}.weight: is missing"]),
+        ([(SETTING, setting("a", weight=WEIGHT | {"bit": 9}))], [f"{SETTING}.weight.bit: 9 {BITS}"]),
+        ([(SETTING, setting("a", act="inherit"))], [f"{SETTING}.act: quant has no act to inherit"]),
+        ([(SETTING, setting("a", act="W8"))], [f"{SETTING}.act: 'W8' is not a mapping, inherit or none"]),
+        ([(SETTING, setting("a", act=None))], [f"{SETTING}.act: an empty value is not a mapping, inherit or none"]),
+        ([(SETTING, setting("a", "#0", "*.b", "a#1#2", "a#1,2", "a#x", "a#3..1", 7, "blocks"))], [
+            f"{SETTING}.layer_name[1]: '' {NO_NAME}",
+            f"{SETTING}.layer_name[2]: '*.b' {NO_NAME}",
+            f"{SETTING}.layer_name[3]: #1#2: '1#2' {NO_BLOCK}",
+            f"{SETTING}.layer_name[4]: #1,2: '1,2' {NO_BLOCK}",
+            f"{SETTING}.layer_name[5]: #x: 'x' {NO_BLOCK}",
+            f"{SETTING}.layer_name[6]: #3..1: the range 3..1 is empty; write #1..3",
+            f"{SETTING}.layer_name[7]: 7 is not a layer name",
+            f"{SETTING}.layer_name[8]: blocks stands for all layers of the repeated blocks; write *.blocks.* for layers below that name",
+        ]),
+        # ignored_layers
+        ([("ignored_layers.special_names", [])], ["ignored_layers.special_names: unknown key; did you mean speical_names?"]),
+        ([("ignored_layers.layer_names", ["a"])], ["ignored_layers.layer_names: has no effect in LLMC without block_ids; list the blocks, or write full speical_names"]),
+        ([("ignored_layers.block_ids", "0-3")], ["ignored_layers.block_ids: '0-3' is not a list, such as [0, 2-5]"]),
+        ([("ignored_layers.block_ids", ["4-3", "a", 1.5, -1, True])], [
+            "ignored_layers.block_ids[0]: the range 4-3 is empty; write 3-4",
+            "ignored_layers.block_ids[1]: 'a' is neither a block's number nor a range such as 2-5",
+            "ignored_layers.block_ids[2]: 1.5 is neither a block's number nor a range such as 2-5",
+            "ignored_layers.block_ids[3]: -1 is neither a block's number nor a range such as 2-5",
+            "ignored_layers.block_ids[4]: True is neither a block's number nor a range such as 2-5",
+        ]),
+        ([("ignored_layers", {"block_ids": [0], "layer_names": "a", "speical_names": ["a b"]})], [
+            "ignored_layers.layer_names: 'a' is not a list of names; write [a]",
+            "ignored_layers.speical_names[0]: 'a b' is not a layer name: write dotted segments, such as model.layers.0.mlp.down_proj",
+        ]),
+        # several at once
+        ([("quant.method", "Gptq2"), ("quant.weight.bit", 1), ("quant.act", ACT | {"bit": 3}), (SETTING, setting("a", do_quant=1)), ("extra", 1)], [
+            "extra: unknown key",
+            "quant.method: 'Gptq2' is not a method; did you mean GPTQ?",
+            f"quant.weight.bit: 1 {BITS}",
+            "quant.act.bit: 3 is not supported; act takes 4, 6, 8 or 16",
+            f"{SETTING}.do_quant: 1 is not true or false",
+        ]),
+    ],
+)  # fmt: skip
+def test_refused(edits, problems):
+    if not problems:
+        load_spec(edited(*edits))
+        return
+    with pytest.raises(SpecError) as caught:
+        load_spec(edited(*edits))
+    assert list(caught.value.problems) == problems
+
+
+def test_a_file_s_problems_have_lines(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("c.yaml").write_text(
+        "base:\n    seed: &seed 42\ncalib:\n    seed: *seed\nquant:\n    method: RTM\n    weight:\n        bit: 4\n"
+        "        symetric: False\n        granularity: per_channel\n    mix_bits:\n        setting_0:\n"
+        "            layer_name: down_proj\n            do_quant: 'no'\n"
+    )
+    with pytest.raises(SpecError) as caught:
+        load_spec("c.yaml")
+    assert list(caught.value.problems) == [
+        "c.yaml:6:quant.method: 'RTM' is not a method; did you mean RTN?",
+        "c.yaml:9:quant.weight.symetric: unknown key; did you mean symmetric?",
+        "c.yaml:7:quant.weight.symmetric: is missing",
+        "c.yaml:14:quant.mix_bits.setting_0.do_quant: 'no' is not true or false",
+        "c.yaml:13:quant.mix_bits.setting_0.layer_name: 'down_proj' is not a list of names; write [down_proj]",
+    ]
