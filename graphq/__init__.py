@@ -1,0 +1,53 @@
+"""graphq: a quantization compiler for PyTorch models. Any spec dialect in, one graph in the middle, any target out."""
+
+from typing import TYPE_CHECKING, Any
+
+from graphq.errors import GraphError, GraphqError, PassError, SpecError, TargetError
+
+if TYPE_CHECKING:
+    from graphq import evaluate
+    from graphq.compiler import Compiled, compile, explain
+    from graphq.frontends import load_spec
+    from graphq.lowering.torch_module import load
+    from graphq.lowering.verify import verify
+    from graphq.spec import Spec
+    from graphq.text import dump
+
+_HOMES = {
+    "Compiled": "graphq.compiler",
+    "compile": "graphq.compiler",
+    "explain": "graphq.compiler",
+    "load_spec": "graphq.frontends",
+    "load": "graphq.lowering.torch_module",
+    "verify": "graphq.lowering.verify",
+    "Spec": "graphq.spec",
+    "dump": "graphq.text",
+}
+
+__all__ = [
+    "Compiled",
+    "GraphError",
+    "GraphqError",
+    "PassError",
+    "Spec",
+    "SpecError",
+    "TargetError",
+    "compile",
+    "dump",
+    "evaluate",
+    "explain",
+    "load",
+    "load_spec",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """The public functions, imported when they are first used: importing graphq costs next to nothing."""
+    import importlib
+
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name == "evaluate":
+        return importlib.import_module("graphq.evaluate")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,12 +1,14 @@
-"""The only ways to change a graph. Each keeps ``val`` true and notes in ``graphq.by`` which passes made or moved a node."""
+"""The ways to change a graph. Each keeps ``val`` true and notes in ``graphq.by`` which passes made or moved a node."""
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.node import map_arg
 
 from graphq.errors import PassError
 from graphq.layers import BY, LAYER, PLAN
@@ -28,22 +30,45 @@ def has_data(gm: fx.GraphModule) -> bool:
     return not any(isinstance(t, FakeTensor) for t in gm.state_dict(keep_vars=True).values())
 
 
-def insert(gm: fx.GraphModule, before: Op, target: Callable[..., Any], *args: Any, by: str, like: Op | None = None) -> Op:
+def has_tensor(gm: fx.GraphModule, fqn: str) -> bool:
+    """Whether the name is taken: by a parameter, a buffer, or a module that holds some."""
+    path, _, name = fqn.rpartition(".")
+    try:
+        return hasattr(gm.get_submodule(path), name)
+    except AttributeError:
+        return False
+
+
+def following(op: Op) -> Op:
+    """The node in front of which a new one stands right after ``op``; never among the graph's inputs."""
+    node = op.node.next
+    while node.op in ("placeholder", "get_attr"):
+        node = node.next
+    return view(node)
+
+
+def insert(
+    gm: fx.GraphModule, before: Op, target: Callable[..., Any], *args: Any, by: str, like: Op | None = None
+) -> Op:
     """A new node that calls ``target``, in front of ``before``; it belongs to the layer that ``like`` belongs to."""
     unwrapped = cast(tuple[Any, ...], _unwrap(args))
+    val = _value(gm, target, unwrapped)
     with gm.graph.inserting_before(before.node):
         node = gm.graph.call_function(target, unwrapped)
-    node.meta["val"] = _value(gm, target, unwrapped)
-    origin = (like or before).node.meta
-    node.meta |= {k: origin[k] for k in ("nn_module_stack", "stack_trace", LAYER, PLAN) if k in origin}
-    node.meta[BY] = (by,)
-    return view(node)
+    return _describe(node, val, like or before, by)
 
 
 def items(gm: fx.GraphModule, op: Op, count: int, by: str) -> tuple[Op, ...]:
     """The first ``count`` outputs of an op that has several."""
-    after = view(op.node.next)
+    after = following(op)
     return tuple(insert(gm, after, operator.getitem, op, i, by=by, like=op) for i in range(count))
+
+
+def _describe(node: fx.Node, val: Any, like: Op, by: str) -> Op:
+    origin = like.node.meta
+    node.meta = {"val": val} | {k: origin[k] for k in ("nn_module_stack", "stack_trace", LAYER, PLAN) if k in origin}
+    node.meta[BY] = (by,)
+    return view(node)
 
 
 def _unwrap(value: Any) -> Any:
@@ -56,49 +81,73 @@ def _unwrap(value: Any) -> Any:
 
 
 def _value(gm: fx.GraphModule, target: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    values = fx.node.map_arg(args, lambda node: node.meta["val"])
+    values = map_arg(args, lambda node: node.meta["val"])
     with fake_mode_of(gm), torch.no_grad():
-        return target(*cast(tuple[Any, ...], values))
+        return target(*values)
+
+
+def _note(node: fx.Node, by: str) -> None:
+    """``by`` stands last among the passes that touched the node."""
+    passes = cast(tuple[str, ...], node.meta.get(BY, ()))
+    if passes[-1:] != (by,):
+        node.meta[BY] = (*passes, by)
+
+
+def _check_alike(old: Op, new: Op) -> None:
+    """Readers of ``old`` may read ``new``: their own ``val`` stays true."""
+    a, b = old.val, new.val
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return
+    differ = a.dtype != b.dtype or a.dim() != b.dim()
+    if differ or any(statically_known_true(i != j) for i, j in zip(a.shape, b.shape, strict=True)):
+        was, now = (f"{op.node.name}: {op.val.dtype} {list(op.val.shape)}" for op in (old, new))
+        raise PassError(f"{was} cannot be read as {now}")
 
 
 def replace(gm: fx.GraphModule, op: Op, target: Callable[..., Any], *args: Any, by: str) -> Op:
     """A new node in the place of ``op``, which is gone; every reader of ``op`` reads the new node."""
     made = insert(gm, op, target, *args, by=by, like=op)
-    made.node.meta[BY] = (*op.node.meta.get(BY, ()), by)
-    op.node.replace_all_uses_with(made.node)
-    gm.graph.erase_node(op.node)
+    made.node.meta[BY] = op.node.meta.get(BY, ())
+    _note(made.node, by)
+    bypass(gm, op, made)
     return made
 
 
 def bypass(gm: fx.GraphModule, op: Op, by_op: Op) -> None:
     """Every reader of ``op`` reads ``by_op`` instead, and ``op`` is gone."""
+    _check_alike(op, by_op)
     op.node.replace_all_uses_with(by_op.node)
     gm.graph.erase_node(op.node)
 
 
 def redirect(reader: Op, old: Op, new: Op, by: str) -> None:
     """``reader`` reads ``new`` where it read ``old``."""
+    _check_alike(old, new)
     reader.node.replace_input_with(old.node, new.node)
-    reader.node.meta[BY] = (*reader.node.meta.get(BY, ()), by)
+    _note(reader.node, by)
 
 
 def add_tensor(gm: fx.GraphModule, before: Op, fqn: str, tensor: Tensor, by: str, like: Op | None = None) -> Op:
     """A new buffer (a parameter if ``tensor`` is one) of this name, and a node in front of ``before`` that reads it."""
-    path, _, name = fqn.rpartition(".")
-    try:
-        taken = hasattr(gm.get_submodule(path), name)
-    except AttributeError:
-        taken = False
-    if taken:
+    if has_tensor(gm, fqn):
         raise PassError(f"{by}: the graph has a tensor {fqn} already")
     put_tensor(gm, fqn, tensor)
     with gm.graph.inserting_before(before.node):
         node = gm.graph.get_attr(fqn)
-    mode = fake_mode_of(gm)
-    node.meta["val"] = tensor if isinstance(tensor, FakeTensor) else mode.from_tensor(tensor.detach(), static_shapes=True)
-    node.meta |= {k: v for k, v in (like or before).node.meta.items() if k in (LAYER, PLAN)}
-    node.meta[BY] = (by,)
-    return view(node)
+    val = tensor
+    if not isinstance(tensor, FakeTensor):
+        val = fake_mode_of(gm).from_tensor(tensor.detach(), static_shapes=True)
+    return _describe(node, val, like or before, by)
+
+
+def add_observer(gm: fx.GraphModule, x: Op, path: str, module: nn.Module, by: str, like: Op) -> Op:
+    """A new module, which gives what it is given, at ``path``, and a node right after ``x`` that calls it on ``x``."""
+    if has_tensor(gm, path):
+        raise PassError(f"{by}: the graph has a module {path} already")
+    gm.add_submodule(path, module)
+    with gm.graph.inserting_before(following(x).node):
+        node = gm.graph.call_module(path, (x.node,))
+    return _describe(node, x.val, like, by)
 
 
 def set_param(gm: fx.GraphModule, fqn: str, f: Callable[[Tensor], Tensor], by: str) -> None:
@@ -107,10 +156,9 @@ def set_param(gm: fx.GraphModule, fqn: str, f: Callable[[Tensor], Tensor], by: s
     new = f(old.detach())
     if new.shape != old.shape or new.dtype != old.dtype:
         raise PassError(f"{by}: {fqn} would change from {old.dtype}{list(old.shape)} to {new.dtype}{list(new.shape)}")
-    put_tensor(gm, fqn, torch.nn.Parameter(new, requires_grad=False) if isinstance(old, torch.nn.Parameter) else new)
-    for node in gm.graph.nodes:
-        if node.op == "get_attr" and node.target == fqn:
-            node.meta[BY] = (*node.meta.get(BY, ()), by)
+    put_tensor(gm, fqn, nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new)
+    for node in gm.graph.find_nodes(op="get_attr", target=fqn):
+        _note(node, by)
 
 
 def drop_unused(gm: fx.GraphModule) -> None:
@@ -119,17 +167,22 @@ def drop_unused(gm: fx.GraphModule) -> None:
     Calls of modules stay: observers are called for what they see.
     """
     gm.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output", "call_module"))
-    used = {str(n.target) for n in gm.graph.nodes if n.op in ("get_attr", "call_module")}
-    for fqn in [name for name, _ in [*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False)]]:
-        if fqn not in used and not any(fqn.startswith(f"{module}.") for module in used):
-            remove_tensor(gm, fqn)
-    _drop_empty(gm, "", used)
+    read = {str(node.target) for node in gm.graph.nodes if node.op == "get_attr"}
+    called = {str(node.target) for node in gm.graph.nodes if node.op == "call_module"}
+    whole = set[str]()  # modules that are called, and all that is in them
+    for path, _ in gm.named_modules(remove_duplicate=False):
+        if path in called or path.rpartition(".")[0] in whole:
+            whole.add(path)
+    for path, module in reversed(list(gm.named_modules(remove_duplicate=False))):  # what a module holds before itself
+        if path in whole:
+            continue
+        prefix = f"{path}." if path else ""
+        for name in [name for name, _ in _own_tensors(module) if prefix + name not in read]:
+            remove_tensor(module, name)
+        if path and not _own_tensors(module) and next(module.children(), None) is None:
+            parent, _, name = path.rpartition(".")
+            delattr(gm.get_submodule(parent), name)
 
 
-def _drop_empty(module: torch.nn.Module, path: str, used: set[str]) -> bool:
-    for name, child in list(module.named_children()):
-        full = f"{path}.{name}" if path else name
-        if full not in used and _drop_empty(child, full, used):
-            delattr(module, name)
-    empty: Sequence[object] = [*module._parameters, *module._buffers, *module._modules]
-    return not empty
+def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]

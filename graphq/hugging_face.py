@@ -40,14 +40,20 @@ def capture_pretrained(model: "PreTrainedModel", cache: bool = True) -> fx.Graph
     quantized already, of a kind whose inputs cannot be made, or with a cache that is not plain keys and values.
     """
     refuse_quantized(model.config)
-    flat, inputs = _causal_lm(model, cache) if _is_causal_lm(model) else _plain(model)
+    flat, inputs = _causal_lm(model, cache) if is_causal_lm(model) else _plain(model)
     longest: Any = getattr(model.config, "max_position_embeddings", None)
     limits = {SEQUENCE: longest} if isinstance(longest, int) and not any(i.is_cache for i in inputs) else {}
     with _experts_as("grouped_mm", model):
         gm = export_flat(flat, inputs, tuple(_sample(model, i) for i in inputs), limits)
     config = model.config.to_diff_dict() | {"architectures": [type(model).__name__]}
     source: Source = gm.meta[KEY]
-    gm.meta[KEY] = replace(source, config=json.dumps(config, default=str, sort_keys=True), dtype=_own_dtype(model))
+    generation = getattr(model, "generation_config", None)
+    gm.meta[KEY] = replace(
+        source,
+        config=json.dumps(config, default=str, sort_keys=True),
+        generation_config=json.dumps(generation.to_diff_dict(), sort_keys=True) if generation is not None else None,
+        dtype=_own_dtype(model),
+    )
     return gm
 
 
@@ -84,7 +90,8 @@ def _arguments(model: "PreTrainedModel") -> set[str]:
     return set(inspect.signature(model.forward).parameters)
 
 
-def _is_causal_lm(model: "PreTrainedModel") -> bool:
+def is_causal_lm(model: "PreTrainedModel") -> bool:
+    """Whether the model predicts the next token and takes a key/value cache."""
     return (
         model.main_input_name == "input_ids"
         and not getattr(model.config, "is_encoder_decoder", False)

@@ -1,18 +1,23 @@
-"""The layers that a rule can name, read from a graph: linears, convolutions, embeddings and experts, with their roles."""
+"""The layers that a rule can name, read from a graph: linears, convolutions, embeddings, experts, and their roles."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Final, cast, final
+from typing import Any, Final, Literal, cast, final
 
+import torch
 from torch import fx
 
-from graphq import source
+from graphq.source import source_of
 from graphq.spec import Layer, LayerKind
 from graphq.views import Cast, Embedding, GroupedLinear, Linear, Op, Param, TransposedLinear, Weighted, ops_of, view
 
 LAYER: Final = "graphq.layer"
 PLAN: Final = "graphq.plan"
 BY: Final = "graphq.by"
+
+_NamedOnly = Literal["", "embedding", "output head", "router", "outside of the repeated blocks"]
+aten = torch.ops.aten
+_PRODUCTS: Final = (aten.mm.default, aten.bmm.default, aten.matmul.default)
 
 
 @final
@@ -43,22 +48,20 @@ def weight_param(op: Weighted) -> Param | None:
     """The parameter that an op multiplies by, seen through casts; None for a computed weight."""
     seen = op.weight_op
     while isinstance(seen, Cast):
-        seen = cast(Op, seen.self_)
+        seen = seen.self_
     return seen if isinstance(seen, Param) else None
 
 
 def sites(gm: fx.GraphModule) -> Iterator[Site]:
     """The uses of layers in graph order."""
     for op in ops_of(gm):
-        if not isinstance(op, Weighted):
-            continue
-        param = weight_param(op)
-        if param is None:
+        param = weight_param(op) if isinstance(op, Weighted) else None
+        if not isinstance(op, Weighted) or param is None:
             continue
         path = layer_path(param.fqn)
         if isinstance(op, GroupedLinear):
-            stack, _, role = path.rpartition(".")
-            yield Site(op, param, tuple(f"{stack}.{i}.{role}" for i in range(_shape(param)[0])))
+            stack, dot, role = path.rpartition(".")
+            yield Site(op, param, tuple(f"{stack}{dot}{i}.{role}" for i in range(_shape(param)[0])))
         else:
             yield Site(op, param, (path,))
 
@@ -68,39 +71,42 @@ def _shape(op: Op) -> tuple[int, ...]:
 
 
 def layers(gm: fx.GraphModule) -> dict[str, Layer]:
-    """Every layer that a rule can name, by FQN, in graph order."""
-    came_from = source.source_of(gm)
+    """Every layer that a rule can name, by FQN, in graph order. A weight that is used as an embedding, too, is one."""
+    source = source_of(gm)
     routers = _routers(gm)
-    heads = _heads(gm) if came_from.is_causal_lm else set[str]()
+    heads = _heads(gm) if source.is_causal_lm else frozenset[str]()
+    uses = list(sites(gm))
+    embeddings = {site.path for site in uses if isinstance(site.op, Embedding)}
     found: dict[str, Layer] = {}
-    for site in sites(gm):
-        kind, shape = _kind(site), _layer_shape(site)
+    for site in uses:
+        kind: LayerKind = "embedding" if site.path in embeddings else _kind(site.op)
+        shape = _layer_shape(site)
         for fqn in site.fqns:
             if fqn in found:
                 continue
-            block = came_from.block_of(fqn)
-            named_only: Any = ""
+            block = source.block_of(fqn)
+            named_only: _NamedOnly = ""
             if kind == "embedding":
                 named_only = "embedding"
             elif site.op.node in routers:
                 named_only = "router"
             elif fqn in heads:
                 named_only = "output head"
-            elif came_from.blocks and block is None:
+            elif source.blocks and block is None:
                 named_only = "outside of the repeated blocks"
             found[fqn] = Layer(fqn, kind, shape, block, named_only)
     return found
 
 
-def _kind(site: Site) -> LayerKind:
-    match site.op:
+def _kind(op: Weighted) -> LayerKind:
+    match op:
         case Linear() | TransposedLinear():
             return "linear"
         case Embedding():
             return "embedding"
         case GroupedLinear():
             return "expert"
-        case op:
+        case _:
             return "conv1d" if len(_shape(op.weight_op)) == 3 else "conv2d"
 
 
@@ -112,28 +118,25 @@ def _layer_shape(site: Site) -> tuple[int, ...]:
 
 
 def _routers(gm: fx.GraphModule) -> set[fx.Node]:
-    """The linears whose outputs decide which rows each expert gets."""
+    """The layers whose outputs decide which rows each expert gets."""
     found: set[fx.Node] = set()
     for op in ops_of(gm):
         if isinstance(op, GroupedLinear):
-            pending, seen = [cast(Op, op.offsets).node], set[fx.Node]()
-            while pending:
-                node = pending.pop()
-                if node in seen:
-                    continue
-                seen.add(node)
-                if isinstance(view(node), Weighted):
-                    found.add(node)
-                else:
-                    pending.extend(node.all_input_nodes)
+            found.update(made.node for made in _origins(op.offsets.node))
     return found
 
 
-def _heads(gm: fx.GraphModule) -> set[str]:
-    """The linears that the first output, the logits, comes from by no other layer."""
-    found: set[str] = set()
-    outputs = cast(Any, next(n for n in gm.graph.nodes if n.op == "output").args[0])
-    pending, seen = [cast(fx.Node, outputs[0])], set[fx.Node]()
+def _heads(gm: fx.GraphModule) -> frozenset[str]:
+    """The layers that the first output, the logits, comes from by no other layer."""
+    outputs = next(node for node in gm.graph.nodes if node.op == "output").args[0]
+    params = (weight_param(op) for op in _origins(outputs[0]))
+    return frozenset(layer_path(param.fqn) for param in params if param is not None)
+
+
+def _origins(node: fx.Node) -> list[Weighted]:
+    """The weighted ops that ``node`` is computed from by no other product."""
+    found: list[Weighted] = []
+    pending, seen = [node], set[fx.Node]()
     while pending:
         node = pending.pop()
         if node in seen:
@@ -141,8 +144,7 @@ def _heads(gm: fx.GraphModule) -> set[str]:
         seen.add(node)
         op = view(node)
         if isinstance(op, Weighted):
-            param = weight_param(op)
-            found |= {layer_path(param.fqn)} if param else set()
-        else:
+            found.append(op)
+        elif node.target not in _PRODUCTS:
             pending.extend(node.all_input_nodes)
     return found

@@ -1,18 +1,20 @@
 """Integer quantization of tensors: ranges, scales, codes and back. Pure functions; the truth that every target equals.
 
-``block`` gives the elements per scale along each axis, -1 for the whole axis; a last block may be short. A scale has the
-rank of its tensor and ceil(size / block) elements along each axis; one with a single element serves the whole tensor.
-Rounding is half to even (IEEE 754 roundTiesToEven), arithmetic is float32 (float64 for float64 tensors). Asymmetric
-ranges include 0, so that 0 is exact and the zero point is a code (Jacob et al., arXiv 1712.05877, equations 1 and 12).
+``block`` gives the elements per scale along each axis, -1 for the whole axis; a last block may be short. A scale has
+the rank of its tensor and ceil(size / block) elements along each axis; one with a single element serves the whole
+tensor. Rounding is half to even (IEEE 754 roundTiesToEven), arithmetic is float32 (float64 for float64 tensors).
+Asymmetric ranges include 0, so that 0 is exact and the zero point is a code (Jacob et al., arXiv 1712.05877, equations
+1 and 12). The scale of a block with NaN or Inf is NaN or Inf, and so is what comes back from its codes.
 """
 
 from collections.abc import Sequence
 from typing import assert_never
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from graphq.spec import Format, Granularity, Int, PerChannel, PerGroup, PerTensor, PerToken, parse_quant
+from graphq.spec import Format, Granularity, PerChannel, PerGroup, PerTensor, PerToken, parse_quant
 
 
 def code_range(format: Format) -> tuple[int, int]:
@@ -25,7 +27,9 @@ def code_dtype(format: Format) -> torch.dtype:
     return torch.int8 if format.bits <= 8 else torch.int16
 
 
-def weight_block(granularity: Granularity, rank: int, out_axis: int, in_axis: int, own_axes: Sequence[int] = ()) -> list[int]:
+def weight_block(
+    granularity: Granularity, rank: int, out_axis: int, in_axis: int, own_axes: Sequence[int] = ()
+) -> list[int]:
     """Elements per scale along each axis of a weight; ``own_axes`` always have a scale for each index (experts)."""
     block = [-1] * rank
     for axis in own_axes:
@@ -54,13 +58,16 @@ def _sizes(x: Tensor, block: Sequence[int]) -> list[int]:
 
 
 def block_extremes(x: Tensor, block: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The smallest and the largest element of each block of ``x``, in the shape of a scale."""
+    """The smallest and the largest element of each block of ``x``, in the shape of a scale; 0 if it has none."""
     low, high = x, x
     for axis, b in enumerate(block):
         if b == 1:
             continue
         if b < 0 or b >= x.shape[axis]:
-            low, high = low.amin(axis, keepdim=True), high.amax(axis, keepdim=True)
+            if x.shape[axis] == 0:
+                low = high = low.new_zeros([1 if a == axis else size for a, size in enumerate(low.shape)])
+            else:
+                low, high = low.amin(axis, keepdim=True), high.amax(axis, keepdim=True)
             continue
         short = -x.shape[axis] % b
         if short:  # repeating the last element leaves the extremes of the last block alone
@@ -76,7 +83,7 @@ def scale_from_extremes(low: Tensor, high: Tensor, format: Format) -> tuple[Tens
 
     A block of zeros has scale 1; a scale is never below the smallest normal number, so that it can be divided by.
     """
-    low, high = _compute(low), _compute(high)
+    low, high = _computed(low), _computed(high)
     lowest, highest = code_range(format)
     if format.symmetric:
         extreme = torch.maximum(low.abs(), high.abs())
@@ -89,18 +96,21 @@ def scale_from_extremes(low: Tensor, high: Tensor, format: Format) -> tuple[Tens
                 scale = extreme / torch.where(high.abs() < low.abs(), -float(lowest), float(highest))
             case _:
                 assert_never(format.divisor)
-        return _divisible(scale), None
+        return _divisible(scale, extreme), None
     low, high = low.clamp(max=0), high.clamp(min=0)
-    scale = _divisible((high - low) / (highest - lowest))
+    steps = highest - lowest
+    span = high - low
+    scale = _divisible(torch.where(span.isinf(), high / steps - low / steps, span / steps), span)
     zero_point = torch.round(lowest - low / scale).clamp(lowest, highest)
     return scale, zero_point.to(code_dtype(format))
 
 
-def _divisible(scale: Tensor) -> Tensor:
-    return torch.where(scale > 0, scale.clamp(min=torch.finfo(scale.dtype).tiny), 1.0)
+def _divisible(scale: Tensor, span: Tensor) -> Tensor:
+    return torch.where(span == 0, 1.0, scale.clamp(min=torch.finfo(scale.dtype).tiny))
 
 
-def _compute(x: Tensor) -> Tensor:
+def _computed(x: Tensor) -> Tensor:
+    """``x`` in the dtype that arithmetic is done in."""
     return x if x.dtype == torch.float64 else x.to(torch.float32)
 
 
@@ -119,24 +129,30 @@ def expand_scale(scale: Tensor, x: Tensor, block: Sequence[int]) -> Tensor:
     return scale
 
 
-def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, format: Format, block: Sequence[int]) -> Tensor:
+def quantize(
+    x: Float[Tensor, "*shape"], scale: Tensor, zero_point: Tensor | None, format: Format, block: Sequence[int]
+) -> Int[Tensor, "*shape"]:
     """Codes of ``x``: clamp(round(x / scale) + zero_point), in ``code_dtype(format)``."""
     lowest, highest = code_range(format)
-    codes = torch.round(_compute(x) / expand_scale(scale, x, block).to(_compute(x).dtype))
+    x = _computed(x)
+    codes = torch.round(x / expand_scale(scale, x, block).to(x.dtype))
     if zero_point is not None:
         codes = codes + expand_scale(zero_point, x, block)
     return codes.clamp(lowest, highest).to(code_dtype(format))
 
 
-def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, block: Sequence[int]) -> Tensor:
-    """(codes - zero_point) * scale, in the scale's dtype."""
+def dequantize(
+    codes: Int[Tensor, "*shape"], scale: Tensor, zero_point: Tensor | None, block: Sequence[int]
+) -> Float[Tensor, "*shape"]:
+    """(codes - zero_point) * scale, in float32 (float64 where the scale is)."""
+    scale = _computed(scale)
     x = codes.to(scale.dtype)
     if zero_point is not None:
         x = x - expand_scale(zero_point, x, block).to(scale.dtype)
     return x * expand_scale(scale, x, block)
 
 
-def parse_format(text: str) -> Int:
+def parse_format(text: str) -> Format:
     """The format that ``str(format)`` wrote, as the custom ops carry it."""
     return parse_quant(f"{text}/tensor").format
 
@@ -144,4 +160,4 @@ def parse_format(text: str) -> Int:
 def sqnr_db(x: Tensor, approximation: Tensor) -> float:
     """Signal to quantization noise ratio in decibels: 10 log10(sum x^2 / sum (x - approximation)^2); inf if equal."""
     noise = (x.double() - approximation.double()).square().sum()
-    return float(10 * torch.log10(x.double().square().sum() / noise)) if noise > 0 else float("inf")
+    return float("inf") if noise == 0 else float(10 * torch.log10(x.double().square().sum() / noise))

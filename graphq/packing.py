@@ -6,6 +6,7 @@ the low nibble. A row of K codes takes ceil(K * bits / 8) bytes; the bits after 
 """
 
 import torch
+from jaxtyping import Int8, UInt8
 from torch import Tensor
 
 from graphq.errors import PassError
@@ -16,10 +17,16 @@ def packed_size(count: int, bits: int) -> int:
     return -(-count * bits // 8)
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Bytes ``uint8[..., ceil(K * bits / 8)]`` of ``int8[..., K]`` codes from -2^(bits-1) to 2^(bits-1)-1."""
+def _check(bits: int, given: Tensor, wanted: torch.dtype) -> None:
     if not 2 <= bits <= 8:
-        raise PassError(f"pack: {bits} bits; rows of 2 to 8 bits are packed")
+        raise PassError(f"packing: {bits} bits; codes of 2 to 8 bits are packed")
+    if given.dtype != wanted:
+        raise PassError(f"packing: {given.dtype}, not {wanted}")
+
+
+def pack(codes: Int8[Tensor, "*rows count"], bits: int) -> UInt8[Tensor, "*rows bytes"]:
+    """The bytes of codes from -2^(bits-1) to 2^(bits-1)-1; higher bits of a code are cut off."""
+    _check(bits, codes, torch.int8)
     if bits == 8:
         return codes.contiguous().view(torch.uint8)
     if bits == 4:  # the common width, without spreading bits
@@ -29,12 +36,16 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         return (low & 15).view(torch.uint8) | (high << 4).view(torch.uint8)
     bit = torch.arange(bits, device=codes.device, dtype=torch.int8)
     string = ((codes.unsqueeze(-1) >> bit) & 1).flatten(-2).view(torch.uint8)
-    string = torch.nn.functional.pad(string, (0, -string.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    size = packed_size(codes.shape[-1], bits)
+    string = torch.nn.functional.pad(string, (0, 8 * size - string.shape[-1])).unflatten(-1, (size, 8))
     return (string << torch.arange(8, device=codes.device, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
 
 
-def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The ``int8[..., count]`` codes that ``pack`` packed."""
+def unpack(packed: UInt8[Tensor, "*rows bytes"], bits: int, count: int) -> Int8[Tensor, "*rows {count}"]:
+    """The ``count`` codes of each row that ``pack`` packed."""
+    _check(bits, packed, torch.uint8)
+    if packed.shape[-1] != packed_size(count, bits):
+        raise PassError(f"packing: {packed.shape[-1]} bytes a row; {count} codes take {packed_size(count, bits)}")
     if bits == 8:
         return packed.view(torch.int8)
     if bits == 4:

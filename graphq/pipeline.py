@@ -55,11 +55,11 @@ class Pipeline:
             _check(gm, step.requires, f"{step.name} needs")
             before = fingerprint(gm) if self.strict else ""
             count = step.run(gm, batches)
-            gm.graph.lint()
+            _check(gm, (well_formed, *step.ensures), f"{step.name} promises")
             gm.recompile()
             if self.strict and (fingerprint(gm) != before) != (count > 0):
-                raise PassError(f"{step.name} reports {count} changes, but the graph is {'the same' if count else 'another'}")
-            _check(gm, step.ensures, f"{step.name} promises")
+                found = "the same" if count else "another"
+                raise PassError(f"{step.name} reports {count} changes, but the graph is {found}")
             log.info("%s: %d", step.name, count)
             counts[step.name] = counts.get(step.name, 0) + count
             if self.after is not None:
@@ -74,11 +74,29 @@ def _check(gm: fx.GraphModule, invariants: Iterable[Invariant], who: str) -> Non
             raise PassError(f"{who} {invariant.name}: {reason}")
 
 
+def _malformed(gm: fx.GraphModule) -> str | None:
+    try:
+        gm.graph.lint()
+    except (RuntimeError, ValueError) as error:
+        return str(error).splitlines()[0]  # the graph follows
+    body = False
+    for node in gm.graph.nodes:
+        if node.op == "placeholder" and body:
+            return f"input {node.name} stands behind nodes that compute"
+        body = body or node.op not in ("placeholder", "get_attr")
+        if node.op != "output" and node.meta.get("val") is None and node.users:
+            return f"{node.name} does not know its val"
+    return None
+
+
+well_formed = Invariant("a well-formed graph", _malformed)
+
+
 def fingerprint(gm: fx.GraphModule) -> str:
     """A digest of the graph's text, its annotations and the bytes of its tensors."""
     digest = hashlib.sha256(dump(gm).encode())
     for node in gm.graph.nodes:
-        digest.update(repr(sorted((k, str(v)) for k, v in node.meta.items() if k.startswith("graphq."))).encode())
+        digest.update(repr(sorted((k, repr(v)) for k, v in node.meta.items() if k.startswith("graphq."))).encode())
     for name, tensor in sorted(gm.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         if not isinstance(tensor, FakeTensor):

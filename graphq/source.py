@@ -4,7 +4,7 @@ A ``Source`` is frozen data in ``gm.meta["graphq.source"]``; it survives ``deepc
 """
 
 from dataclasses import dataclass
-from typing import Any, Final, Literal, cast, final
+from typing import Final, Literal, final
 
 import torch
 from torch import fx
@@ -40,7 +40,8 @@ class Source:
     ``ranges``: the smallest and largest size of each dynamic dimension.
 
     ``blocks``: dotted paths of the lists of repeated blocks, such as ``model.layers``. ``output_kind``: the structure
-    the source returns. ``files``: the directory with the tokenizer and configuration that go with the artifact.
+    the source returns. ``config``, ``generation_config``: transformers' settings as JSON. ``files``: the directory with
+    the tokenizer and configuration that go with the artifact.
     """
 
     inputs: tuple[TensorInput, ...]
@@ -50,13 +51,14 @@ class Source:
     ranges: tuple[tuple[str, int, int], ...] = ()
     blocks: tuple[str, ...] = ()
     config: str | None = None
+    generation_config: str | None = None
     files: str | None = None
     notes: tuple[str, ...] = ()
 
     @property
     def is_causal_lm(self) -> bool:
         """Whether the graph takes ``input_ids`` and returns next-token ``logits``."""
-        return bool(self.outputs) and self.outputs[0] == "logits" and self.inputs[0].name == "input_ids"
+        return self.outputs[:1] == ("logits",) and [i.name for i in self.inputs[:1]] == ["input_ids"]
 
     def block_of(self, fqn: str) -> int | None:
         """The index of the repeated block that holds this layer, None outside of blocks."""
@@ -70,7 +72,7 @@ class Source:
 
 def source_of(gm: fx.GraphModule) -> Source:
     """The ``Source`` of a captured graph."""
-    found = cast(dict[str, Any], gm.meta).get(KEY)
+    found = gm.meta.get(KEY)
     if not isinstance(found, Source):
         raise PassError("this graph was not made by graphq.capture: it has no graphq.source")
     return found

@@ -2,16 +2,18 @@
 
 import operator
 import re
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, fx
+from torch._ops import OpOverload
 
 from graphq.layers import LAYER, PLAN
 from graphq.source import source_of
 from graphq.views import Weighted, view
 
-_DTYPES = {
+_DTYPES: Final = {
     torch.float64: "f64",
     torch.float32: "f32",
     torch.float16: "f16",
@@ -28,21 +30,22 @@ _DTYPES = {
 def dump(gm: fx.GraphModule) -> str:
     """The graph as text. Parameters stand as ``@fqn`` where they are used; numbers of nodes are their order."""
     names: dict[fx.Node, str] = {}
-    dimensions = _dimension_names(gm)
+    size_text = _size_printer(gm)
     lines: list[str] = []
     for node in gm.graph.nodes:
         if node.op == "get_attr":
             names[node] = f"@{node.target}"
-            continue
-        if node.op == "placeholder":
+        elif node.op == "placeholder":
             names[node] = f"%{node.name}"
-            lines.append(f"%{node.name}: {_type(node, dimensions)} = input")
+            lines.append(f"%{node.name}: {_type(node.meta.get('val'), size_text)} = input")
         elif node.op == "output":
             lines.append(f"return {_argument(node.args[0], names)}")
         else:
             names[node] = f"%{len(lines)}"
-            parts = [_argument(a, names) for a in node.args] + [f"{k}={_argument(v, names)}" for k, v in node.kwargs.items()]
-            line = f"{names[node]}: {_type(node, dimensions)} = {_target(node)}({', '.join(parts)})"
+            arguments = [_argument(a, names) for a in node.args]
+            arguments += [f"{k}={_argument(v, names)}" for k, v in node.kwargs.items()]
+            call = f"{_target(node)}({', '.join(arguments)})"
+            line = f"{names[node]}: {_type(node.meta.get('val'), size_text)} = {call}"
             if isinstance(view(node), Weighted) and PLAN in node.meta:
                 line += f"  # {node.meta[LAYER]}: {node.meta[PLAN]}"
             lines.append(line)
@@ -52,9 +55,9 @@ def dump(gm: fx.GraphModule) -> str:
 def _target(node: fx.Node) -> str:
     if node.op == "call_module":
         return f"@{node.target}"
-    if isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, OpOverload):
         return str(node.target).removesuffix(".default")
-    return cast(Any, node.target).__name__ if node.target is not operator.getitem else "item"
+    return "item" if node.target is operator.getitem else str(getattr(node.target, "__name__", node.target))
 
 
 def _argument(value: Any, names: dict[fx.Node, str]) -> str:
@@ -67,29 +70,21 @@ def _argument(value: Any, names: dict[fx.Node, str]) -> str:
     return repr(value) if isinstance(value, str) else str(value)
 
 
-def _dimension_names(gm: fx.GraphModule) -> dict[str, str]:
-    found: dict[str, str] = {}
-    declared = source_of(gm).inputs
-    for node, wanted in zip((n for n in gm.graph.nodes if n.op == "placeholder"), declared, strict=True):
-        for size, name in zip(node.meta["val"].shape, wanted.shape, strict=True):
-            if isinstance(name, str):
-                found.setdefault(str(size), name)
-    return found
-
-
-def _type(node: fx.Node, dimensions: dict[str, str]) -> str:
-    val = node.meta.get("val")
+def _type(val: Any, size_text: Callable[[Any], str]) -> str:
     if isinstance(val, Tensor):
-        sizes = ", ".join(_size(size, dimensions) for size in val.shape)
-        return f"{_DTYPES.get(val.dtype, str(val.dtype))}[{sizes}]"
-    if isinstance(val, list | tuple):
-        return f"({', '.join(_DTYPES.get(v.dtype, '?') for v in cast(list[Any], val))})"
+        return f"{_DTYPES.get(val.dtype, str(val.dtype))}[{', '.join(size_text(size) for size in val.shape)}]"
+    if isinstance(val, list | tuple):  # the shapes stand where the items are taken
+        parts = (_DTYPES.get(v.dtype, str(v.dtype)) if isinstance(v, Tensor) else "int" for v in cast(list[Any], val))
+        return f"({', '.join(parts)})"
     return "int" if isinstance(val, torch.SymInt | int) else type(val).__name__
 
 
-def _size(size: Any, dimensions: dict[str, str]) -> str:
-    text = str(size)
-    for symbol, name in dimensions.items():
-        if symbol.isidentifier():
-            text = re.sub(rf"\b{symbol}\b", name, text)
-    return text
+def _size_printer(gm: fx.GraphModule) -> Callable[[Any], str]:
+    """Prints a size in the names that the inputs' dimensions have, in the place of export's symbols."""
+    found: dict[str, str] = {}
+    inputs = (node for node in gm.graph.nodes if node.op == "placeholder")
+    for node, declared in zip(inputs, source_of(gm).inputs, strict=True):
+        for size, name in zip(node.meta["val"].shape, declared.shape, strict=True):
+            if isinstance(name, str):
+                found.setdefault(str(size), name)
+    return lambda size: re.sub(r"[^\W\d]\w*", lambda symbol: found.get(symbol[0], symbol[0]), str(size))

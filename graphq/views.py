@@ -5,8 +5,9 @@ that a misspelling fails at import. Positional, keyword and default arguments re
 ``case Linear(x, Param() as w)``. Arguments that are nodes come as views, lists of nodes as lists of views.
 """
 
+import inspect
 from collections.abc import Iterator
-from typing import Any, ClassVar, Final, Self, cast, final
+from typing import Any, ClassVar, Final, Self, cast, dataclass_transform, final
 
 import torch
 from torch import fx
@@ -15,12 +16,13 @@ from torch._ops import OpOverload
 from graphq.errors import PassError
 from graphq.runtime import ops
 
-_VIEWS: Final[dict[Any, type["Op"]]] = {}
+_VIEWS: Final[dict[OpOverload, type["Op"]]] = {}
 aten = torch.ops.aten
 
 
+@dataclass_transform(eq_default=False, frozen_default=True)  # shows type checkers the fields as positional patterns
 class Op:
-    """A window on one node. The plain class shows nodes whose op has no view of its own."""
+    """A window on one node. The plain class shows nodes whose op has no view of its own. Only ``view`` makes views."""
 
     target: ClassVar[Any] = None
     __match_args__: tuple[str, ...] = ()
@@ -28,16 +30,17 @@ class Op:
     def __init__(self, node: fx.Node) -> None:
         self.node = node
 
-    def __init_subclass__(cls, target: Any = None) -> None:
+    def __init_subclass__(cls, target: OpOverload | None = None) -> None:
         if target is None:
             return
+        names = tuple(inspect.get_annotations(cls))
+        known = [argument.name for argument in _arguments(target)]
+        wrong = [name for name in names if _argument_name(name) not in known]
+        if wrong:
+            raise PassError(f"{cls.__name__}: {target} has no argument {', '.join(wrong)}; it has {', '.join(known)}")
+        if target in _VIEWS:
+            raise PassError(f"{cls.__name__}: {target} has a view already, {_VIEWS[target].__name__}")
         cls.target = target
-        names = tuple(name for name in cls.__dict__.get("__annotations__", {}))
-        if isinstance(target, OpOverload):
-            schema = [argument.name for argument in target._schema.arguments]
-            wrong = [name for name in names if name.rstrip("_") not in schema]
-            if wrong:
-                raise PassError(f"{cls.__name__}: {target} has no argument {', '.join(wrong)}; it has {', '.join(schema)}")
         cls.__match_args__ = names
         _VIEWS[target] = cls
 
@@ -49,19 +52,22 @@ class Op:
 
     def __getattr__(self, name: str) -> Any:
         if name in type(self).__match_args__:
-            return _show(self.argument(name.rstrip("_")))  # self_ shows the argument self
+            return _show(self.argument(_argument_name(name)))
         raise AttributeError(f"{type(self).__name__} has no {name}")
 
     def argument(self, name: str) -> Any:
         """The raw argument of this name, wherever it was given; its default where it was not."""
-        for position, argument in enumerate(self.target._schema.arguments):
+        target = self.node.target
+        for position, argument in enumerate(_arguments(target) if isinstance(target, OpOverload) else ()):
             if argument.name == name:
                 if name in self.node.kwargs:
                     return self.node.kwargs[name]
                 if position < len(self.node.args):
                     return self.node.args[position]
+                if not argument.has_default_value():
+                    raise PassError(f"{self!r}: {target} was not given its argument {name}")
                 return argument.default_value
-        raise PassError(f"{self.target} has no argument {name}")
+        raise PassError(f"{self!r}: {target} has no argument {name}")
 
     @property
     def users(self) -> list["Op"]:
@@ -83,13 +89,25 @@ class Op:
         return f"{type(self).__name__}({self.node.name})"
 
 
+def _arguments(target: OpOverload) -> list[Any]:
+    return cast(Any, target)._schema.arguments
+
+
+def _argument_name(field: str) -> str:
+    return "self" if field == "self_" else field
+
+
 def view(node: fx.Node) -> Op:
     """The most specific view of ``node``."""
+    return _class_of(node)(node)
+
+
+def _class_of(node: fx.Node) -> type[Op]:
     if node.op == "get_attr":
-        return Param(node)
+        return Param
     if node.op == "placeholder":
-        return Input(node)
-    return _VIEWS.get(node.target, Op)(node) if node.op == "call_function" else Op(node)
+        return Input
+    return _VIEWS.get(node.target, Op) if isinstance(node.target, OpOverload) else Op
 
 
 def _show(value: Any) -> Any:
@@ -242,7 +260,7 @@ class TopK(Op, target=aten.topk.default):
 @final
 class Split(Op, target=aten.split.Tensor):
     self_: Op
-    split_size: int
+    split_size: int | Op  # an Op where it is computed from a dynamic size
     dim: int
 
 

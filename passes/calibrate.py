@@ -30,7 +30,8 @@ class Calibrate(Pass):
                 count += 1
         if count == 0:
             raise SpecError("calibration: no batches; static scales need at least one")
-        unseen = [observer.layers[0] for _, observer in watching if not torch.isfinite(observer.low)]
+        unseen = dict.fromkeys(layer for _, seen in watching if not seen.has_seen for layer in seen.layers)
         if unseen:
-            raise SpecError([f"calibration: no data reached {layer}; calibrate with data that uses it" for layer in unseen])
+            problem = "calibration: no data reached {}; calibrate with data that uses it"
+            raise SpecError([problem.format(layer) for layer in unseen])
         return len(watching)

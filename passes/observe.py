@@ -1,21 +1,24 @@
 """Observers on the activations whose scale is fixed before run time, and what they see."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, cast, final
+from itertools import count
+from typing import ClassVar, Final, Self, final
 
 import torch
 from torch import Tensor, fx, nn
 
+from graphq import edit
 from graphq.errors import SpecError
-from graphq.layers import LAYER, PLAN, sites
+from graphq.layers import PLAN, Site, sites
 from graphq.pipeline import Batches, Pass
 from graphq.spec import PerExpert, Plan, Quant
-from graphq.views import Op, view
+from graphq.views import Op, ops_of
 
 
 @final
 class MinMaxObserver(nn.Module):
-    """Hands its input on and keeps the smallest and the largest element seen, exactly, in float32.
+    """Hands its input on and keeps the smallest and the largest element seen, in float32.
 
     ``layers``: the layers that read this activation. An element that is NaN or infinite raises ``SpecError``.
     """
@@ -23,30 +26,38 @@ class MinMaxObserver(nn.Module):
     low: Tensor
     high: Tensor
     batches: Tensor
+    _is_impure: Final = True  # torch.fx: nothing needs to read its output
 
     def __init__(self, quant: Quant, layers: tuple[str, ...]) -> None:
         super().__init__()
         self.quant = quant
         self.layers = layers
-        self.register_buffer("low", torch.tensor(torch.inf))
-        self.register_buffer("high", torch.tensor(-torch.inf))
+        self.register_buffer("low", torch.tensor(torch.inf, dtype=torch.float32))
+        self.register_buffer("high", torch.tensor(-torch.inf, dtype=torch.float32))
         self.register_buffer("batches", torch.tensor(0))
+
+    @property
+    def has_seen(self) -> bool:
+        """Whether any element came by."""
+        return bool(self.low <= self.high)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.numel():
             low, high = x.amin().float(), x.amax().float()
             if not (torch.isfinite(low) and torch.isfinite(high)):
-                raise SpecError(f"calibration: batch {int(self.batches)}: the input of {self.layers[0]} holds NaN or Inf")
-            self.low = torch.minimum(self.low, low)
-            self.high = torch.maximum(self.high, high)
+                raise SpecError(
+                    f"calibration: batch {int(self.batches)}: the input of {self.layers[0]} holds NaN or Inf"
+                )
+            # In place: tensors made in inference mode could not be loaded into later.
+            self.low.copy_(torch.minimum(self.low, low))
+            self.high.copy_(torch.maximum(self.high, high))
         self.batches += 1
         return x
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        # A change of the model's dtype moves statistics between devices, but leaves their precision alone.
-        for name, buffer in self._buffers.items():
-            device = fn(torch.empty(0, dtype=buffer.dtype, device=buffer.device)).device if buffer is not None else None
-            self._buffers[name] = buffer.to(device) if buffer is not None else None
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # A change of the model's dtype leaves the precision of statistics alone; only the device follows.
+        for name, buffer in self.named_buffers(recurse=False):
+            setattr(self, name, buffer.to(fn(torch.empty(0, dtype=buffer.dtype, device=buffer.device)).device))
         return self
 
 
@@ -59,7 +70,7 @@ def input_quants(decision: object) -> tuple[Quant | None, ...]:
 @final
 @dataclass(frozen=True)
 class Observe(Pass):
-    """Every activation with a static scale passes through one observer, which all layers that agree on it share.
+    """Every activation with a static scale is watched by one observer, which all layers that agree on it share.
 
     The experts of a stack that have the same format share a scale: they read rows of one tensor.
     """
@@ -67,19 +78,16 @@ class Observe(Pass):
     name: ClassVar[str] = "observe"
 
     def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
-        made: dict[tuple[fx.Node, Quant], list[tuple[str, Op]]] = {}
+        wanted: dict[tuple[Op, Quant], list[Site]] = {}
         for site in sites(gm):
             for quant in dict.fromkeys(input_quants(site.op.node.meta.get(PLAN))):
-                if quant is not None and not quant.dynamic and not is_observed(gm, site.op.input_op, quant):
-                    made.setdefault((site.op.input_op.node, quant), []).append((site.path, site.op))
-        for (node, quant), readers in made.items():
-            first = readers[0][0]
-            path = f"observers.{len(observers(gm))}"
-            gm.add_submodule(path, MinMaxObserver(quant, tuple(name for name, _ in readers)))
-            with gm.graph.inserting_after(node):
-                observed = gm.graph.call_module(path, (node,))
-            observed.meta = {"val": node.meta["val"], LAYER: first, "graphq.by": (self.name,)}
-        return len(made)
+                if quant is not None and not quant.dynamic and observer_on(gm, site.op.input_op, quant) is None:
+                    wanted.setdefault((site.op.input_op, quant), []).append(site)
+        paths = (path for i in count() if not edit.has_tensor(gm, path := f"observers.{i}"))
+        for ((x, quant), readers), path in zip(wanted.items(), paths, strict=False):
+            observer = MinMaxObserver(quant, tuple(dict.fromkeys(site.path for site in readers)))
+            edit.add_observer(gm, x, path, observer, by=self.name, like=readers[0].op)
+        return len(wanted)
 
 
 def observer_of(gm: fx.GraphModule, op: Op) -> MinMaxObserver | None:
@@ -90,12 +98,13 @@ def observer_of(gm: fx.GraphModule, op: Op) -> MinMaxObserver | None:
     return module if isinstance(module, MinMaxObserver) else None
 
 
-def is_observed(gm: fx.GraphModule, x: Op, quant: Quant) -> bool:
-    """Whether an observer for this format watches ``x``."""
-    return any((seen := observer_of(gm, user)) is not None and seen.quant == quant for user in x.users)
+def observer_on(gm: fx.GraphModule, x: Op, quant: Quant) -> MinMaxObserver | None:
+    """The observer for this format that watches ``x``."""
+    found = (observer_of(gm, user) for user in x.users)
+    return next((observer for observer in found if observer is not None and observer.quant == quant), None)
 
 
 def observers(gm: fx.GraphModule) -> list[tuple[Op, MinMaxObserver]]:
     """The nodes that call observers, and the observers."""
-    found = ((view(cast(fx.Node, node)), observer_of(gm, view(node))) for node in gm.graph.nodes)
+    found = ((op, observer_of(gm, op)) for op in ops_of(gm))
     return [(op, observer) for op, observer in found if observer is not None]

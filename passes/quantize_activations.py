@@ -1,26 +1,53 @@
 """Activations through ``graphq::quantize`` and ``graphq::dequantize``, with scales from observers or from run time."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-import torch
 from torch import fx
 
 from graphq import edit, numerics
 from graphq.layers import LAYER, PLAN
-from graphq.passes.observe import MinMaxObserver, input_quants, observer_of, observers
+from graphq.passes.observe import input_quants, observer_on, observers
 from graphq.pipeline import Batches, Invariant, Pass
 from graphq.runtime import ops
 from graphq.spec import Quant
-from graphq.views import Op, Weighted, ops_of, view
+from graphq.views import Dequantize, Op, Quantize, Weighted, ops_of, view
 
 
-def _observing(gm: fx.GraphModule) -> str | None:
+def _readers(gm: fx.GraphModule) -> Iterator[tuple[Weighted, tuple[Quant | None, ...]]]:
+    """The layers whose input is to be quantized and is not yet, with its format (a stack: that of each expert)."""
+    for op in ops_of(gm):
+        if not isinstance(op, Weighted) or _is_quantized(op.input_op):
+            continue
+        quants = input_quants(op.node.meta.get(PLAN))
+        if any(quant is not None for quant in quants):
+            yield op, quants
+
+
+def _is_quantized(x: Op) -> bool:
+    if x.node.target is ops.select_rows:
+        return True
+    return isinstance(x, Dequantize) and isinstance(x.codes, Quantize)
+
+
+def _uncalibrated(gm: fx.GraphModule) -> str | None:
+    for op, quants in _readers(gm):
+        for quant in quants:
+            if quant is not None and not quant.dynamic:
+                observer = observer_on(gm, op.input_op, quant)
+                if observer is None or not observer.has_seen:
+                    return f"no data was seen of the input of {op.node.meta[LAYER]}"
+    return None
+
+
+def _observed(gm: fx.GraphModule) -> str | None:
     left = observers(gm)
     return f"{left[0][1].layers[0]} is still observed" if left else None
 
 
-no_observers = Invariant("no observers", _observing)
+calibrated = Invariant("data for every static scale", _uncalibrated)
+no_observers = Invariant("no observers", _observed)
 
 
 @final
@@ -32,25 +59,24 @@ class QuantizeActivations(Pass):
     """
 
     name: ClassVar[str] = "quantize-activations"
+    requires: ClassVar[tuple[Invariant, ...]] = (calibrated,)
     ensures: ClassVar[tuple[Invariant, ...]] = (no_observers,)
 
     def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
-        made: dict[tuple[fx.Node, Quant], Op] = {}
+        made: dict[tuple[Op, Quant], Op] = {}
         count = 0
-        for op in ops_of(gm):
-            if not isinstance(op, Weighted) or PLAN not in op.node.meta:
-                continue
-            quants = input_quants(op.node.meta[PLAN])
-            distinct = list(dict.fromkeys(quants))
-            if distinct == [None]:
-                continue
+        for op, quants in list(_readers(gm)):
             x = op.input_op
-            candidates = [x if quant is None else self._read(gm, x, quant, op, made) for quant in distinct]
+            distinct = list(dict.fromkeys(quants))
+            for quant in distinct:
+                if quant is not None and (x, quant) not in made:
+                    made[x, quant] = self._quantize(gm, x, quant, op)
+            candidates = [x if quant is None else made[x, quant] for quant in distinct]
+            read = candidates[0]
             if len(candidates) > 1:
                 choice = [distinct.index(quant) for quant in quants]
-                read = edit.insert(gm, op, ops.select_rows, candidates, view(op.argument("offsets")), choice, by=self.name)
-            else:
-                read = candidates[0]
+                offsets = view(op.argument("offsets"))
+                read = edit.insert(gm, op, ops.select_rows, candidates, offsets, choice, by=self.name)
             edit.redirect(op, x, read, by=self.name)
             count += 1
         for op, _ in observers(gm):
@@ -58,44 +84,32 @@ class QuantizeActivations(Pass):
         edit.drop_unused(gm)
         return count
 
-    def _read(self, gm: fx.GraphModule, x: Op, quant: Quant, reader: Op, made: dict[tuple[fx.Node, Quant], Op]) -> Op:
-        """``x`` quantized and dequantized, right after ``x``."""
-        found = made.get((x.node, quant))
-        if found is not None:
-            return found
-        layer = str(reader.node.meta[LAYER])
-        after = view(x.node.next)
+    def _quantize(self, gm: fx.GraphModule, x: Op, quant: Quant, reader: Weighted) -> Op:
+        """``x`` quantized and dequantized, right after ``x``, for ``reader`` and all that agree with it."""
+        after = edit.following(x)
         block = numerics.activation_block(quant.granularity, x.val.dim())
         text = str(quant.format)
-        zero_point: Op | None
+        zero_point: Op | None = None
         if quant.dynamic:
-            chosen = edit.insert(gm, after, ops.choose_scale, x, text, block, by=self.name, like=x)
-            scale, zero_point = edit.items(gm, chosen, 2, by=self.name)
+            chosen = edit.insert(gm, after, ops.choose_scale, x, text, block, by=self.name, like=reader)
+            scale, zero = edit.items(gm, chosen, 2, by=self.name)
+            zero_point = None if quant.format.symmetric else zero
         else:
-            observer = _observer(gm, x, quant)
-            low_high = numerics.scale_from_extremes(observer.low, observer.high, quant.format)
-            path = _free_path(gm, layer)
-            scale = edit.add_tensor(gm, after, f"{path}.input_scale", low_high[0], by=self.name, like=reader)
-            zero_point = None
-            if low_high[1] is not None:
-                zero_point = edit.add_tensor(gm, after, f"{path}.input_zero_point", low_high[1], by=self.name, like=reader)
-        if quant.format.symmetric:
-            zero_point = None
-        codes = edit.insert(gm, after, ops.quantize, x, scale, zero_point, None, text, block, by=self.name, like=x)
-        dtype: torch.dtype = x.val.dtype
-        read = edit.insert(gm, after, ops.dequantize, codes, scale, zero_point, None, text, block, dtype, by=self.name, like=x)
-        made[x.node, quant] = read
-        return read
-
-
-def _observer(gm: fx.GraphModule, x: Op, quant: Quant) -> MinMaxObserver:
-    found = (observer_of(gm, user) for user in x.users)
-    return next(observer for observer in found if observer is not None and observer.quant == quant)
+            observer = observer_on(gm, x, quant)
+            assert observer is not None, "calibrated"
+            fixed, zero = numerics.scale_from_extremes(observer.low, observer.high, quant.format)
+            path = _free_path(gm, str(reader.node.meta[LAYER]))
+            scale = edit.add_tensor(gm, after, f"{path}.input_scale", fixed, by=self.name, like=reader)
+            if zero is not None:
+                zero_point = edit.add_tensor(gm, after, f"{path}.input_zero_point", zero, by=self.name, like=reader)
+        level = (scale, zero_point, None, text, block)
+        codes = edit.insert(gm, after, ops.quantize, x, *level, by=self.name, like=reader)
+        return edit.insert(gm, after, ops.dequantize, codes, *level, x.val.dtype, by=self.name, like=reader)
 
 
 def _free_path(gm: fx.GraphModule, layer: str) -> str:
     """``layer``, or a part of it where the experts of a stack have several static inputs."""
     path, number = layer, 0
-    while any(name == f"{path}.input_scale" for name, _ in gm.named_buffers()):
+    while edit.has_tensor(gm, f"{path}.input_scale"):
         path, number = f"{layer}.input{number}", number + 1
     return path

@@ -14,7 +14,7 @@ from graphq.passes.annotate import annotated
 from graphq.pipeline import Batches, Invariant, Pass
 from graphq.spec import PerExpert, Plan, Quant
 from graphq.state import remove_tensor, tensor_of
-from graphq.views import Dequantize, Op
+from graphq.views import Dequantize, Op, Param, ops_of
 
 
 @final
@@ -34,6 +34,13 @@ def quantize_weight(w: Tensor, quant: Quant, block: list[int]) -> QuantizedWeigh
     return QuantizedWeight(numerics.quantize(w, scale, zero_point, quant.format, block), scale, zero_point, block)
 
 
+def _dataless(gm: fx.GraphModule) -> str | None:
+    return None if edit.has_data(gm) else "the model was captured without its weights"
+
+
+with_weights = Invariant("weights", _dataless)
+
+
 @final
 @dataclass(frozen=True)
 class QuantizeWeights(Pass):
@@ -45,37 +52,39 @@ class QuantizeWeights(Pass):
 
     record: Callable[[str, float], None] | None = None
     name: ClassVar[str] = "quantize-weights"
-    requires: ClassVar[tuple[Invariant, ...]] = (annotated,)
+    requires: ClassVar[tuple[Invariant, ...]] = (annotated, with_weights)
 
     def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
+        layers: dict[str, Site] = {}
+        for site in sites(gm):
+            layers.setdefault(site.param.fqn, site)
+        reads: dict[str, list[Param]] = {}
+        for op in ops_of(gm):
+            if isinstance(op, Param):
+                reads.setdefault(op.fqn, []).append(op)
         count = 0
-        done: set[fx.Node] = set()
-        for site in list(sites(gm)):
-            if site.param.node in done:
-                continue
-            done.add(site.param.node)
+        for fqn, site in layers.items():
             quants = _weight_quants(site)
             if any(quant is not None for quant in quants):
-                self._quantize(gm, site, quants)
+                self._quantize(gm, site, quants, reads[fqn])
                 count += 1
         edit.drop_unused(gm)
         return count
 
-    def _quantize(self, gm: fx.GraphModule, site: Site, quants: Sequence[Quant | None]) -> None:
+    def _quantize(self, gm: fx.GraphModule, site: Site, quants: Sequence[Quant | None], reads: Sequence[Param]) -> None:
         w = tensor_of(gm, site.param.fqn).detach()
         _check_finite(w, site)
-        readers = site.param.users
-        first = min(readers, key=lambda op: _position(gm, op))
+        first = min((user for read in reads for user in read.users), key=lambda op: op.node)  # in graph order
         remove_tensor(gm, site.param.fqn)
-        groups: dict[Quant | None, list[int]] = {}
+        plans: dict[Quant | None, list[int]] = {}
         for index, quant in enumerate(quants):
-            groups.setdefault(quant, []).append(index)
+            plans.setdefault(quant, []).append(index)
         parts: list[Op] = []
-        for number, (quant, members) in enumerate(groups.items()):
-            path = site.path if len(groups) == 1 else f"{site.path}.part{number}"
-            part = w[members] if site.is_stack and len(groups) > 1 else w
+        for number, (quant, members) in enumerate(plans.items()):
+            path = site.path if len(plans) == 1 else f"{site.path}.part{number}"
+            part = w if len(plans) == 1 else w[members]  # a copy: only stacks have several plans
             if quant is None:
-                kept = torch.nn.Parameter(part.clone(), requires_grad=False)
+                kept = torch.nn.Parameter(part, requires_grad=False)
                 parts.append(edit.add_tensor(gm, first, f"{path}.weight", kept, by=self.name, like=site.op))
                 continue
             op = site.op
@@ -83,9 +92,9 @@ class QuantizeWeights(Pass):
             made = quantize_weight(part, quant, block)
             parts.append(hold_codes(gm, first, path, quant, made, w.dtype, site.op, self.name))
             self._report(site, members, part, made)
-        whole = parts[0] if len(parts) == 1 else _join(gm, first, site, list(groups.values()), parts, self.name)
-        site.param.node.replace_all_uses_with(whole.node)
-        gm.graph.erase_node(site.param.node)
+        whole = parts[0] if len(parts) == 1 else _join(gm, first, site, list(plans.values()), parts, self.name)
+        for read in reads:
+            edit.bypass(gm, read, whole)
 
     def _report(self, site: Site, members: Sequence[int], w: Tensor, made: QuantizedWeight) -> None:
         if self.record is None:
@@ -97,9 +106,16 @@ class QuantizeWeights(Pass):
 
 
 def hold_codes(
-    gm: fx.GraphModule, before: Op, path: str, quant: Quant, made: QuantizedWeight, dtype: torch.dtype, like: Op, by: str
+    gm: fx.GraphModule,
+    before: Op,
+    path: str,
+    quant: Quant,
+    made: QuantizedWeight,
+    dtype: torch.dtype,
+    like: Op,
+    by: str,
 ) -> Op:
-    """The codes, scale and zero point as buffers under ``path``, and the op that reads them as a weight of ``dtype``."""
+    """Codes, scale and zero point as buffers under ``path``, and the op that reads them as a weight of ``dtype``."""
     codes = edit.add_tensor(gm, before, f"{path}.weight", made.codes, by=by, like=like)
     scale = edit.add_tensor(gm, before, f"{path}.weight_scale", made.scale, by=by, like=like)
     zero_point = None
@@ -115,20 +131,16 @@ def _weight_quants(site: Site) -> tuple[Quant | None, ...]:
     return tuple(d.weight if isinstance(d, Plan) else None for d in decisions)
 
 
-def _position(gm: fx.GraphModule, op: Op) -> int:
-    return next(i for i, node in enumerate(gm.graph.nodes) if node is op.node)
-
-
 def _check_finite(w: Tensor, site: Site) -> None:
     if not torch.isfinite(w).all():
         wrong = [fqn for i, fqn in enumerate(site.fqns) if not torch.isfinite(w[i] if site.is_stack else w).all()]
         raise GraphError(f"{wrong[0]}: the weight holds NaN or Inf")
 
 
-def _join(gm: fx.GraphModule, before: Op, site: Site, groups: list[list[int]], parts: list[Op], by: str) -> Op:
+def _join(gm: fx.GraphModule, before: Op, site: Site, plans: list[list[int]], parts: list[Op], by: str) -> Op:
     """The experts of all parts in their own order."""
     joined = edit.insert(gm, before, torch.ops.aten.cat.default, parts, 0, by=by, like=site.op)
-    order = [expert for group in groups for expert in group]
+    order = [expert for members in plans for expert in members]
     if order == sorted(order):
         return joined
     place = torch.tensor([order.index(expert) for expert in range(len(order))])

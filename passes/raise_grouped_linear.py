@@ -5,7 +5,7 @@ weight as ``[E, K, N]``, a transposed view of the stored ``[E, N, K]``.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Final, final
+from typing import Any, ClassVar, Final, cast, final
 
 from torch import fx
 
@@ -20,27 +20,41 @@ _PRODUCTS: Final = ("transformers.grouped_mm_fallback.default", "aten._grouped_m
 @final
 @dataclass(frozen=True)
 class RaiseGroupedLinear(Pass):
-    """Every grouped product by a transposed parameter is a ``grouped_linear`` by the parameter itself."""
+    """Every product of rows, each by the matrix of its group, is a ``grouped_linear``, by the parameter if it can be.
+
+    ``aten._grouped_mm`` has other forms (batches of rows, a bias, a dtype of its own), which stay.
+    """
 
     name: ClassVar[str] = "raise-grouped-linear"
 
     def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
         count = 0
         for op in ops_of(gm):
-            if op.node.op != "call_function" or str(op.node.target) not in _PRODUCTS:
+            operands = _operands(op)
+            if operands is None:
                 continue
-            x, weight, offsets = (view(node) for node in op.node.all_input_nodes)
+            x, weight, offsets = operands
             match weight:
-                case Transpose(Param() as stored, dim0, dim1) if _swaps_last_two(dim0, dim1):
-                    edit.replace(gm, op, ops.grouped_linear, x, stored, offsets, by=self.name)
+                case Transpose(Param() as stored, int(dim0), int(dim1)) if {dim0 % 3, dim1 % 3} == {1, 2}:
+                    rows_by = stored
                 case _:
-                    before = view(op.node)
-                    back = edit.insert(gm, before, Transpose.target, weight, 1, 2, by=self.name)
-                    edit.replace(gm, op, ops.grouped_linear, x, back, offsets, by=self.name)
+                    rows_by = edit.insert(gm, op, Transpose.target, weight, 1, 2, by=self.name)
+            edit.replace(gm, op, ops.grouped_linear, x, rows_by, offsets, by=self.name)
             count += 1
         edit.drop_unused(gm)
         return count
 
 
-def _swaps_last_two(dim0: int | Op, dim1: int | Op) -> bool:
-    return {dim0, dim1} in ({-2, -1}, {1, 2})
+def _operands(op: Op) -> tuple[Op, Op, Op] | None:
+    """``x[T, K]``, ``weight[E, K, N]`` and ``offsets[E]`` of a grouped product; None for other ops and other forms."""
+    if op.node.op != "call_function" or str(op.node.target) not in _PRODUCTS:
+        return None
+    names = [argument.name for argument in cast(Any, op.node.target)._schema.arguments]
+    given = dict(zip(names, op.node.args, strict=False)) | op.node.kwargs
+    offsets = given.pop("offs", None)
+    x, weight, *others = given.values()
+    if not (isinstance(x, fx.Node) and isinstance(weight, fx.Node) and isinstance(offsets, fx.Node)):
+        return None
+    is_plain = all(other is None or other == x.meta["val"].dtype for other in others)
+    has_form = x.meta["val"].dim() == 2 and weight.meta["val"].dim() == 3
+    return (view(x), view(weight), view(offsets)) if is_plain and has_form else None

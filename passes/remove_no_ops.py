@@ -1,33 +1,47 @@
-"""Identities that export leaves behind: aliases, detachments, dropout in evaluation."""
+"""Identities that export leaves behind: aliases, detachments, and the copies that dropout is in evaluation."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Final, final
+from typing import Any, ClassVar, Final, final
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphq import edit
 from graphq.pipeline import Batches, Pass
-from graphq.views import ops_of, view
+from graphq.views import Input, Op, Param, ops_of, view
 
 aten = torch.ops.aten
-_IDENTITIES: Final = (aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default)
+_IDENTITIES: Final = (aten.alias.default, aten.detach.default, aten.clone.default, aten.lift_fresh_copy.default)
 
 
 @final
 @dataclass(frozen=True)
 class RemoveNoOps(Pass):
-    """Readers of an identity read what it was given."""
+    """Readers of an identity read what it was given.
+
+    Graphs are functional, so that a copy is an identity if it keeps the layout that a ``view`` behind it relies on. One
+    stays: what the graph returns is never its own input or parameter, which the caller might write to.
+    """
 
     name: ClassVar[str] = "remove-no-ops"
 
     def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
         count = 0
         for op in ops_of(gm):
-            is_identity = op.node.target in _IDENTITIES
-            is_eval_dropout = op.node.target is aten.dropout.default and op.node.args[2] is False
-            if is_identity or is_eval_dropout:
-                (source,) = op.node.all_input_nodes
-                edit.bypass(gm, op, view(source))
-                count += 1
+            if op.node.target not in _IDENTITIES:
+                continue
+            source = view(op.node.all_input_nodes[0])
+            if not _keeps_layout(source.val, op.val) or (isinstance(source, Input | Param) and _is_returned(op)):
+                continue
+            edit.bypass(gm, op, source)
+            count += 1
         return count
+
+
+def _keeps_layout(x: Any, y: Any) -> bool:
+    return all(statically_known_true(a == b) for a, b in zip(x.stride(), y.stride(), strict=True))
+
+
+def _is_returned(op: Op) -> bool:
+    return any(user.op == "output" for user in op.node.users)

@@ -2,7 +2,7 @@
 
 import operator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final, cast, final
+from typing import ClassVar, Final, cast, final
 
 import torch
 from torch import fx
@@ -31,45 +31,41 @@ class SplitGateUp(Pass):
         count = 0
         for op in ops_of(gm):
             match op:
-                case GroupedLinear(x, Param() as fused, offsets) if fused.fqn.rpartition(".")[2] == _FUSED:
-                    cut = _halves(op)
-                    if cut is None or len(fused.users) != 1:
-                        continue
-                    for half, outputs in enumerate(cut):
-                        weight = edit.add_tensor(
-                            gm,
-                            op,
-                            fused.fqn.removesuffix(_FUSED) + _HALVES[half],
-                            _rows(gm, fused.fqn, half),
-                            by=self.name,
-                        )
-                        made = edit.insert(gm, op, ops.grouped_linear, x, weight, offsets, by=self.name)
-                        for output in outputs:
-                            edit.bypass(gm, output, made)
-                    count += 1
+                case GroupedLinear(_, Param() as fused, _) if fused.fqn.rpartition(".")[2] == _FUSED:
+                    halves = _halves(op)
+                    if halves is not None and len(fused.users) == 1 and not _taken(gm, fused):
+                        self._split(gm, op, fused, halves)
+                        count += 1
                 case _:
                     pass
         edit.drop_unused(gm)
         return count
 
+    def _split(self, gm: fx.GraphModule, op: GroupedLinear, fused: Param, halves: tuple[list[Op], list[Op]]) -> None:
+        rows = tensor_of(gm, fused.fqn).detach().chunk(2, 1)
+        for name, own, outputs in zip(_HALVES, rows, halves, strict=True):
+            held = torch.nn.Parameter(own, requires_grad=False)
+            weight = edit.add_tensor(gm, op, fused.fqn.removesuffix(_FUSED) + name, held, by=self.name)
+            made = edit.insert(gm, op, ops.grouped_linear, op.x, weight, op.offsets, by=self.name)
+            for output in outputs:
+                edit.bypass(gm, output, made)
 
-def _rows(gm: fx.GraphModule, fqn: str, half: int) -> torch.nn.Parameter:
-    fused = tensor_of(gm, fqn).detach()
-    size = fused.shape[1] // 2
-    return torch.nn.Parameter(fused.narrow(1, half * size, size), requires_grad=False)
+
+def _taken(gm: fx.GraphModule, fused: Param) -> bool:
+    return any(edit.has_tensor(gm, fused.fqn.removesuffix(_FUSED) + name) for name in _HALVES)
 
 
 def _halves(op: GroupedLinear) -> tuple[list[Op], list[Op]] | None:
     """The readers of the first and of the second half of the output, if all it is read for is these halves."""
-    width = cast(Any, op.val).shape[-1]
-    readers: tuple[list[Op], list[Op]] = ([], [])
+    width = op.val.shape[-1]
+    halves: tuple[list[Op], list[Op]] = ([], [])
     for user in op.users:
         match user:
-            case Split(_, size, -1 | 1) if size * 2 == width:
+            case Split(_, int(size), -1 | 1) if size * 2 == width:
                 for item in user.node.users:
-                    if item.target is not operator.getitem or item.args[1] not in (0, 1):
+                    if item.target is not operator.getitem:
                         return None
-                    readers[cast(int, item.args[1])].append(view(item))
+                    halves[cast(int, item.args[1])].append(view(item))
             case _:
                 return None
-    return readers if readers[0] and readers[1] else None
+    return halves if halves[0] and halves[1] else None

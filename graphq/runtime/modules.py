@@ -1,31 +1,55 @@
-"""The modules of a compiled model: weights as packed bytes, scales and zero points as buffers."""
+"""The modules of a compiled model: weights as packed bytes, scales and zero points as buffers.
 
-from collections.abc import Sequence
+Their dtypes are part of the compiled model: ``.to(dtype)`` moves these modules' tensors, scales and biases included,
+between devices and leaves their dtypes, and that of the result, alone.
+"""
+
+import math
+from abc import ABC
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Final, Self, cast, final
 
 import torch
 from torch import Tensor, nn
 
 from graphq import numerics, packing
+from graphq.errors import PassError
 from graphq.spec import Format
 
 _onednn: Any = torch.ops.onednn
+_BITS: Final = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _keep_dtypes(module: nn.Module, fn: Any) -> None:
-    """Scales and codes move between devices with the model, but never change their dtype."""
-    for name, buffer in module._buffers.items():
-        if buffer is not None:
-            module._buffers[name] = buffer.to(fn(torch.empty(0, dtype=torch.int64, device=buffer.device)).device)
+def _moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+    """``fn`` of the tensor's bits: ``.to`` and its like convert floating-point numbers and only move integers."""
+    bits = tensor.detach().view(_BITS[tensor.dtype.itemsize])
+    moved = fn(bits)
+    return tensor.to(moved.device) if moved.dtype != bits.dtype else moved.view(tensor.dtype)
+
+
+def _expect(what: str, tensor: Tensor | None, wanted: Tensor | None) -> None:
+    given, want = (None if t is None else tuple(t.shape) for t in (tensor, wanted))
+    if given != want:
+        raise PassError(f"{what} of shape {given}, not {want}")
+
+
+class _FixedDtypes(nn.Module, ABC):
+    """A module whose own tensors keep their dtypes."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        for child in self.children() if recurse else ():
+            child._apply(fn)
+        return super()._apply(lambda tensor: _moved(tensor, fn), recurse=False)
 
 
 @final
-class PackedWeight(nn.Module):
+class PackedWeight(_FixedDtypes):
     """A weight in packed codes; calling it gives the dequantized weight.
 
-    ``weight``: ``uint8[rows, bytes]``, one row for each output channel (of each expert), packed as ``graphq.packing`` says.
-    ``weight_scale``, ``weight_zero_point`` and ``block`` are those of the QDQ form. ``shape`` and ``out_axis`` are the
-    float weight's.
+    ``weight``: ``uint8[rows, bytes]``, packed as ``graphq.packing`` says, one row for each index of ``row_axes``
+    (output channels, of each expert). ``weight_scale``, ``weight_zero_point`` and ``block`` are those of the QDQ form,
+    ``shape`` and ``row_axes`` those of the float weight; ``dtype`` is what it is dequantized to.
     """
 
     weight: Tensor
@@ -36,19 +60,16 @@ class PackedWeight(nn.Module):
         self, format: str, block: Sequence[int], shape: Sequence[int], row_axes: Sequence[int], dtype: torch.dtype
     ) -> None:
         super().__init__()
-        self.format, self.block, self.shape, self.row_axes, self.dtype = format, list(block), list(shape), list(row_axes), dtype
+        self.format, self.block, self.dtype = format, list(block), dtype
+        self.shape, self.row_axes = list(shape), list(row_axes)
         self.parsed: Format = numerics.parse_format(format)
         self.rows_first = [*row_axes, *(a for a in range(len(shape)) if a not in row_axes)]
         sizes = [shape[a] for a in self.rows_first]
-        rows = 1
-        for size in sizes[: len(row_axes)]:
-            rows *= size
-        self.columns = 1
-        for size in sizes[len(row_axes) :]:
-            self.columns *= size
-        self.register_buffer("weight", torch.empty(rows, packing.packed_size(self.columns, self.parsed.bits), dtype=torch.uint8))
+        rows, self.columns = math.prod(sizes[: len(row_axes)]), math.prod(sizes[len(row_axes) :])
+        row_bytes = packing.packed_size(self.columns, self.parsed.bits)
+        self.register_buffer("weight", torch.empty(rows, row_bytes, dtype=torch.uint8))
         scales = [size if b == 1 else 1 if b < 0 else -(-size // b) for size, b in zip(shape, block, strict=True)]
-        self.register_buffer("weight_scale", torch.empty(scales))
+        self.register_buffer("weight_scale", torch.empty(scales, dtype=torch.float32))
         zero_point = None if self.parsed.symmetric else torch.empty(scales, dtype=numerics.code_dtype(self.parsed))
         self.register_buffer("weight_zero_point", zero_point)
 
@@ -57,7 +78,11 @@ class PackedWeight(nn.Module):
         return {k: getattr(self, k) for k in ("format", "block", "shape", "row_axes", "dtype")}
 
     def hold(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Self:
-        """Pack these codes; scale and zero point are kept as they are."""
+        """Pack these codes; scale and zero point are kept as they are. Raises ``PassError`` for other shapes."""
+        if list(codes.shape) != self.shape:
+            raise PassError(f"codes of shape {tuple(codes.shape)}, not {tuple(self.shape)}")
+        _expect("a scale", scale, self.weight_scale)
+        _expect("a zero point", zero_point, self.weight_zero_point)
         self.weight = packing.pack(codes.permute(self.rows_first).reshape(-1, self.columns), self.parsed.bits)
         self.weight_scale, self.weight_zero_point = scale, zero_point
         return self
@@ -71,17 +96,33 @@ class PackedWeight(nn.Module):
     def forward(self) -> Tensor:
         return numerics.dequantize(self.codes(), self.weight_scale, self.weight_zero_point, self.block).to(self.dtype)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        _keep_dtypes(self, fn)
-        return self
+
+@final
+@dataclass(frozen=True)
+class _Prepared:
+    """What an integer linear computes from its codes before the first product. ``row_sums``: exact up to K = 2^17."""
+
+    codes: Tensor
+    version: int | None
+    packed: Tensor | None
+    row_sums: Tensor
+
+    def is_of(self, codes: Tensor) -> bool:
+        return self.codes is codes and self.version == _version(codes)
+
+
+def _version(tensor: Tensor) -> int | None:
+    """Counts the changes of a tensor in place, such as by ``load_state_dict``; inference tensors are not counted."""
+    return None if tensor.is_inference() else cast(Any, tensor)._version
 
 
 @final
-class Int8Linear(nn.Module):
+class Int8Linear(_FixedDtypes):
     """A linear on int8 codes of the input, with exact integer accumulation where the machine has a kernel for it.
 
     ``weight``: ``int8[N, K]``; ``weight_scale`` (and ``weight_zero_point``): ``[N, 1]`` or ``[1, 1]``. The product is
-    ``scale_x * scale_w * sum_k (q_x - z_x)(q_w - z_w)``, whose zero points are taken out of the integer sum.
+    ``scale_x * scale_w * sum_k (q_x - z_x)(q_w - z_w)``, whose zero points are taken out of the integer sum. It is
+    computed in float32, which holds sums up to 2^24 exactly, and given in ``dtype``.
     """
 
     weight: Tensor
@@ -89,15 +130,18 @@ class Int8Linear(nn.Module):
     weight_zero_point: Tensor | None
     bias: Tensor | None
 
-    def __init__(self, shape: Sequence[int], per_channel: bool, symmetric: bool, bias: bool, dtype: torch.dtype) -> None:
+    def __init__(
+        self, shape: Sequence[int], per_channel: bool, symmetric: bool, bias: bool, dtype: torch.dtype
+    ) -> None:
         super().__init__()
-        self.shape, self.per_channel, self.symmetric, self.has_bias, self.dtype = list(shape), per_channel, symmetric, bias, dtype
+        self.shape, self.per_channel, self.symmetric = list(shape), per_channel, symmetric
+        self.has_bias, self.dtype = bias, dtype
         scales = [shape[0] if per_channel else 1, 1]
         self.register_buffer("weight", torch.empty(*shape, dtype=torch.int8))
-        self.register_buffer("weight_scale", torch.empty(scales))
+        self.register_buffer("weight_scale", torch.empty(scales, dtype=torch.float32))
         self.register_buffer("weight_zero_point", None if symmetric else torch.empty(scales, dtype=torch.int8))
         self.register_buffer("bias", torch.empty(shape[0], dtype=dtype) if bias else None)
-        self._prepared: tuple[Tensor, Tensor | None, Tensor] | None = None
+        self._prepared: _Prepared | None = None
 
     def settings(self) -> dict[str, Any]:
         """The arguments that make an empty module of this kind."""
@@ -110,9 +154,12 @@ class Int8Linear(nn.Module):
         }
 
     def hold(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None) -> Self:
-        """Hold these codes, with scale and zero point as they are."""
+        """Hold these codes, with scale and zero point as they are. Raises ``PassError`` for other shapes."""
+        _expect("codes", codes, self.weight)
+        _expect("a scale", scale, self.weight_scale)
+        _expect("a zero point", zero_point, self.weight_zero_point)
+        _expect("a bias", bias, self.bias)
         self.weight, self.weight_scale, self.weight_zero_point, self.bias = codes, scale, zero_point, bias
-        self._prepared = None
         return self
 
     def codes(self) -> Tensor:
@@ -120,46 +167,31 @@ class Int8Linear(nn.Module):
         return self.weight
 
     def forward(self, q: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-        """``q``: int8 codes ``[..., K]``; ``scale``, ``zero_point``: one for each token ``[..., 1]`` or a single one."""
-        if self._prepared is None or self._prepared[2] is not self.weight:
-            packed = _prepack(self.weight)
-            self._prepared = (packed, self.weight.sum(1, dtype=torch.int32), self.weight)
-        packed, row_sums, _ = self._prepared
-        sums = _integer_product(q, self.weight, packed)
+        """``q``: int8 codes ``[..., K]``; ``scale``, ``zero_point``: ``[..., 1]``, for each token, or single ones."""
+        if self._prepared is None or not self._prepared.is_of(self.weight):
+            row_sums = self.weight.sum(1, dtype=torch.int32).to(torch.float32)
+            self._prepared = _Prepared(self.weight, _version(self.weight), _prepack(self.weight), row_sums)
+        sums = _integer_product(q, self.weight, self._prepared.packed)
         if zero_point is not None:
-            sums = sums - zero_point.to(torch.float32) * row_sums
+            sums = sums - zero_point.to(torch.float32) * self._prepared.row_sums
         if self.weight_zero_point is not None:
-            w_zero = self.weight_zero_point.flatten().to(torch.float32)
             totals = q.sum(-1, keepdim=True, dtype=torch.int32).to(torch.float32)
             if zero_point is not None:
                 totals = totals - zero_point.to(torch.float32) * self.shape[1]
-            sums = sums - totals * w_zero
+            sums = sums - totals * self.weight_zero_point.flatten().to(torch.float32)
         y = sums * scale * self.weight_scale.flatten()
         if self.bias is not None:
             y = y + self.bias
         return y.to(self.dtype)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        _keep_dtypes(self, fn)
-        self._prepared = None
-        return self
-
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_prepared": None}  # opaque prepacked tensors cannot be copied
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        made = type(self)(**self.settings())
-        for name, buffer in self._buffers.items():
-            made._buffers[name] = None if buffer is None else buffer.clone()
-        made.train(self.training)
-        memo[id(self)] = made
-        return made
+        return {**super().__getstate__(), "_prepared": None}  # prepacked tensors cannot be copied
 
 
 def _prepack(weight: Tensor) -> Tensor | None:
     if weight.device.type != "cpu" or not has_integer_kernel():
         return None
-    return cast(Tensor, _onednn.qlinear_prepack(weight, None))
+    return cast(Tensor, _onednn.qlinear_prepack(weight.contiguous(), None))  # torch 2.13 ignores strides here
 
 
 def _integer_product(q: Tensor, weight: Tensor, packed: Tensor | None) -> Tensor:
@@ -178,7 +210,7 @@ _PROBED: Final[list[bool]] = []
 
 
 def has_integer_kernel() -> bool:
-    """Whether oneDNN multiplies int8 by int8 exactly here: without VNNI, pairs of large products saturate in 16 bits."""
+    """Whether oneDNN multiplies int8 exactly here: without VNNI, sums of two large products saturate in 16 bits."""
     if not _PROBED:
         q, w = torch.full((1, 64), 127, dtype=torch.int8), torch.full((16, 64), 127, dtype=torch.int8)
         w[1::2] = -128

@@ -53,6 +53,7 @@ def _dequantize_fake(
     block: Sequence[int],
     dtype: torch.dtype | None = None,
 ) -> Tensor:
+    _one_level(global_scale)
     return torch.empty_like(codes, dtype=dtype or scale.dtype)
 
 
@@ -66,6 +67,7 @@ def _quantize(
 def _quantize_fake(
     x: Tensor, scale: Tensor, zero_point: Tensor | None, global_scale: Tensor | None, format: str, block: Sequence[int]
 ) -> Tensor:
+    _one_level(global_scale)
     return torch.empty_like(x, dtype=numerics.code_dtype(numerics.parse_format(format)))
 
 
@@ -83,18 +85,21 @@ def _choose_scale_fake(x: Tensor, format: str, block: Sequence[int]) -> tuple[Te
     return scale, x.new_empty(shape, dtype=numerics.code_dtype(numerics.parse_format(format)))
 
 
-def _bounds(offsets: Tensor) -> list[tuple[int, int]]:
+def _bounds(offsets: Tensor, experts: int) -> list[tuple[int, int]]:
+    """The first row of each expert and the one after its last."""
     ends: list[int] = offsets.tolist()
+    if len(ends) != experts:
+        raise PassError(f"{len(ends)} offsets for {experts} experts")
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
 def _grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """Rows of ``x[T, K]`` up to ``offsets[0]`` times ``weight[0, N, K]``, up to ``offsets[1]`` times ``weight[1]``, and so on;
-    rows after the last offset are 0. A loop over experts: the reference, in any dtype."""
+    """Rows of ``x[T, K]`` up to ``offsets[0]`` times ``weight[0, N, K]``, up to ``offsets[1]`` times ``weight[1]`` and
+    so on; rows after the last offset are 0. A loop over experts: the reference, in any dtype.
+    """
     out = x.new_zeros(x.shape[0], weight.shape[1])
-    for expert, (first, last) in enumerate(_bounds(offsets)):
-        if last > first:
-            out[first:last] = torch.nn.functional.linear(x[first:last], weight[expert])
+    for expert, (first, last) in enumerate(_bounds(offsets, weight.shape[0])):
+        out[first:last] = torch.nn.functional.linear(x[first:last], weight[expert])
     return out
 
 
@@ -103,9 +108,11 @@ def _grouped_linear_fake(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _select_rows(candidates: Sequence[Tensor], offsets: Tensor, choice: Sequence[int]) -> Tensor:
-    """The rows of expert ``e`` (those up to ``offsets[e]``) taken from ``candidates[choice[e]]``; all are ``[T, K]``."""
+    """The rows of expert ``e`` (those up to ``offsets[e]``) taken from ``candidates[choice[e]]``; all are ``[T, K]``.
+    Rows after the last offset are 0.
+    """
     out = torch.zeros_like(candidates[0])
-    for expert, (first, last) in enumerate(_bounds(offsets)):
+    for expert, (first, last) in enumerate(_bounds(offsets, len(choice))):
         out[first:last] = candidates[choice[expert]][first:last]
     return out
 

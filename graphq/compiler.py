@@ -1,0 +1,281 @@
+"""``graphq.compile``: the pipeline from a model and a spec to the QDQ form, and what can be done with it."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, cast, final
+
+import torch
+from torch import Tensor, fx, nn
+
+from graphq import hugging_face
+from graphq.batches import complete_all
+from graphq.capture import capture_module
+from graphq.errors import GraphError, SpecError, TargetError
+from graphq.frontends import load_spec
+from graphq.frontends.native import print_spec
+from graphq.passes.annotate import Annotate, decide
+from graphq.passes.calibrate import Calibrate
+from graphq.passes.observe import Observe
+from graphq.passes.quantize_activations import QuantizeActivations
+from graphq.passes.quantize_weights import QuantizeWeights
+from graphq.passes.raise_grouped_linear import RaiseGroupedLinear
+from graphq.passes.remove_no_ops import RemoveNoOps
+from graphq.passes.split_gate_up import SplitGateUp
+from graphq.pipeline import Pass, Pipeline
+from graphq.report import Report, make_report
+from graphq.runtime.model import CompiledModel
+from graphq.source import source_of
+from graphq.spec import Plan, Resolved, Spec
+from graphq.state import put_tensor, tensor_of
+
+ALGORITHMS: Final = ("rtn",)
+TARGETS: Final = ("torch", "onnx")
+Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+
+
+def canonical_passes() -> list[Pass]:
+    """What brings every capture into one form, before any decision."""
+    return [RemoveNoOps(), RaiseGroupedLinear(), SplitGateUp()]
+
+
+def passes_for(spec: Spec, record: Callable[[str, float], None] | None = None) -> list[Pass]:
+    """The whole pipeline for a spec, in order."""
+    return [
+        *canonical_passes(),
+        Annotate(spec),
+        Observe(),
+        Calibrate(),
+        QuantizeWeights(record),
+        QuantizeActivations(),
+    ]
+
+
+@final
+class Compiled:
+    """A compiled model. ``graph`` is the QDQ form, the truth that every artifact equals; ``report`` says what became of
+    each layer; ``spec`` is what was compiled. Calling it runs the packed torch module."""
+
+    def __init__(self, graph: fx.GraphModule, spec: Spec, report: Report, seed: int) -> None:
+        self.graph = graph
+        self.spec = spec
+        self.report = report
+        self.seed = seed
+        self._packed: CompiledModel | None = None
+
+    @property
+    def module(self) -> CompiledModel:
+        """The packed torch module."""
+        if self._packed is None:
+            from graphq.lowering.pack import pack
+
+            self._packed = CompiledModel(pack(self.graph)).eval()
+        return self._packed
+
+    def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor | tuple[Tensor, ...] | dict[str, Tensor]:
+        """See ``CompiledModel.forward``."""
+        with torch.inference_mode():
+            return cast(Any, self.module(*args, **kwargs))
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """See ``CompiledModel.generate``."""
+        return self.module.generate(*args, **kwargs)
+
+    def emit(self, target: str, path: str | os.PathLike[str], **options: Any) -> None:
+        """Write the artifact for ``target`` (``"torch"``, ``"onnx"``) into the directory ``path``, whole or not at all.
+
+        ``overwrite=True`` replaces an existing directory. ONNX takes ``opset`` (as low as the types allow). Raises
+        ``TargetError`` for a layer that the target cannot hold, and for an existing ``path``.
+        """
+        made_from = {"spec": print_spec(self.spec), "algorithm": "rtn", "seed": self.seed, "report": self.report.to_json()}
+        match target:
+            case "torch":
+                from graphq.lowering.torch_module import emit
+            case "onnx":
+                from graphq.lowering.onnx import emit
+            case _:
+                raise TargetError(f"{target}: no such target; there are {', '.join(TARGETS)}")
+        emit(self.graph, Path(path), made_from, **options)
+
+    def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
+        """Write the torch artifact, which ``graphq.load`` reads."""
+        self.emit("torch", path, overwrite=overwrite)
+
+
+def capture(
+    model: nn.Module | str | os.PathLike[str],
+    inputs: Inputs | None = None,
+    dtype: torch.dtype | None = None,
+    weights: bool = True,
+    cache: bool = True,
+) -> fx.GraphModule:
+    """The graph of a module (with example ``inputs``), of a transformers model, or of a Hugging Face directory.
+
+    A directory is captured in float32, a module in its own dtype, unless ``dtype`` says otherwise; ``weights=False`` reads
+    a directory's configuration alone. ``cache=False`` leaves the key/value cache out.
+    """
+    if isinstance(model, str | os.PathLike):
+        gm = hugging_face.capture_directory(Path(model), dtype or torch.float32, weights, cache)
+    elif not isinstance(model, nn.Module):
+        raise GraphError(f"model: a {type(model).__name__} is neither a module nor the path of a model directory")
+    else:
+        if dtype is not None and any(p.dtype != dtype for p in model.parameters() if p.is_floating_point()):
+            import copy
+
+            model = copy.deepcopy(model).to(dtype)
+        if inputs is not None:
+            gm = capture_module(model, inputs)
+        elif hugging_face.is_pretrained(model):
+            gm = hugging_face.capture_pretrained(cast(Any, model), cache)
+        else:
+            raise GraphError(f"inputs: {type(model).__name__} is not a transformers model; pass example inputs of its forward")
+    Pipeline(canonical_passes()).run(gm)
+    return gm
+
+
+def compile(
+    model: nn.Module | str | os.PathLike[str],
+    spec: Spec | Mapping[str, Any] | str | os.PathLike[str],
+    *,
+    inputs: Inputs | None = None,
+    calibration: Iterable[object] | None = None,
+    algorithm: str | None = None,
+    dtype: torch.dtype | None = None,
+    consume: bool = False,
+    seed: int = 0,
+    dialect: str | None = None,
+    cache: bool = True,
+) -> Compiled:
+    """Compile ``model`` as ``spec`` says.
+
+    model: a module (with example ``inputs``: a tensor, a tuple, or a dict by argument name), a transformers model, or the
+        path of a Hugging Face directory (captured in float32 unless ``dtype`` says otherwise).
+    spec: a ``Spec``, a dict or a YAML path, in any dialect; ``dialect`` names it where it cannot be recognised.
+    calibration: batches (each a tensor, a tuple or a dict) for activations with static scales.
+    algorithm: ``"rtn"`` rounds to nearest whatever algorithm the spec names.
+    consume: take the caller's tensors instead of copying those that stay float; the model is unusable afterwards.
+
+    The caller's model is never changed unless ``consume`` is true. Raises ``SpecError``, ``GraphError``, ``TargetError``.
+    """
+    parsed = load_spec(cast(Any, spec), dialect)
+    _check_algorithms(parsed, algorithm)
+    if parsed.cache is not None:
+        raise SpecError(f"cache: {parsed.cache}: graphq cannot quantize the KV cache yet; leave it out of the spec")
+    gm = capture(model, inputs, dtype, cache=cache)
+    if consume and isinstance(model, nn.Module):
+        _release(model)
+    resolved, notes = decide(gm, parsed)
+    _check_calibration(resolved, calibration)
+    source = source_of(gm)
+    sqnr: dict[str, float] = {}
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        batches = _progress(complete_all(source, calibration), calibration) if calibration is not None else None
+        Pipeline(passes_for(parsed, sqnr.__setitem__)).run(gm, batches)
+    if isinstance(model, nn.Module) and not consume:
+        _own_tensors(gm, model)
+    report = make_report(resolved, [*source.notes, *notes], source.dtype.itemsize * 8, sqnr)
+    return Compiled(gm, parsed, report, seed)
+
+
+def _check_algorithms(spec: Spec, algorithm: str | None) -> None:
+    if algorithm is not None and algorithm not in ALGORITHMS:
+        raise SpecError(f"algorithm: {algorithm!r} is not one of {', '.join(ALGORITHMS)}")
+    if algorithm is None:
+        problems = [
+            f"{a.source + ': ' if a.source else ''}graphq has no {a.name} yet; compile with algorithm rtn to round to nearest"
+            for a in spec.algorithms
+            if a.name not in ALGORITHMS
+        ]
+        if problems:
+            raise SpecError(problems)
+
+
+def _check_calibration(resolved: Mapping[str, Resolved], calibration: Iterable[object] | None) -> None:
+    asking = [
+        fqn
+        for fqn, found in resolved.items()
+        if isinstance(found.decision, Plan) and found.decision.input is not None and not found.decision.input.dynamic
+    ]
+    if asking and calibration is None:
+        shown = ", ".join(asking[:3]) + (f" and {len(asking) - 3} more" if len(asking) > 3 else "")
+        raise SpecError(f"calibration: none given, but {shown} ask for static activation scales")
+
+
+def _progress(batches: Iterator[tuple[Tensor, ...]], given: Iterable[object]) -> Iterator[tuple[Tensor, ...]]:
+    """The same batches, with a bar on the standard error while they are used, if that is a terminal."""
+    import sys
+
+    if not sys.stderr.isatty():
+        return batches
+    from rich.console import Console
+    from rich.progress import track
+
+    total = len(cast(Any, given)) if hasattr(given, "__len__") else None
+    return iter(track(batches, "calibrating", total=total, console=Console(stderr=True), transient=True))
+
+
+def _release(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.data = torch.empty(0, dtype=parameter.dtype)
+
+
+def _own_tensors(gm: fx.GraphModule, model: nn.Module) -> None:
+    """No tensor of ``gm`` shares its storage with the caller's model."""
+    theirs = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
+    copies: dict[int, Tensor] = {}
+    for name in gm.state_dict(keep_vars=True):
+        tensor = tensor_of(gm, name)
+        storage = tensor.untyped_storage()._cdata
+        if storage in theirs:
+            copy = copies.setdefault(storage, tensor.detach().clone()) if tensor.is_contiguous() else tensor.detach().clone()
+            same = copy if copy.shape == tensor.shape else tensor.detach().clone()
+            put_tensor(gm, name, nn.Parameter(same, requires_grad=False) if isinstance(tensor, nn.Parameter) else same)
+
+
+def explain(
+    model: nn.Module | str | os.PathLike[str],
+    spec: Spec | Mapping[str, Any] | str | os.PathLike[str],
+    *,
+    inputs: Inputs | None = None,
+    dialect: str | None = None,
+) -> Report:
+    """What ``compile`` would do with each layer, and which rule decides. Reads a directory's configuration, no weights."""
+    parsed = load_spec(cast(Any, spec), dialect)
+    gm = capture(model, inputs, weights=False)
+    resolved, notes = decide(gm, parsed)
+    source = source_of(gm)
+    asked = [f"algorithm: {a.name}" for a in parsed.algorithms]
+    asked += [f"cache: {parsed.cache}"] if parsed.cache else []
+    return make_report(resolved, [*source.notes, *notes, *asked], source.dtype.itemsize * 8)
+
+
+def graph_after(
+    model: str | os.PathLike[str],
+    spec: Spec | Mapping[str, Any] | str | os.PathLike[str],
+    after: str | None = None,
+    *,
+    calibration: Iterable[object] | None = None,
+    dialect: str | None = None,
+) -> fx.GraphModule:
+    """The graph of a model directory right after the pass named ``after`` (None: the last).
+
+    The weights are loaded where a pass up to there needs them. Raises what ``compile`` raises; algorithms are ignored.
+    """
+    parsed = load_spec(cast(Any, spec), dialect)
+    passes = passes_for(parsed)
+    names = [step.name for step in passes]
+    if after is None:
+        after = names[-1]
+    if after not in names:
+        raise SpecError(f"{after}: no such pass; there are {', '.join(names)}")
+    passes = passes[: names.index(after) + 1]
+    needed = any(isinstance(step, Calibrate | QuantizeWeights) for step in passes)
+    gm = hugging_face.capture_directory(Path(model), weights=needed)
+    source = source_of(gm)
+    if needed:
+        Pipeline(canonical_passes()).run(gm)
+        _check_calibration(decide(gm, parsed)[0], calibration)
+    with torch.no_grad():
+        Pipeline(passes).run(gm, complete_all(source, calibration) if calibration is not None else None)
+    return gm

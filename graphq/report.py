@@ -1,0 +1,145 @@
+"""What became of each layer: plan, deciding rule, size, error; and for float layers the reason."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, final
+
+from graphq import packing
+from graphq.spec import Layer, PerChannel, PerGroup, PerTensor, PerToken, Plan, Quant, Resolved, granularity_name
+
+
+def quant_json(quant: Quant | None) -> dict[str, Any] | None:
+    """A ``Quant`` as plain data; None for float."""
+    if quant is None:
+        return None
+    name = f"int{quant.format.bits}"
+    return {
+        "format": name,
+        "symmetric": quant.format.symmetric,
+        "granularity": granularity_name(quant.granularity),
+        "group_size": quant.granularity.size if isinstance(quant.granularity, PerGroup) else None,
+        "dynamic": quant.dynamic,
+        "divisor": quant.format.divisor if quant.format.symmetric else None,
+    }
+
+
+@final
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer. ``nbytes``: its weight as stored, scales and zero points included; ``float_nbytes``: as it was.
+
+    ``sqnr_db``: signal to quantization noise ratio of the weight in decibels, None where it is float or was not measured.
+    """
+
+    layer: Layer
+    weight: Quant | None
+    input: Quant | None
+    rule: str
+    source: str
+    reason: str
+    nbytes: int
+    float_nbytes: int
+    sqnr_db: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: ``layer``, ``weight``, ``input`` (null: float), ``rule``, ``source`` and what else is known."""
+        return {
+            "layer": self.layer.fqn,
+            "weight": quant_json(self.weight),
+            "input": quant_json(self.input),
+            "rule": self.rule,
+            "source": self.source,
+            "reason": self.reason,
+            "kind": self.layer.kind,
+            "shape": list(self.layer.shape),
+            "bytes": self.nbytes,
+            "float_bytes": self.float_nbytes,
+            "sqnr_db": self.sqnr_db,
+        }
+
+    @property
+    def plan(self) -> str:
+        """The plan in words."""
+        if self.weight is None and self.input is None:
+            return f"float ({self.reason})"
+        return f"{self.weight or 'float'} x {self.input or 'float'}"
+
+
+@final
+@dataclass(frozen=True)
+class Report:
+    """All layers that a rule can name, in graph order, and what else the user should know."""
+
+    layers: tuple[LayerReport, ...]
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """One object a layer."""
+        return [layer.to_json() for layer in self.layers]
+
+    def table(self) -> list[tuple[str, ...]]:
+        """The layers as rows of text, a header first; a column in which nothing stands is left out."""
+        rows = [("layer", "weight", "input", "rule", "bytes", "SQNR dB", "why float")]
+        for found in self.layers:
+            rows.append(
+                (
+                    found.layer.fqn,
+                    str(found.weight or "float"),
+                    str(found.input or "float"),
+                    " ".join(part for part in (found.source, f"({found.rule})" if found.rule else "") if part),
+                    str(found.nbytes),
+                    "" if found.sqnr_db is None else f"{found.sqnr_db:.1f}",
+                    found.reason,
+                )
+            )
+        kept = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
+        return [tuple(row[i] for i in kept) for row in rows]
+
+    def __str__(self) -> str:
+        rows = self.table()
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def make_report(
+    resolved: Mapping[str, Resolved], notes: Iterable[str], float_bits: int, sqnr: Mapping[str, float] | None = None
+) -> Report:
+    """The report on decisions; ``float_bits`` is the width of the source's dtype, ``sqnr`` what was measured."""
+    layers: list[LayerReport] = []
+    for fqn, found in resolved.items():
+        plan = found.decision if isinstance(found.decision, Plan) else None
+        elements = 1
+        for size in found.layer.shape:
+            elements *= size
+        float_nbytes = elements * float_bits // 8
+        layers.append(
+            LayerReport(
+                layer=found.layer,
+                weight=plan.weight if plan else None,
+                input=plan.input if plan else None,
+                rule=str(found.rule.match) if found.rule else "",
+                source=found.rule.source if found.rule else "",
+                reason="" if isinstance(found.decision, Plan) else found.decision.reason,
+                nbytes=stored_nbytes(found.layer, plan.weight) if plan and plan.weight else float_nbytes,
+                float_nbytes=float_nbytes,
+                sqnr_db=(sqnr or {}).get(fqn),
+            )
+        )
+    return Report(tuple(layers), tuple(notes))
+
+
+def stored_nbytes(layer: Layer, quant: Quant) -> int:
+    """Bytes of a packed weight: codes by rows of one output channel, float32 scales, zero points of a byte each."""
+    rows, columns = layer.shape[0], 1
+    for size in layer.shape[1:]:
+        columns *= size
+    match quant.granularity:
+        case PerTensor():
+            scales = 1
+        case PerChannel() | PerToken():
+            scales = rows
+        case PerGroup(size):
+            scales = rows * -(-layer.shape[1] // size)
+    zero_points = 0 if quant.format.symmetric else scales
+    return rows * packing.packed_size(columns, quant.format.bits) + 4 * scales + zero_points

@@ -1,0 +1,73 @@
+"""``generate`` for a captured causal language model: a thin transformers model around the graph."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from transformers import AutoConfig, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from graphq.batches import complete
+from graphq.source import Source
+
+
+class _Generator(PreTrainedModel, GenerationMixin):
+    main_input_name = "input_ids"
+    _is_stateful = False
+
+    def __init__(self, config: Any, graph: fx.GraphModule, source: Source) -> None:
+        super().__init__(config)
+        object.__setattr__(self, "_graph", graph)  # not a submodule: transformers must not touch its tensors
+        object.__setattr__(self, "_source", source)
+
+    @property
+    def device(self) -> torch.device:
+        tensors = [*self._graph.buffers(), *self._graph.parameters()]
+        return tensors[0].device if tensors else torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._source.dtype
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        **ignored: Any,
+    ) -> CausalLMOutputWithPast:
+        given: dict[str, Tensor | None] = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if any(i.name == "position_ids" for i in self._source.inputs):
+            given["position_ids"] = position_ids
+        past = past_key_values if past_key_values is not None else DynamicCache()
+        for i, layer in enumerate(past.layers):
+            if layer.is_initialized:
+                given |= {f"past_key_values.{i}.key": layer.keys, f"past_key_values.{i}.value": layer.values}
+        batch = complete(self._source, {k: v for k, v in given.items() if v is not None})
+        outputs = dict(zip(self._source.outputs, self._graph(*batch), strict=True))
+        return CausalLMOutputWithPast(logits=outputs["logits"], past_key_values=_hold(past, outputs))
+
+
+def _hold(cache: Any, outputs: Mapping[str, Tensor]) -> Any:
+    """``cache`` with full-length layers that hold the graph's present keys and values."""
+    layers: list[DynamicLayer] = []
+    while f"present.{len(layers)}.key" in outputs:
+        layer = DynamicLayer()
+        layer.keys, layer.values = outputs[f"present.{len(layers)}.key"], outputs[f"present.{len(layers)}.value"]
+        layer.dtype, layer.device, layer.is_initialized = layer.keys.dtype, layer.keys.device, True
+        layers.append(layer)
+    cache.layers = layers
+    return cache
+
+
+def generator(graph: fx.GraphModule, source: Source, config: dict[str, Any]) -> PreTrainedModel:
+    """A transformers model whose forward is ``graph``, with the source's configuration."""
+    settings = AutoConfig.for_model(**{k: v for k, v in config.items() if k != "transformers_version"})
+    made = _Generator(settings, graph, source)
+    if source.generation_config is not None:
+        made.generation_config = GenerationConfig.from_dict(json.loads(source.generation_config))
+    return made.eval()

@@ -1,0 +1,215 @@
+"""A graph of packed modules as plain data and back: nodes over an allow-list of ops, no code.
+
+Ops are functional aten ops, graphq's own, and arithmetic on sizes. What an argument can be: a node, a number, a word, None,
+a list, a dtype, a device, a layout or a memory format. Infinite numbers are written as words, since JSON has none.
+"""
+
+import math
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any, Final, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch._ops import OpOverload
+
+from graphq.errors import TargetError
+from graphq.runtime import ops as graphq_ops
+from graphq.runtime.modules import Int8Linear, PackedWeight
+from graphq.state import put_tensor
+
+_FUNCTIONS: Final[dict[str, Callable[..., Any]]] = {
+    "getitem": operator.getitem,
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "floordiv": operator.floordiv,
+    "truediv": operator.truediv,
+    "mod": operator.mod,
+    "pow": operator.pow,
+    "neg": operator.neg,
+    "eq": operator.eq,
+    "ne": operator.ne,
+    "lt": operator.lt,
+    "le": operator.le,
+    "gt": operator.gt,
+    "ge": operator.ge,
+    "sym_max": torch.sym_max,
+    "sym_min": torch.sym_min,
+    "sym_not": torch.sym_not,
+    "sym_float": torch.sym_float,
+    "sym_int": torch.sym_int,
+    "sym_ite": torch.sym_ite,
+}
+_NAMES: Final = {function: name for name, function in _FUNCTIONS.items()}
+_GRAPHQ: Final = {str(op): op for op in (graphq_ops.quantize, graphq_ops.dequantize, graphq_ops.choose_scale)}
+_GRAPHQ_MOE: Final = {str(op): op for op in (graphq_ops.grouped_linear, graphq_ops.select_rows)}
+_MODULES: Final = {"PackedWeight": PackedWeight, "Int8Linear": Int8Linear}
+_WORDS: Final = (
+    "rounding_mode",
+    "approximate",
+    "padding",
+    "mode",
+    "reduction",
+    "indexing",
+    "equation",
+    "pad_mode",
+    "reduce",
+)
+
+
+def allowed(target: object) -> bool:
+    """Whether an op may stand in an artifact: it changes nothing in place, reads no file and calls no code."""
+    if target in _NAMES or str(target) in _GRAPHQ | _GRAPHQ_MOE:
+        return True
+    if not isinstance(target, OpOverload) or target.namespace != "aten":
+        return False
+    schema = target._schema
+    words = [a.name for a in schema.arguments if "str" in str(a.type) and a.name not in _WORDS]
+    return not schema.is_mutable and not words
+
+
+def _target_name(target: object) -> str:
+    return _NAMES[cast(Any, target)] if target in _NAMES else str(target)
+
+
+def _target_named(name: str) -> Callable[..., Any]:
+    known = _FUNCTIONS.get(name) or (_GRAPHQ | _GRAPHQ_MOE).get(name)
+    if known is not None:
+        return known
+    parts = name.split(".")
+    if len(parts) == 3 and parts[0] == "aten" and all(p.isidentifier() for p in parts):
+        packet = getattr(torch.ops.aten, parts[1], None)
+        found = getattr(packet, parts[2], None) if isinstance(packet, torch._ops.OpOverloadPacket) else None
+        if isinstance(found, OpOverload) and allowed(found):
+            return found
+    raise TargetError(f"graph.json: {name} is not an op that artifacts may hold")
+
+
+def graph_to_json(gm: fx.GraphModule) -> dict[str, Any]:
+    """The graph and the settings of its modules. Ops must be ``allowed``."""
+    modules: dict[str, Any] = {}
+    nodes: list[dict[str, Any]] = []
+    for node in gm.graph.nodes:
+        entry: dict[str, Any] = {"name": node.name, "op": node.op}
+        if node.op == "call_function":
+            entry["target"] = _target_name(node.target)
+        elif node.op != "output":
+            entry["target"] = str(node.target)
+        if node.args:
+            entry["args"] = [_to_json(a) for a in node.args]
+        if node.kwargs:
+            entry["kwargs"] = {k: _to_json(v) for k, v in node.kwargs.items()}
+        if node.op == "call_module":
+            module = gm.get_submodule(str(node.target))
+            assert isinstance(module, PackedWeight | Int8Linear)
+            settings = {k: _to_json(v) for k, v in module.settings().items()}
+            modules[str(node.target)] = {"class": type(module).__name__, "settings": settings}
+        nodes.append(entry)
+    return {"nodes": nodes, "modules": modules}
+
+
+def _to_json(value: Any) -> Any:
+    match value:
+        case fx.Node():
+            return {"node": value.name}
+        case torch.dtype():
+            return {"dtype": str(value).removeprefix("torch.")}
+        case torch.device():
+            return {"device": "cpu"}
+        case torch.layout() | torch.memory_format():
+            return {"torch": str(value).removeprefix("torch.")}
+        case float() if not math.isfinite(value):
+            return {"float": str(value)}
+        case list() | tuple():
+            return [_to_json(v) for v in cast(list[Any], value)]
+        case slice():
+            return {"slice": [_to_json(v) for v in (value.start, value.stop, value.step)]}
+        case None | bool() | int() | float() | str():
+            return value
+        case _:
+            raise TargetError(f"graph.json: cannot hold an argument of type {type(value).__name__}")
+
+
+def graph_from_json(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> fx.GraphModule:
+    """The graph that ``graph_to_json`` wrote, with these tensors. Raises ``TargetError`` for anything else."""
+    try:
+        return _build(data, tensors)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        raise TargetError(f"graph.json: damaged: {type(error).__name__}: {error}") from error
+
+
+def _build(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> fx.GraphModule:
+    root = nn.Module()
+    for path, described in data["modules"].items():
+        made = _MODULES[described["class"]](**{k: _from_json(v, {}) for k, v in described["settings"].items()})
+        _add_module(root, path, made)
+    for name, tensor in tensors.items():
+        put_tensor(root, name, tensor)
+    graph = fx.Graph(root)
+    nodes: dict[str, fx.Node] = {}
+    for entry in data["nodes"]:
+        op, name = entry["op"], entry["name"]
+        args = tuple(_from_json(a, nodes) for a in entry.get("args", ()))
+        kwargs = {k: _from_json(v, nodes) for k, v in entry.get("kwargs", {}).items()}
+        match op:
+            case "placeholder":
+                node = graph.placeholder(str(entry["target"]))
+            case "get_attr":
+                if entry["target"] not in tensors:
+                    raise TargetError(f"graph.json: the weights lack {entry['target']}")
+                node = graph.create_node("get_attr", entry["target"], name=name)
+            case "call_module":
+                if entry["target"] not in data["modules"]:
+                    raise TargetError(f"graph.json: {entry['target']} is not one of its modules")
+                node = graph.create_node("call_module", entry["target"], args, kwargs, name=name)
+            case "call_function":
+                node = graph.create_node("call_function", _target_named(entry["target"]), args, kwargs, name=name)
+            case "output":
+                node = graph.output(args[0])
+            case _:
+                raise TargetError(f"graph.json: no node can be a {op}")
+        nodes[name] = node
+    graph.lint()
+    return fx.GraphModule(root, graph)
+
+
+def _add_module(root: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    for segment in parent.split(".") if parent else ():
+        if segment not in root._modules:
+            root.add_module(segment, nn.Module())
+        root = cast(nn.Module, root._modules[segment])
+    if name in root._modules:
+        for child, inner in cast(nn.Module, root._modules[name]).named_children():
+            module.add_module(child, inner)
+    root.add_module(name, module)
+
+
+def _from_json(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
+    match value:
+        case {"node": str(name)}:
+            return nodes[name]
+        case {"dtype": str(name)}:
+            return _torch_named(name, torch.dtype)
+        case {"device": "cpu"}:
+            return torch.device("cpu")
+        case {"torch": str(name)}:
+            return _torch_named(name, torch.layout, torch.memory_format)
+        case {"float": "inf" | "-inf" | "nan" as text}:
+            return float(text)
+        case {"slice": [start, stop, step]}:
+            return slice(*(_from_json(v, nodes) for v in (start, stop, step)))
+        case list():
+            return [_from_json(v, nodes) for v in cast(list[Any], value)]
+        case None | bool() | int() | float() | str():
+            return value
+        case _:
+            raise TargetError(f"graph.json: {value!r} is not an argument")
+
+
+def _torch_named(name: str, *kinds: type) -> Any:
+    found = getattr(torch, name, None)
+    if not isinstance(found, kinds):
+        raise TargetError(f"graph.json: torch has no {name}")
+    return found

@@ -1,0 +1,46 @@
+"""An ONNX artifact in ONNX Runtime, called like the compiled torch model: torch tensors in and out, on the CPU."""
+
+from pathlib import Path
+from typing import Any, cast, final
+
+import torch
+from torch import Tensor
+
+from graphq.batches import complete
+from graphq.errors import TargetError
+from graphq.runtime.model import by_name
+from graphq.source import Source
+
+
+@final
+class OnnxSession:
+    """``model.onnx`` behind the source's inputs and outputs. Masks, positions and empty caches may be left out."""
+
+    def __init__(self, file: Path, source: Source) -> None:
+        """Raises ``TargetError`` for a file that ONNX Runtime cannot load, or whose inputs are not those of ``source``."""
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors; the rest is advice on graph inputs
+        try:
+            self._session: Any = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # the library has a type for each status
+            raise TargetError(f"{file}: ONNX Runtime cannot load it: {str(error).strip().splitlines()[0]}") from error
+        taken, declared = [i.name for i in self._session.get_inputs()], [i.name for i in source.inputs]
+        if taken != declared:
+            raise TargetError(f"{file}: takes {', '.join(taken)}; the manifest says {', '.join(declared)}")
+        self.source = source
+
+    def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor | tuple[Tensor, ...] | dict[str, Tensor]:
+        """Raises ``TypeError`` for an argument that the source was not captured with, ``SpecError`` for a wrong shape."""
+        batch = complete(self.source, by_name(self.source, args, kwargs))
+        feeds = {i.name: x.detach().cpu().numpy() for i, x in zip(self.source.inputs, batch, strict=True)}
+        found = cast("list[Any]", self._session.run(list(self.source.outputs), feeds))
+        outputs = tuple(torch.from_numpy(x) for x in found)
+        match self.source.output_kind:
+            case "tensor":
+                return outputs[0]
+            case "tuple":
+                return outputs
+            case "dict":
+                return dict(zip(self.source.outputs, outputs, strict=True))

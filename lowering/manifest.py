@@ -1,0 +1,199 @@
+"""What every artifact says of itself in ``graphq.json``: spec, source, and digests of its codes, scales, zero points."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Final, final
+
+import torch
+from torch import Tensor, fx
+
+from graphq.errors import TargetError
+from graphq.files import MANIFEST
+from graphq.source import Source, TensorInput, source_of
+from graphq.state import tensor_of
+from graphq.views import Dequantize, Op, Param, Quantize, ops_of
+
+NAME: Final = MANIFEST
+FORMAT: Final = 1
+_COMPANIONS: Final = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "vocab.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+    "preprocessor_config.json",
+)
+
+
+@final
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """Codes, scale and zero point of one weight (or the scale of one static input, without codes) of the QDQ form."""
+
+    path: str
+    format: str
+    codes: Tensor | None
+    scale: Tensor
+    zero_point: Tensor | None
+
+    def named(self) -> dict[str, Tensor]:
+        """The tensors by their names in the QDQ form."""
+        role = "weight" if self.codes is not None else "input"
+        named = {f"{self.path}.weight": self.codes} if self.codes is not None else {}
+        named |= {f"{self.path}.{role}_scale": self.scale, f"{self.path}.{role}_zero_point": self.zero_point}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+def digest(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's dtype, shape and elements in row-major order."""
+    data = tensor.detach().cpu().contiguous()
+    head = f"{str(data.dtype).removeprefix('torch.')}{list(data.shape)}:".encode()
+    return hashlib.sha256(head + data.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def quantized_tensors(gm: fx.GraphModule) -> dict[str, QuantizedTensor]:
+    """The quantized weights and static input scales of a QDQ form, by the path that holds them."""
+    found: dict[str, QuantizedTensor] = {}
+    for op in ops_of(gm):
+        match op:
+            case Dequantize() if isinstance(op.codes, Param):
+                path = op.codes.fqn.removesuffix(".weight")
+                found[path] = QuantizedTensor(
+                    path, op.format, tensor_of(gm, op.codes.fqn), _tensor(gm, op.scale), _optional(gm, op.zero_point)
+                )
+            case Quantize() if isinstance(op.scale, Param):
+                path = op.scale.fqn.removesuffix(".input_scale")
+                found[f"{path} input"] = QuantizedTensor(
+                    path, op.format, None, _tensor(gm, op.scale), _optional(gm, op.zero_point)
+                )
+            case _:
+                pass
+    return found
+
+
+def _tensor(gm: fx.GraphModule, op: Op) -> Tensor:
+    assert isinstance(op, Param)
+    return tensor_of(gm, op.fqn)
+
+
+def _optional(gm: fx.GraphModule, op: Op | None) -> Tensor | None:
+    return _tensor(gm, op) if op is not None else None
+
+
+def named_tensors(tensors: Mapping[str, QuantizedTensor]) -> dict[str, Tensor]:
+    """All tensors by their names in the QDQ form."""
+    return {name: tensor for quantized in tensors.values() for name, tensor in quantized.named().items()}
+
+
+def record(tensor: Tensor) -> dict[str, Any]:
+    """What the manifest says of a tensor: its dtype, shape and digest."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return {"dtype": dtype, "shape": list(tensor.shape), "sha256": digest(tensor)}
+
+
+def computed_in(gm: fx.GraphModule) -> torch.dtype | None:
+    """The dtype that weights are dequantized to, which is the one that they were quantized from."""
+    reads = (op for op in ops_of(gm) if isinstance(op, Dequantize) and isinstance(op.codes, Param))
+    return next((op.val.dtype for op in reads), None)
+
+
+def source_json(source: Source) -> dict[str, Any]:
+    """A ``Source`` as plain data, without the place it was read from."""
+    return {
+        "inputs": [{"name": i.name, "dtype": str(i.dtype).removeprefix("torch."), "shape": list(i.shape)} for i in source.inputs],
+        "outputs": list(source.outputs),
+        "output_kind": source.output_kind,
+        "dtype": str(source.dtype).removeprefix("torch."),
+        "ranges": [list(r) for r in source.ranges],
+        "blocks": list(source.blocks),
+        "config": source.config,
+        "generation_config": source.generation_config,
+    }
+
+
+def source_from_json(data: Mapping[str, Any]) -> Source:
+    """The ``Source`` that ``source_json`` wrote. Raises ``KeyError`` or ``TypeError`` for other data."""
+    return Source(
+        inputs=tuple(TensorInput(str(i["name"]), dtype_named(i["dtype"]), tuple(i["shape"])) for i in data["inputs"]),
+        outputs=tuple(data["outputs"]),
+        output_kind=data["output_kind"],
+        dtype=dtype_named(data["dtype"]),
+        ranges=tuple((str(name), int(low), int(high)) for name, low, high in data["ranges"]),
+        blocks=tuple(data["blocks"]),
+        config=data["config"],
+        generation_config=data["generation_config"],
+    )
+
+
+def source_of_artifact(directory: Path, described: Mapping[str, Any]) -> Source:
+    """The ``Source`` in an artifact's manifest. Raises ``TargetError`` where it is damaged."""
+    try:
+        return source_from_json(described["source"])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise TargetError(f"{directory / NAME}: damaged: source: {type(error).__name__}: {error}") from error
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """The dtype of this name. Raises ``KeyError`` for another name."""
+    found = getattr(torch, name, None) if name.isidentifier() else None
+    if not isinstance(found, torch.dtype):
+        raise KeyError(f"no dtype {name}")
+    return found
+
+
+def write(
+    directory: Path, gm: fx.GraphModule, target: str, made_from: Mapping[str, Any], source: Source | None = None
+) -> None:
+    """``graphq.json`` and the files that go with a model (tokenizer, configuration) in ``directory``.
+
+    ``gm`` is the QDQ form; ``source`` is what the artifact takes and gives, where that is not what ``gm`` does.
+    """
+    source = source or source_of(gm)
+    dtype = computed_in(gm)
+    manifest: dict[str, Any] = {
+        "graphq": FORMAT,
+        "target": target,
+        "version": _version(),
+        **made_from,
+        "source": source_json(source),
+        "computed_in": str(dtype).removeprefix("torch.") if dtype is not None else None,
+        "tensors": {name: record(t) for name, t in named_tensors(quantized_tensors(gm)).items()},
+    }
+    (directory / NAME).write_text(json.dumps(manifest, indent=1) + "\n")
+    if source.files is not None:
+        for name in _COMPANIONS:
+            if (Path(source.files) / name).is_file():
+                shutil.copyfile(Path(source.files) / name, directory / name)
+    if source.config is not None:
+        (directory / "config.json").write_text(json.dumps(json.loads(source.config), indent=1) + "\n")
+
+
+def _version() -> str:
+    try:
+        return version("graphq")
+    except PackageNotFoundError:
+        return "0"
+
+
+def read(directory: Path) -> dict[str, Any]:
+    """The manifest of an artifact. Raises ``TargetError`` naming what is missing or wrong."""
+    path = directory / NAME
+    if not path.is_file():
+        raise TargetError(f"{directory}: not a graphq artifact: {NAME} is missing")
+    try:
+        found = json.loads(path.read_text())
+    except (ValueError, UnicodeDecodeError) as error:
+        raise TargetError(f"{path}: damaged: {error}") from error
+    if not isinstance(found, dict) or found.get("graphq") != FORMAT:
+        raise TargetError(f"{path}: not a graphq artifact of format {FORMAT}")
+    return found

@@ -1,0 +1,185 @@
+"""graphq's ops in ONNX, as torch's exporter takes them: from opset 18 ops that ``graphq.lowering.onnx_opset`` can lower.
+
+Weights go through DequantizeLinear: per tensor with a scalar scale, per axis with a 1-D scale, and in all other cases
+blocked along one axis, whose scales are expanded along the others (ONNX: "the same rank with one dimension divided").
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, final
+
+import torch
+from onnxscript import opset18 as op18
+from onnxscript import opset21 as op21
+from torch import Tensor
+
+from graphq import numerics
+from graphq.runtime import ops
+from graphq.spec import Format
+
+_NP_MIN: Final = torch.finfo(torch.float32).tiny
+
+
+@final
+@dataclass(frozen=True)
+class OnnxBlock:
+    """Where ONNX wants the scales of a tensor: per tensor (no axis), per ``axis``, or in blocks of ``size`` along it."""
+
+    axis: int | None
+    size: int | None
+
+
+def onnx_block(block: Sequence[int], shape: Sequence[int]) -> OnnxBlock:
+    """The ONNX form of a block."""
+    single = [axis for axis, b in enumerate(block) if b == 1 or shape[axis] == 1]
+    if all(b < 0 or b >= size for b, size in zip(block, shape, strict=True)):
+        return OnnxBlock(None, None)
+    partial = [axis for axis, b in enumerate(block) if 1 < b < shape[axis]]
+    cut = [axis for axis, b in enumerate(block) if b == 1 and shape[axis] > 1]
+    if not partial and len(cut) == 1:
+        return OnnxBlock(cut[0], None)
+    if partial:
+        return OnnxBlock(partial[0], block[partial[0]])
+    whole = [axis for axis in range(len(block)) if axis not in single]
+    axis = whole[-1] if whole else len(block) - 1
+    return OnnxBlock(axis, shape[axis])
+
+
+def onnx_scale(scale: Tensor, block: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """A scale or zero point in the shape that ``onnx_block`` wants."""
+    form = onnx_block(block, shape)
+    if form.axis is None:
+        return scale.reshape(())
+    if form.size is None:
+        return scale.reshape(-1)
+    sizes = [scale.shape[a] if a == form.axis else size for a, size in enumerate(shape)]
+    return scale.expand(sizes).contiguous()
+
+
+def _dequantize_weight(codes: Any, scale: Any, zero_point: Any, block: Sequence[int], shape: Sequence[int]) -> Any:
+    form = onnx_block(block, shape)
+    inputs = (codes, scale) if zero_point is None else (codes, scale, zero_point)
+    if form.axis is None:
+        return op18.DequantizeLinear(*inputs)
+    if form.size is None:
+        return op18.DequantizeLinear(*inputs, axis=form.axis)
+    return op21.DequantizeLinear(*inputs, axis=form.axis, block_size=form.size)
+
+
+def _cast(x: Any, dtype: int | None) -> Any:
+    return x if dtype in (None, _FLOAT) else op18.Cast(x, to=dtype)
+
+
+_FLOAT: Final = 1
+_INT8: Final = 3
+_INT16: Final = 5
+_INT64: Final = 7
+_BOOL: Final = 9
+
+
+def _onnx_dtype(format: Format) -> int:
+    return _INT8 if numerics.code_dtype(format) == torch.int8 else _INT16
+
+
+def translations() -> dict[Any, Callable[..., Any]]:
+    """The functions that torch's exporter calls for graphq's ops."""
+
+    def constant(value: float) -> Any:
+        return op18.Constant(value_float=float(value))
+
+    def integers(*values: int) -> Any:
+        return op18.Constant(value_ints=values)
+
+    def dequantize(
+        codes: Any,
+        scale: Any,
+        zero_point: Any,
+        global_scale: Any,
+        format: str,
+        block: Sequence[int],
+        dtype: int | None = None,
+    ) -> Any:
+        if codes.producer() is None:  # held by the model: a weight
+            return _cast(_dequantize_weight(codes, scale, zero_point, block, list(codes.shape)), dtype)
+        if _is_static(scale):
+            inputs = (codes, scale) if zero_point is None else (codes, scale, zero_point)
+            return _cast(op18.DequantizeLinear(*inputs), dtype)
+        x = op18.Cast(codes, to=_FLOAT)
+        if zero_point is not None:
+            x = op18.Sub(x, op18.Cast(zero_point, to=_FLOAT))
+        return _cast(op18.Mul(x, scale), dtype)
+
+    def quantize(x: Any, scale: Any, zero_point: Any, global_scale: Any, format: str, block: Sequence[int]) -> Any:
+        parsed = numerics.parse_format(format)
+        lowest, highest = numerics.code_range(parsed)
+        x = op18.Cast(x, to=_FLOAT)
+        if _is_static(scale) and parsed.bits in (8, 16):
+            zero = zero_point if zero_point is not None else op18.Cast(op18.Constant(value_int=0), to=_onnx_dtype(parsed))
+            return op18.QuantizeLinear(x, scale, zero)
+        rounded = op18.Round(op18.Div(x, scale))
+        if zero_point is not None:
+            rounded = op18.Add(rounded, op18.Cast(zero_point, to=_FLOAT))
+        return op18.Cast(op18.Clip(rounded, constant(lowest), constant(highest)), to=_onnx_dtype(parsed))
+
+    def choose_scale(x: Any, format: str, block: Sequence[int]) -> Any:
+        parsed = numerics.parse_format(format)
+        lowest, highest = numerics.code_range(parsed)
+        axes = integers(*(a for a, b in enumerate(block) if b < 0))
+        x = op18.Cast(x, to=_FLOAT)
+        low, high = op18.ReduceMin(x, axes, keepdims=1), op18.ReduceMax(x, axes, keepdims=1)
+        zero = constant(0.0)
+        if parsed.symmetric:
+            extreme = op18.Max(op18.Abs(low), op18.Abs(high))
+            if parsed.divisor == "by_sign":
+                negative = op18.Less(op18.Abs(high), op18.Abs(low))
+                divisor = op18.Where(negative, constant(-lowest), constant(highest))
+            else:
+                divisor = constant(highest if parsed.divisor == "max" else (highest - lowest) / 2)
+            scale = op18.Div(extreme, divisor)
+        else:
+            low, high = op18.Min(low, zero), op18.Max(high, zero)
+            scale = op18.Div(op18.Sub(high, low), constant(highest - lowest))
+        scale = op18.Where(op18.Greater(scale, zero), op18.Max(scale, constant(_NP_MIN)), constant(1.0))
+        if parsed.symmetric:
+            zero_point = op18.Mul(scale, zero)
+        else:
+            moved = op18.Round(op18.Sub(constant(lowest), op18.Div(low, scale)))
+            zero_point = op18.Clip(moved, constant(lowest), constant(highest))
+        return scale, op18.Cast(zero_point, to=_onnx_dtype(parsed))
+
+    def bounds(offsets: Any, count: int) -> list[tuple[Any, Any]]:
+        wide = op18.Cast(offsets, to=_INT64)
+        ends = [op18.Slice(wide, integers(i), integers(i + 1)) for i in range(count)]
+        return list(zip([integers(0), *ends[:-1]], ends, strict=True))
+
+    def grouped_linear(x: Any, weight: Any, offsets: Any) -> Any:
+        experts, wide, _ = (int(size) for size in weight.shape)
+        rows: list[Any] = []
+        ranges = bounds(offsets, experts)
+        for expert, (first, last) in enumerate(ranges):
+            own = op18.Squeeze(op18.Slice(weight, integers(expert), integers(expert + 1), integers(0)), integers(0))
+            rows.append(op18.MatMul(op18.Slice(x, first, last, integers(0)), op18.Transpose(own, perm=[1, 0])))
+        rest = op18.Slice(x, ranges[-1][1], integers(torch.iinfo(torch.int64).max), integers(0))
+        count = op18.Slice(op18.Shape(rest), integers(0), integers(1))
+        rows.append(op18.CastLike(op18.Expand(constant(0.0), op18.Concat(count, integers(wide), axis=0)), x))
+        return op18.Concat(*rows, axis=0)
+
+    def select_rows(candidates: Sequence[Any], offsets: Any, choice: Sequence[int]) -> Any:
+        ranges = bounds(offsets, len(choice))
+        rows = [op18.Slice(candidates[c], *r, integers(0)) for c, r in zip(choice, ranges, strict=True)]
+        rest = op18.Slice(candidates[0], ranges[-1][1], integers(torch.iinfo(torch.int64).max), integers(0))
+        rows.append(op18.Sub(rest, rest))
+        return op18.Concat(*rows, axis=0)
+
+    return {
+        ops.dequantize: dequantize,
+        ops.quantize: quantize,
+        ops.choose_scale: choose_scale,
+        ops.grouped_linear: grouped_linear,
+        ops.select_rows: select_rows,
+    }
+
+
+def _is_static(scale: Any) -> bool:
+    """Whether a scale is an initializer, which it is where it was calibrated."""
+    return scale.producer() is None

@@ -1,0 +1,221 @@
+"""The lowest opset that can hold a model, after rewriting what later opsets only spell differently.
+
+torch's exporter writes opset 18. Reductions get their axes as attributes, CastLike becomes Cast, LayerNormalization its own
+definition, and even splits get their sizes; then the model takes the lowest opset in which every node is well formed.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, Final
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx import defs
+
+from graphq.errors import TargetError
+
+LOWEST: Final = 13
+HIGHEST: Final = 25
+_REDUCTIONS: Final = ("ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceLogSumExp", "ReduceSumSquare")
+_LAYER_NORM: Final = 17
+_AXES_AS_INPUT: Final = 18  # reductions take their axes as an attribute below
+_TYPES_SINCE: Final = {  # (op, element type of an input): the first opset that takes it
+    ir.DataType.INT4: 21,
+    ir.DataType.UINT4: 21,
+    ir.DataType.INT16: 21,
+    ir.DataType.UINT16: 21,
+}
+
+
+def lower_opset(model: ir.Model, may_be_empty: Collection[str] = (), at_least: int = LOWEST) -> int:
+    """``model`` in the lowest opset from ``at_least`` on that can hold it; that opset.
+
+    ``may_be_empty``: the names of dimensions whose size can be 0.
+    """
+    for node in list(model.graph):
+        _rewrite(model.graph, node, may_be_empty)
+    opset = at_least
+    while opset < HIGHEST and not all(_fits(node, opset) for node in _all_nodes(model)):
+        opset += 1
+    wrong = [node for node in _all_nodes(model) if not _fits(node, opset)]
+    if wrong:
+        raise TargetError(f"onnx: {wrong[0].name}: no opset up to {HIGHEST} has {wrong[0].op_type} as it is used here")
+    if opset < _LAYER_NORM:
+        for node in list(model.graph):
+            if _is_plain_layer_norm(node):
+                _define_layer_norm(model.graph, node)
+    if opset < _AXES_AS_INPUT:
+        for node in _all_nodes(model):
+            _name_axes(node)
+    for node in _all_nodes(model):
+        node.version = None
+        _trim(node, opset)
+    model.opset_imports[""] = opset
+    return opset
+
+
+def _all_nodes(model: ir.Model) -> Iterator[ir.Node]:
+    yield from ir.traversal.RecursiveGraphIterator(model.graph)
+
+
+def _rewrite(graph: ir.Graph, node: ir.Node, may_be_empty: Collection[str]) -> None:
+    match node.op_type:
+        case "CastLike":
+            kind = node.inputs[1].dtype if node.inputs[1] is not None else None
+            if kind is not None:
+                cast = ir.node("Cast", [node.inputs[0]], {"to": int(kind)})
+                cast.outputs[0].dtype = kind
+                _put(graph, node, [cast], cast.outputs[0])
+        case "Shape" if node.attributes:
+            _slice_shape(graph, node)
+        case "Reshape" if "allowzero" in node.attributes and _never_empty(node.outputs[0], may_be_empty):
+            del node.attributes["allowzero"]
+        case "Split" if "num_outputs" in node.attributes:
+            size = node.inputs[0].shape[_axis(node)] if node.inputs[0] is not None and node.inputs[0].shape is not None else None
+            count = node.attributes["num_outputs"].as_int()
+            if isinstance(size, int):
+                part = -(-size // count)
+                sizes = [part] * (count - 1) + [size - part * (count - 1)]
+                made = _constant(graph, node, np.array(sizes, dtype=np.int64))
+                node.resize_inputs(2)
+                node.replace_input_with(1, made)
+                del node.attributes["num_outputs"]
+        case _:
+            pass
+
+
+def _constant_axes(node: ir.Node) -> list[int] | None:
+    """The axes of a reduction that takes them as a constant input."""
+    if node.op_type not in _REDUCTIONS or len(node.inputs) < 2 or node.inputs[1] is None:
+        return None
+    axes = ir.convenience.get_const_tensor(node.inputs[1])
+    return None if axes is None else [int(a) for a in axes.numpy().reshape(-1)]
+
+
+def _name_axes(node: ir.Node) -> None:
+    axes = _constant_axes(node)
+    if axes is not None:
+        node.attributes["axes"] = ir.AttrInt64s("axes", axes)
+        node.resize_inputs(1)
+
+
+def _never_empty(value: ir.Value, may_be_empty: Collection[str]) -> bool:
+    """Whether no size of ``value`` can be 0, which older opsets read as "copy the size of the input"."""
+    if value.shape is None:
+        return False
+    return all(size > 0 if isinstance(size, int) else str(size.value) not in may_be_empty for size in value.shape)
+
+
+def _slice_shape(graph: ir.Graph, node: ir.Node) -> None:
+    """The whole shape, and the part of it that was asked for."""
+    last = np.iinfo(np.int64).max
+    start = node.attributes["start"].as_int() if "start" in node.attributes else 0
+    end = node.attributes["end"].as_int() if "end" in node.attributes else last
+    whole = ir.node("Shape", [node.inputs[0]])
+    bounds = [_constant(graph, node, np.array([bound], dtype=np.int64)) for bound in (start, end)]
+    part = ir.node("Slice", [whole.outputs[0], *bounds])
+    whole.outputs[0].dtype = ir.DataType.INT64
+    if node.outputs[0].dtype is None:
+        node.outputs[0].dtype = ir.DataType.INT64
+    _put(graph, node, [whole, part], part.outputs[0])
+
+
+def _axis(node: ir.Node) -> int:
+    return node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+
+
+def _constant(graph: ir.Graph, before: ir.Node, value: np.ndarray[Any, Any]) -> ir.Value:
+    made = ir.node("Constant", [], {"value": ir.tensor(value)})
+    made.outputs[0].dtype = ir.DataType.from_numpy(value.dtype)
+    made.outputs[0].shape = ir.Shape(value.shape)
+    graph.insert_before(before, made)
+    return made.outputs[0]
+
+
+def _put(graph: ir.Graph, old: ir.Node, new: Sequence[ir.Node], value: ir.Value) -> None:
+    """``new`` in the place of ``old``, whose first output ``value`` becomes."""
+    output = old.outputs[0]
+    if output.dtype is not None:
+        value.dtype = output.dtype
+    value.shape = output.shape
+    graph.insert_before(old, new)
+    name = output.name
+    ir.convenience.replace_all_uses_with(output, value, replace_graph_outputs=True)
+    graph.remove(old, safe=True)
+    value.name = name
+
+
+def _last_axes(node: ir.Node) -> int | None:
+    """The first normalized axis of a LayerNormalization, counted from the end; None where that is unknown."""
+    axis = node.attributes["axis"].as_int() if "axis" in node.attributes else -1
+    x = node.inputs[0]
+    if axis < 0:
+        return axis
+    return axis - len(x.shape) if x is not None and x.shape is not None else None
+
+
+def _is_plain_layer_norm(node: ir.Node) -> bool:
+    """A LayerNormalization that its definition can replace: only its first output is read."""
+    if node.op_type != "LayerNormalization" or _last_axes(node) is None:
+        return False
+    return not any(output.uses() or output.is_graph_output() for output in node.outputs[1:])
+
+
+def _define_layer_norm(graph: ir.Graph, node: ir.Node) -> None:
+    """(x - mean) / sqrt(variance + epsilon) * scale + bias, as the op defines itself; in the spelling below opset 17."""
+    x, scale = node.inputs[0], node.inputs[1]
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    axes = list(range(_last_axes(node) or -1, 0))
+    attributes = {"axes": axes, "keepdims": 1}
+    epsilon = _constant(graph, node, np.array(node.attributes["epsilon"].as_float(), dtype=np.float32))
+    mean = ir.node("ReduceMean", [x], attributes)
+    centered = ir.node("Sub", [x, mean.outputs[0]])
+    square = ir.node("Mul", [centered.outputs[0], centered.outputs[0]])
+    variance = ir.node("ReduceMean", [square.outputs[0]], attributes)
+    shifted = ir.node("Add", [variance.outputs[0], epsilon])
+    deviation = ir.node("Sqrt", [shifted.outputs[0]])
+    normal = ir.node("Div", [centered.outputs[0], deviation.outputs[0]])
+    nodes = [mean, centered, square, variance, shifted, deviation, normal]
+    nodes.append(ir.node("Mul", [normal.outputs[0], scale]))
+    if bias is not None:
+        nodes.append(ir.node("Add", [nodes[-1].outputs[0], bias]))
+    _put(graph, node, nodes, nodes[-1].outputs[0])
+
+
+def _fits(node: ir.Node, opset: int) -> bool:
+    """Whether the op exists in this opset with the inputs, attributes and types that the node has."""
+    if node.domain not in ("", "ai.onnx"):
+        return True
+    if opset < _LAYER_NORM and _is_plain_layer_norm(node):
+        return True
+    try:
+        schema = defs.get_schema(node.op_type, opset, "")
+    except onnx.defs.SchemaError:
+        return False
+    inputs = len(node.inputs) - (opset < _AXES_AS_INPUT and _constant_axes(node) is not None)
+    if schema.deprecated or inputs > schema.max_input or len(node.outputs) > schema.max_output:
+        return False
+    for name, attribute in node.attributes.items():
+        if name not in schema.attributes and not _is_default(node.op_type, name, attribute):
+            return False
+    for value in [*node.inputs, *node.outputs]:
+        if value is not None and value.dtype is not None and _TYPES_SINCE.get(value.dtype, 0) > opset:
+            return False
+    return True
+
+
+def _is_default(op_type: str, name: str, attribute: ir.Attr) -> bool:
+    """Whether an attribute that older opsets lack has the value that stands for the older meaning."""
+    if name in ("allowzero", "block_size", "noop_with_empty_axes"):
+        return attribute.as_int() == 0
+    if (op_type, name) == ("ScatterND", "reduction"):
+        return attribute.as_string() == "none"
+    return (op_type, name) in (("QuantizeLinear", "saturate"), ("Cast", "saturate"), ("QuantizeLinear", "output_dtype"))
+
+
+def _trim(node: ir.Node, opset: int) -> None:
+    """Attributes that this opset lacks are gone; ``_fits`` has seen that they stand for its only meaning."""
+    schema = defs.get_schema(node.op_type, opset, "") if node.domain in ("", "ai.onnx") else None
+    if schema is not None:
+        for name in [n for n in node.attributes if n not in schema.attributes]:
+            del node.attributes[name]
