@@ -110,7 +110,10 @@ def computed_in(gm: fx.GraphModule) -> torch.dtype | None:
 def source_json(source: Source) -> dict[str, Any]:
     """A ``Source`` as plain data, without the place it was read from."""
     return {
-        "inputs": [{"name": i.name, "dtype": str(i.dtype).removeprefix("torch."), "shape": list(i.shape)} for i in source.inputs],
+        "inputs": [
+            {"name": i.name, "dtype": str(i.dtype).removeprefix("torch."), "shape": list(i.shape)}
+            for i in source.inputs
+        ],
         "outputs": list(source.outputs),
         "output_kind": source.output_kind,
         "dtype": str(source.dtype).removeprefix("torch."),
@@ -151,14 +154,12 @@ def dtype_named(name: str) -> torch.dtype:
     return found
 
 
-def write(
-    directory: Path, gm: fx.GraphModule, target: str, made_from: Mapping[str, Any], source: Source | None = None
-) -> None:
+def write(directory: Path, gm: fx.GraphModule, target: str, made_from: Mapping[str, Any]) -> None:
     """``graphq.json`` and the files that go with a model (tokenizer, configuration) in ``directory``.
 
-    ``gm`` is the QDQ form; ``source`` is what the artifact takes and gives, where that is not what ``gm`` does.
+    ``gm``: the QDQ form, as the target spells it.
     """
-    source = source or source_of(gm)
+    source = source_of(gm)
     dtype = computed_in(gm)
     manifest: dict[str, Any] = {
         "graphq": FORMAT,

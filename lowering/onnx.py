@@ -8,23 +8,21 @@ import logging
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import torch
 from torch import Tensor, fx
 
-from graphq import edit, numerics
+from graphq import numerics
 from graphq.capture import dynamic_shapes
 from graphq.errors import TargetError
 from graphq.files import whole_directory
 from graphq.lowering import manifest
 from graphq.lowering.legalize import where
-from graphq.lowering.pack import copy_graph
-from graphq.source import KEY, PAST, SEQUENCE, TOTAL, Source, source_of
-from graphq.state import put_tensor, tensor_of
-from graphq.views import Dequantize, Input, Param, Quantize, ops_of, view
+from graphq.lowering.onnx_form import onnx_form
+from graphq.source import PAST, SEQUENCE, TOTAL, Source, source_of
+from graphq.views import view
 
 NAME: Final = "model.onnx"
 _DATA: Final = "model.onnx.data"
@@ -51,9 +49,9 @@ def emit(
 
     from graphq.lowering.onnx_opset import lower_opset
 
-    prepared = _prepare(gm, cache)
+    prepared = onnx_form(gm, cache)
     model = _export(prepared)
-    _set_types(model, gm)
+    _set_types(model, prepared)
     _name_dimensions(model, prepared)
     _fold(model)
     lower_opset(model, {PAST}, opset)
@@ -62,68 +60,7 @@ def emit(
         size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
         ir.save(model, directory / NAME, external_data=_DATA if size > _INLINE_BYTES else None)
         onnx.checker.check_model(str(directory / NAME), full_check=True)
-        manifest.write(directory, gm, "onnx", made_from, source_of(prepared))
-
-
-def _prepare(gm: fx.GraphModule, cache: bool) -> fx.GraphModule:
-    """A copy whose scales have the shapes that ONNX wants, and without a cache if that is asked for."""
-    from graphq.lowering.onnx_ops import onnx_scale
-
-    made = copy_graph(gm)
-    for op in ops_of(made):
-        match op:
-            case Dequantize() if isinstance(op.codes, Param):
-                shape = tensor_of(made, op.codes.fqn).shape
-                for part in (op.scale, op.zero_point):
-                    if isinstance(part, Param):
-                        _set(made, part, onnx_scale(tensor_of(made, part.fqn), list(op.block), shape))
-            case Quantize() if isinstance(op.scale, Param):
-                for part in (op.scale, op.zero_point):
-                    if isinstance(part, Param):
-                        _set(made, part, tensor_of(made, part.fqn).reshape(()))
-            case _:
-                pass
-    if not cache:
-        _drop_cache(made)
-    made.graph.lint()
-    made.recompile()
-    return made
-
-
-def _set(gm: fx.GraphModule, op: Param, tensor: Tensor) -> None:
-    put_tensor(gm, op.fqn, tensor)
-    op.node.meta["val"] = edit.fake_mode_of(gm).from_tensor(tensor, static_shapes=True)
-
-
-def _drop_cache(gm: fx.GraphModule) -> None:
-    """Caches are empty constants of the batch's size, and are not given back."""
-    source = source_of(gm)
-    inputs = [op for op in ops_of(gm) if isinstance(op, Input)]
-    first = view(inputs[-1].node.next)
-    batch = edit.insert(gm, first, torch.ops.aten.sym_size.int, inputs[0], 0, by="onnx")
-    for op, declared in zip(inputs, source.inputs, strict=True):
-        if declared.is_cache:
-            sizes = [batch if isinstance(d, str) and d != PAST else 0 if d == PAST else d for d in declared.shape]
-            with gm.graph.inserting_before(first.node):
-                empty = gm.graph.call_function(
-                    torch.ops.aten.full.default,
-                    ([s.node if not isinstance(s, int) else s for s in sizes], 0.0),
-                    {"dtype": declared.dtype},
-                )
-            empty.meta = dict(op.node.meta)
-            edit.bypass(gm, op, view(empty))
-    output = next(n for n in gm.graph.nodes if n.op == "output")
-    kept = [i for i, name in enumerate(source.outputs) if not name.startswith("present.")]
-    output.args = (tuple(cast(Any, output.args[0])[i] for i in kept),)
-    edit.drop_unused(gm)
-    gm.meta[KEY] = replace(
-        source,
-        inputs=tuple(
-            replace(i, shape=tuple(SEQUENCE if d == TOTAL else d for d in i.shape)) for i in source.inputs if not i.is_cache
-        ),
-        outputs=tuple(source.outputs[i] for i in kept),
-        ranges=tuple(r for r in source.ranges if r[0] != PAST),
-    )
+        manifest.write(directory, prepared, "onnx", made_from)
 
 
 def _samples(source: Source) -> tuple[Tensor, ...]:

@@ -5,55 +5,18 @@ blocked along one axis, whose scales are expanded along the others (ONNX: "the s
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, final
+from typing import Any, Final
 
 import torch
 from onnxscript import opset18 as op18
 from onnxscript import opset21 as op21
-from torch import Tensor
 
 from graphq import numerics
+from graphq.lowering.onnx_form import expert_linears, onnx_block
 from graphq.runtime import ops
 from graphq.spec import Format
 
 _NP_MIN: Final = torch.finfo(torch.float32).tiny
-
-
-@final
-@dataclass(frozen=True)
-class OnnxBlock:
-    """Where ONNX wants the scales of a tensor: per tensor (no axis), per ``axis``, or in blocks of ``size`` along it."""
-
-    axis: int | None
-    size: int | None
-
-
-def onnx_block(block: Sequence[int], shape: Sequence[int]) -> OnnxBlock:
-    """The ONNX form of a block."""
-    single = [axis for axis, b in enumerate(block) if b == 1 or shape[axis] == 1]
-    if all(b < 0 or b >= size for b, size in zip(block, shape, strict=True)):
-        return OnnxBlock(None, None)
-    partial = [axis for axis, b in enumerate(block) if 1 < b < shape[axis]]
-    cut = [axis for axis, b in enumerate(block) if b == 1 and shape[axis] > 1]
-    if not partial and len(cut) == 1:
-        return OnnxBlock(cut[0], None)
-    if partial:
-        return OnnxBlock(partial[0], block[partial[0]])
-    whole = [axis for axis in range(len(block)) if axis not in single]
-    axis = whole[-1] if whole else len(block) - 1
-    return OnnxBlock(axis, shape[axis])
-
-
-def onnx_scale(scale: Tensor, block: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """A scale or zero point in the shape that ``onnx_block`` wants."""
-    form = onnx_block(block, shape)
-    if form.axis is None:
-        return scale.reshape(())
-    if form.size is None:
-        return scale.reshape(-1)
-    sizes = [scale.shape[a] if a == form.axis else size for a, size in enumerate(shape)]
-    return scale.expand(sizes).contiguous()
 
 
 def _dequantize_weight(codes: Any, scale: Any, zero_point: Any, block: Sequence[int], shape: Sequence[int]) -> Any:
@@ -74,7 +37,6 @@ _FLOAT: Final = 1
 _INT8: Final = 3
 _INT16: Final = 5
 _INT64: Final = 7
-_BOOL: Final = 9
 
 
 def _onnx_dtype(format: Format) -> int:
@@ -147,35 +109,32 @@ def translations() -> dict[Any, Callable[..., Any]]:
             zero_point = op18.Clip(moved, constant(lowest), constant(highest))
         return scale, op18.Cast(zero_point, to=_onnx_dtype(parsed))
 
-    def bounds(offsets: Any, count: int) -> list[tuple[Any, Any]]:
-        wide = op18.Cast(offsets, to=_INT64)
-        ends = [op18.Slice(wide, integers(i), integers(i + 1)) for i in range(count)]
-        return list(zip([integers(0), *ends[:-1]], ends, strict=True))
+    def rows_of(x: Any, offsets: Any, count: int) -> list[Any]:
+        """The rows of each expert, and those after the last offset. One Split: behind a DequantizeLinear, ONNX Runtime
+        1.31 moves Slices in front of a QuantizeLinear of its own making, of the wrong type."""
+        ends = op18.Cast(offsets, to=_INT64)
+        total = op18.Slice(op18.Shape(x), integers(0), integers(1))
+        starts = op18.Concat(integers(0), ends, axis=0)
+        sizes = op18.Sub(op18.Concat(ends, total, axis=0), starts)
+        return list(op18.Split(x, sizes, axis=0, num_outputs=count + 1))
 
-    def grouped_linear(x: Any, weight: Any, offsets: Any) -> Any:
-        experts, wide, _ = (int(size) for size in weight.shape)
-        rows: list[Any] = []
-        ranges = bounds(offsets, experts)
-        for expert, (first, last) in enumerate(ranges):
-            own = op18.Squeeze(op18.Slice(weight, integers(expert), integers(expert + 1), integers(0)), integers(0))
-            rows.append(op18.MatMul(op18.Slice(x, first, last, integers(0)), op18.Transpose(own, perm=[1, 0])))
-        rest = op18.Slice(x, ranges[-1][1], integers(torch.iinfo(torch.int64).max), integers(0))
+    def expert_products(x: Any, weights: Sequence[Any], offsets: Any) -> Any:
+        *rows, rest = rows_of(x, offsets, len(weights))
+        products = [op18.MatMul(row, op18.Transpose(w, perm=[1, 0])) for row, w in zip(rows, weights, strict=True)]
         count = op18.Slice(op18.Shape(rest), integers(0), integers(1))
-        rows.append(op18.CastLike(op18.Expand(constant(0.0), op18.Concat(count, integers(wide), axis=0)), x))
-        return op18.Concat(*rows, axis=0)
+        shape = op18.Concat(count, integers(int(weights[0].shape[0])), axis=0)
+        return op18.Concat(*products, op18.CastLike(op18.Expand(constant(0.0), shape), x), axis=0)
 
     def select_rows(candidates: Sequence[Any], offsets: Any, choice: Sequence[int]) -> Any:
-        ranges = bounds(offsets, len(choice))
-        rows = [op18.Slice(candidates[c], *r, integers(0)) for c, r in zip(choice, ranges, strict=True)]
-        rest = op18.Slice(candidates[0], ranges[-1][1], integers(torch.iinfo(torch.int64).max), integers(0))
-        rows.append(op18.Sub(rest, rest))
-        return op18.Concat(*rows, axis=0)
+        rows = [rows_of(candidate, offsets, len(choice)) for candidate in candidates]
+        rest = rows[0][-1]
+        return op18.Concat(*(rows[c][expert] for expert, c in enumerate(choice)), op18.Sub(rest, rest), axis=0)
 
     return {
         ops.dequantize: dequantize,
         ops.quantize: quantize,
         ops.choose_scale: choose_scale,
-        ops.grouped_linear: grouped_linear,
+        expert_linears: expert_products,
         ops.select_rows: select_rows,
     }
 

@@ -70,6 +70,8 @@ def _rewrite(graph: ir.Graph, node: ir.Node, may_be_empty: Collection[str]) -> N
             _slice_shape(graph, node)
         case "Reshape" if "allowzero" in node.attributes and _never_empty(node.outputs[0], may_be_empty):
             del node.attributes["allowzero"]
+        case "Split" if "num_outputs" in node.attributes and len(node.inputs) > 1:
+            del node.attributes["num_outputs"]  # the sizes are given
         case "Split" if "num_outputs" in node.attributes:
             size = node.inputs[0].shape[_axis(node)] if node.inputs[0] is not None and node.inputs[0].shape is not None else None
             count = node.attributes["num_outputs"].as_int()
@@ -208,7 +210,7 @@ def _is_default(op_type: str, name: str, attribute: ir.Attr) -> bool:
     """Whether an attribute that older opsets lack has the value that stands for the older meaning."""
     if name in ("allowzero", "block_size", "noop_with_empty_axes"):
         return attribute.as_int() == 0
-    if (op_type, name) == ("ScatterND", "reduction"):
+    if name == "reduction" and op_type in ("ScatterND", "ScatterElements"):
         return attribute.as_string() == "none"
     return (op_type, name) in (("QuantizeLinear", "saturate"), ("Cast", "saturate"), ("QuantizeLinear", "output_dtype"))
 

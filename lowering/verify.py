@@ -1,14 +1,13 @@
 """Whether an artifact still holds the integers and scales of its QDQ form, and whether its model still gives them.
 
-The artifact is read as its own runtime reads it. Its tensors are brought back to the QDQ form (ONNX: UINT4 lowered by 8,
-scales in the shape that they had) and compared bit for bit with the digests in ``graphq.json``; with a model directory,
-also with what the manifest's spec makes of it. Float tensors are not compared.
+What the artifact holds, unpacked (ONNX: UINT4 lowered by 8), is compared bit for bit with the digests in ``graphq.json``,
+and with a model directory, also with what the manifest's spec makes of that. Float tensors are not compared.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, cast, final
+from typing import Any, Final, final
 
 import torch
 import yaml
@@ -44,7 +43,7 @@ def verify(path: str | Path, against: str | Path | None = None) -> Verification:
     directory = Path(path)
     described = manifest.read(directory)
     recorded = _recorded(directory, described)
-    held = _held(directory, described, recorded)
+    held = _held(directory, described)
     differences = [line for name in sorted(recorded | held) if (line := _against_record(name, recorded, held))]
     if against is None:
         return Verification(tuple(differences), len(recorded))
@@ -54,8 +53,10 @@ def verify(path: str | Path, against: str | Path | None = None) -> Verification:
         line = _difference(name, made.get(name), held.get(name))
         if line is not None:
             differences.append(f"{line} ({against})")
-    notes = [f"{len(inputs)} scales and zero points of inputs come from calibration data: compared with the manifest alone"]
-    return Verification(tuple(differences), len(recorded), tuple(notes if inputs else []))
+    note = (
+        f"{len(inputs)} input scales and zero points, which need calibration data, were compared with the manifest only"
+    )
+    return Verification(tuple(differences), len(recorded), (note,) if inputs else ())
 
 
 def _recorded(directory: Path, described: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -66,8 +67,8 @@ def _recorded(directory: Path, described: Mapping[str, Any]) -> dict[str, dict[s
         raise TargetError(f"{directory / manifest.NAME}: damaged: tensors: {error}") from error
 
 
-def _held(directory: Path, described: Mapping[str, Any], recorded: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
-    """The tensors that the artifact holds, by their names in the QDQ form and as they are there."""
+def _held(directory: Path, described: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The codes, scales and zero points that the artifact holds, by name."""
     match described.get("target"):
         case "torch":
             from graphq.lowering.torch_module import load, stored_codes
@@ -78,13 +79,12 @@ def _held(directory: Path, described: Mapping[str, Any], recorded: Mapping[str, 
             except (GraphqError, RuntimeError) as error:  # bytes of another shape than the module's
                 raise TargetError(f"{directory}: damaged: {error}") from error
         case "onnx":
-            held = _initializers(directory, recorded)
-            return {name: _restored(x, recorded.get(name, {}).get("shape")) for name, x in held.items()}
+            return _initializers(directory)
         case other:
             raise TargetError(f"{directory / manifest.NAME}: no such target: {other}")
 
 
-def _initializers(directory: Path, recorded: Mapping[str, object]) -> dict[str, Tensor]:
+def _initializers(directory: Path) -> dict[str, Tensor]:
     """The codes, scales and zero points of an ONNX model; UINT4, which stands for codes raised by 8, lowered."""
     import onnx_ir as ir
 
@@ -96,9 +96,8 @@ def _initializers(directory: Path, recorded: Mapping[str, object]) -> dict[str, 
     try:
         values = {name: value.const_value for name, value in ir.load(file).graph.initializers.items()}
         paths = {name.removesuffix(s) for name in values for s in _SUFFIXES if name.endswith(s)}
-        wanted = {name for name in values if name in recorded or name.removesuffix(_CODES) in paths}
-        wanted |= {path + suffix for path in paths for suffix in _SUFFIXES if path + suffix in values}
-        return {name: _tensor(values[name]) for name in sorted(wanted)}
+        names = {path + suffix for path in paths for suffix in (_CODES, *_SUFFIXES)}
+        return {name: _tensor(values[name]) for name in sorted(names & set(values))}
     except Exception as error:  # protobuf, onnx_ir and numpy raise many types for damaged files
         raise TargetError(f"{file}: damaged: {str(error).strip().splitlines()[0] or type(error).__name__}") from error
 
@@ -119,22 +118,7 @@ def _tensor(value: Any) -> Tensor:
     return torch.from_numpy(array)
 
 
-def _restored(x: Tensor, shape: list[int] | None) -> Tensor:
-    """``x`` in the shape it has in the QDQ form, where ONNX's is a flat or an expanded form of it."""
-    if shape is None or list(x.shape) == shape:
-        return x
-    narrow = x
-    if x.dim() == len(shape):
-        for axis, size in enumerate(shape):
-            first = narrow.narrow(axis, 0, 1) if narrow.shape[axis] else narrow
-            if size == 1 and torch.equal(first.expand_as(narrow), narrow):
-                narrow = first
-    return narrow.reshape(shape) if narrow.numel() == torch.Size(shape).numel() else x
-
-
-def _against_record(
-    name: str, recorded: Mapping[str, Mapping[str, Any]], held: Mapping[str, Tensor]
-) -> str | None:
+def _against_record(name: str, recorded: Mapping[str, Mapping[str, Any]], held: Mapping[str, Tensor]) -> str | None:
     if name not in held:
         return f"{name}: missing"
     if name not in recorded:
@@ -178,7 +162,7 @@ def _recompile(directory: Path, described: Mapping[str, Any], model: Path) -> di
     if described.get("algorithm") != "rtn":
         raise TargetError(f"{file}: algorithm: {described.get('algorithm')}: cannot be run again without its data")
     try:
-        spec = load_spec(cast(Any, yaml.safe_load(described["spec"])))
+        spec = load_spec(yaml.safe_load(described["spec"]))
         dtype = manifest.dtype_named(described["computed_in"] or "float32")
     except (KeyError, TypeError, AttributeError, ValueError, yaml.YAMLError, SpecError) as error:
         raise TargetError(f"{file}: damaged: {str(error).splitlines()[0]}") from error
@@ -186,4 +170,8 @@ def _recompile(directory: Path, described: Mapping[str, Any], model: Path) -> di
     gm = hugging_face.capture_directory(model, dtype, cache=cache)
     with torch.no_grad():
         Pipeline([RemoveNoOps(), RaiseGroupedLinear(), SplitGateUp(), Annotate(spec), QuantizeWeights()]).run(gm)
+    if described["target"] == "onnx":
+        from graphq.lowering.onnx_form import onnx_form
+
+        gm = onnx_form(gm)
     return manifest.named_tensors(manifest.quantized_tensors(gm))

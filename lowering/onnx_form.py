@@ -1,0 +1,188 @@
+"""The QDQ form as ONNX spells it, still as a graph: scales by axis or block, one weight for each expert, no Conv1D layout.
+
+Its codes, scales and zero points are those that the ONNX file holds, under the same names.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, cast, final
+
+import torch
+from torch import Tensor, fx
+
+from graphq import edit
+from graphq.lowering.pack import copy_graph
+from graphq.source import KEY, PAST, SEQUENCE, TOTAL, source_of
+from graphq.state import put_tensor, tensor_of
+from graphq.views import Dequantize, GroupedLinear, Input, Op, Param, Quantize, TransposedLinear, ops_of, view
+
+_BY: Final = "onnx-form"
+_library = torch.library.Library("graphq", "FRAGMENT")
+_library.define("expert_linears(Tensor x, Tensor[] weights, Tensor offsets) -> Tensor")
+
+
+def _expert_linears_fake(x: Tensor, weights: Sequence[Tensor], offsets: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weights[0].shape[0])
+
+
+torch.library.register_fake("graphq::expert_linears", _expert_linears_fake, lib=_library)
+expert_linears = torch.ops.graphq.expert_linears.default  # exists in traces alone: ONNX has the kernel
+
+
+@final
+@dataclass(frozen=True)
+class OnnxBlock:
+    """Where ONNX wants the scales of a tensor: per tensor (no axis), per ``axis``, or in blocks of ``size`` along it."""
+
+    axis: int | None
+    size: int | None
+
+
+def onnx_block(block: Sequence[int], shape: Sequence[int]) -> OnnxBlock:
+    """The ONNX form of a block: per tensor, per axis where one axis alone is cut, else blocked along one axis."""
+    cut = [axis for axis, (b, size) in enumerate(zip(block, shape, strict=True)) if 0 < b < size]
+    if not cut:
+        return OnnxBlock(None, None)
+    partial = [axis for axis in cut if block[axis] > 1]
+    if not partial and len(cut) == 1:
+        return OnnxBlock(cut[0], None)
+    if partial:
+        return OnnxBlock(partial[0], block[partial[0]])
+    whole = [axis for axis in range(len(block)) if axis not in cut]
+    axis = whole[-1] if whole else len(block) - 1
+    return OnnxBlock(axis, shape[axis] if whole else 1)
+
+
+def onnx_scale(scale: Tensor, block: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """A scale or zero point in the shape that ``onnx_block`` asks for: scalar, 1-D, or blocked along one axis."""
+    form = onnx_block(block, shape)
+    if form.axis is None:
+        return scale.reshape(())
+    if form.size is None:
+        return scale.reshape(-1)
+    sizes = [scale.shape[axis] if axis == form.axis else size for axis, size in enumerate(shape)]
+    return scale.expand(sizes).contiguous()
+
+
+def onnx_form(gm: fx.GraphModule, cache: bool = True) -> fx.GraphModule:
+    """A copy of the QDQ form ``gm`` in ONNX's terms; ``cache=False``: without the key/value cache."""
+    made = copy_graph(gm)
+    for op in ops_of(made):
+        if isinstance(op, GroupedLinear):
+            _by_expert(made, op)
+    edit.drop_unused(made)
+    for op in ops_of(made):
+        if isinstance(op, TransposedLinear) and isinstance(op.mat2, Dequantize):
+            _store_rows(made, op, op.mat2)
+    for op in ops_of(made):
+        if isinstance(op, Dequantize) and isinstance(op.codes, Param):
+            shape = tensor_of(made, op.codes.fqn).shape
+            for part in (op.scale, op.zero_point):
+                if isinstance(part, Param):
+                    _set(made, part, onnx_scale(tensor_of(made, part.fqn), list(op.block), shape))
+        elif isinstance(op, Quantize) and isinstance(op.scale, Param):
+            for part in (op.scale, op.zero_point):
+                if isinstance(part, Param):
+                    _set(made, part, tensor_of(made, part.fqn).reshape(()))
+    if not cache:
+        _drop_cache(made)
+    made.graph.lint()
+    made.recompile()
+    return made
+
+
+def _set(gm: fx.GraphModule, op: Param, tensor: Tensor) -> None:
+    put_tensor(gm, op.fqn, tensor)
+    op.node.meta["val"] = edit.fake_mode_of(gm).from_tensor(tensor, static_shapes=True)
+
+
+@final
+@dataclass(frozen=True)
+class _Part:
+    """Some experts of a stack: codes with scales, or a float weight."""
+
+    op: Op
+    members: list[int]
+
+
+def _parts(gm: fx.GraphModule, weight: Op, experts: int) -> list[_Part]:
+    """The parts that a stack's weight was joined from, each with its experts' indices."""
+    order = list(range(experts))
+    if weight.node.target is torch.ops.aten.index_select.default:
+        joined, _, index = weight.node.args
+        place = tensor_of(gm, str(cast(fx.Node, index).target)).tolist()
+        order = [place.index(i) for i in range(experts)]
+        weight = view(cast(fx.Node, joined))
+    if weight.node.target is not torch.ops.aten.cat.default:
+        return [_Part(weight, order)]
+    parts: list[_Part] = []
+    for node in cast(list[fx.Node], weight.node.args[0]):
+        count = int(node.meta["val"].shape[0])
+        parts.append(_Part(view(node), order[:count]))
+        order = order[count:]
+    return parts
+
+
+def _by_expert(gm: fx.GraphModule, op: GroupedLinear) -> None:
+    """A stack's product as one linear for each expert, with weights under the experts' own names."""
+    experts = int(op.weight.val.shape[0])
+    stack = str(op.node.meta.get("graphq.layer", op.node.name))
+    path, _, role = stack.rpartition(".")
+    weights: dict[int, Op] = {}
+    for part in _parts(gm, op.weight, experts):
+        source = part.op
+        for position, expert in enumerate(part.members):
+            name = f"{path}.{expert}.{role}" if path else f"{expert}.{role}"
+            if isinstance(source, Dequantize) and isinstance(source.codes, Param):
+                tensors: list[Op | None] = []
+                for suffix, held in (("weight", source.codes), ("weight_scale", source.scale), ("weight_zero_point", source.zero_point)):
+                    if held is None:
+                        tensors.append(None)
+                        continue
+                    own = tensor_of(gm, cast(Param, held).fqn)[position].clone()
+                    tensors.append(edit.add_tensor(gm, op, f"{name}.{suffix}", own, by=_BY))
+                arguments = (*tensors, None, source.format, list(source.block)[1:], source.dtype)
+                weights[expert] = edit.insert(gm, op, Dequantize.target, *arguments, by=_BY)
+            elif isinstance(source, Param):
+                own = tensor_of(gm, source.fqn)[position].clone()
+                weights[expert] = edit.add_tensor(gm, op, f"{name}.weight", own, by=_BY)
+            else:  # a computed stack is cut where it is computed
+                weights[expert] = edit.insert(gm, op, torch.ops.aten.select.int, source, 0, position, by=_BY)
+    edit.replace(gm, op, expert_linears, op.x, [weights[e] for e in range(experts)], op.offsets, by=_BY)
+
+
+def _store_rows(gm: fx.GraphModule, op: TransposedLinear, weight: Dequantize) -> None:
+    """A ``[K, N]`` weight is stored as the rows ``[N, K]`` of every other linear, and transposed when it is read."""
+    for part in (weight.codes, weight.scale, weight.zero_point):
+        if isinstance(part, Param):
+            _set(gm, part, tensor_of(gm, part.fqn).t().contiguous())
+    arguments = (weight.codes, weight.scale, weight.zero_point, None, weight.format, list(weight.block)[::-1], weight.dtype)
+    rows = edit.insert(gm, weight, Dequantize.target, *arguments, by=_BY)
+    edit.bypass(gm, weight, edit.insert(gm, view(rows.node.next), torch.ops.aten.t.default, rows, by=_BY))
+
+
+def _drop_cache(gm: fx.GraphModule) -> None:
+    """Caches are empty constants of the batch's size, and are not given back."""
+    source = source_of(gm)
+    inputs = [op for op in ops_of(gm) if isinstance(op, Input)]
+    first = view(inputs[-1].node.next)
+    batch = edit.insert(gm, first, torch.ops.aten.sym_size.int, inputs[0], 0, by=_BY)
+    for op, declared in zip(inputs, source.inputs, strict=True):
+        if declared.is_cache:
+            sizes = [batch.node if d == "batch" else 0 if d == PAST else d for d in declared.shape]
+            with gm.graph.inserting_before(first.node):
+                empty = gm.graph.call_function(torch.ops.aten.full.default, (sizes, 0.0), {"dtype": declared.dtype})
+            empty.meta = dict(op.node.meta)
+            edit.bypass(gm, op, view(empty))
+    output = next(n for n in gm.graph.nodes if n.op == "output")
+    kept = [i for i, name in enumerate(source.outputs) if not name.startswith("present.")]
+    output.args = (tuple(cast(Any, output.args[0])[i] for i in kept),)
+    edit.drop_unused(gm)
+    gm.meta[KEY] = replace(
+        source,
+        inputs=tuple(
+            replace(i, shape=tuple(SEQUENCE if d == TOTAL else d for d in i.shape)) for i in source.inputs if not i.is_cache
+        ),
+        outputs=tuple(source.outputs[i] for i in kept),
+        ranges=tuple(r for r in source.ranges if r[0] != PAST),
+    )
