@@ -18,6 +18,7 @@ from typing import Any, Final, Literal, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram
 
 from graphq.errors import GraphError
@@ -26,6 +27,7 @@ from graphq.source import BATCH, KEY, SEQUENCE, TOTAL, Source, TensorInput
 from graphq.state import put_tensor, tensor_of
 
 MAX_SIZE: Final = 1 << 20  # the declared upper end of every dynamic dimension
+_LOGGERS: Final = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
 MINIMUM: Final = {"past_sequence": 0}  # of the others: 1
 
 
@@ -156,11 +158,13 @@ def export_flat(
     with _evaluating(flat), torch.no_grad(), _quiet():
         try:
             exported = torch.export.export(flat, tuple(samples), dynamic_shapes=(shapes,), strict=False)
-            exported = exported.run_decompositions({})
+            if any(_changes_in_place(node) for node in exported.graph.nodes):
+                exported = exported.run_decompositions({})  # functionalizes; costs as much as tracing did
         except GraphError:
             raise
         except Exception as error:  # export raises many types; each becomes one line that names the user's code
             raise _explain(error, flat) from error
+    _refuse_changes(exported, flat)
     guards = unproved(_guards_of(exported), [i.shape for i in inputs], ranges)
     if guards:
         raise SpecializedError(f"{type(flat.model).__name__} restricts its input sizes: {'; '.join(guards)}")
@@ -185,6 +189,21 @@ def export_flat(
     return gm
 
 
+def _refuse_changes(exported: ExportedProgram, flat: FlatModel) -> None:
+    """Raises ``GraphError`` if a call of the model leaves other inputs or other buffers behind."""
+    signature = exported.graph_signature
+    changed = [name.removeprefix("model.") for name in signature.buffers_to_mutate.values()]
+    inputs = list(signature.user_inputs)
+    changed += [flat.names[inputs.index(name)] for name in signature.user_inputs_to_mutate.values()]
+    if changed:
+        names = ", ".join(changed)
+        raise GraphError(f"{type(flat.model).__name__} changes {names} in place; a graph leaves its inputs and buffers alone")
+
+
+def _changes_in_place(node: fx.Node) -> bool:
+    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+
+
 def dynamic_shapes(
     inputs: Sequence[TensorInput], ranges: Mapping[str, tuple[int, int]]
 ) -> tuple[dict[int, Any], ...]:
@@ -203,15 +222,18 @@ def _guards_of(exported: ExportedProgram) -> list[str]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Export's own warnings and logs are held back: what matters in them comes as a ``GraphError``."""
-    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # it prints half-made graphs
+        printed = io.StringIO()  # half-made graphs, on both
+        with warnings.catch_warnings(), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @contextlib.contextmanager
@@ -258,6 +280,12 @@ def _own_graph(exported: ExportedProgram, inputs: Sequence[TensorInput]) -> fx.G
             copied = graph.get_attr(fqn)
         elif node.op == "placeholder":
             copied = graph.placeholder(next(placeholders).name.replace(".", "_"))
+        elif _is_cast(node):
+            x, value = new[cast(fx.Node, node.args[0])], node.meta["val"]
+            if value.dtype == x.meta["val"].dtype and value.device == x.meta["val"].device:
+                new[node] = x
+                continue
+            copied = graph.call_function(torch.ops.aten._to_copy.default, (x,), {"dtype": value.dtype, "device": value.device})
         else:
             copied = graph.node_copy(node, new.__getitem__)
         copied.meta = {k: v for k, v in node.meta.items() if k in ("val", "nn_module_stack", "stack_trace")}
@@ -273,6 +301,14 @@ def _own_graph(exported: ExportedProgram, inputs: Sequence[TensorInput]) -> fx.G
         node.meta["val"] = node.meta.get("val", getattr(gm, node.target, None) if node.op == "get_attr" else None)
     gm.recompile()
     return gm
+
+
+def _is_cast(node: fx.Node) -> bool:
+    """Whether a node only changes dtype or device: every spelling of that becomes one, or nothing."""
+    name = str(node.target)
+    if not name.startswith(("aten.to.", "aten._to_copy.", "aten.type_as.")):
+        return False
+    return node.kwargs.get("memory_format") in (None, torch.preserve_format)
 
 
 def _name_tied(gm: fx.GraphModule, model: nn.Module) -> None:
@@ -306,7 +342,7 @@ def _name_tied(gm: fx.GraphModule, model: nn.Module) -> None:
 def _explain(error: Exception, flat: FlatModel) -> GraphError:
     """``error`` in one line, with the layer and the user's own source line where a frame shows them."""
     names = {id(module): name or type(module).__name__ for name, module in flat.model.named_modules()}
-    where = ""
+    where = f"{type(flat.model).__name__}: "
     for frame, line in traceback.walk_tb(error.__traceback__):  # the innermost frame of a module's own code wins
         code = frame.f_code
         owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
@@ -317,14 +353,17 @@ def _explain(error: Exception, flat: FlatModel) -> GraphError:
     text = " ".join(lines)
     if found := re.search(r"You marked (\w+) as dynamic but your code specialized it to be a constant \((\d+)\)", text):
         return SpecializedError(f"{where}the model's code fixes dimension {found[1]} at {found[2]}")
-    if found := re.search(r"Not all values of (\w+) = .*? satisfy the generated guard (.*?)(?= - |\. ?$|$)", text):
-        return SpecializedError(f"{where}the model's code restricts dimension {found[1]}: {_plain_sizes(found[2])}")
+    if found := re.search(r"Not all values of (\w+) = .*? satisfy the generated guard (.*?)(?= - |\. The error above|\. ?$|$)", text):
+        return SpecializedError(f"{where}the model's code restricts dimension {found[1]}: {_plain_sizes(found[2], flat)}")
     if "Constraints violated" in text:
-        return SpecializedError(f"{where}the model's code restricts a dynamic dimension: {_plain_sizes(lines[1])}")
+        return SpecializedError(f"{where}the model's code restricts a dynamic dimension: {_plain_sizes(lines[1], flat)}")
     if "data-dependent" in lines[0]:
         return GraphError(f"{where}the path taken depends on the values of a tensor, which a graph cannot hold")
     return GraphError(f"{where}cannot be captured: {lines[0]}")
 
 
-def _plain_sizes(text: str) -> str:
-    return re.sub(r"L\['tensors'\]\[(\d+)\]\.size\(\)\[(\d+)\]", r"size \2 of input \1", text.partition("Suggested fixes")[0].strip())
+def _plain_sizes(text: str, flat: FlatModel) -> str:
+    def size(found: re.Match[str]) -> str:
+        return f"size {found[2]} of {flat.names[int(found[1])]}"
+
+    return re.sub(r"L\['tensors'\]\[(\d+)\]\.size\(\)\[(\d+)\]", size, text.partition("Suggested fixes")[0].strip())

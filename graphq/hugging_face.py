@@ -198,7 +198,10 @@ def read_config(path: Path) -> "PreTrainedConfig":
         config = cast("PreTrainedConfig", AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False))
     except Exception as error:  # one line for whatever transformers finds wrong with the file
         raise GraphError(f"{path / 'config.json'}: {str(error).strip().splitlines()[0]}") from error
-    refuse_quantized(config)
+    try:
+        refuse_quantized(config)
+    except GraphError as error:
+        raise GraphError(f"{path / 'config.json'}: {error}") from None
     return config
 
 
@@ -221,17 +224,26 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> "PreTrainedMod
     try:
         with _silent_transformers():
             loaded: Any = cls.from_pretrained(
-                path, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+                path,
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
             )
     except Exception as error:
         raise GraphError(f"{path}: {str(error).strip().splitlines()[0]}") from error
     model, info = loaded
     missing, wrong = sorted(info["missing_keys"]), sorted(str(k[0]) for k in info.get("mismatched_keys", ()))
     if missing or wrong:
-        what = [f"{len(missing)} missing ({', '.join(missing[:3])}...)"] if missing else []
-        what += [f"{len(wrong)} of another shape ({', '.join(wrong[:3])}...)"] if wrong else []
+        what = [f"{len(missing)} missing ({_first(missing)})"] if missing else []
+        what += [f"{len(wrong)} of another shape ({_first(wrong)})"] if wrong else []
         raise GraphError(f"{path}: the weights do not fit {cls.__name__}: {'; '.join(what)}")
     return model.eval()
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def check_weight_files(path: Path) -> None:
@@ -241,8 +253,8 @@ def check_weight_files(path: Path) -> None:
     index = path / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise GraphError(f"{index}: not an index of weight files: {error}") from error
         files = [path / name for name in names]
         outside = [f for f in files if f.resolve().parent != path.resolve() and f.parent != path]
@@ -250,6 +262,9 @@ def check_weight_files(path: Path) -> None:
             raise GraphError(f"{index}: {outside[0].name} lies outside of the model directory")
     else:
         files = sorted(path.glob("*.safetensors"))
+    pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
+    if not files and pickled:
+        raise GraphError(f"{path}: {_first(pickled)}: pickled weights can run code and are not read; save safetensors")
     if not files:
         raise GraphError(f"{path}: no weights: expected model.safetensors or model.safetensors.index.json")
     for file in files:
