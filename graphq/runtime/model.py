@@ -1,7 +1,8 @@
 """A compiled model as it is deployed: packed weights, the source's calling convention, generation for causal LMs."""
 
+import copy
 import json
-from typing import Any, cast, final
+from typing import Any, Self, cast, final
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,9 +21,16 @@ class CompiledModel(nn.Module):
     and empty caches may be left out.
     """
 
+    graph: fx.GraphModule
+
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__()
-        self.graph = graph
+        # Its tensors and modules are the graph's own, so that their names are the layers' and ``to`` moves both.
+        self.__dict__ |= {"graph": graph} | {kind: graph.__dict__[kind] for kind in ("_parameters", "_buffers", "_modules")}
+        self.train(graph.training)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return type(self)(copy.deepcopy(self.graph, memo))
 
     @property
     def source(self) -> Source:
