@@ -27,8 +27,9 @@ def _check(bits: int, given: Tensor, wanted: torch.dtype) -> None:
 def pack(codes: Int8[Tensor, "*rows count"], bits: int) -> UInt8[Tensor, "*rows bytes"]:
     """The bytes of codes from -2^(bits-1) to 2^(bits-1)-1; higher bits of a code are cut off."""
     _check(bits, codes, torch.int8)
+    codes = codes.contiguous()
     if bits == 8:
-        return codes.contiguous().view(torch.uint8)
+        return codes.view(torch.uint8)
     if bits == 4:  # the common width, without spreading bits
         low, high = codes[..., ::2], codes[..., 1::2]
         if codes.shape[-1] % 2:

@@ -200,8 +200,6 @@ def _integer_product(q: Tensor, weight: Tensor, packed: Tensor | None) -> Tensor
         return (q.double() @ weight.double().t()).float()
     one, none = torch.ones(weight.shape[0]), torch.zeros(weight.shape[0], dtype=torch.int32)
     flat = q.reshape(-1, q.shape[-1]).contiguous()
-    if not flat.shape[0]:
-        return q.new_zeros(*q.shape[:-1], weight.shape[0], dtype=torch.float32)
     made = _onednn.qlinear_pointwise(flat, 1.0, 0, packed, one, none, None, 1.0, 0, torch.float32, "none", [], "")
     return cast(Tensor, made).reshape(*q.shape[:-1], weight.shape[0])
 
