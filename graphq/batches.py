@@ -51,7 +51,9 @@ def _by_name(source: Source, batch: object, where: str) -> dict[str, Tensor]:
             raise SpecError(f"{where}: {len(values)} tensors, the model takes {len(names)}: {', '.join(names)}")
         items = list(zip(names, values, strict=False))
     else:
-        raise SpecError(f"{where}: a {type(batch).__name__} is not a batch; give a tensor, a tuple or a dict of tensors")
+        raise SpecError(
+            f"{where}: a {type(batch).__name__} is not a batch; give a tensor, a tuple or a dict of tensors"
+        )
     if not items:
         raise SpecError(f"{where}: empty; the model takes {', '.join(names)}")
     for name, value in items:
@@ -76,7 +78,12 @@ def _fit(wanted: TensorInput, value: Tensor, sizes: dict[str, int], where: str) 
 
 
 def _default(
-    source: Source, wanted: TensorInput, given: Mapping[str, Tensor], sizes: Mapping[str, int], device: torch.device, where: str
+    source: Source,
+    wanted: TensorInput,
+    given: Mapping[str, Tensor],
+    sizes: Mapping[str, int],
+    device: torch.device,
+    where: str,
 ) -> Tensor:
     def shape() -> list[int]:
         missing = [d for d in wanted.shape if isinstance(d, str) and d not in sizes]
@@ -96,10 +103,14 @@ def _default(
         case _ if wanted.is_cache:
             return torch.zeros(shape(), dtype=wanted.dtype, device=device)
         case _:
-            raise SpecError(f"{where}: {wanted.name} is missing; the model takes {', '.join(i.name for i in source.inputs)}")
+            raise SpecError(
+                f"{where}: {wanted.name} is missing; the model takes {', '.join(i.name for i in source.inputs)}"
+            )
 
 
 def complete_all(source: Source, batches: Iterable[object], where: str = "calibration") -> Iterator[tuple[Tensor, ...]]:
     """``complete`` for each of many batches, which the errors number from 0."""
+    if isinstance(batches, Tensor | Mapping | str | bytes) or not isinstance(cast(object, batches), Iterable):
+        raise SpecError(f"{where}: a {type(batches).__name__}; give a list of tensors, tuples or dicts")
     for number, batch in enumerate(batches):
         yield complete(source, batch, f"{where}: batch {number}")

@@ -38,7 +38,9 @@ class FlatModel(nn.Module):
     calling convention.
     """
 
-    def __init__(self, model: nn.Module, names: Sequence[str], call: Callable[[nn.Module, dict[str, Tensor]], Any]) -> None:
+    def __init__(
+        self, model: nn.Module, names: Sequence[str], call: Callable[[nn.Module, dict[str, Tensor]], Any]
+    ) -> None:
         super().__init__()
         self.model = model
         self.names = tuple(names)
@@ -71,9 +73,7 @@ class FlatModel(nn.Module):
         return tuple(named.values())
 
 
-def capture_module(
-    model: nn.Module, inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor]
-) -> fx.GraphModule:
+def capture_module(model: nn.Module, inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> fx.GraphModule:
     """The graph of any module, from example inputs (a tensor, a tuple, or a dict by argument name).
 
     The first dimension of every input is the dynamic ``batch``; the second dimension of ``[batch, n]`` integer and
@@ -87,8 +87,10 @@ def capture_module(
     if len(batch_sizes) > 1:
         sizes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in named.items())
         raise GraphError(f"inputs: the first dimensions differ ({sizes}); every input starts with the batch")
-    if batch_sizes == {1}:  # export would take a batch of 1 for a constant
-        named = {name: torch.cat([x, x]) if x.dim() else x for name, x in named.items()}
+    copies = (
+        2 if batch_sizes == {1} else 1
+    )  # export would take a batch of 1 for a constant, one tensor given twice for one
+    named = {name: torch.cat([x] * copies) if x.dim() else x.clone() for name, x in named.items()}
 
     def declare(sequence: bool) -> tuple[TensorInput, ...]:
         return tuple(
@@ -128,14 +130,20 @@ def _name_inputs(model: nn.Module, inputs: Tensor | Sequence[Tensor] | Mapping[s
         given = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
         names = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         if len(given) > len(names):
-            raise GraphError(f"inputs: {len(given)} given, {type(model).__name__}.forward takes {len(names)}: {', '.join(names)}")
+            raise GraphError(
+                f"inputs: {len(given)} given, {type(model).__name__}.forward takes {len(names)}: {', '.join(names)}"
+            )
         named = dict(zip(names, given, strict=False))
     if not named:
-        raise GraphError(f"inputs: none given; pass example inputs of {type(model).__name__}.forward as a tuple or dict")
+        raise GraphError(
+            f"inputs: none given; pass example inputs of {type(model).__name__}.forward as a tuple or dict"
+        )
     accepts_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for name, value in named.items():
         if name not in parameters and not accepts_any:
-            raise GraphError(f"inputs: {type(model).__name__}.forward has no argument {name}; it takes {', '.join(parameters)}")
+            raise GraphError(
+                f"inputs: {type(model).__name__}.forward has no argument {name}; it takes {', '.join(parameters)}"
+            )
         if not isinstance(value, Tensor):
             raise GraphError(f"inputs: {name} is a {type(value).__name__}; graphs take flat tensors")
     return named
@@ -197,21 +205,22 @@ def _refuse_changes(exported: ExportedProgram, flat: FlatModel) -> None:
     changed += [flat.names[inputs.index(name)] for name in signature.user_inputs_to_mutate.values()]
     if changed:
         names = ", ".join(changed)
-        raise GraphError(f"{type(flat.model).__name__} changes {names} in place; a graph leaves its inputs and buffers alone")
+        raise GraphError(
+            f"{type(flat.model).__name__} changes {names} in place; a graph leaves its inputs and buffers alone"
+        )
 
 
 def _changes_in_place(node: fx.Node) -> bool:
     return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
 
 
-def dynamic_shapes(
-    inputs: Sequence[TensorInput], ranges: Mapping[str, tuple[int, int]]
-) -> tuple[dict[int, Any], ...]:
+def dynamic_shapes(inputs: Sequence[TensorInput], ranges: Mapping[str, tuple[int, int]]) -> tuple[dict[int, Any], ...]:
     """The dynamic dimensions of each input, as ``torch.export`` takes them."""
     dims = {d: Dim(d, min=low, max=high) for d, (low, high) in ranges.items()}
     # A sum of two dimensions cannot be declared; the guard it leaves is checked like every other.
     return tuple(
-        {axis: Dim.DYNAMIC if d == TOTAL else dims[d] for axis, d in enumerate(i.shape) if isinstance(d, str)} for i in inputs
+        {axis: Dim.DYNAMIC if d == TOTAL else dims[d] for axis, d in enumerate(i.shape) if isinstance(d, str)}
+        for i in inputs
     )
 
 
@@ -285,7 +294,9 @@ def _own_graph(exported: ExportedProgram, inputs: Sequence[TensorInput]) -> fx.G
             if value.dtype == x.meta["val"].dtype and value.device == x.meta["val"].device:
                 new[node] = x
                 continue
-            copied = graph.call_function(torch.ops.aten._to_copy.default, (x,), {"dtype": value.dtype, "device": value.device})
+            copied = graph.call_function(
+                torch.ops.aten._to_copy.default, (x,), {"dtype": value.dtype, "device": value.device}
+            )
         else:
             copied = graph.node_copy(node, new.__getitem__)
         copied.meta = {k: v for k, v in node.meta.items() if k in ("val", "nn_module_stack", "stack_trace")}
@@ -353,10 +364,16 @@ def _explain(error: Exception, flat: FlatModel) -> GraphError:
     text = " ".join(lines)
     if found := re.search(r"You marked (\w+) as dynamic but your code specialized it to be a constant \((\d+)\)", text):
         return SpecializedError(f"{where}the model's code fixes dimension {found[1]} at {found[2]}")
-    if found := re.search(r"Not all values of (\w+) = .*? satisfy the generated guard (.*?)(?= - |\. The error above|\. ?$|$)", text):
-        return SpecializedError(f"{where}the model's code restricts dimension {found[1]}: {_plain_sizes(found[2], flat)}")
+    if found := re.search(
+        r"Not all values of (\w+) = .*? satisfy the generated guard (.*?)(?= - |\. The error above|\. ?$|$)", text
+    ):
+        return SpecializedError(
+            f"{where}the model's code restricts dimension {found[1]}: {_plain_sizes(found[2], flat)}"
+        )
     if "Constraints violated" in text:
-        return SpecializedError(f"{where}the model's code restricts a dynamic dimension: {_plain_sizes(lines[1], flat)}")
+        return SpecializedError(
+            f"{where}the model's code restricts a dynamic dimension: {_plain_sizes(lines[1], flat)}"
+        )
     if "data-dependent" in lines[0]:
         return GraphError(f"{where}the path taken depends on the values of a tensor, which a graph cannot hold")
     return GraphError(f"{where}cannot be captured: {lines[0]}")

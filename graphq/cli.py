@@ -1,7 +1,7 @@
 """The command line: ``compile``, ``explain``, ``dump``, ``eval`` and ``verify``.
 
-Results go to the standard output, everything else to the standard error. Exit 0; 1 for an error, a line each; 2 for wrong
-usage; 130 when interrupted. Heavy libraries are imported when a command runs, so that ``--help`` answers at once.
+Results go to the standard output, everything else to the standard error. Exit status: 0; 1 for errors, a line each;
+2 for wrong usage; 130 when interrupted. Heavy libraries are imported when a command runs: ``--help`` answers at once.
 """
 
 import functools
@@ -45,6 +45,9 @@ Length = Annotated[int, typer.Option("--sequence-length", min=2, help="Tokens in
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
+_REPORT: Final = "please report it, with the traceback that --debug shows"
+
+
 def main() -> None:
     """The ``graphq`` command."""
     app()
@@ -72,14 +75,14 @@ def _one_line_errors(command: Callable[P, T]) -> Callable[P, T]:
 def _in_words(error: Exception) -> str:
     match error:
         case PassError():
-            return f"internal error: {error}; please report it, with the traceback that --debug shows"
+            return f"internal error: {error}; {_REPORT}"
         case GraphqError():
             return str(error)
         case OSError(filename=str() | bytes() | Path()):
             return f"{error.filename}: {error.strerror}"
         case _:
             first = (str(error).strip().splitlines() or [""])[0]
-            return f"internal error: {type(error).__name__}: {first}; please report it, with the traceback that --debug shows"
+            return f"internal error: {type(error).__name__}: {first}; {_REPORT}"
 
 
 def _fail(text: str, status: int = 1) -> NoReturn:
@@ -89,15 +92,20 @@ def _fail(text: str, status: int = 1) -> NoReturn:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        typer.echo(f"graphq {version('graphq')}")
+        try:
+            typer.echo(f"graphq {version('graphq')}")
+        except PackageNotFoundError:  # run from its sources
+            typer.echo("graphq, not installed")
         raise typer.Exit
 
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None: ...
 
 
@@ -127,12 +135,12 @@ def compile_(
     from graphq.files import check_place
 
     check_place(out, overwrite)
-    from graphq.compiler import compile
+    from graphq import compiler
     from graphq.frontends import load_spec
 
     parsed = load_spec(spec, dialect)
     batches = None if calibration is None else _calibration(model, calibration, samples, sequence_length)
-    made = compile(model, parsed, calibration=batches, algorithm=algorithm, seed=seed)
+    made = compiler.compile(model, parsed, calibration=batches, algorithm=algorithm, seed=seed)
     options: dict[str, Any] = {"cache": False} if no_cache else {}
     made.emit(target, out, overwrite=overwrite, **options)
     _print_report(made.report, as_json)
@@ -142,9 +150,7 @@ def compile_(
 
 @app.command()
 @_one_line_errors
-def explain(
-    model: Model, spec: SpecFile, as_json: Json = False, dialect: Dialect = None, debug: Debug = False
-) -> None:
+def explain(model: Model, spec: SpecFile, as_json: Json = False, dialect: Dialect = None, debug: Debug = False) -> None:
     """Show each layer's plan and the rule that decides. Reads the model's configuration, not its weights."""
     from graphq.compiler import explain
 
@@ -179,7 +185,7 @@ def eval_(
     model: Annotated[Path, typer.Argument(metavar="MODEL_DIR_OR_ARTIFACT", help="A model directory or an artifact.")],
     text: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE", help="Text to predict, repeatable; default: modules of Python's standard library."),
+        typer.Option(metavar="FILE", help="Text, repeatable; default: modules of Python's standard library."),
     ] = None,
     windows: Annotated[
         int | None, typer.Option(min=1, help="Windows of text; default: 320, or all of the given text.")
@@ -196,6 +202,7 @@ def eval_(
         read = _windows(tokenizer, text, sequence_length, windows)
     else:
         read = evaluate.standard_library_windows(tokenizer, count=windows or 320, length=sequence_length)
+    _check_fit(model, read)
     found = evaluate.perplexity(call, read)
     typer.echo(f"perplexity {found:.4f} ({len(read)} windows of {sequence_length} tokens)")
 
@@ -251,7 +258,9 @@ def _calibration(model: Path, place: Path, samples: int, length: int) -> "Sequen
         files = sorted(file for file in place.iterdir() if file.is_file() and not file.name.startswith("."))
         if not files:
             raise SpecError(f"{place}: holds no files to calibrate on")
-    return _windows(load_tokenizer(model), files, length, samples).split(1)
+    windows = _windows(load_tokenizer(model), files, length, samples)
+    _check_fit(model, windows)
+    return windows.split(1)
 
 
 def _windows(tokenizer: "Tokenizer", files: Sequence[Path], length: int, most: int | None) -> "Tensor":
@@ -268,6 +277,19 @@ def _windows(tokenizer: "Tokenizer", files: Sequence[Path], length: int, most: i
     if held < length:
         raise SpecError(f"{', '.join(map(str, files))}: {held} tokens do not fill a window of {length}")
     return text_windows(tokenizer, texts, length)[:most]
+
+
+def _check_fit(model: Path, windows: "Tensor") -> None:
+    """Raises ``SpecError`` for windows that are longer, or hold other tokens, than the model's configuration says."""
+    try:
+        config: Any = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # whoever reads the model says so
+    longest, words = (config.get(key) for key in ("max_position_embeddings", "vocab_size"))
+    if isinstance(longest, int) and windows.shape[1] > longest:
+        raise SpecError(f"{model}: a window of {windows.shape[1]} tokens is longer than the {longest} that it reads")
+    if isinstance(words, int) and int(windows.max()) >= words:
+        raise SpecError(f"{model}: the tokenizer gives token {int(windows.max())}, the model knows {words}")
 
 
 def _read_text(file: Path) -> str:

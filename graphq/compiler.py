@@ -54,7 +54,8 @@ def passes_for(spec: Spec, record: Callable[[str, float], None] | None = None) -
 @final
 class Compiled:
     """A compiled model. ``graph`` is the QDQ form, the truth that every artifact equals; ``report`` says what became of
-    each layer; ``spec`` is what was compiled. Calling it runs the packed torch module."""
+    each layer; ``spec`` is what was compiled. Calling it runs the packed torch module.
+    """
 
     def __init__(self, graph: fx.GraphModule, spec: Spec, report: Report, seed: int) -> None:
         self.graph = graph
@@ -87,7 +88,12 @@ class Compiled:
         ``overwrite=True`` replaces an existing directory. ONNX takes ``opset`` (as low as the types allow). Raises
         ``TargetError`` for a layer that the target cannot hold, and for an existing ``path``.
         """
-        made_from = {"spec": print_spec(self.spec), "algorithm": "rtn", "seed": self.seed, "report": self.report.to_json()}
+        made_from = {
+            "spec": print_spec(self.spec),
+            "algorithm": "rtn",
+            "seed": self.seed,
+            "report": self.report.to_json(),
+        }
         match target:
             case "torch":
                 from graphq.lowering.torch_module import emit
@@ -128,7 +134,9 @@ def capture(
         elif hugging_face.is_pretrained(model):
             gm = hugging_face.capture_pretrained(cast(Any, model), cache)
         else:
-            raise GraphError(f"inputs: {type(model).__name__} is not a transformers model; pass example inputs of its forward")
+            raise GraphError(
+                f"inputs: {type(model).__name__} is not a transformers model; pass example inputs of its forward"
+            )
     Pipeline(canonical_passes()).run(gm)
     return gm
 
@@ -228,7 +236,11 @@ def _own_tensors(gm: fx.GraphModule, model: nn.Module) -> None:
         tensor = tensor_of(gm, name)
         storage = tensor.untyped_storage()._cdata
         if storage in theirs:
-            copy = copies.setdefault(storage, tensor.detach().clone()) if tensor.is_contiguous() else tensor.detach().clone()
+            copy = (
+                copies.setdefault(storage, tensor.detach().clone())
+                if tensor.is_contiguous()
+                else tensor.detach().clone()
+            )
             same = copy if copy.shape == tensor.shape else tensor.detach().clone()
             put_tensor(gm, name, nn.Parameter(same, requires_grad=False) if isinstance(tensor, nn.Parameter) else same)
 

@@ -25,7 +25,7 @@ def whole_directory(path: str | os.PathLike[str], overwrite: bool) -> Generator[
     directory, whatever the libraries that wrote them think.
     """
     check_place(path, overwrite)
-    final = Path(os.path.abspath(path))
+    final = Path(path).resolve()
     final.parent.mkdir(parents=True, exist_ok=True)
     made = _empty_directory(final)
     try:
@@ -55,7 +55,9 @@ def check_place(path: str | os.PathLike[str], overwrite: bool) -> None:
     if place.exists() and not overwrite:
         raise TargetError(f"{place}: exists; choose another place, or overwrite it (--overwrite)")
     if place.exists() and any(place.iterdir()) and not (place / MANIFEST).is_file():
-        raise TargetError(f"{place}: exists and is not a graphq artifact ({MANIFEST} is missing); it is not overwritten")
+        raise TargetError(
+            f"{place}: exists and is not a graphq artifact ({MANIFEST} is missing); it is not overwritten"
+        )
 
 
 def _empty_directory(final: Path) -> Path:

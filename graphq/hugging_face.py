@@ -30,7 +30,9 @@ _SAMPLE: Final = {BATCH: 2, SEQUENCE: 3, PAST: 5, TOTAL: 8}
 
 def is_pretrained(model: nn.Module) -> bool:
     """Whether ``model`` is a transformers model; does not import transformers."""
-    return any(c.__module__.startswith("transformers.") and c.__name__ == "PreTrainedModel" for c in type(model).__mro__)
+    return any(
+        c.__module__.startswith("transformers.") and c.__name__ == "PreTrainedModel" for c in type(model).__mro__
+    )
 
 
 def capture_pretrained(model: "PreTrainedModel", cache: bool = True) -> fx.GraphModule:
@@ -115,7 +117,9 @@ def _causal_lm(model: "PreTrainedModel", cache: bool) -> tuple[FlatModel, list[T
     shapes = _cache_shapes(model) if cache else []
     for i, (key, value) in enumerate(shapes):
         inputs.append(TensorInput(f"past_key_values.{i}.key", key.dtype, (BATCH, key.shape[1], PAST, key.shape[3])))
-        inputs.append(TensorInput(f"past_key_values.{i}.value", value.dtype, (BATCH, value.shape[1], PAST, value.shape[3])))
+        inputs.append(
+            TensorInput(f"past_key_values.{i}.value", value.dtype, (BATCH, value.shape[1], PAST, value.shape[3]))
+        )
 
     def call(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         past = [tensors.pop(i.name) for i in inputs if i.is_cache]
@@ -143,10 +147,14 @@ def _cache_shapes(model: "PreTrainedModel") -> list[tuple[Tensor, Tensor]]:
 
     state = DynamicCache()
     with torch.no_grad(), _experts_as("batched_mm", model):  # grouped_mm has no fake kernel for float32
-        model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=_device(model)), past_key_values=state, use_cache=True)
+        model(
+            input_ids=torch.zeros(1, 2, dtype=torch.int64, device=_device(model)), past_key_values=state, use_cache=True
+        )
     for i, layer in enumerate(state.layers):
         if type(layer) is not DynamicLayer or layer.keys is None:
-            raise GraphError(f"{type(model).__name__}: the cache of layer {i} is a {type(layer).__name__}, not keys and values")
+            raise GraphError(
+                f"{type(model).__name__}: the cache of layer {i} is a {type(layer).__name__}, not keys and values"
+            )
     if not state.layers:
         raise GraphError(f"{type(model).__name__} leaves its cache empty; pass cache=False to compile it without one")
     return [(cast(Tensor, layer.keys), cast(Tensor, layer.values)) for layer in state.layers]
@@ -195,7 +203,9 @@ def read_config(path: Path) -> "PreTrainedConfig":
     from transformers import AutoConfig
 
     try:
-        config = cast("PreTrainedConfig", AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False))
+        config = cast(
+            "PreTrainedConfig", AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        )
     except Exception as error:  # one line for whatever transformers finds wrong with the file
         raise GraphError(f"{path / 'config.json'}: {str(error).strip().splitlines()[0]}") from error
     try:
@@ -213,7 +223,9 @@ def _model_class(path: Path, config: "PreTrainedConfig") -> type["PreTrainedMode
         found = getattr(transformers, name, None)
         if isinstance(found, type):
             return cast(type["PreTrainedModel"], found)
-    raise GraphError(f"{path / 'config.json'}: architectures {names} names no class of transformers {transformers.__version__}")
+    raise GraphError(
+        f"{path / 'config.json'}: architectures {names} names no class of transformers {transformers.__version__}"
+    )
 
 
 def load_model(path: Path, dtype: torch.dtype = torch.float32) -> "PreTrainedModel":
@@ -307,7 +319,9 @@ def capture_directory(
         gm = capture_config(config, _model_class(path, config), dtype, cache)
     source: Source = gm.meta[KEY]
     recorded: Any = getattr(config, "dtype", None)
-    gm.meta[KEY] = replace(source, dtype=recorded if isinstance(recorded, torch.dtype) else source.dtype, files=str(path))
+    gm.meta[KEY] = replace(
+        source, dtype=recorded if isinstance(recorded, torch.dtype) else source.dtype, files=str(path)
+    )
     return gm
 
 

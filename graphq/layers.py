@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Final, Literal, cast, final
+from typing import Final, Literal, cast, final
 
 import torch
 from torch import fx
@@ -129,7 +129,7 @@ def _routers(gm: fx.GraphModule) -> set[fx.Node]:
 def _heads(gm: fx.GraphModule) -> frozenset[str]:
     """The layers that the first output, the logits, comes from by no other layer."""
     outputs = next(node for node in gm.graph.nodes if node.op == "output").args[0]
-    params = (weight_param(op) for op in _origins(outputs[0]))
+    params = (weight_param(op) for op in _origins(cast(tuple[fx.Node, ...], outputs)[0]))
     return frozenset(layer_path(param.fqn) for param in params if param is not None)
 
 

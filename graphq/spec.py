@@ -179,7 +179,9 @@ class Plan:
             if isinstance(self.input.granularity, PerChannel | PerGroup):
                 raise SpecError(f"input: {self.input}: activations have one scale per tensor or per token")
             if self.input.format.bits not in ACTIVATION_BITS:
-                raise SpecError(f"input: {self.input} has {self.input.format.bits} bits; activations hold 4, 6, 8 or 16")
+                raise SpecError(
+                    f"input: {self.input} has {self.input.format.bits} bits; activations hold 4, 6, 8 or 16"
+                )
 
     def __str__(self) -> str:
         return ", ".join(
@@ -247,7 +249,9 @@ class Name:
         if not re.fullmatch(r"[\w-]+(\.[\w-]+)*", self.path):
             raise SpecError(f"{self.path!r} is not a layer name: write dotted segments, such as mlp.down_proj")
         if self.path == "blocks":
-            raise SpecError("blocks stands for all layers of the repeated blocks; write *.blocks.* for layers below that name")
+            raise SpecError(
+                "blocks stands for all layers of the repeated blocks; write *.blocks.* for layers below that name"
+            )
         _check_blocks(self.path, self.blocks)
 
     def matches(self, layer: Layer) -> bool:
@@ -270,7 +274,9 @@ class Exact:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w-]+(\.[\w-]+)*", self.fqn):
-            raise SpecError(f"{self.fqn!r} is not a layer name: write dotted segments, such as model.layers.0.mlp.down_proj")
+            raise SpecError(
+                f"{self.fqn!r} is not a layer name: write dotted segments, such as model.layers.0.mlp.down_proj"
+            )
 
     def matches(self, layer: Layer) -> bool:
         return layer.fqn == self.fqn
@@ -290,7 +296,9 @@ class Glob:
         if not set(self.pattern) & set("*?["):
             raise SpecError(f"{self.pattern!r} has no wildcard; write it as a name")
         if "#" in self.pattern or self.pattern.startswith("="):
-            raise SpecError(f"{self.pattern!r}: a pattern takes neither = nor #blocks; write a name, such as down_proj#0-1")
+            raise SpecError(
+                f"{self.pattern!r}: a pattern takes neither = nor #blocks; write a name, such as down_proj#0-1"
+            )
 
     def matches(self, layer: Layer) -> bool:
         if layer.named_only and layer.fqn.rpartition(".")[2] not in self.pattern:
@@ -305,7 +313,8 @@ class Glob:
 @dataclass(frozen=True)
 class Blocks:
     """Matches what is quantized when no rule names it: every layer in the repeated blocks (``named_only`` ones excepted),
-    or every layer of a model without repeated blocks. ``blocks`` restricts it to these indices."""
+    or every layer of a model without repeated blocks. ``blocks`` restricts it to these indices.
+    """
 
     blocks: tuple[int, ...] | None = None
 
@@ -455,7 +464,9 @@ def resolve(spec: Spec, layers: Mapping[str, Layer]) -> tuple[dict[str, Resolved
         if beyond:
             have = f"blocks 0 to {block_count - 1}" if block_count else "no repeated blocks"
             hint = "; #a-b is a list, write #a..b for a range"
-            problems.append(f"{where}{rule.match}: block {', '.join(map(str, beyond))} does not exist: this model has {have}{hint}")
+            problems.append(
+                f"{where}{rule.match}: block {', '.join(map(str, beyond))} does not exist: this model has {have}{hint}"
+            )
         elif not hits and rule.may_match_nothing:
             notes.append(f"{where}{rule.match} matches no layer")
         elif not hits:
@@ -474,7 +485,9 @@ def resolve(spec: Spec, layers: Mapping[str, Layer]) -> tuple[dict[str, Resolved
     for fqn, layer in layers.items():
         rule = matched.get(fqn)
         if rule is None:
-            why = f"{layer.named_only}: quantized only when a rule names it" if layer.named_only else "no rule matches it"
+            why = (
+                f"{layer.named_only}: quantized only when a rule names it" if layer.named_only else "no rule matches it"
+            )
             resolved[fqn] = Resolved(layer, KeepFloat(why), None)
         else:
             resolved[fqn] = Resolved(layer, rule.decision, rule)

@@ -22,7 +22,9 @@ class Limits:
 
 def legalize(gm: fx.GraphModule, limits: Limits) -> None:
     """Raises ``TargetError`` with a line for every node that the target cannot hold: target, layer, reason."""
-    problems = [f"{limits.target}: {where(op)}: {reason}" for op in ops_of(gm) if (reason := limits.refuses(op)) is not None]
+    problems = [
+        f"{limits.target}: {where(op)}: {reason}" for op in ops_of(gm) if (reason := limits.refuses(op)) is not None
+    ]
     if problems:
         raise TargetError("\n".join(dict.fromkeys(problems)))
 

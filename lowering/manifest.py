@@ -1,4 +1,4 @@
-"""What every artifact says of itself in ``graphq.json``: spec, source, and digests of its codes, scales, zero points."""
+"""What every artifact says of itself in ``graphq.json``: spec, source, and digests of codes, scales, zero points."""
 
 import hashlib
 import json

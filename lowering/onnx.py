@@ -65,7 +65,8 @@ def emit(
 
 def _samples(source: Source) -> tuple[Tensor, ...]:
     return tuple(
-        torch.ones([_SAMPLE.get(d, 2) if isinstance(d, str) else d for d in i.shape], dtype=i.dtype) for i in source.inputs
+        torch.ones([_SAMPLE.get(d, 2) if isinstance(d, str) else d for d in i.shape], dtype=i.dtype)
+        for i in source.inputs
     )
 
 
@@ -76,7 +77,9 @@ def _export(gm: fx.GraphModule) -> Any:
     ranges = {name: (low, high) for name, low, high in source.ranges}
     with warnings.catch_warnings(), _quiet_exporter(), torch.no_grad():
         warnings.simplefilter("ignore")
-        exported = torch.export.export(gm, _samples(source), dynamic_shapes=dynamic_shapes(source.inputs, ranges), strict=False)
+        exported = torch.export.export(
+            gm, _samples(source), dynamic_shapes=dynamic_shapes(source.inputs, ranges), strict=False
+        )
         try:
             program = torch.onnx.export(
                 exported,

@@ -135,7 +135,11 @@ def _by_expert(gm: fx.GraphModule, op: GroupedLinear) -> None:
             name = f"{path}.{expert}.{role}" if path else f"{expert}.{role}"
             if isinstance(source, Dequantize) and isinstance(source.codes, Param):
                 tensors: list[Op | None] = []
-                for suffix, held in (("weight", source.codes), ("weight_scale", source.scale), ("weight_zero_point", source.zero_point)):
+                for suffix, held in (
+                    ("weight", source.codes),
+                    ("weight_scale", source.scale),
+                    ("weight_zero_point", source.zero_point),
+                ):
                     if held is None:
                         tensors.append(None)
                         continue
@@ -156,7 +160,15 @@ def _store_rows(gm: fx.GraphModule, op: TransposedLinear, weight: Dequantize) ->
     for part in (weight.codes, weight.scale, weight.zero_point):
         if isinstance(part, Param):
             _set(gm, part, tensor_of(gm, part.fqn).t().contiguous())
-    arguments = (weight.codes, weight.scale, weight.zero_point, None, weight.format, list(weight.block)[::-1], weight.dtype)
+    arguments = (
+        weight.codes,
+        weight.scale,
+        weight.zero_point,
+        None,
+        weight.format,
+        list(weight.block)[::-1],
+        weight.dtype,
+    )
     rows = edit.insert(gm, weight, Dequantize.target, *arguments, by=_BY)
     edit.bypass(gm, weight, edit.insert(gm, view(rows.node.next), torch.ops.aten.t.default, rows, by=_BY))
 
@@ -181,7 +193,9 @@ def _drop_cache(gm: fx.GraphModule) -> None:
     gm.meta[KEY] = replace(
         source,
         inputs=tuple(
-            replace(i, shape=tuple(SEQUENCE if d == TOTAL else d for d in i.shape)) for i in source.inputs if not i.is_cache
+            replace(i, shape=tuple(SEQUENCE if d == TOTAL else d for d in i.shape))
+            for i in source.inputs
+            if not i.is_cache
         ),
         outputs=tuple(source.outputs[i] for i in kept),
         ranges=tuple(r for r in source.ranges if r[0] != PAST),

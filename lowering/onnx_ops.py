@@ -7,16 +7,17 @@ blocked along one axis, whose scales are expanded along the others (ONNX: "the s
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+import onnxscript
 import torch
-from onnxscript import opset18 as op18
-from onnxscript import opset21 as op21
 
 from graphq import numerics
 from graphq.lowering.onnx_form import expert_linears, onnx_block
 from graphq.runtime import ops
 from graphq.spec import Format
 
-_NP_MIN: Final = torch.finfo(torch.float32).tiny
+op18: Any = onnxscript.opset18  # untyped: its annotations are those of eager tensors
+op21: Any = onnxscript.opset21
+_TINY: Final = torch.finfo(torch.float32).tiny
 
 
 def _dequantize_weight(codes: Any, scale: Any, zero_point: Any, block: Sequence[int], shape: Sequence[int]) -> Any:
@@ -76,7 +77,9 @@ def translations() -> dict[Any, Callable[..., Any]]:
         lowest, highest = numerics.code_range(parsed)
         x = op18.Cast(x, to=_FLOAT)
         if _is_static(scale) and parsed.bits in (8, 16):
-            zero = zero_point if zero_point is not None else op18.Cast(op18.Constant(value_int=0), to=_onnx_dtype(parsed))
+            zero = (
+                zero_point if zero_point is not None else op18.Cast(op18.Constant(value_int=0), to=_onnx_dtype(parsed))
+            )
             return op18.QuantizeLinear(x, scale, zero)
         rounded = op18.Round(op18.Div(x, scale))
         if zero_point is not None:
@@ -101,7 +104,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
         else:
             low, high = op18.Min(low, zero), op18.Max(high, zero)
             scale = op18.Div(op18.Sub(high, low), constant(highest - lowest))
-        scale = op18.Where(op18.Greater(scale, zero), op18.Max(scale, constant(_NP_MIN)), constant(1.0))
+        scale = op18.Where(op18.Greater(scale, zero), op18.Max(scale, constant(_TINY)), constant(1.0))
         if parsed.symmetric:
             zero_point = op18.Mul(scale, zero)
         else:
@@ -111,7 +114,8 @@ def translations() -> dict[Any, Callable[..., Any]]:
 
     def rows_of(x: Any, offsets: Any, count: int) -> list[Any]:
         """The rows of each expert, and those after the last offset. One Split: behind a DequantizeLinear, ONNX Runtime
-        1.31 moves Slices in front of a QuantizeLinear of its own making, of the wrong type."""
+        1.31 moves Slices in front of a QuantizeLinear of its own making, of the wrong type.
+        """
         ends = op18.Cast(offsets, to=_INT64)
         total = op18.Slice(op18.Shape(x), integers(0), integers(1))
         starts = op18.Concat(integers(0), ends, axis=0)

@@ -16,7 +16,16 @@ from graphq.errors import TargetError
 
 LOWEST: Final = 13
 HIGHEST: Final = 25
-_REDUCTIONS: Final = ("ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceLogSumExp", "ReduceSumSquare")
+_REDUCTIONS: Final = (
+    "ReduceMean",
+    "ReduceMax",
+    "ReduceMin",
+    "ReduceProd",
+    "ReduceL1",
+    "ReduceL2",
+    "ReduceLogSumExp",
+    "ReduceSumSquare",
+)
 _LAYER_NORM: Final = 17
 _AXES_AS_INPUT: Final = 18  # reductions take their axes as an attribute below
 _TYPES_SINCE: Final = {  # (op, element type of an input): the first opset that takes it
@@ -73,7 +82,11 @@ def _rewrite(graph: ir.Graph, node: ir.Node, may_be_empty: Collection[str]) -> N
         case "Split" if "num_outputs" in node.attributes and len(node.inputs) > 1:
             del node.attributes["num_outputs"]  # the sizes are given
         case "Split" if "num_outputs" in node.attributes:
-            size = node.inputs[0].shape[_axis(node)] if node.inputs[0] is not None and node.inputs[0].shape is not None else None
+            size = (
+                node.inputs[0].shape[_axis(node)]
+                if node.inputs[0] is not None and node.inputs[0].shape is not None
+                else None
+            )
             count = node.attributes["num_outputs"].as_int()
             if isinstance(size, int):
                 part = -(-size // count)

@@ -7,7 +7,7 @@ from torch import Tensor, fx, nn
 from graphq import edit
 from graphq.runtime.modules import Int8Linear, PackedWeight
 from graphq.state import put_tensor, tensor_of
-from graphq.views import Dequantize, Linear, Op, Param, Quantize, Weighted, ops_of, view
+from graphq.views import Dequantize, Linear, Op, Param, Quantize, TransposedLinear, Weighted, ops_of, view
 
 _INT8: Final = ("int8", "int8/asym", "int8/half", "int8/by_sign")
 
@@ -19,7 +19,7 @@ def pack(gm: fx.GraphModule) -> fx.GraphModule:
     """
     packed = copy_graph(gm)
     for op in ops_of(packed):
-        if isinstance(op, Linear) and _is_int8(op):
+        if isinstance(op, Linear | TransposedLinear) and _is_int8(op, op.weight_op):
             _integer_linear(packed, op)
     edit.drop_unused(packed)
     for op in ops_of(packed):
@@ -46,35 +46,45 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     return made
 
 
-def _is_int8(op: Op) -> bool:
-    if not isinstance(op, Linear):
+def _is_int8(op: Op, weight: Op) -> bool:
+    """Whether ``op`` is a linear of int8 codes by the int8 codes that ``weight`` reads, by channel or by tensor."""
+    if not isinstance(op, Linear | TransposedLinear) or op.weight_op != weight:
         return False
-    weight, x = op.weight, op.input
+    x, bias = op.input_op, _bias(op)
     return (
         isinstance(weight, Dequantize)
         and isinstance(weight.codes, Param)
         and weight.format in _INT8
-        and list(weight.block) in ([1, -1], [-1, -1])
+        and all(b == (1 if axis == op.out_axis else -1) for axis, b in enumerate(weight.block) if b != -1)
         and isinstance(x, Dequantize)
         and x.format in _INT8
         and isinstance(x.codes, Quantize)
-        and (op.bias is None or isinstance(op.bias, Param))
+        and (bias is None or isinstance(bias, Param))
+        and (isinstance(op, Linear) or (op.argument("beta") == 1 and op.argument("alpha") == 1))
     )
 
 
-def _integer_linear(gm: fx.GraphModule, op: Linear) -> None:
+def _bias(op: Linear | TransposedLinear) -> Op | None:
+    return op.bias if isinstance(op, Linear) else op.self_
+
+
+def _integer_linear(gm: fx.GraphModule, op: Linear | TransposedLinear) -> None:
     """Every use of an int8 weight is a call of one integer linear, if all of them can be."""
-    weight = cast(Dequantize, op.weight)
+    weight = cast(Dequantize, op.weight_op)
     uses = weight.users
-    if not all(_is_int8(use) and cast(Linear, use).bias == op.bias for use in uses):
+    if not all(_is_int8(use, weight) and _bias(cast(Linear, use)) == _bias(op) for use in uses):
         return
     codes, scale, zero_point = _tensors(gm, weight)
-    bias = tensor_of(gm, cast(Param, op.bias).fqn) if op.bias is not None else None
-    module = Int8Linear(codes.shape, list(weight.block)[0] == 1, zero_point is None, bias is not None, op.val.dtype)
+    bias = _bias(op)
+    held = tensor_of(gm, bias.fqn) if isinstance(bias, Param) else None
+    rows = codes.shape if isinstance(op, Linear) else codes.shape[::-1]
+    per_channel = list(weight.block) != [-1, -1]
+    transposed = isinstance(op, TransposedLinear)
+    module = Int8Linear(rows, per_channel, zero_point is None, held is not None, op.val.dtype, transposed)
     path = cast(Param, weight.codes).fqn.removesuffix(".weight")
-    _put_module(gm, path, module.hold(codes, scale, zero_point, bias))
+    _put_module(gm, path, module.hold(codes, scale, zero_point, held))
     for use in uses:
-        x = cast(Dequantize, cast(Linear, use).input)
+        x = cast(Dequantize, cast(Linear, use).input_op)
         _call(gm, use, path, (x.codes, x.scale, x.zero_point))
 
 
@@ -111,7 +121,7 @@ def _put_module(gm: fx.GraphModule, path: str, module: nn.Module) -> None:
     """``module`` takes the place of the plain module at ``path`` and of what else that holds."""
     plain = gm.get_submodule(path)
     for name, tensor in [*plain.named_parameters(recurse=False), *plain.named_buffers(recurse=False)]:
-        if name not in module._buffers:
+        if not hasattr(module, name):
             put_tensor(module, name, tensor)
     for name, child in plain.named_children():
         module.add_module(name, child)

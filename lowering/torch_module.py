@@ -110,5 +110,3 @@ def weight_nbytes(model: CompiledModel) -> int:
     for tensor in [*model.graph.parameters(), *model.graph.buffers()]:
         seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     return sum(seen.values())
-
-

@@ -1,7 +1,8 @@
 """Whether an artifact still holds the integers and scales of its QDQ form, and whether its model still gives them.
 
-What the artifact holds, unpacked (ONNX: UINT4 lowered by 8), is compared bit for bit with the digests in ``graphq.json``,
-and with a model directory, also with what the manifest's spec makes of that. Float tensors are not compared.
+What the artifact holds, unpacked (ONNX: UINT4 lowered by 8), is compared bit for bit with the digests in
+``graphq.json``, and with a model directory, also with what the manifest's spec makes of that. Float tensors are not
+compared.
 """
 
 from collections.abc import Mapping

@@ -1,19 +1,20 @@
 """Observers on the activations whose scale is fixed before run time, and what they see."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import count
-from typing import ClassVar, Final, Self, final
+from itertools import count, islice
+from typing import ClassVar, Final, final
 
 import torch
 from torch import Tensor, fx, nn
 
 from graphq import edit
 from graphq.errors import SpecError
-from graphq.layers import PLAN, Site, sites
+from graphq.layers import LAYER, PLAN
 from graphq.pipeline import Batches, Pass
+from graphq.runtime import ops
 from graphq.spec import PerExpert, Plan, Quant
-from graphq.views import Op, ops_of
+from graphq.views import Dequantize, Op, Quantize, Weighted, ops_of
 
 
 @final
@@ -54,7 +55,7 @@ class MinMaxObserver(nn.Module):
         self.batches += 1
         return x
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MinMaxObserver":
         # A change of the model's dtype leaves the precision of statistics alone; only the device follows.
         for name, buffer in self.named_buffers(recurse=False):
             setattr(self, name, buffer.to(fn(torch.empty(0, dtype=buffer.dtype, device=buffer.device)).device))
@@ -65,6 +66,22 @@ def input_quants(decision: object) -> tuple[Quant | None, ...]:
     """The input format of a layer, or of each expert of a stack."""
     decisions = decision.decisions if isinstance(decision, PerExpert) else (decision,)
     return tuple(d.input if isinstance(d, Plan) else None for d in decisions)
+
+
+def to_quantize(gm: fx.GraphModule) -> Iterator[tuple[Weighted, tuple[Quant | None, ...]]]:
+    """The layers whose planned input is not quantized yet, with its format (a stack: that of each expert)."""
+    for op in ops_of(gm):
+        if not isinstance(op, Weighted) or _is_quantized(op.input_op):
+            continue
+        quants = input_quants(op.node.meta.get(PLAN))
+        if any(quant is not None for quant in quants):
+            yield op, quants
+
+
+def _is_quantized(x: Op) -> bool:
+    if x.node.target is ops.select_rows:  # one of several that are
+        return True
+    return isinstance(x, Dequantize) and isinstance(x.codes, Quantize)
 
 
 @final
@@ -78,15 +95,16 @@ class Observe(Pass):
     name: ClassVar[str] = "observe"
 
     def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
-        wanted: dict[tuple[Op, Quant], list[Site]] = {}
-        for site in sites(gm):
-            for quant in dict.fromkeys(input_quants(site.op.node.meta.get(PLAN))):
-                if quant is not None and not quant.dynamic and observer_on(gm, site.op.input_op, quant) is None:
-                    wanted.setdefault((site.op.input_op, quant), []).append(site)
-        paths = (path for i in count() if not edit.has_tensor(gm, path := f"observers.{i}"))
-        for ((x, quant), readers), path in zip(wanted.items(), paths, strict=False):
-            observer = MinMaxObserver(quant, tuple(dict.fromkeys(site.path for site in readers)))
-            edit.add_observer(gm, x, path, observer, by=self.name, like=readers[0].op)
+        wanted: dict[tuple[Op, Quant], list[Weighted]] = {}
+        for op, quants in to_quantize(gm):
+            for quant in dict.fromkeys(quants):
+                if quant is not None and not quant.dynamic and observer_on(gm, op.input_op, quant) is None:
+                    wanted.setdefault((op.input_op, quant), []).append(op)
+        free = (path for i in count() if not edit.has_tensor(gm, path := f"observers.{i}"))
+        made = list(zip(wanted.items(), islice(free, len(wanted)), strict=True))
+        for ((x, quant), readers), path in reversed(made):  # each stands right after x: in order at last
+            layers = tuple(dict.fromkeys(str(op.node.meta[LAYER]) for op in readers))
+            edit.add_observer(gm, x, path, MinMaxObserver(quant, layers), by=self.name, like=readers[0])
         return len(wanted)
 
 

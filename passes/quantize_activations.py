@@ -1,38 +1,22 @@
 """Activations through ``graphq::quantize`` and ``graphq::dequantize``, with scales from observers or from run time."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, count
 from typing import ClassVar, final
 
-from torch import fx
+from torch import Tensor, fx
 
 from graphq import edit, numerics
-from graphq.layers import LAYER, PLAN
-from graphq.passes.observe import input_quants, observer_on, observers
+from graphq.layers import LAYER
+from graphq.passes.observe import observer_on, observers, to_quantize
 from graphq.pipeline import Batches, Invariant, Pass
 from graphq.runtime import ops
 from graphq.spec import Quant
-from graphq.views import Dequantize, Op, Quantize, Weighted, ops_of, view
-
-
-def _readers(gm: fx.GraphModule) -> Iterator[tuple[Weighted, tuple[Quant | None, ...]]]:
-    """The layers whose input is to be quantized and is not yet, with its format (a stack: that of each expert)."""
-    for op in ops_of(gm):
-        if not isinstance(op, Weighted) or _is_quantized(op.input_op):
-            continue
-        quants = input_quants(op.node.meta.get(PLAN))
-        if any(quant is not None for quant in quants):
-            yield op, quants
-
-
-def _is_quantized(x: Op) -> bool:
-    if x.node.target is ops.select_rows:
-        return True
-    return isinstance(x, Dequantize) and isinstance(x.codes, Quantize)
+from graphq.views import Op, Weighted, view
 
 
 def _uncalibrated(gm: fx.GraphModule) -> str | None:
-    for op, quants in _readers(gm):
+    for op, quants in to_quantize(gm):
         for quant in quants:
             if quant is not None and not quant.dynamic:
                 observer = observer_on(gm, op.input_op, quant)
@@ -64,8 +48,8 @@ class QuantizeActivations(Pass):
 
     def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
         made: dict[tuple[Op, Quant], Op] = {}
-        count = 0
-        for op, quants in list(_readers(gm)):
+        changes = 0
+        for op, quants in list(to_quantize(gm)):
             x = op.input_op
             distinct = list(dict.fromkeys(quants))
             for quant in distinct:
@@ -78,11 +62,11 @@ class QuantizeActivations(Pass):
                 offsets = view(op.argument("offsets"))
                 read = edit.insert(gm, op, ops.select_rows, candidates, offsets, choice, by=self.name)
             edit.redirect(op, x, read, by=self.name)
-            count += 1
+            changes += 1
         for op, _ in observers(gm):
             edit.bypass(gm, op, view(op.node.all_input_nodes[0]))
         edit.drop_unused(gm)
-        return count
+        return changes
 
     def _quantize(self, gm: fx.GraphModule, x: Op, quant: Quant, reader: Weighted) -> Op:
         """``x`` quantized and dequantized, right after ``x``, for ``reader`` and all that agree with it."""
@@ -108,8 +92,9 @@ class QuantizeActivations(Pass):
 
 
 def _free_path(gm: fx.GraphModule, layer: str) -> str:
-    """``layer``, or a part of it where the experts of a stack have several static inputs."""
-    path, number = layer, 0
-    while edit.has_tensor(gm, f"{path}.input_scale"):
-        path, number = f"{layer}.input{number}", number + 1
-    return path
+    """``layer``, or a name made of it: for its further static inputs, and where the layer is itself a float tensor."""
+    parent, _, name = layer.rpartition(".")
+    is_tensor = isinstance(getattr(gm.get_submodule(parent), name, None), Tensor)
+    first = f"{layer}_input" if is_tensor else layer
+    further = (f"{first}.input{number}" for number in count())
+    return next(path for path in chain((first,), further) if not edit.has_tensor(gm, f"{path}.input_scale"))

@@ -7,6 +7,7 @@ weight as ``[E, K, N]``, a transposed view of the stored ``[E, N, K]``.
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, cast, final
 
+import torch
 from torch import fx
 
 from graphq import edit
@@ -14,6 +15,7 @@ from graphq.pipeline import Batches, Pass
 from graphq.runtime import ops
 from graphq.views import Op, Param, Transpose, ops_of, view
 
+aten = torch.ops.aten
 _PRODUCTS: Final = ("transformers.grouped_mm_fallback.default", "aten._grouped_mm.default")
 
 
@@ -34,12 +36,10 @@ class RaiseGroupedLinear(Pass):
             if operands is None:
                 continue
             x, weight, offsets = operands
-            match weight:
-                case Transpose(Param() as stored, int(dim0), int(dim1)) if {dim0 % 3, dim1 % 3} == {1, 2}:
-                    rows_by = stored
-                case _:
-                    rows_by = edit.insert(gm, op, Transpose.target, weight, 1, 2, by=self.name)
-            edit.replace(gm, op, ops.grouped_linear, x, rows_by, offsets, by=self.name)
+            stored = _transposed(weight)
+            if not isinstance(stored, Param):
+                stored = edit.insert(gm, op, Transpose.target, weight, 1, 2, by=self.name)
+            edit.replace(gm, op, ops.grouped_linear, x, stored, offsets, by=self.name)
             count += 1
         edit.drop_unused(gm)
         return count
@@ -58,3 +58,16 @@ def _operands(op: Op) -> tuple[Op, Op, Op] | None:
     is_plain = all(other is None or other == x.meta["val"].dtype for other in others)
     has_form = x.meta["val"].dim() == 2 and weight.meta["val"].dim() == 3
     return (view(x), view(weight), view(offsets)) if is_plain and has_form else None
+
+
+def _transposed(weight: Op) -> Op | None:
+    """What ``weight[E, K, N]`` is a view of with the last two axes swapped; None if it is no such view."""
+    match weight:
+        case Transpose(x, int(dim0), int(dim1)):
+            return x if {dim0 % 3, dim1 % 3} == {1, 2} else None
+        case _:
+            pass
+    is_swap = weight.node.target is aten.mT.default
+    if weight.node.target is aten.permute.default:
+        is_swap = [dim % 3 for dim in cast(list[int], weight.node.args[1])] == [0, 2, 1]
+    return view(weight.node.all_input_nodes[0]) if is_swap else None

@@ -1,7 +1,7 @@
-"""Identities that export leaves behind: aliases, detachments, and the copies that dropout is in evaluation."""
+"""Identities that export leaves behind: aliases, copies, casts to the dtype at hand, dropout in evaluation."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final, final
+from typing import ClassVar, Final, final
 
 import torch
 from torch import fx
@@ -12,7 +12,20 @@ from graphq.pipeline import Batches, Pass
 from graphq.views import Input, Op, Param, ops_of, view
 
 aten = torch.ops.aten
-_IDENTITIES: Final = (aten.alias.default, aten.detach.default, aten.clone.default, aten.lift_fresh_copy.default)
+_COPIES: Final = (  # of what they are given, though some of them into another layout or dtype
+    aten.alias.default,
+    aten.detach.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.lift_fresh_copy.default,
+    aten._to_copy.default,
+)
+_DROPOUTS: Final = (
+    aten.dropout.default,
+    aten.alpha_dropout.default,
+    aten.feature_dropout.default,
+    aten.feature_alpha_dropout.default,
+)
 
 
 @final
@@ -20,8 +33,8 @@ _IDENTITIES: Final = (aten.alias.default, aten.detach.default, aten.clone.defaul
 class RemoveNoOps(Pass):
     """Readers of an identity read what it was given.
 
-    Graphs are functional, so that a copy is an identity if it keeps the layout that a ``view`` behind it relies on. One
-    stays: what the graph returns is never its own input or parameter, which the caller might write to.
+    Graphs are functional, so that a copy is an identity if it keeps the dtype, and the layout that a ``view`` behind it
+    relies on. One stays: what the graph returns is never its own input or parameter, which the caller might write to.
     """
 
     name: ClassVar[str] = "remove-no-ops"
@@ -29,18 +42,23 @@ class RemoveNoOps(Pass):
     def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
         count = 0
         for op in ops_of(gm):
-            if op.node.target not in _IDENTITIES:
+            if op.node.target not in _COPIES and not _is_evaluated_dropout(op):
                 continue
             source = view(op.node.all_input_nodes[0])
-            if not _keeps_layout(source.val, op.val) or (isinstance(source, Input | Param) and _is_returned(op)):
-                continue
-            edit.bypass(gm, op, source)
-            count += 1
+            if _is_alike(source, op) and not (isinstance(source, Input | Param) and _is_returned(op)):
+                edit.bypass(gm, op, source)
+                count += 1
         return count
 
 
-def _keeps_layout(x: Any, y: Any) -> bool:
-    return all(statically_known_true(a == b) for a, b in zip(x.stride(), y.stride(), strict=True))
+def _is_evaluated_dropout(op: Op) -> bool:
+    return op.node.target in _DROPOUTS and op.node.args[2] is False
+
+
+def _is_alike(x: Op, y: Op) -> bool:
+    if (x.val.dtype, x.val.device) != (y.val.dtype, y.val.device):
+        return False
+    return all(statically_known_true(a == b) for a, b in zip(x.val.stride(), y.val.stride(), strict=True))
 
 
 def _is_returned(op: Op) -> bool:

@@ -2,7 +2,7 @@
 
 import operator
 from dataclasses import dataclass
-from typing import ClassVar, Final, cast, final
+from typing import Any, ClassVar, Final, cast, final
 
 import torch
 from torch import fx
@@ -13,6 +13,7 @@ from graphq.runtime import ops
 from graphq.state import tensor_of
 from graphq.views import GroupedLinear, Op, Param, Split, ops_of, view
 
+aten = torch.ops.aten
 _FUSED: Final = "gate_up_proj"
 _HALVES: Final = ("gate_proj", "up_proj")
 
@@ -57,15 +58,23 @@ def _taken(gm: fx.GraphModule, fused: Param) -> bool:
 
 def _halves(op: GroupedLinear) -> tuple[list[Op], list[Op]] | None:
     """The readers of the first and of the second half of the output, if all it is read for is these halves."""
-    width = op.val.shape[-1]
     halves: tuple[list[Op], list[Op]] = ([], [])
     for user in op.users:
-        match user:
-            case Split(_, int(size), -1 | 1) if size * 2 == width:
-                for item in user.node.users:
-                    if item.target is not operator.getitem:
-                        return None
-                    halves[cast(int, item.args[1])].append(view(item))
-            case _:
+        if not _cuts_in_half(user, op.val.shape[-1]):
+            return None
+        for item in user.node.users:
+            if item.target is not operator.getitem:
                 return None
+            halves[cast(int, item.args[1])].append(view(item))
     return halves if halves[0] and halves[1] else None
+
+
+def _cuts_in_half(op: Op, width: int) -> bool:
+    """Whether ``op`` gives the two halves of the last axis of its input ``[T, width]``."""
+    half = width // 2
+    if isinstance(op, Split):
+        return op.split_size == half and op.dim in (-1, 1) and width % 2 == 0
+    if op.node.target not in (aten.chunk.default, aten.split_with_sizes.default):
+        return False
+    _, parts, *dim = cast(list[Any], list(op.node.args))
+    return parts in (2, [half, half]) and dim in ([-1], [1]) and width % 2 == 0

@@ -26,7 +26,9 @@ class CompiledModel(nn.Module):
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__()
         # Its tensors and modules are the graph's own, so that their names are the layers' and ``to`` moves both.
-        self.__dict__ |= {"graph": graph} | {kind: graph.__dict__[kind] for kind in ("_parameters", "_buffers", "_modules")}
+        self.__dict__ |= {"graph": graph} | {
+            kind: graph.__dict__[kind] for kind in ("_parameters", "_buffers", "_modules")
+        }
         self.train(graph.training)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:

@@ -120,7 +120,8 @@ def _version(tensor: Tensor) -> int | None:
 class Int8Linear(_FixedDtypes):
     """A linear on int8 codes of the input, with exact integer accumulation where the machine has a kernel for it.
 
-    ``weight``: ``int8[N, K]``; ``weight_scale`` (and ``weight_zero_point``): ``[N, 1]`` or ``[1, 1]``. The product is
+    ``weight``: ``int8[N, K]``; ``weight_scale`` (and ``weight_zero_point``): ``[N, 1]`` or ``[1, 1]``; ``transposed``: the
+    float weight is ``[K, N]`` (GPT-2's Conv1D), its scales ``[1, N]``. The product is
     ``scale_x * scale_w * sum_k (q_x - z_x)(q_w - z_w)``, whose zero points are taken out of the integer sum. It is
     computed in float32, which holds sums up to 2^24 exactly, and given in ``dtype``.
     """
@@ -131,12 +132,18 @@ class Int8Linear(_FixedDtypes):
     bias: Tensor | None
 
     def __init__(
-        self, shape: Sequence[int], per_channel: bool, symmetric: bool, bias: bool, dtype: torch.dtype
+        self,
+        shape: Sequence[int],
+        per_channel: bool,
+        symmetric: bool,
+        bias: bool,
+        dtype: torch.dtype,
+        transposed: bool = False,
     ) -> None:
         super().__init__()
         self.shape, self.per_channel, self.symmetric = list(shape), per_channel, symmetric
-        self.has_bias, self.dtype = bias, dtype
-        scales = [shape[0] if per_channel else 1, 1]
+        self.has_bias, self.dtype, self.transposed = bias, dtype, transposed
+        scales = [shape[0] if per_channel else 1, 1][:: -1 if transposed else 1]
         self.register_buffer("weight", torch.empty(*shape, dtype=torch.int8))
         self.register_buffer("weight_scale", torch.empty(scales, dtype=torch.float32))
         self.register_buffer("weight_zero_point", None if symmetric else torch.empty(scales, dtype=torch.int8))
@@ -151,10 +158,12 @@ class Int8Linear(_FixedDtypes):
             "symmetric": self.symmetric,
             "bias": self.has_bias,
             "dtype": self.dtype,
+            "transposed": self.transposed,
         }
 
     def hold(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None) -> Self:
-        """Hold these codes, with scale and zero point as they are. Raises ``PassError`` for other shapes."""
+        """Hold these codes of the float weight, scale and zero point as they are. Raises ``PassError`` for other shapes."""
+        codes = codes.t().contiguous() if self.transposed else codes
         _expect("codes", codes, self.weight)
         _expect("a scale", scale, self.weight_scale)
         _expect("a zero point", zero_point, self.weight_zero_point)
@@ -164,7 +173,7 @@ class Int8Linear(_FixedDtypes):
 
     def codes(self) -> Tensor:
         """The codes in the float weight's shape."""
-        return self.weight
+        return self.weight.t() if self.transposed else self.weight
 
     def forward(self, q: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
         """``q``: int8 codes ``[..., K]``; ``scale``, ``zero_point``: ``[..., 1]``, for each token, or single ones."""

@@ -17,7 +17,7 @@ class OnnxSession:
     """``model.onnx`` behind the source's inputs and outputs. Masks, positions and empty caches may be left out."""
 
     def __init__(self, file: Path, source: Source) -> None:
-        """Raises ``TargetError`` for a file that ONNX Runtime cannot load, or whose inputs are not those of ``source``."""
+        """Raises ``TargetError`` for a file that ONNX Runtime cannot load, or with other inputs than ``source``."""
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -32,7 +32,7 @@ class OnnxSession:
         self.source = source
 
     def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor | tuple[Tensor, ...] | dict[str, Tensor]:
-        """Raises ``TypeError`` for an argument that the source was not captured with, ``SpecError`` for a wrong shape."""
+        """Raises ``TypeError`` for an argument that the source does not take, ``SpecError`` for a wrong shape."""
         batch = complete(self.source, by_name(self.source, args, kwargs))
         feeds = {i.name: x.detach().cpu().numpy() for i, x in zip(self.source.inputs, batch, strict=True)}
         found = cast("list[Any]", self._session.run(list(self.source.outputs), feeds))
