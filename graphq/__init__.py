@@ -6,7 +6,7 @@ from graphq.errors import GraphError, GraphqError, PassError, SpecError, TargetE
 
 if TYPE_CHECKING:
     from graphq import evaluate
-    from graphq.compiler import Compiled, compile, explain
+    from graphq.compiler import Compiled, compile, explain  # noqa: A004
     from graphq.frontends import load_spec
     from graphq.lowering.torch_module import load
     from graphq.lowering.verify import verify

@@ -13,8 +13,8 @@ from graphq.source import PAST, SEQUENCE, TOTAL, Source, TensorInput
 def complete(source: Source, batch: object, where: str = "inputs") -> tuple[Tensor, ...]:
     """Every input of the graph, in order, from a tensor (the first input), a tuple, or a dict by name.
 
-    Masks, positions, token types and empty caches that were left out are filled in. Raises ``SpecError``, beginning with
-    ``where``, for unknown and missing inputs, wrong types and wrong shapes.
+    Masks, positions, token types and empty caches that were left out are filled in. Raises ``SpecError``, beginning
+    with ``where``, for unknown and missing inputs, wrong types and wrong shapes.
     """
     given = _by_name(source, batch, where)
     sizes: dict[str, int] = {}
@@ -24,7 +24,8 @@ def complete(source: Source, batch: object, where: str = "inputs") -> tuple[Tens
     sizes.setdefault(PAST, 0)
     if SEQUENCE in sizes and TOTAL in sizes and sizes[TOTAL] != sizes[SEQUENCE] + sizes[PAST]:
         raise SpecError(
-            f"{where}: attention_mask covers {sizes[TOTAL]} tokens, past_sequence + sequence are {sizes[PAST]} + {sizes[SEQUENCE]}"
+            f"{where}: attention_mask covers {sizes[TOTAL]} tokens,"
+            f" past_sequence + sequence are {sizes[PAST]} + {sizes[SEQUENCE]}"
         )
     if SEQUENCE in sizes:
         sizes[TOTAL] = sizes[SEQUENCE] + sizes[PAST]

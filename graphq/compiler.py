@@ -12,6 +12,7 @@ from graphq import hugging_face
 from graphq.batches import complete_all
 from graphq.capture import capture_module
 from graphq.errors import GraphError, SpecError, TargetError
+from graphq.formats import Plan
 from graphq.frontends import load_spec
 from graphq.frontends.native import print_spec
 from graphq.passes.annotate import Annotate, decide
@@ -26,7 +27,7 @@ from graphq.pipeline import Pass, Pipeline
 from graphq.report import Report, make_report
 from graphq.runtime.model import CompiledModel
 from graphq.source import source_of
-from graphq.spec import Plan, Resolved, Spec
+from graphq.spec import Resolved, Spec
 from graphq.state import put_tensor, tensor_of
 
 ALGORITHMS: Final = ("rtn",)
@@ -76,7 +77,7 @@ class Compiled:
     def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor | tuple[Tensor, ...] | dict[str, Tensor]:
         """See ``CompiledModel.forward``."""
         with torch.inference_mode():
-            return cast(Any, self.module(*args, **kwargs))
+            return self.module(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """See ``CompiledModel.generate``."""
@@ -117,12 +118,12 @@ def capture(
 ) -> fx.GraphModule:
     """The graph of a module (with example ``inputs``), of a transformers model, or of a Hugging Face directory.
 
-    A directory is captured in float32, a module in its own dtype, unless ``dtype`` says otherwise; ``weights=False`` reads
-    a directory's configuration alone. ``cache=False`` leaves the key/value cache out.
+    A directory is captured in float32, a module in its own dtype, unless ``dtype`` says otherwise; ``weights=False``
+    reads a directory's configuration alone. ``cache=False`` leaves the key/value cache out.
     """
     if isinstance(model, str | os.PathLike):
         gm = hugging_face.capture_directory(Path(model), dtype or torch.float32, weights, cache)
-    elif not isinstance(model, nn.Module):
+    elif not isinstance(cast(object, model), nn.Module):
         raise GraphError(f"model: a {type(model).__name__} is neither a module nor the path of a model directory")
     else:
         if dtype is not None and any(p.dtype != dtype for p in model.parameters() if p.is_floating_point()):
@@ -141,7 +142,7 @@ def capture(
     return gm
 
 
-def compile(
+def compile(  # noqa: A001
     model: nn.Module | str | os.PathLike[str],
     spec: Spec | Mapping[str, Any] | str | os.PathLike[str],
     *,
@@ -156,14 +157,14 @@ def compile(
 ) -> Compiled:
     """Compile ``model`` as ``spec`` says.
 
-    model: a module (with example ``inputs``: a tensor, a tuple, or a dict by argument name), a transformers model, or the
-        path of a Hugging Face directory (captured in float32 unless ``dtype`` says otherwise).
+    model: a module (with example ``inputs``: a tensor, a tuple, or a dict by argument name), a transformers model, or
+        the path of a Hugging Face directory (captured in float32 unless ``dtype`` says otherwise).
     spec: a ``Spec``, a dict or a YAML path, in any dialect; ``dialect`` names it where it cannot be recognised.
     calibration: batches (each a tensor, a tuple or a dict) for activations with static scales.
     algorithm: ``"rtn"`` rounds to nearest whatever algorithm the spec names.
     consume: take the caller's tensors instead of copying those that stay float; the model is unusable afterwards.
 
-    The caller's model is never changed unless ``consume`` is true. Raises ``SpecError``, ``GraphError``, ``TargetError``.
+    The caller's model is never changed unless ``consume`` is true. Raises ``SpecError`` and ``GraphError``.
     """
     parsed = load_spec(cast(Any, spec), dialect)
     _check_algorithms(parsed, algorithm)
@@ -191,7 +192,8 @@ def _check_algorithms(spec: Spec, algorithm: str | None) -> None:
         raise SpecError(f"algorithm: {algorithm!r} is not one of {', '.join(ALGORITHMS)}")
     if algorithm is None:
         problems = [
-            f"{a.source + ': ' if a.source else ''}graphq has no {a.name} yet; compile with algorithm rtn to round to nearest"
+            f"{a.source + ': ' if a.source else ''}graphq has no {a.name} yet;"
+            " compile with algorithm rtn to round to nearest"
             for a in spec.algorithms
             if a.name not in ALGORITHMS
         ]
@@ -230,11 +232,14 @@ def _release(model: nn.Module) -> None:
 
 def _own_tensors(gm: fx.GraphModule, model: nn.Module) -> None:
     """No tensor of ``gm`` shares its storage with the caller's model."""
-    theirs = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
+    theirs = {
+        t.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
+        for t in [*model.parameters(), *model.buffers()]
+    }
     copies: dict[int, Tensor] = {}
     for name in gm.state_dict(keep_vars=True):
         tensor = tensor_of(gm, name)
-        storage = tensor.untyped_storage()._cdata
+        storage = tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
         if storage in theirs:
             copy = (
                 copies.setdefault(storage, tensor.detach().clone())
@@ -252,7 +257,7 @@ def explain(
     inputs: Inputs | None = None,
     dialect: str | None = None,
 ) -> Report:
-    """What ``compile`` would do with each layer, and which rule decides. Reads a directory's configuration, no weights."""
+    """What ``compile`` would do with each layer, and by which rule. A directory's weights are not read."""
     parsed = load_spec(cast(Any, spec), dialect)
     gm = capture(model, inputs, weights=False)
     resolved, notes = decide(gm, parsed)

@@ -20,7 +20,6 @@ class SpecError(GraphqError):
         super().__init__("\n".join(self.problems))
 
 
-@final
 class GraphError(GraphqError):
     """A model graphq cannot handle; names the layer and, where there is one, the user's own source line."""
 

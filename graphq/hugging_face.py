@@ -1,14 +1,15 @@
 """Capture of transformers models, and of the directories they are saved in, with or without weights.
 
-A causal language model becomes ``input_ids, attention_mask, position_ids (where it takes them), past_key_values.{i}.key,
-past_key_values.{i}.value`` -> ``logits, present.{i}.key, present.{i}.value``: full-length caches as flat tensors, positions
-explicit. Cache objects live in the wrapper that is traced away. Other models are fed the inputs of their own kind.
+A causal language model becomes ``input_ids, attention_mask, position_ids (where it takes them),
+past_key_values.{i}.key, past_key_values.{i}.value`` -> ``logits, present.{i}.key, present.{i}.value``: full-length
+caches as flat tensors, positions explicit. Cache objects live in the wrapper that is traced away. Other models are fed
+the inputs of their own kind.
 """
 
 import contextlib
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -17,8 +18,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from graphq.capture import FlatModel, export_flat
 from graphq.errors import GraphError
+from graphq.export import FlatModel, export_flat
 from graphq.source import BATCH, KEY, PAST, SEQUENCE, TOTAL, Source, TensorInput
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def _own_dtype(model: "PreTrainedModel") -> torch.dtype:
 
 
 @contextlib.contextmanager
-def _experts_as(implementation: str, model: "PreTrainedModel") -> Iterator[None]:
+def _experts_as(implementation: str, model: "PreTrainedModel") -> Generator[None]:
     """Experts in one product: the loops of transformers' eager implementation depend on the routing."""
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     before = [(c, c._experts_implementation) for c in configs.values() if hasattr(c, "_experts_implementation")]
@@ -150,14 +151,15 @@ def _cache_shapes(model: "PreTrainedModel") -> list[tuple[Tensor, Tensor]]:
         model(
             input_ids=torch.zeros(1, 2, dtype=torch.int64, device=_device(model)), past_key_values=state, use_cache=True
         )
-    for i, layer in enumerate(state.layers):
+    layers = cast(list[Any], state.layers)
+    for i, layer in enumerate(layers):
         if type(layer) is not DynamicLayer or layer.keys is None:
             raise GraphError(
                 f"{type(model).__name__}: the cache of layer {i} is a {type(layer).__name__}, not keys and values"
             )
-    if not state.layers:
+    if not layers:
         raise GraphError(f"{type(model).__name__} leaves its cache empty; pass cache=False to compile it without one")
-    return [(cast(Tensor, layer.keys), cast(Tensor, layer.values)) for layer in state.layers]
+    return [(layer.keys, layer.values) for layer in layers]
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -290,7 +292,7 @@ def check_weight_files(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _silent_transformers() -> Iterator[None]:
+def _silent_transformers() -> Generator[None]:
     from transformers.utils import logging
 
     level = logging.get_verbosity()
@@ -313,12 +315,12 @@ def capture_directory(
     ``weights=False`` reads the configuration alone: parameters are fake tensors on the CPU, the graph is the same.
     """
     config = read_config(path)
+    recorded: Any = getattr(config, "dtype", None)  # before a model made from it overwrites it
     if weights:
         gm = capture_pretrained(load_model(path, dtype), cache)
     else:
         gm = capture_config(config, _model_class(path, config), dtype, cache)
     source: Source = gm.meta[KEY]
-    recorded: Any = getattr(config, "dtype", None)
     gm.meta[KEY] = replace(
         source, dtype=recorded if isinstance(recorded, torch.dtype) else source.dtype, files=str(path)
     )
@@ -332,5 +334,5 @@ def capture_config(
     from transformers.initialization import no_init_weights
 
     with FakeTensorMode(allow_non_fake_inputs=True), _silent_transformers(), no_init_weights():
-        model = cls._from_config(config, dtype=dtype).eval()
+        model = cast(Any, cls)._from_config(config, dtype=dtype).eval()
         return capture_pretrained(model, cache)

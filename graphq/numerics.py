@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from graphq.spec import Format, Granularity, PerChannel, PerGroup, PerTensor, PerToken, parse_quant
+from graphq.formats import Format, Granularity, PerChannel, PerGroup, PerTensor, PerToken, parse_quant
 
 
 def code_range(format: Format) -> tuple[int, int]:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any, final
 
 from graphq import packing
-from graphq.spec import Layer, PerChannel, PerGroup, PerTensor, PerToken, Plan, Quant, Resolved, granularity_name
+from graphq.formats import PerChannel, PerGroup, PerTensor, PerToken, Plan, Quant, granularity_name
+from graphq.spec import Layer, Resolved
 
 
 def quant_json(quant: Quant | None) -> dict[str, Any] | None:
@@ -26,9 +27,9 @@ def quant_json(quant: Quant | None) -> dict[str, Any] | None:
 @final
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer. ``nbytes``: its weight as stored, scales and zero points included; ``float_nbytes``: as it was.
+    """One layer. ``nbytes``: its stored weight, scales and zero points included; ``float_nbytes``: as it was.
 
-    ``sqnr_db``: signal to quantization noise ratio of the weight in decibels, None where it is float or was not measured.
+    ``sqnr_db``: signal to quantization noise ratio of the weight in decibels, None where it was not measured.
     """
 
     layer: Layer
@@ -80,18 +81,18 @@ class Report:
     def table(self) -> list[tuple[str, ...]]:
         """The layers as rows of text, a header first; a column in which nothing stands is left out."""
         rows = [("layer", "weight", "input", "rule", "bytes", "SQNR dB", "why float")]
-        for found in self.layers:
-            rows.append(
-                (
-                    found.layer.fqn,
-                    str(found.weight or "float"),
-                    str(found.input or "float"),
-                    " ".join(part for part in (found.source, f"({found.rule})" if found.rule else "") if part),
-                    str(found.nbytes),
-                    "" if found.sqnr_db is None else f"{found.sqnr_db:.1f}",
-                    found.reason,
-                )
+        rows += [
+            (
+                found.layer.fqn,
+                str(found.weight or "float"),
+                str(found.input or "float"),
+                " ".join(part for part in (found.source, f"({found.rule})" if found.rule else "") if part),
+                str(found.nbytes),
+                "" if found.sqnr_db is None else f"{found.sqnr_db:.1f}",
+                found.reason,
             )
+            for found in self.layers
+        ]
         kept = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
         return [tuple(row[i] for i in kept) for row in rows]
 

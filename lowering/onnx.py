@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, fx
 
 from graphq import numerics
-from graphq.capture import dynamic_shapes
 from graphq.errors import TargetError
+from graphq.export import dynamic_shapes
 from graphq.files import whole_directory
 from graphq.lowering import manifest
 from graphq.lowering.legalize import where
@@ -40,12 +40,13 @@ def emit(
 ) -> None:
     """The QDQ form ``gm`` as ``model.onnx`` in the directory ``path``, written whole or not at all.
 
-    ``cache=False`` leaves the key/value cache out of a causal language model. ``opset``: the lowest to use; types may ask
-    for more. Large models keep their tensors in ``model.onnx.data``. Raises ``TargetError`` naming op and layer for what
-    ONNX cannot hold, and for an existing ``path``.
+    ``cache=False`` leaves the key/value cache out of a causal language model. ``opset``: the lowest to use; types may
+    ask for more. Large models keep their tensors in ``model.onnx.data``. Raises ``TargetError`` naming op and layer for
+    what ONNX cannot hold, and for an existing ``path``.
     """
     import onnx
     import onnx_ir as ir
+    from onnx_ir.passes import common
 
     from graphq.lowering.onnx_opset import lower_opset
 
@@ -55,7 +56,7 @@ def emit(
     _name_dimensions(model, prepared)
     _fold(model)
     lower_opset(model, {PAST}, opset)
-    ir.passes.common.RemoveUnusedNodesPass()(model)
+    common.RemoveUnusedNodesPass()(model)
     with whole_directory(path, overwrite) as directory:
         size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
         ir.save(model, directory / NAME, external_data=_DATA if size > _INLINE_BYTES else None)
@@ -127,18 +128,18 @@ class _quiet_exporter:  # noqa: N801
 
 def _fold(model: Any) -> None:
     """Sizes and constants are computed, and equal computations merged; codes stay codes."""
-    import onnx_ir as ir
+    from onnx_ir.passes import common
     from onnxscript import optimizer
 
     optimizer.fold_constants_ir(
         model, onnx_shape_inference=True, should_fold=lambda node: False if node.op_type == "DequantizeLinear" else None
     )
-    ir.passes.common.RemoveUnusedNodesPass()(model)
-    ir.passes.common.CommonSubexpressionEliminationPass()(model)
+    common.RemoveUnusedNodesPass()(model)
+    common.CommonSubexpressionEliminationPass()(model)
 
 
 def _set_types(model: Any, gm: fx.GraphModule) -> None:
-    """Codes of at most 4 bits become INT4, or UINT4 with codes and zero point raised by 8 where there is a zero point."""
+    """Codes of at most 4 bits become INT4; where there is a zero point, UINT4, both raised by 8."""
     import onnx_ir as ir
 
     for tensor in manifest.quantized_tensors(gm).values():

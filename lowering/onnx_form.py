@@ -1,11 +1,11 @@
-"""The QDQ form as ONNX spells it, still as a graph: scales by axis or block, one weight for each expert, no Conv1D layout.
+"""The QDQ form as ONNX spells it, still as a graph: scales by axis or block, one weight an expert, no Conv1D layout.
 
 Its codes, scales and zero points are those that the ONNX file holds, under the same names.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, cast, final
+from typing import Final, cast, final
 
 import torch
 from torch import Tensor, fx
@@ -32,7 +32,7 @@ expert_linears = torch.ops.graphq.expert_linears.default  # exists in traces alo
 @final
 @dataclass(frozen=True)
 class OnnxBlock:
-    """Where ONNX wants the scales of a tensor: per tensor (no axis), per ``axis``, or in blocks of ``size`` along it."""
+    """Where ONNX wants a tensor's scales: per tensor (no axis), per ``axis``, or in blocks of ``size`` along it."""
 
     axis: int | None
     size: int | None
@@ -188,7 +188,7 @@ def _drop_cache(gm: fx.GraphModule) -> None:
             edit.bypass(gm, op, view(empty))
     output = next(n for n in gm.graph.nodes if n.op == "output")
     kept = [i for i, name in enumerate(source.outputs) if not name.startswith("present.")]
-    output.args = (tuple(cast(Any, output.args[0])[i] for i in kept),)
+    output.args = (tuple(output.args[0][i] for i in kept),)
     edit.drop_unused(gm)
     gm.meta[KEY] = replace(
         source,

@@ -1,4 +1,4 @@
-"""graphq's ops in ONNX, as torch's exporter takes them: from opset 18 ops that ``graphq.lowering.onnx_opset`` can lower.
+"""graphq's ops in ONNX, as torch's exporter takes them: in opset 18, which ``graphq.lowering.onnx_opset`` lowers.
 
 Weights go through DequantizeLinear: per tensor with a scalar scale, per axis with a 1-D scale, and in all other cases
 blocked along one axis, whose scales are expanded along the others (ONNX: "the same rank with one dimension divided").
@@ -11,9 +11,9 @@ import onnxscript
 import torch
 
 from graphq import numerics
+from graphq.formats import Format
 from graphq.lowering.onnx_form import expert_linears, onnx_block
 from graphq.runtime import ops
-from graphq.spec import Format
 
 op18: Any = onnxscript.opset18  # untyped: its annotations are those of eager tensors
 op21: Any = onnxscript.opset21

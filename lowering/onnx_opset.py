@@ -1,7 +1,8 @@
 """The lowest opset that can hold a model, after rewriting what later opsets only spell differently.
 
-torch's exporter writes opset 18. Reductions get their axes as attributes, CastLike becomes Cast, LayerNormalization its own
-definition, and even splits get their sizes; then the model takes the lowest opset in which every node is well formed.
+torch's exporter writes opset 18. Reductions get their axes as attributes, CastLike becomes Cast, LayerNormalization
+its own definition, and even splits get their sizes; then the model takes the lowest opset in which every node is well
+formed.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -177,7 +178,7 @@ def _is_plain_layer_norm(node: ir.Node) -> bool:
 
 
 def _define_layer_norm(graph: ir.Graph, node: ir.Node) -> None:
-    """(x - mean) / sqrt(variance + epsilon) * scale + bias, as the op defines itself; in the spelling below opset 17."""
+    """(x - mean) / sqrt(variance + epsilon) * scale + bias, as the op defines itself, spelled as below opset 17."""
     x, scale = node.inputs[0], node.inputs[1]
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     axes = list(range(_last_axes(node) or -1, 0))

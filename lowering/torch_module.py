@@ -1,4 +1,4 @@
-"""The torch target: a directory with ``graph.json``, packed weights in safetensors, ``graphq.json`` and the model's files."""
+"""The torch target: a directory with ``graph.json``, packed weights in safetensors, manifest and the model's files."""
 
 import json
 from collections.abc import Mapping

@@ -6,9 +6,10 @@ from typing import ClassVar, assert_never, final
 from torch import fx
 
 from graphq.errors import SpecError
+from graphq.formats import PerExpert, PerGroup, PerToken, Plan
 from graphq.layers import LAYER, PLAN, layers, sites
 from graphq.pipeline import Batches, Invariant, Pass
-from graphq.spec import Layer, PerExpert, PerGroup, PerToken, Plan, Resolved, Spec, resolve
+from graphq.spec import Layer, Resolved, Spec, resolve
 
 
 def decide(gm: fx.GraphModule, spec: Spec) -> tuple[dict[str, Resolved], tuple[str, ...]]:

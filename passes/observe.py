@@ -10,10 +10,10 @@ from torch import Tensor, fx, nn
 
 from graphq import edit
 from graphq.errors import SpecError
+from graphq.formats import PerExpert, Plan, Quant
 from graphq.layers import LAYER, PLAN
 from graphq.pipeline import Batches, Pass
 from graphq.runtime import ops
-from graphq.spec import PerExpert, Plan, Quant
 from graphq.views import Dequantize, Op, Quantize, Weighted, ops_of
 
 

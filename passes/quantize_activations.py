@@ -7,11 +7,11 @@ from typing import ClassVar, final
 from torch import Tensor, fx
 
 from graphq import edit, numerics
+from graphq.formats import Quant
 from graphq.layers import LAYER
 from graphq.passes.observe import observer_on, observers, to_quantize
 from graphq.pipeline import Batches, Invariant, Pass
 from graphq.runtime import ops
-from graphq.spec import Quant
 from graphq.views import Op, Weighted, view
 
 

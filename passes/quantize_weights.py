@@ -9,10 +9,10 @@ from torch import Tensor, fx
 
 from graphq import edit, numerics
 from graphq.errors import GraphError
+from graphq.formats import PerExpert, Plan, Quant
 from graphq.layers import PLAN, Site, sites
 from graphq.passes.annotate import annotated
 from graphq.pipeline import Batches, Invariant, Pass
-from graphq.spec import PerExpert, Plan, Quant
 from graphq.state import remove_tensor, tensor_of
 from graphq.views import Dequantize, Op, Param, ops_of
 

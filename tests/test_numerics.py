@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from graphq import numerics
-from graphq.spec import Int, PerChannel, PerGroup, PerTensor, PerToken
+from graphq.formats import Int, PerChannel, PerGroup, PerTensor, PerToken
 
 TINY = torch.finfo(torch.float32).tiny
 FORMATS = [

@@ -9,29 +9,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphq.errors import SpecError
-from graphq.spec import (
-    MAX_BLOCK,
+from graphq.formats import (
     MAX_GROUP_SIZE,
-    Algorithm,
-    Blocks,
-    Exact,
-    Glob,
     Int,
     KeepFloat,
-    Layer,
-    Name,
     PerChannel,
     PerGroup,
     PerTensor,
     PerToken,
     Plan,
     Quant,
+    parse_quant,
+)
+from graphq.spec import (
+    MAX_BLOCK,
+    Algorithm,
+    Blocks,
+    Exact,
+    Glob,
+    Layer,
+    Name,
     Rule,
     Spec,
     nearest_layer,
     parse_blocks,
     parse_match,
-    parse_quant,
     resolve,
 )
 

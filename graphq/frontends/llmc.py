@@ -8,20 +8,10 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Final
 
+from graphq.formats import KeepFloat, Plan, Quant
 from graphq.frontends.document import Document, Plain, Section, nearest, show
 from graphq.frontends.llmc_tensor import check_quant_type, read_tensor
-from graphq.spec import (
-    Algorithm,
-    Blocks,
-    Exact,
-    KeepFloat,
-    Name,
-    Plan,
-    Quant,
-    Rule,
-    Spec,
-    parse_blocks,
-)
+from graphq.spec import Algorithm, Blocks, Exact, Name, Rule, Spec, parse_blocks
 
 SIGN: Final = "a top-level quant with method or weight, or quant or sparse beside base and model"
 METHODS: Final = (

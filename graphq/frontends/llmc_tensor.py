@@ -7,8 +7,7 @@ way graphq does not have is refused by name, and a key without effect is noted.
 from collections.abc import Sequence
 from typing import Final, Literal
 
-from graphq.frontends.document import Section, show
-from graphq.spec import (
+from graphq.formats import (
     ACTIVATION_BITS,
     MAX_WEIGHT_BITS,
     MIN_BITS,
@@ -19,6 +18,7 @@ from graphq.spec import (
     PerToken,
     Quant,
 )
+from graphq.frontends.document import Section, show
 
 Role = Literal["weight", "act", "kvcache"]
 

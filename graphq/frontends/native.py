@@ -4,20 +4,9 @@ from typing import Final, assert_never, final
 
 import yaml
 
+from graphq.formats import Decision, KeepFloat, Plan, parse_quant
 from graphq.frontends.document import Document, Plain, Section, show
-from graphq.spec import (
-    Algorithm,
-    Blocks,
-    Decision,
-    Glob,
-    KeepFloat,
-    Match,
-    Plan,
-    Rule,
-    Spec,
-    parse_match,
-    parse_quant,
-)
+from graphq.spec import Algorithm, Blocks, Glob, Match, Rule, Spec, parse_match
 
 SIGN: Final = "a top-level key graphq"
 VERSION: Final = 1

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -17,20 +17,21 @@ from graphq.source import Source
 class _Generator(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     _is_stateful = False
+    graph: fx.GraphModule
+    captured: Source
 
     def __init__(self, config: Any, graph: fx.GraphModule, source: Source) -> None:
         super().__init__(config)
-        object.__setattr__(self, "_graph", graph)  # not a submodule: transformers must not touch its tensors
-        object.__setattr__(self, "_source", source)
+        self.__dict__ |= {"graph": graph, "captured": source}  # no submodule: transformers must not touch its tensors
 
     @property
     def device(self) -> torch.device:
-        tensors = [*self._graph.buffers(), *self._graph.parameters()]
+        tensors = [*self.graph.buffers(), *self.graph.parameters()]
         return tensors[0].device if tensors else torch.device("cpu")
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._source.dtype
+        return self.captured.dtype
 
     def forward(
         self,
@@ -41,14 +42,14 @@ class _Generator(PreTrainedModel, GenerationMixin):
         **ignored: Any,
     ) -> CausalLMOutputWithPast:
         given: dict[str, Tensor | None] = {"input_ids": input_ids, "attention_mask": attention_mask}
-        if any(i.name == "position_ids" for i in self._source.inputs):
+        if any(i.name == "position_ids" for i in self.captured.inputs):
             given["position_ids"] = position_ids
         past = past_key_values if past_key_values is not None else DynamicCache()
-        for i, layer in enumerate(past.layers):
+        for i, layer in enumerate(cast(Any, past).layers):
             if layer.is_initialized:
                 given |= {f"past_key_values.{i}.key": layer.keys, f"past_key_values.{i}.value": layer.values}
-        batch = complete(self._source, {k: v for k, v in given.items() if v is not None})
-        outputs = dict(zip(self._source.outputs, self._graph(*batch), strict=True))
+        batch = complete(self.captured, {k: v for k, v in given.items() if v is not None})
+        outputs: dict[str, Tensor] = dict(zip(self.captured.outputs, self.graph(*batch), strict=True))
         return CausalLMOutputWithPast(logits=outputs["logits"], past_key_values=_hold(past, outputs))
 
 

@@ -1,7 +1,8 @@
 """A graph of packed modules as plain data and back: nodes over an allow-list of ops, no code.
 
-Ops are functional aten ops, graphq's own, and arithmetic on sizes. What an argument can be: a node, a number, a word, None,
-a list, a dtype, a device, a layout or a memory format. Infinite numbers are written as words, since JSON has none.
+Ops are functional aten ops, graphq's own, and arithmetic on sizes. What an argument can be: a node, a number, a
+word, None, a list, a dtype, a device, a layout or a memory format. Infinite numbers are written as words, since JSON
+has none.
 """
 
 import math
@@ -11,7 +12,7 @@ from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch._ops import OpOverload
+from torch._ops import OpOverload, OpOverloadPacket
 
 from graphq.errors import TargetError
 from graphq.runtime import ops as graphq_ops
@@ -64,7 +65,7 @@ def allowed(target: object) -> bool:
         return True
     if not isinstance(target, OpOverload) or target.namespace != "aten":
         return False
-    schema = target._schema
+    schema = target._schema  # pyright: ignore[reportPrivateUsage]
     words = [a.name for a in schema.arguments if "str" in str(a.type) and a.name not in _WORDS]
     return not schema.is_mutable and not words
 
@@ -80,7 +81,7 @@ def _target_named(name: str) -> Callable[..., Any]:
     parts = name.split(".")
     if len(parts) == 3 and parts[0] == "aten" and all(p.isidentifier() for p in parts):
         packet = getattr(torch.ops.aten, parts[1], None)
-        found = getattr(packet, parts[2], None) if isinstance(packet, torch._ops.OpOverloadPacket) else None
+        found = getattr(packet, parts[2], None) if isinstance(packet, OpOverloadPacket) else None
         if isinstance(found, OpOverload) and allowed(found):
             return found
     raise TargetError(f"graph.json: {name} is not an op that artifacts may hold")
@@ -146,7 +147,7 @@ def _build(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> fx.GraphMo
         _add_module(root, path, made)
     for name, tensor in tensors.items():
         put_tensor(root, name, tensor)
-    graph = fx.Graph(root)
+    graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
     for entry in data["nodes"]:
         op, name = entry["op"], entry["name"]
@@ -177,12 +178,12 @@ def _build(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> fx.GraphMo
 def _add_module(root: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
     for segment in parent.split(".") if parent else ():
-        if segment not in root._modules:
+        children = dict(root.named_children())
+        if segment not in children:
             root.add_module(segment, nn.Module())
-        root = cast(nn.Module, root._modules[segment])
-    if name in root._modules:
-        for child, inner in cast(nn.Module, root._modules[name]).named_children():
-            module.add_module(child, inner)
+        root = root.get_submodule(segment)
+    for child, inner in dict(root.named_children()).get(name, nn.Module()).named_children():
+        module.add_module(child, inner)
     root.add_module(name, module)
 
 

@@ -16,9 +16,9 @@ from graphq.source import Source, source_of
 class CompiledModel(nn.Module):
     """A captured graph behind the source's inputs and outputs.
 
-    Calling it takes the captured inputs in the source's order or by name, and returns what the source returned: a tensor,
-    a tuple, or a dict by name (a causal language model: ``logits`` and ``present.{i}.key|value``). Masks, positions
-    and empty caches may be left out.
+    Calling it takes the captured inputs in the source's order or by name, and returns what the source returned: a
+    tensor, a tuple, or a dict by name (a causal language model: ``logits`` and ``present.{i}.key|value``). Masks,
+    positions and empty caches may be left out.
     """
 
     graph: fx.GraphModule
@@ -40,7 +40,7 @@ class CompiledModel(nn.Module):
         return source_of(self.graph)
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor | tuple[Tensor, ...] | dict[str, Tensor]:
-        """Raises ``TypeError`` for an argument that the source was not captured with, ``SpecError`` for a wrong shape."""
+        """Raises ``TypeError`` for an argument that was not captured, ``SpecError`` for a wrong shape."""
         source = self.source
         batch = by_name(source, args, kwargs)
         outputs = cast(tuple[Tensor, ...], self.graph(*complete(source, batch)))
@@ -77,8 +77,7 @@ def by_name(source: Source, args: tuple[Tensor, ...], kwargs: dict[str, Tensor])
             raise TypeError(f"forward() was captured without the argument {name}; it takes {', '.join(names)}")
         if name in batch:
             raise TypeError(f"forward() got {name} twice, by position and by name")
-        if value is not None:
-            batch[name] = value
+        batch[name] = value
     if not batch:
         raise SpecError(f"inputs: none given; the model takes {', '.join(names)}")
     return batch

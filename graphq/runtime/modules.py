@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from graphq import numerics, packing
 from graphq.errors import PassError
-from graphq.spec import Format
+from graphq.formats import Format
 
 _onednn: Any = torch.ops.onednn
 _BITS: Final = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -120,8 +120,8 @@ def _version(tensor: Tensor) -> int | None:
 class Int8Linear(_FixedDtypes):
     """A linear on int8 codes of the input, with exact integer accumulation where the machine has a kernel for it.
 
-    ``weight``: ``int8[N, K]``; ``weight_scale`` (and ``weight_zero_point``): ``[N, 1]`` or ``[1, 1]``; ``transposed``: the
-    float weight is ``[K, N]`` (GPT-2's Conv1D), its scales ``[1, N]``. The product is
+    ``weight``: ``int8[N, K]``; ``weight_scale`` (and ``weight_zero_point``): ``[N, 1]`` or ``[1, 1]``; ``transposed``:
+    the float weight is ``[K, N]`` (GPT-2's Conv1D), its scales ``[1, N]``. The product is
     ``scale_x * scale_w * sum_k (q_x - z_x)(q_w - z_w)``, whose zero points are taken out of the integer sum. It is
     computed in float32, which holds sums up to 2^24 exactly, and given in ``dtype``.
     """
@@ -162,7 +162,7 @@ class Int8Linear(_FixedDtypes):
         }
 
     def hold(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None) -> Self:
-        """Hold these codes of the float weight, scale and zero point as they are. Raises ``PassError`` for other shapes."""
+        """Hold a float weight's codes; scale and zero point stay as they are. Raises ``PassError`` for other shapes."""
         codes = codes.t().contiguous() if self.transposed else codes
         _expect("codes", codes, self.weight)
         _expect("a scale", scale, self.weight_scale)
@@ -208,8 +208,9 @@ def _integer_product(q: Tensor, weight: Tensor, packed: Tensor | None) -> Tensor
     if packed is None:  # float64 holds these sums exactly
         return (q.double() @ weight.double().t()).float()
     one, none = torch.ones(weight.shape[0]), torch.zeros(weight.shape[0], dtype=torch.int32)
-    flat = q.reshape(-1, q.shape[-1]).contiguous()
-    made = _onednn.qlinear_pointwise(flat, 1.0, 0, packed, one, none, None, 1.0, 0, torch.float32, "none", [], "")
+    # oneDNN 3.12 has fast kernels for unsigned inputs alone: codes move up by 128, and the zero point with them.
+    raised = (q.reshape(-1, q.shape[-1]).contiguous() ^ -128).view(torch.uint8)
+    made = _onednn.qlinear_pointwise(raised, 1.0, 128, packed, one, none, None, 1.0, 0, torch.float32, "none", [], "")
     return cast(Tensor, made).reshape(*q.shape[:-1], weight.shape[0])
 
 

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from graphq.errors import SpecError
+from graphq.formats import Plan
 from graphq.frontends import load_spec, print_spec
-from graphq.spec import Layer, Plan, parse_match, resolve
+from graphq.spec import Layer, parse_match, resolve
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs" / "llmc"
 LINEARS = (

@@ -7,27 +7,21 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from graphq.errors import SpecError
-from graphq.frontends import load_spec, native, print_spec
-from graphq.frontends.yaml_text import read_text
-from graphq.spec import (
+from graphq.formats import (
     ACTIVATION_BITS,
-    Algorithm,
-    Blocks,
-    Exact,
-    Glob,
     Int,
     KeepFloat,
-    Name,
     PerChannel,
     PerGroup,
     PerTensor,
     PerToken,
     Plan,
     Quant,
-    Rule,
-    Spec,
     parse_quant,
 )
+from graphq.frontends import load_spec, native, print_spec
+from graphq.frontends.yaml_text import read_text
+from graphq.spec import Algorithm, Blocks, Exact, Glob, Name, Rule, Spec
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs" / "native"
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from graphq import numerics, packing
 from graphq.errors import PassError
+from graphq.formats import Int
 from graphq.runtime import modules
 from graphq.runtime.modules import Int8Linear, PackedWeight, has_integer_kernel
-from graphq.spec import Int
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

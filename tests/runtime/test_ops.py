@@ -9,8 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graphq import numerics
 from graphq.errors import PassError
+from graphq.formats import Int
 from graphq.runtime import ops
-from graphq.spec import Int
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -1,0 +1,241 @@
+"""Observers: where they stand, what they keep, and what becomes of it."""
+
+import copy
+import gc
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from torch import Tensor, fx, nn
+
+from graphq import edit
+from graphq.errors import SpecError
+from graphq.formats import KeepFloat, PerExpert, parse_quant
+from graphq.layers import BY, LAYER
+from graphq.passes.observe import MinMaxObserver, Observe, input_quants, observer_on, observers
+from graphq.pipeline import Pipeline
+from graphq.text import dump
+from graphq.views import ops_of
+from tests.graphs import annotated, assert_vals, plan, run
+from tests.models import MLP, Attention, Blocks, MoE, Twice, capture
+
+STATIC = plan("int8/channel", "int8/tensor")
+ASYM = plan("int8/channel", "int8/asym/tensor")
+DYNAMIC = plan("int8/channel", "int8/token/dynamic")
+QUANT = parse_quant("int8/tensor")
+
+
+def observe(gm: fx.GraphModule) -> int:
+    """The number of changes; a second run finds nothing."""
+    counts = Pipeline([Observe()], strict=True).run(gm)
+    assert Pipeline([Observe()], strict=True).run(gm) == {"observe": 0}
+    return counts["observe"]
+
+
+def watching(gm: fx.GraphModule) -> dict[str, tuple[str, ...]]:
+    return {str(op.node.target): observer.layers for op, observer in observers(gm)}
+
+
+def test_golden() -> None:
+    gm = annotated(capture(Attention(), torch.ones(2, 3, 8)), q_proj=STATIC, k_proj=STATIC, v_proj=ASYM)
+    x = torch.randn(2, 5, 8)
+    before = run(gm, x)
+    assert observe(gm) == 2
+    assert_expected_inline(
+        dump(gm),
+        """\
+%x: f32[batch, sequence, 8] = input
+%1: f32[batch, sequence, 8] = aten.layer_norm(%x, [8], None, None, 1e-05, False)
+%2: f32[batch, sequence, 8] = @observers.0(%1)
+%3: f32[batch, sequence, 8] = @observers.1(%1)
+%4: f32[batch, sequence, 8] = aten.linear(%1, @q_proj.weight)  # q_proj: weight int8/channel, input int8/tensor
+%5: f32[batch, sequence, 8] = aten.linear(%1, @k_proj.weight)  # k_proj: weight int8/channel, input int8/tensor
+%6: f32[batch, sequence, 8] = aten.mul.Tensor(%4, %5)
+%7: f32[batch, sequence, 8] = aten.linear(%1, @v_proj.weight)  # v_proj: weight int8/channel, input int8/asym/tensor
+%8: f32[batch, sequence, 8] = aten.add.Tensor(%6, %7)
+return [%8]
+""",
+    )
+    assert watching(gm) == {"observers.0": ("q_proj", "k_proj"), "observers.1": ("v_proj",)}
+    assert torch.equal(run(gm, x), before)
+    assert_vals(gm, x)
+    node = observers(gm)[0][0].node
+    assert (node.meta[LAYER], node.meta[BY]) == ("q_proj", ("observe",))
+
+
+@pytest.mark.parametrize("decision", [DYNAMIC, plan("int8/channel"), KeepFloat("asked for")])
+def test_other_inputs_are_not_watched(decision: object) -> None:
+    gm = annotated(capture(MLP(), torch.ones(2, 8)), up=decision, down="int4/channel")  # pyright: ignore[reportArgumentType]
+    assert observe(gm) == 0
+
+
+def test_an_unannotated_graph() -> None:
+    assert observe(capture(MLP(), torch.ones(2, 8))) == 0
+
+
+def test_graph_inputs_stay_together() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.w(x) + y
+
+    gm = annotated(capture(Two(), torch.ones(2, 8), torch.ones(2, 8)), w=STATIC)
+    assert observe(gm) == 1
+    assert [node.op for node in gm.graph.nodes][2:5] == ["placeholder", "placeholder", "call_module"]
+
+
+def test_a_layer_called_twice_is_watched_at_both_inputs_and_named_once_at_one() -> None:
+    gm = annotated(capture(Twice(), torch.ones(2, 8)), shared=STATIC)
+    assert observe(gm) == 2
+    assert watching(gm) == {"observers.0": ("shared",), "observers.1": ("shared",)}
+
+    class Same(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.w(x) + self.w(x)
+
+    gm = annotated(capture(Same(), torch.ones(2, 8)), w=STATIC)
+    assert observe(gm) == 1
+    assert watching(gm) == {"observers.0": ("w",)}
+
+
+def test_experts_of_one_format_share_an_observer() -> None:
+    gm = annotated(
+        capture(MoE(), torch.ones(5, 8)),
+        blocks=STATIC,
+        experts__1=ASYM,
+        experts__2=DYNAMIC,
+        experts__3="float",
+    )
+    assert observe(gm) == 4  # gate_up's and down's input, symmetric and asymmetric
+    assert [(observer.layers, str(observer.quant)) for _, observer in observers(gm)] == [
+        (("experts.gate_up_proj",), "int8/tensor"),
+        (("experts.gate_up_proj",), "int8/asym/tensor"),
+        (("experts.down_proj",), "int8/tensor"),
+        (("experts.down_proj",), "int8/asym/tensor"),
+    ]
+
+
+def test_names_that_are_taken_are_left_alone() -> None:
+    gm = annotated(capture(Blocks(), torch.ones(2, 8)), up=STATIC)
+    gm.add_submodule("observers.0", nn.Linear(1, 1))
+    assert observe(gm) == 2
+    assert list(watching(gm)) == ["observers.1", "observers.2"]
+    assert isinstance(gm.get_submodule("observers.0"), nn.Linear)
+
+
+def test_observers_survive_torchs_own_dead_code_elimination() -> None:
+    gm = annotated(capture(MLP(), torch.ones(2, 8)), up=STATIC)
+    observe(gm)
+    gm.graph.eliminate_dead_code()
+    edit.drop_unused(gm)
+    assert len(observers(gm)) == 1
+
+
+def test_observer_on() -> None:
+    gm = annotated(capture(MLP(), torch.ones(2, 8)), up=STATIC)
+    observe(gm)
+    x, relu = (next(op for op in ops_of(gm) if op.node.name == name) for name in ("x", "relu"))
+    assert observer_on(gm, x, QUANT) is gm.get_submodule("observers.0")
+    assert observer_on(gm, x, parse_quant("int8/asym/tensor")) is None
+    assert observer_on(gm, relu, QUANT) is None
+
+
+def test_input_quants() -> None:
+    assert input_quants(STATIC) == (QUANT,)
+    assert input_quants(KeepFloat("x")) == (None,)
+    assert input_quants(None) == (None,)
+    assert input_quants(PerExpert((STATIC, plan("int8/channel"), KeepFloat("x")))) == (QUANT, None, None)
+
+
+# -- what an observer keeps --------------------------------------------------------------------------------------------
+
+
+def make() -> MinMaxObserver:
+    return MinMaxObserver(QUANT, ("a.b", "a.c"))
+
+
+def test_extremes_are_exact_and_the_input_is_handed_on() -> None:
+    seen = make()
+    assert not seen.has_seen
+    x = torch.tensor([[0.1, -0.3], [7.7, 0.2]])
+    assert seen(x) is x
+    seen(torch.tensor([1.0]))
+    seen(torch.tensor([-0.30000004, 7.6]))
+    assert (seen.low.item(), seen.high.item()) == (torch.tensor(-0.30000004).item(), torch.tensor(7.7).item())
+    assert (int(seen.batches), seen.has_seen) == (3, True)
+
+
+def test_an_empty_activation_says_nothing() -> None:
+    seen = make()
+    seen(torch.empty(0, 4))
+    assert (int(seen.batches), seen.has_seen) == (1, False)
+
+
+def test_a_constant_was_seen() -> None:
+    seen = make()
+    seen(torch.zeros(3))
+    assert (seen.low.item(), seen.high.item(), seen.has_seen) == (0, 0, True)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_nan_and_inf_name_the_layer_and_the_batch(bad: float) -> None:
+    seen = make()
+    seen(torch.ones(2, 2))
+    with pytest.raises(SpecError) as error:
+        seen(torch.tensor([[1.0, bad], [2.0, 3.0]]))
+    assert str(error.value) == "calibration: batch 1: the input of a.b holds NaN or Inf"
+    assert (seen.low.item(), seen.high.item()) == (1, 1)
+
+
+def test_memory_does_not_grow() -> None:
+    seen = make()
+    with torch.inference_mode():
+        seen(torch.ones(1000))
+    gc.collect()
+    before = sum(t.numel() for t in gc.get_objects() if type(t) is Tensor)
+    for _ in range(20):
+        seen(torch.randn(1000))
+    gc.collect()
+    assert sum(t.numel() for t in gc.get_objects() if type(t) is Tensor) <= before
+    assert {name: t.numel() for name, t in seen.state_dict().items()} == {"low": 1, "high": 1, "batches": 1}
+    assert seen.low.untyped_storage().nbytes() == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_statistics_stay_float32_whatever_the_model_becomes(dtype: torch.dtype) -> None:
+    seen = make()
+    seen(torch.tensor([-1 / 3, 2 / 3]))
+    low = seen.low.item()
+    seen = nn.Sequential(seen).to(dtype)[0]
+    assert isinstance(seen, MinMaxObserver)
+    assert (seen.low.dtype, seen.high.dtype, seen.batches.dtype) == (torch.float32, torch.float32, torch.int64)
+    assert seen.low.item() == low
+    seen(torch.tensor([-2.0], dtype=dtype))
+    assert (seen.low.item(), seen.low.dtype) == (-2, torch.float32)
+
+
+def test_they_move_between_devices() -> None:
+    seen = make().to("meta")
+    assert {t.device.type for t in seen.state_dict().values()} == {"meta"}
+
+
+def test_copies_are_apart_and_states_can_be_loaded() -> None:
+    seen = make()
+    with torch.inference_mode():  # as calibration does
+        seen(torch.tensor([-1.0, 2.0]))
+    twin = copy.deepcopy(seen)
+    twin(torch.tensor([5.0]))
+    assert (seen.high.item(), twin.high.item(), twin.low.item()) == (2, 5, -1)
+    assert (twin.quant, twin.layers) == (seen.quant, seen.layers)
+    other = make()
+    other.load_state_dict(twin.state_dict())
+    assert (other.low.item(), other.high.item(), int(other.batches)) == (-1, 5, 2)
+    seen.load_state_dict(twin.state_dict())
+    assert seen.high.item() == 5

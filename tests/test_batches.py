@@ -1,0 +1,143 @@
+"""What a user gives becomes every input of the graph, or an error that names the input."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from graphq.batches import complete, complete_all
+from graphq.errors import SpecError
+from graphq.source import BATCH, PAST, SEQUENCE, TOTAL, Source, TensorInput
+
+IMAGES = Source(
+    inputs=(
+        TensorInput("x", torch.float32, (BATCH, 3)),
+        TensorInput("y", torch.float16, (BATCH, SEQUENCE, 2)),
+    ),
+    outputs=("output",),
+    output_kind="tensor",
+    dtype=torch.float32,
+)
+LM = Source(
+    inputs=(
+        TensorInput("input_ids", torch.int64, (BATCH, SEQUENCE)),
+        TensorInput("attention_mask", torch.int64, (BATCH, TOTAL)),
+        TensorInput("position_ids", torch.int64, (BATCH, SEQUENCE)),
+        TensorInput("token_type_ids", torch.int64, (BATCH, SEQUENCE)),
+        TensorInput("past_key_values.0.key", torch.float32, (BATCH, 2, PAST, 4)),
+        TensorInput("past_key_values.0.value", torch.float32, (BATCH, 2, PAST, 4)),
+    ),
+    outputs=("logits",),
+    output_kind="dict",
+    dtype=torch.float32,
+)
+X, Y = torch.ones(2, 3), torch.ones(2, 5, 2)
+IDS = torch.tensor([[4, 5, 6], [7, 8, 9]])
+
+
+def test_every_form_of_a_batch():
+    for batch in ((X, Y), [X, Y], {"x": X, "y": Y}, {"y": Y, "x": X}):
+        x, y = complete(IMAGES, batch)
+        assert x is X
+        assert (y.dtype, y.shape) == (torch.float16, Y.shape)  # another float is converted
+    (ids, *_) = complete(LM, IDS)
+    assert ids is IDS
+
+
+def test_what_is_left_out_of_a_language_models_inputs():
+    ids, mask, positions, types, key, value = complete(LM, IDS.int())
+    assert (ids.dtype, ids.tolist()) == (torch.int64, IDS.tolist())
+    assert mask.tolist() == [[1, 1, 1]] * 2
+    assert positions.tolist() == [[0, 1, 2]] * 2
+    assert types.tolist() == [[0, 0, 0]] * 2
+    assert key.shape == value.shape == (2, 2, 0, 4)
+    assert all(t.dtype == torch.int64 for t in (mask, positions, types))
+
+
+def test_positions_follow_the_mask():
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    past = torch.zeros(2, 2, 2, 4)
+    given = {"input_ids": IDS, "attention_mask": mask, "past_key_values.0.key": past, "past_key_values.0.value": past}
+    assert complete(LM, given)[2].tolist() == [[0, 1, 2], [2, 3, 4]]
+    padded = {"input_ids": IDS, "attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]])}
+    assert complete(LM, padded)[2].tolist() == [[1, 0, 1], [0, 1, 2]]
+    own = torch.tensor([[9, 9, 9], [8, 8, 8]])
+    assert complete(LM, {"input_ids": IDS, "position_ids": own})[2] is own
+
+
+def test_a_past_lengthens_the_mask():
+    past = torch.zeros(2, 2, 4, 4)
+    _, mask, positions, *_ = complete(LM, {"input_ids": IDS, "past_key_values.0.key": past})
+    assert mask.shape == (2, 7)
+    assert positions.tolist() == [[4, 5, 6]] * 2
+
+
+PAST_TWO = torch.zeros(2, 2, 2, 4)
+WRONG: list[tuple[Source, Any, str]] = [
+    (IMAGES, "hello", "a str is not a batch; give a tensor, a tuple or a dict of tensors"),
+    (IMAGES, None, "a NoneType is not a batch; give a tensor, a tuple or a dict of tensors"),
+    (IMAGES, np.ones((2, 3)), "a ndarray is not a batch; give a tensor, a tuple or a dict of tensors"),
+    (IMAGES, (), "empty; the model takes x, y"),
+    (IMAGES, {}, "empty; the model takes x, y"),
+    (IMAGES, (X, Y, X), "3 tensors, the model takes 2: x, y"),
+    (IMAGES, {"x": X, "z": Y}, "the model has no input z; it takes x, y"),
+    (IMAGES, {"x": X, 3: Y}, "the model has no input 3; it takes x, y"),
+    (IMAGES, {"x": [1.0], "y": Y}, "x is a list, not a tensor"),
+    (IMAGES, X, "y is missing; the model takes x, y"),
+    (IMAGES, {"y": Y}, "x is missing; the model takes x, y"),
+    (IMAGES, (X.long(), Y), "x is torch.int64, the model takes torch.float32"),
+    (IMAGES, (X[:, :2], Y), "x has shape (2, 2), expected (batch = 2, 3)"),
+    (IMAGES, (X[0], Y), "x has shape (3,), expected (batch, 3)"),
+    (IMAGES, (X, torch.ones(4, 5, 2)), "y has shape (4, 5, 2), expected (batch = 2, sequence, 2)"),
+    (LM, IDS.float(), "input_ids is torch.float32, the model takes torch.int64"),
+    (LM, IDS[0], "input_ids has shape (3,), expected (batch, sequence)"),
+    (LM, {"attention_mask": IDS}, "input_ids is missing; the model takes " + ", ".join(i.name for i in LM.inputs)),
+    (
+        LM,
+        {"input_ids": IDS, "attention_mask": torch.ones(2, 4, dtype=torch.int64)},
+        "attention_mask covers 4 tokens, past_sequence + sequence are 0 + 3",
+    ),
+    (
+        LM,
+        {"input_ids": IDS, "past_key_values.0.key": PAST_TWO, "past_key_values.0.value": torch.zeros(2, 2, 3, 4)},
+        "past_key_values.0.value has shape (2, 2, 3, 4), expected (batch = 2, 2, past_sequence = 2, 4)",
+    ),
+    (
+        LM,
+        {"input_ids": IDS, "position_ids": IDS[:, :2]},
+        "position_ids has shape (2, 2), expected (batch = 2, sequence = 3)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("source", "batch", "problem"), WRONG)
+def test_wrong_batches(source, batch, problem):
+    with pytest.raises(SpecError) as caught:
+        complete(source, batch)
+    assert caught.value.problems == (f"inputs: {problem}",)
+    with pytest.raises(SpecError) as caught:
+        complete(source, batch, "calibration: batch 3")
+    assert caught.value.problems == (f"calibration: batch 3: {problem}",)
+
+
+def test_the_caller_keeps_what_was_given():
+    given = {"input_ids": IDS}
+    complete(LM, given)
+    assert given == {"input_ids": IDS}
+
+
+def test_many_batches_are_numbered():
+    assert [x[0].shape[0] for x in complete_all(LM, [IDS, IDS[:1]])] == [2, 1]
+    seen = complete_all(LM, (batch for batch in (IDS, IDS.float())))
+    assert next(seen)[0] is IDS  # one at a time
+    with pytest.raises(SpecError, match=r"^calibration: batch 1: input_ids is torch.float32"):
+        next(seen)
+
+
+@pytest.mark.parametrize("given", [IDS, {"input_ids": IDS}, "text", b"text", 3, None])
+def test_what_is_not_many_batches(given):
+    with pytest.raises(SpecError) as caught:
+        list(complete_all(LM, given))
+    words = f"calibration: a {type(given).__name__}; give a list of tensors, tuples or dicts"
+    assert caught.value.problems == (words,)

@@ -1,0 +1,337 @@
+"""The command line: what is printed where, exit statuses, and that artifacts come out and go in."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import graphq
+from graphq.cli import app
+from graphq.errors import GraphError, PassError
+from tests.checkpoints import save_checkpoint, text
+
+WEIGHTS = "graphq: 1\nweight: int4/asym/g16\n"
+STATIC = "graphq: 1\nweight: int8/channel\ninput: int8/asym/tensor\n"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="module")
+def artifacts(model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("artifacts")
+    made = graphq.compile(model, {"graphq": 1, "weight": "int4/asym/g16"})
+    made.emit("torch", folder / "torch")
+    made.emit("onnx", folder / "onnx")
+    made.emit("onnx", folder / "onnx-no-cache", cache=False)
+    return folder
+
+
+@pytest.fixture
+def spec(tmp_path) -> Path:
+    (tmp_path / "spec.yaml").write_text(WEIGHTS)
+    return tmp_path / "spec.yaml"
+
+
+def graphq_(*args: object, status: int = 0) -> Any:
+    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    assert result.exit_code == status, (result.stdout, result.stderr, result.exception)
+    if status:
+        assert "Traceback" not in result.stderr
+    return result
+
+
+def test_help_names_the_commands_and_imports_nothing_heavy():
+    code = "import sys, graphq.cli as c\ntry: c.main()\nfinally: print([m for m in ('torch','transformers','onnx') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    for command in ("compile", "explain", "dump", "eval", "verify"):
+        assert f"\n  {command}  " in done.stdout
+        assert "--debug" in graphq_(command, "-h").stdout
+
+
+def test_version():
+    assert graphq_("--version").stdout.startswith("graphq")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["explain", "m"],
+        ["explain"],
+        ["nosuch"],
+        ["compile", "m", "--spec", "s", "--out", "o"],
+        ["compile", "m", "--spec", "s", "--out", "o", "--target", "tflite"],
+        ["compile", "m", "--spec", "s", "--out", "o", "--target", "torch", "--no-cache"],
+        ["compile", "m", "--spec", "s", "--out", "o", "--target", "torch", "--algorithm", "gptq"],
+        ["compile", "m", "--spec", "s", "--out", "o", "--target", "torch", "--samples", "0"],
+        ["compile", "m", "--spec", "s", "--out", "o", "--target", "torch", "--sequence-length", "1"],
+        ["eval", "m", "--windows", "0"],
+        ["verify"],
+    ],
+)
+def test_wrong_usage(args):
+    result = graphq_(*args, status=2)
+    assert "Usage:" in result.stderr
+    assert result.stdout == ""
+
+
+def test_explain_reads_the_configuration_alone(model, spec, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(model, bare, ignore=shutil.ignore_patterns("*.safetensors", "tokenizer*"))
+    result = graphq_("explain", bare, "--spec", spec, "--json")
+    found = json.loads(result.stdout)
+    assert [layer["layer"] for layer in found] == [
+        "model.embed_tokens",
+        *(f"model.layers.0.self_attn.{p}_proj" for p in "qkvo"),
+        *(f"model.layers.0.mlp.{p}_proj" for p in ("gate", "up", "down")),
+        "lm_head",
+    ]
+    weight = {"format": "int4", "symmetric": False, "granularity": "group", "group_size": 16, "dynamic": False}
+    for layer in found[1:-1]:
+        assert layer["weight"] == weight | {"divisor": None}
+        assert (layer["input"], layer["rule"], layer["source"]) == (None, "blocks", "weight (line 2)")
+    for layer in (found[0], found[-1]):
+        assert (layer["weight"], layer["input"], layer["rule"]) == (None, None, "")
+
+
+def test_explain_as_a_table(model, spec):
+    lines = graphq_("explain", model, "--spec", spec, "--dialect", "native").stdout.splitlines()
+    assert lines[0].split() == ["layer", "weight", "input", "rule", "bytes", "why", "float"]
+    assert lines[2].split()[:3] == ["model.layers.0.self_attn.q_proj", "int4/asym/g16", "float"]
+
+
+def test_explain_in_a_terminal(model, spec, monkeypatch):
+    report = graphq.explain(model, spec)
+    monkeypatch.setattr("graphq.cli.sys.stdout", type("Terminal", (), {"isatty": lambda _: True})())
+    printed: list[Any] = []
+    monkeypatch.setattr("rich.console.Console.print", lambda _, x: printed.append(x))
+    graphq.cli._print_report(report, as_json=False)  # type: ignore[attr-defined]
+    assert [column.header for column in printed[0].columns] == list(report.table()[0])
+    assert printed[0].row_count == len(report.layers)
+    assert [str(note) for note in printed[1:]] == [f"note: {note}" for note in report.notes]
+
+
+def test_compile_writes_an_artifact_and_prints_the_report(model, spec, tmp_path):
+    out = tmp_path / "out"
+    result = graphq_("compile", model, "--spec", spec, "--target", "torch", "--out", out, "--json")
+    report = json.loads(result.stdout)
+    assert [bool(layer["weight"]) for layer in report] == [False, *[True] * 7, False]
+    assert all(layer["sqnr_db"] > 10 for layer in report if layer["weight"])
+    assert result.stderr.splitlines()[-1] == f"{out}: torch artifact, 7 of 9 layers quantized"
+    ids = torch.arange(6).reshape(1, 6)
+    expected: Any = graphq.compile(model, spec)(input_ids=ids)
+    assert torch.equal(graphq.load(out)(input_ids=ids)["logits"], expected["logits"])
+    assert (out / "tokenizer.json").is_file()
+
+    before = (out / "graphq.json").stat().st_ino
+    again = ("compile", model, "--spec", spec, "--target", "torch", "--out", out)
+    advice = "exists; choose another place, or overwrite it (--overwrite)"
+    assert graphq_(*again, status=1).stderr == f"{out}: {advice}\n"
+    assert (out / "graphq.json").stat().st_ino == before
+    assert graphq_(*again, "--overwrite").stdout.splitlines()[0].startswith("layer ")
+    assert (out / "graphq.json").stat().st_ino != before
+
+
+def test_compile_calibrates_on_text(model, spec, tmp_path):
+    """A directory's files in their order, hidden ones left out; as many windows as were asked for."""
+    spec.write_text(STATIC)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "b.txt").write_text("w90 " * 40)
+    (tmp_path / "texts" / "a.txt").write_text(text(30))
+    (tmp_path / "texts" / ".hidden").write_bytes(b"\xff")
+    command = ("compile", model, "--spec", spec, "--target", "torch", "--sequence-length", 10, "--samples", 3)
+    graphq_(*command, "--calibration", tmp_path / "texts", "--out", tmp_path / "a")
+    graphq_(*command, "--calibration", tmp_path / "texts" / "a.txt", "--out", tmp_path / "b")
+    windows = [torch.tensor([[0, *ids]]) for ids in ([_id(i) for i in range(9)],)]
+    windows += [torch.tensor([[_id(i) for i in range(start, start + 10)]]) for start in (9, 19)]
+    graphq.compile(model, spec, calibration=windows).save(tmp_path / "c")
+    tensors = [json.loads((tmp_path / n / "graphq.json").read_text())["tensors"] for n in "abc"]
+    assert tensors[0] == tensors[1] == tensors[2]
+    graphq_(*command, "--calibration", tmp_path / "texts" / "b.txt", "--out", tmp_path / "d")
+    assert json.loads((tmp_path / "d" / "graphq.json").read_text())["tensors"] != tensors[0]
+
+
+def _id(i: int) -> int:
+    return 2 + (i * i + 3 * i) % 98
+
+
+def test_calibration_that_cannot_be_used(model, spec, tmp_path):
+    spec.write_text(STATIC)
+    (tmp_path / "empty").write_text(" \n")
+    (tmp_path / "short").write_text("w1 w2")
+    (tmp_path / "binary").write_bytes(b"w1 w2 \xff")
+    (tmp_path / "folder" / "sub").mkdir(parents=True)
+    cases = [
+        ("empty", "{}: empty"),
+        ("short", "{}: 3 tokens do not fill a window of 256"),
+        ("binary", "{}: not UTF-8 text: invalid start byte at byte 6"),
+        ("folder", "{}: holds no files to calibrate on"),
+        ("nothing", "{}: No such file or directory"),
+    ]
+    command = ("compile", model, "--spec", spec, "--target", "torch", "--out", tmp_path / "o", "--calibration")
+    for name, problem in cases:
+        assert graphq_(*command, tmp_path / name, status=1).stderr == problem.format(tmp_path / name) + "\n"
+        if name != "folder":
+            shown = graphq_("eval", model, "--text", tmp_path / name, status=1).stderr
+            assert shown == problem.format(tmp_path / name) + "\n"
+    bare = tmp_path / "bare"
+    shutil.copytree(model, bare, ignore=shutil.ignore_patterns("tokenizer*"))
+    missing = (
+        f"{bare}/tokenizer.json: no such file; a tokenizer is a folder with tokenizer.json and tokenizer_config.json"
+    )
+    result = graphq_("compile", bare, *command[2:], tmp_path / "short", status=1)
+    assert result.stderr == f"{missing}\n"
+    assert graphq_("eval", bare, status=1).stderr == f"{missing}\n"
+    assert not (tmp_path / "o").exists()
+
+
+def test_onnx_without_a_cache(model, spec, tmp_path):
+    import onnx
+
+    out = tmp_path / "out"
+    graphq_("compile", model, "--spec", spec, "--target", "onnx", "--out", out, "--no-cache")
+    inputs = [i.name for i in onnx.load(out / "model.onnx").graph.input]
+    assert inputs == ["input_ids", "attention_mask", "position_ids"]
+
+
+def test_eval_gives_one_number_for_every_form_of_a_model(model, artifacts, tmp_path):
+    (tmp_path / "a.txt").write_text(text(50))
+    (tmp_path / "b.txt").write_text(text(70))
+    texts = ("--text", tmp_path / "a.txt", "--text", tmp_path / "b.txt", "--sequence-length", 12)
+    found = {p: graphq_("eval", p, *texts).stdout for p in (model, *sorted(artifacts.iterdir()))}
+    for line in found.values():
+        assert line.endswith(" (10 windows of 12 tokens)\n")  # 51 + 71 tokens
+    numbers = [float(line.split()[1]) for line in found.values()]
+    assert 90 < numbers[0] < 200  # of 128 words, by random weights
+    assert numbers[0] != numbers[1]
+    assert numbers[1:] == pytest.approx([numbers[1]] * 3, rel=1e-4)
+    assert graphq_("eval", model, *texts, "--windows", 4).stdout.endswith(" (4 windows of 12 tokens)\n")
+
+
+def test_eval_reads_the_standard_library_if_no_text_is_given(model):
+    line = graphq_("eval", model, "--windows", 2, "--sequence-length", 16).stdout
+    assert line.endswith(" (2 windows of 16 tokens)\n")
+
+
+def test_windows_must_fit_the_model(model, spec, tmp_path):
+    (tmp_path / "t").write_text(text(200))
+    message = f"{model}: a window of 129 tokens is longer than the 128 that it reads\n"
+    length = ("--sequence-length", 129)
+    assert graphq_("eval", model, "--text", tmp_path / "t", *length, status=1).stderr == message
+    command = ("compile", model, "--spec", spec, "--target", "torch", "--out", tmp_path / "o")
+    assert graphq_(*command, "--calibration", tmp_path / "t", *length, status=1).stderr == message
+    narrow = save_checkpoint(tmp_path / "narrow", vocab_size=50)
+    result = graphq_("eval", narrow, "--text", tmp_path / "t", "--sequence-length", 100, status=1)
+    assert result.stderr == f"{narrow}: the tokenizer gives token 98, the model knows 50\n"
+
+
+def test_eval_refuses_what_predicts_no_tokens(tmp_path):
+    bert = save_checkpoint(tmp_path / "bert", "bert")
+    message = f"{bert}: BertModel is not a causal language model; it has no perplexity\n"
+    assert graphq_("eval", bert, status=1).stderr == message
+    graphq.compile(torch.nn.Linear(4, 4), {"graphq": 1, "weight": "int8/channel"}, inputs=torch.ones(2, 4)).save(
+        tmp_path / "a"
+    )
+    message = f"{tmp_path / 'a'}: not a causal language model; it has no perplexity\n"
+    assert graphq_("eval", tmp_path / "a", status=1).stderr == message
+
+
+def test_dump_after_a_pass_needs_no_weights(model, spec, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(model, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    shown = graphq_("dump", bare, "--spec", spec, "--after", "annotate").stdout
+    plan = "# model.layers.0.mlp.up_proj: weight int4/asym/g16"
+    (line,) = [line for line in shown.splitlines() if plan in line]
+    assert "aten.linear(%" in line
+    assert "@model.layers.0.mlp.up_proj.weight" in line
+    assert shown.startswith("%input_ids: i64[batch, sequence] = input\n")
+    assert plan not in graphq_("dump", bare, "--spec", spec, "--after", "split-gate-up").stdout
+    spec.write_text(STATIC)
+    assert "@observers.0(" in graphq_("dump", bare, "--spec", spec, "--after", "observe").stdout
+    assert (
+        "no weights: expected" in graphq_("dump", bare, "--spec", spec, "--after", "quantize-weights", status=1).stderr
+    )
+
+
+def test_dump_after_the_last_pass(model, spec, tmp_path):
+    shown = graphq_("dump", model, "--spec", spec).stdout
+    assert "graphq.dequantize(@model.layers.0.mlp.up_proj.weight, @model.layers.0.mlp.up_proj.weight_scale, " in shown
+    assert shown == graphq.dump(graphq.compile(model, spec).graph)
+    spec.write_text(STATIC)
+    assert graphq_("dump", model, "--spec", spec, status=1).stderr.startswith("calibration: none given, but model.")
+    (tmp_path / "t").write_text(text(20))
+    shown = graphq_("dump", model, "--spec", spec, "--calibration", tmp_path / "t", "--sequence-length", 8).stdout
+    assert "graphq.quantize(" in shown
+
+
+def test_dump_names_the_passes(model, spec):
+    message = (
+        "anotate: no such pass; there are remove-no-ops, raise-grouped-linear, split-gate-up, annotate, observe, "
+        "calibrate, quantize-weights, quantize-activations\n"
+    )
+    assert graphq_("dump", model, "--spec", spec, "--after", "anotate", status=1).stderr == message
+
+
+def test_verify(model, artifacts, tmp_path):
+    for target in ("torch", "onnx", "onnx-no-cache"):
+        result = graphq_("verify", artifacts / target)
+        message = f"{artifacts / target}: 21 tensors of codes, scales and zero points are as they were compiled\n"
+        assert result.stdout == message
+    assert graphq_("verify", artifacts / "torch", "--against", model).stdout.count("\n") == 1
+    changed = Path(shutil.copytree(artifacts / "torch", tmp_path / "changed"))
+    data = json.loads((changed / "graphq.json").read_text())
+    name = "model.layers.0.mlp.up_proj.weight_scale"
+    data["tensors"][name]["sha256"] = "0" * 64
+    (changed / "graphq.json").write_text(json.dumps(data))
+    result = graphq_("verify", changed, status=1)
+    assert result.stdout == f"{name}: differs from its digest in the manifest\n"
+    assert result.stderr == f"{changed}: 1 differences in 21 tensors\n"
+    assert graphq_("verify", model, status=1).stderr == f"{model}: not a graphq artifact: graphq.json is missing\n"
+
+
+def test_every_problem_of_a_spec_has_its_line(model, spec):
+    spec.write_text("graphq: 1\nwieght: int4/channel\nrules:\n  - match: up_proj\n    weight: int9/channel\n")
+    assert graphq_("explain", model, "--spec", spec, status=1).stderr == (
+        f"{spec}:2:wieght: unknown key; did you mean weight?\n"
+        f"{spec}:5:rules[0].weight: bits: 9 is not one of 2 to 8 or 16\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (GraphError("one\ntwo"), 1, "one\ntwo\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (PassError("x"), 1, "internal error: x; please report it, with the traceback that --debug shows\n"),
+        (
+            ValueError("a\nb"),
+            1,
+            "internal error: ValueError: a; please report it, with the traceback that --debug shows\n",
+        ),
+        (
+            AssertionError(),
+            1,
+            "internal error: AssertionError: ; please report it, with the traceback that --debug shows\n",
+        ),
+        (PermissionError(13, "Permission denied", "/x"), 1, "/x: Permission denied\n"),
+    ],
+)
+def test_errors_and_exit_statuses(monkeypatch, error, status, message):
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("graphq.compiler.explain", fail)
+    result = graphq_("explain", "m", "--spec", "s", status=status)
+    assert (result.stdout, result.stderr) == ("", message)
+    if status == 1:
+        shown = CliRunner().invoke(app, ["explain", "m", "--spec", "s", "--debug"])
+        assert shown.exception is error  # which Python prints with its traceback

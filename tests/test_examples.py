@@ -1,0 +1,126 @@
+"""The examples do what they say: each runs in a process of its own, in an empty directory, and its output is read."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from graphq.frontends import load_spec, print_spec
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(directory: Path, *command: str) -> str:
+    """What ``python <command>`` prints in ``directory``; it fails after five minutes."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment["PYTHONPATH"] = str(EXAMPLES.parent)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        environment["OMP_NUM_THREADS"] = "1"
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=directory,
+        env=environment,
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def made(directory: Path) -> list[str]:
+    """The directories with files that an example left behind."""
+    return sorted({str(file.parent.relative_to(directory)) for file in directory.rglob("*") if file.is_file()})
+
+
+@pytest.mark.parametrize(
+    "path", sorted(EXAMPLES.glob("configs/*/*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}"
+)
+def test_configs(path: Path) -> None:
+    spec = load_spec(path)
+    assert (spec.dialect, spec.notes) == (path.parent.name, ())
+    assert any("weight: int" in line for line in print_spec(spec).splitlines())
+
+
+def check_demo(printed: str) -> dict[str, tuple[float, float]]:
+    """Weight bytes (in millions) and perplexity of each row, after all other claims of the output were checked."""
+    rows = re.findall(
+        r"^(source|torch|onnx), [a-zA-Z0-9 (*)]+? +(\d+\.\d+) +(\d+\.\d+) +\d+\.\d$", printed, re.MULTILINE
+    )
+    found = {name: (float(megabytes), float(perplexity)) for name, megabytes, perplexity in rows}
+    assert list(found) == ["source", "torch", "onnx"]
+    assert found["torch"][0] < 0.65 * found["source"][0]
+    assert found["onnx"][0] < found["source"][0]
+    assert 1.005 < found["torch"][1] / found["source"][1] < 1.03
+    assert found["onnx"][1] == pytest.approx(found["torch"][1], rel=1e-4)
+    assert "the 36 quantized layers alone: 8.65 in bfloat16, 2.53 now" in printed
+    plan = printed[printed.index("\nlayer ") :]
+    assert re.search(
+        r"^model.layers.0.self_attn.q_proj +int4/asym/g128 +float .*quant .*35328 +\d\d\.\d$", plan, re.MULTILINE
+    )
+    assert re.search(r"^model.layers.0.self_attn.o_proj +float +float .*mix_bits.setting_1", plan, re.MULTILINE)
+    assert re.search(r"^model.layers.0.mlp.down_proj +int8/asym/g128 +float .*mix_bits.setting_0", plan, re.MULTILINE)
+    return found
+
+
+def test_demo_on_8_windows(tmp_path: Path) -> None:
+    program = f"import sys; sys.path.insert(0, {str(EXAMPLES)!r}); import demo; demo.main(8)"
+    check_demo(run(tmp_path, "-c", program))
+    assert made(tmp_path) == ["build/demo/onnx", "build/demo/torch"]
+
+
+@pytest.mark.slow
+def test_demo(tmp_path: Path) -> None:
+    found = check_demo(run(tmp_path, str(EXAMPLES / "demo.py")))
+    assert found["source"][1] == pytest.approx(13.408, rel=0.01)  # another patch release of Python has another text
+
+
+def test_deploy_torch(tmp_path: Path) -> None:
+    printed = run(tmp_path, str(EXAMPLES / "deploy_torch.py"))
+    files = "config.json, generation_config.json, graph.json, graphq.json, model.safetensors, tokenizer.json, tokenizer_config.json"
+    assert f"build/deploy_torch: {files}\n" in printed
+    assert "\ndef main(argv=None):\n    parser = argparse.ArgumentParser(" in printed
+    assert printed.endswith("the same text from the compiled model: True\n")
+    assert made(tmp_path) == ["build/deploy_torch"]
+
+
+def test_export_onnx(tmp_path: Path) -> None:
+    printed = run(tmp_path, str(EXAMPLES / "export_onnx.py"))
+    assert (
+        "inputs: input_ids, attention_mask, position_ids, past_key_values.0.key, past_key_values.0.value, ... (15 in all)"
+        in printed
+    )
+    different = re.search(r"^largest difference of a logit: (\d+\.\d+)%", printed, re.MULTILINE)
+    equal = re.search(r"^the same next token: (\d+\.\d+)% of 1024$", printed, re.MULTILINE)
+    assert different is not None
+    assert 0 < float(different[1]) < 10
+    assert equal is not None
+    assert float(equal[1]) > 95
+    assert made(tmp_path) == ["build/export_onnx"]
+
+
+def test_mixed_bits(tmp_path: Path) -> None:
+    explained, by_plan = run(tmp_path, str(EXAMPLES / "mixed_bits.py")).split("\n\n")
+    decided = {line.split()[0]: line.split()[1] for line in explained.splitlines()[1:]}
+    assert decided["model.layers.0.mlp.down_proj"] == "int8/asym/g128"
+    assert decided["model.layers.1.mlp.down_proj"] == "int4/asym/g128"
+    assert decided["model.layers.0.self_attn.o_proj"] == "float"
+    assert "model.layers.0.self_attn.o_proj  float           float  mix_bits.setting_1 (line 19) (o_proj)" in explained
+    assert re.search(r"^ +34 +2119680 +7864320 +\d\d\.\d dB  int4/asym/g128 x float$", by_plan, re.MULTILINE)
+    assert re.search(r"^ +2 +408576 +786432 +4\d\.\d dB  int8/asym/g128 x float$", by_plan, re.MULTILINE)
+    assert re.search(r"^ +6 .*float \(mix_bits.setting_1: do_quant False\)$", by_plan, re.MULTILINE)
+    assert made(tmp_path) == []
+
+
+def test_write_a_pass(tmp_path: Path) -> None:
+    before, changes, after = run(tmp_path, str(EXAMPLES / "write_a_pass.py")).split("\n\n")
+    assert "aten.add.Tensor(%2, 1)" in before
+    assert changes == "{'remove-round-trips': 1}"
+    assert "aten.add.Tensor(%x, 1)" in after
+    assert before.count("aten._to_copy") - after.count("aten._to_copy") == 2
+    path = str(EXAMPLES / "write_a_pass.py")
+    assert "1 passed" in run(tmp_path, "-m", "pytest", "-p", "no:cacheprovider", path)

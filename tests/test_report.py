@@ -1,0 +1,109 @@
+"""The report: one object and one row a layer, with sizes worked out by hand."""
+
+import json
+from typing import Any
+
+import pytest
+
+from graphq.formats import KeepFloat, Plan, parse_quant
+from graphq.report import Report, make_report, quant_json, stored_nbytes
+from graphq.spec import Exact, Layer, Name, Resolved, Rule
+
+UP = Layer("blocks.0.up", "linear", (12, 8), block=0)
+CONV = Layer("conv", "conv2d", (8, 4, 3, 3))
+HEAD = Layer("head", "linear", (4, 8), named_only="output head")
+RULE = Rule(Name("up"), Plan(parse_quant("int4/asym/g4"), parse_quant("int8/token/dynamic")), "rules[0] (line 3)")
+KEPT = Rule(Exact("conv"), KeepFloat("too small"))
+
+
+def report() -> Report:
+    resolved = {
+        "blocks.0.up": Resolved(UP, RULE.decision, RULE),
+        "conv": Resolved(CONV, KEPT.decision, KEPT),
+        "head": Resolved(HEAD, KeepFloat("output head: quantized only when a rule names it"), None),
+    }
+    return make_report(resolved, ["a note", "another"], 16, {"blocks.0.up": 21.26})
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("int4/asym/g128", ("int4", False, "group", 128, False, None)),
+        ("int8/half/channel", ("int8", True, "channel", None, False, "half")),
+        ("int8/token/dynamic", ("int8", True, "token", None, True, "max")),
+        ("int16/asym/tensor", ("int16", False, "tensor", None, False, None)),
+    ],
+)
+def test_a_format_as_json(text, found):
+    keys = ("format", "symmetric", "granularity", "group_size", "dynamic", "divisor")
+    assert quant_json(parse_quant(text)) == dict(zip(keys, found, strict=True))
+
+
+def test_float_is_null():
+    assert quant_json(None) is None
+
+
+@pytest.mark.parametrize(
+    ("layer", "quant", "nbytes"),
+    [
+        (UP, "int8/tensor", 12 * 8 + 4),
+        (UP, "int8/channel", 12 * 8 + 4 * 12),
+        (UP, "int4/asym/g4", 12 * 4 + 4 * 24 + 24),  # two groups a row, a zero point of a byte for each
+        (UP, "int3/g5", 12 * 3 + 4 * 24),  # the second group is short; 24 bits a row
+        (CONV, "int3/channel", 8 * 14 + 4 * 8),  # 36 codes of 3 bits: 108 bits in 14 bytes
+        (CONV, "int8/g3", 8 * 36 + 4 * 8 * 2),  # 4 input channels in 2 groups
+    ],
+)
+def test_bytes_of_a_stored_weight(layer, quant, nbytes):
+    assert stored_nbytes(layer, parse_quant(quant)) == nbytes
+
+
+def test_json():
+    first, second, third = json.loads(json.dumps(report().to_json()))
+    assert first == {
+        "layer": "blocks.0.up",
+        "weight": quant_json(parse_quant("int4/asym/g4")),
+        "input": quant_json(parse_quant("int8/token/dynamic")),
+        "rule": "up",
+        "source": "rules[0] (line 3)",
+        "reason": "",
+        "kind": "linear",
+        "shape": [12, 8],
+        "bytes": 168,
+        "float_bytes": 192,
+        "sqnr_db": 21.26,
+    }
+    expected: list[tuple[dict[str, Any], tuple[Any, ...]]] = [
+        (second, (None, None, "=conv", "", "too small", 576, 576, None)),
+        (third, (None, None, "", "", "output head: quantized only when a rule names it", 64, 64, None)),
+    ]
+    keys = ("weight", "input", "rule", "source", "reason", "bytes", "float_bytes", "sqnr_db")
+    for found, values in expected:
+        assert {key: found[key] for key in keys} == dict(zip(keys, values, strict=True))
+
+
+def test_text():
+    assert [line.split("  ") for line in str(report()).splitlines()[-2:]] == [["note: a note"], ["note: another"]]
+    assert "\n".join(line.rstrip() for line in str(report()).splitlines()[:-2]) == (
+        "layer        weight        input               rule                    bytes  SQNR dB  why float\n"
+        "blocks.0.up  int4/asym/g4  int8/token/dynamic  rules[0] (line 3) (up)  168    21.3\n"
+        "conv         float         float               (=conv)                 576             too small\n"
+        "head         float         float                                       64"
+        "              output head: quantized only when a rule names it"
+    )
+
+
+def test_a_column_without_content_is_left_out():
+    rule = Rule(Name("up"), Plan(parse_quant("int8/channel")))
+    alone = make_report({"blocks.0.up": Resolved(UP, rule.decision, rule)}, [], 32)
+    assert alone.table() == [
+        ("layer", "weight", "input", "rule", "bytes"),
+        ("blocks.0.up", "int8/channel", "float", "(up)", "144"),
+    ]
+    assert str(make_report({}, ["nothing"], 32)) == "\nnote: nothing"
+
+
+def test_the_plan_in_words():
+    first, second, _ = report().layers
+    assert first.plan == "int4/asym/g4 x int8/token/dynamic"
+    assert second.plan == "float (too small)"
