@@ -6,9 +6,8 @@ formed.
 """
 
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any, Final
+from typing import Final
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx import defs
@@ -92,7 +91,7 @@ def _rewrite(graph: ir.Graph, node: ir.Node, may_be_empty: Collection[str]) -> N
             if isinstance(size, int):
                 part = -(-size // count)
                 sizes = [part] * (count - 1) + [size - part * (count - 1)]
-                made = _constant(graph, node, np.array(sizes, dtype=np.int64))
+                made = _constant(graph, node, ir.tensor(sizes, dtype=ir.DataType.INT64))
                 node.resize_inputs(2)
                 node.replace_input_with(1, made)
                 del node.attributes["num_outputs"]
@@ -124,11 +123,11 @@ def _never_empty(value: ir.Value, may_be_empty: Collection[str]) -> bool:
 
 def _slice_shape(graph: ir.Graph, node: ir.Node) -> None:
     """The whole shape, and the part of it that was asked for."""
-    last = np.iinfo(np.int64).max
+    last = (1 << 63) - 1
     start = node.attributes["start"].as_int() if "start" in node.attributes else 0
     end = node.attributes["end"].as_int() if "end" in node.attributes else last
     whole = ir.node("Shape", [node.inputs[0]])
-    bounds = [_constant(graph, node, np.array([bound], dtype=np.int64)) for bound in (start, end)]
+    bounds = [_constant(graph, node, ir.tensor([bound], dtype=ir.DataType.INT64)) for bound in (start, end)]
     part = ir.node("Slice", [whole.outputs[0], *bounds])
     whole.outputs[0].dtype = ir.DataType.INT64
     if node.outputs[0].dtype is None:
@@ -140,10 +139,10 @@ def _axis(node: ir.Node) -> int:
     return node.attributes["axis"].as_int() if "axis" in node.attributes else 0
 
 
-def _constant(graph: ir.Graph, before: ir.Node, value: np.ndarray[Any, Any]) -> ir.Value:
-    made = ir.node("Constant", [], {"value": ir.tensor(value)})
-    made.outputs[0].dtype = ir.DataType.from_numpy(value.dtype)
-    made.outputs[0].shape = ir.Shape(value.shape)
+def _constant(graph: ir.Graph, before: ir.Node, value: ir.TensorProtocol) -> ir.Value:
+    made = ir.node("Constant", [], {"value": value})
+    made.outputs[0].dtype = value.dtype
+    made.outputs[0].shape = ir.Shape([int(str(size)) for size in value.shape])
     graph.insert_before(before, made)
     return made.outputs[0]
 
@@ -183,7 +182,7 @@ def _define_layer_norm(graph: ir.Graph, node: ir.Node) -> None:
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     axes = list(range(_last_axes(node) or -1, 0))
     attributes = {"axes": axes, "keepdims": 1}
-    epsilon = _constant(graph, node, np.array(node.attributes["epsilon"].as_float(), dtype=np.float32))
+    epsilon = _constant(graph, node, ir.tensor(node.attributes["epsilon"].as_float(), dtype=ir.DataType.FLOAT))
     mean = ir.node("ReduceMean", [x], attributes)
     centered = ir.node("Sub", [x, mean.outputs[0]])
     square = ir.node("Mul", [centered.outputs[0], centered.outputs[0]])

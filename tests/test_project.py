@@ -135,7 +135,7 @@ def test_imports_go_one_way() -> None:
         ("graphq.passes.fold", "from graphq.lowering.onnx_qdq import emit", ["{} imports graphq.lowering.onnx_qdq"]),
         ("graphq.passes.fold", "from graphq import lowering", ["{} imports graphq.lowering"]),
         ("graphq.passes.fold", "import graphq", ["{} imports graphq"]),
-        ("graphq.passes.fold", "def run():\n    import graphq.compile", ["{} imports graphq.compile"]),
+        ("graphq.passes.fold", "def run():\n    import graphq.compiler", ["{} imports graphq.compiler"]),
         ("graphq.passes.fold", "from graphq.cut import cut", ["{} imports graphq.lowering through graphq.cut"]),
         ("graphq.passes.fold", "from graphq.passes.other import Other", []),
         ("graphq.passes.fold", "from graphq import edit, views", []),
@@ -145,7 +145,7 @@ def test_imports_go_one_way() -> None:
         ("graphq.compiler", "import graphq.lowering.torch_module", []),
         ("graphq.frontends.llmc", "from graphq.spec import Spec\nfrom graphq.frontends import native", []),
         ("graphq.frontends.llmc", "from graphq.views import Linear", ["{} imports graphq.views"]),
-        ("graphq.numerics", "import torch, math\nfrom graphq.spec import Int", []),
+        ("graphq.numerics", "import torch, math\nfrom graphq.formats import Int", []),
         ("graphq.numerics", "import numpy as np", ["{} imports numpy"]),
         ("graphq.packing", "from graphq.numerics import pack", ["{} imports graphq.numerics"]),
         ("graphq.fresh", "import graphq.other", ["{} imports itself through graphq.other", "graphq.other imports itself through {}"]),
@@ -234,9 +234,10 @@ def test_every_pass_has_its_test_file() -> None:
 
 
 def test_files_are_short() -> None:
-    tests = (path for folder in ("tests", "examples", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
-    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in (*source_files(), *tests)}
-    assert {str(path.relative_to(ROOT)): length for path, length in lengths.items() if length >= 400} == {}
+    scripts = (path for folder in ("examples", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
+    limits = {path: 400 for path in (*source_files(), *scripts)} | dict.fromkeys((ROOT / "tests").rglob("*.py"), 600)
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in limits}
+    assert {str(path.relative_to(ROOT)): lengths[path] for path in limits if lengths[path] >= limits[path]} == {}
 
 
 def test_every_package_is_installed() -> None:
