@@ -171,6 +171,7 @@ def compile(  # noqa: A001
     if parsed.cache is not None:
         raise SpecError(f"cache: {parsed.cache}: graphq cannot quantize the KV cache yet; leave it out of the spec")
     gm = capture(model, inputs, dtype, cache=cache)
+    theirs = _storages(gm) if isinstance(model, nn.Module) and not consume else set[int]()
     if consume and isinstance(model, nn.Module):
         _release(model)
     resolved, notes = decide(gm, parsed)
@@ -181,8 +182,7 @@ def compile(  # noqa: A001
         torch.manual_seed(seed)
         batches = _progress(complete_all(source, calibration), calibration) if calibration is not None else None
         Pipeline(passes_for(parsed, sqnr.__setitem__)).run(gm, batches)
-    if isinstance(model, nn.Module) and not consume:
-        _own_tensors(gm, model)
+    _own_tensors(gm, theirs)
     report = make_report(resolved, [*source.notes, *notes], source.dtype.itemsize * 8, sqnr)
     return Compiled(gm, parsed, report, seed)
 
@@ -230,24 +230,25 @@ def _release(model: nn.Module) -> None:
         parameter.data = torch.empty(0, dtype=parameter.dtype)
 
 
-def _own_tensors(gm: fx.GraphModule, model: nn.Module) -> None:
-    """No tensor of ``gm`` shares its storage with the caller's model."""
-    theirs = {
-        t.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
-        for t in [*model.parameters(), *model.buffers()]
-    }
-    copies: dict[int, Tensor] = {}
+def _storages(gm: fx.GraphModule) -> set[int]:
+    return {_storage(tensor) for tensor in gm.state_dict(keep_vars=True).values()}
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
+
+
+def _own_tensors(gm: fx.GraphModule, theirs: set[int]) -> None:
+    """No tensor of ``gm`` is in the storages ``theirs``, which belong to the caller's model."""
+    copies: dict[tuple[object, ...], Tensor] = {}  # tied tensors stay one; parts of one storage stay apart
     for name in gm.state_dict(keep_vars=True):
         tensor = tensor_of(gm, name)
-        storage = tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
-        if storage in theirs:
-            copy = (
-                copies.setdefault(storage, tensor.detach().clone())
-                if tensor.is_contiguous()
-                else tensor.detach().clone()
-            )
-            same = copy if copy.shape == tensor.shape else tensor.detach().clone()
-            put_tensor(gm, name, nn.Parameter(same, requires_grad=False) if isinstance(tensor, nn.Parameter) else same)
+        if _storage(tensor) in theirs:
+            place = (_storage(tensor), tensor.storage_offset(), tensor.shape, tensor.stride())
+            if place not in copies:
+                copies[place] = tensor.detach().clone()
+            own = copies[place]
+            put_tensor(gm, name, nn.Parameter(own, requires_grad=False) if isinstance(tensor, nn.Parameter) else own)
 
 
 def explain(

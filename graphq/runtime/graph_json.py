@@ -5,6 +5,7 @@ word, None, a list, a dtype, a device, a layout or a memory format. Infinite num
 has none.
 """
 
+import keyword
 import math
 import operator
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload, OpOverloadPacket
 
-from graphq.errors import TargetError
+from graphq.errors import PassError, SpecError, TargetError
 from graphq.runtime import ops as graphq_ops
 from graphq.runtime.modules import Int8Linear, PackedWeight
 from graphq.state import put_tensor
@@ -57,6 +58,9 @@ _WORDS: Final = (
     "pad_mode",
     "reduce",
 )
+
+
+_DAMAGE: Final = (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, SyntaxError)
 
 
 def allowed(target: object) -> bool:
@@ -136,15 +140,22 @@ def graph_from_json(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> f
     """The graph that ``graph_to_json`` wrote, with these tensors. Raises ``TargetError`` for anything else."""
     try:
         return _build(data, tensors)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+    except (*_DAMAGE, PassError, SpecError) as error:
         raise TargetError(f"graph.json: damaged: {type(error).__name__}: {error}") from error
 
 
 def _build(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> fx.GraphModule:
     root = nn.Module()
+    for path in (*data["modules"], *tensors):
+        _check_path(path)
     for path, described in data["modules"].items():
+        if described["class"] not in _MODULES:
+            raise TargetError(f"graph.json: {described['class']} is not a class of modules that artifacts may hold")
         made = _MODULES[described["class"]](**{k: _from_json(v, {}) for k, v in described["settings"].items()})
         _add_module(root, path, made)
+        missing = [name for name, _ in made.named_buffers(prefix=path) if name not in tensors]
+        if missing:
+            raise TargetError(f"graph.json: the weights lack {missing[0]}")
     for name, tensor in tensors.items():
         put_tensor(root, name, tensor)
     graph = fx.Graph()
@@ -152,10 +163,10 @@ def _build(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> fx.GraphMo
     for entry in data["nodes"]:
         op, name = entry["op"], entry["name"]
         args = tuple(_from_json(a, nodes) for a in entry.get("args", ()))
-        kwargs = {k: _from_json(v, nodes) for k, v in entry.get("kwargs", {}).items()}
+        kwargs = {_name(k): _from_json(v, nodes) for k, v in entry.get("kwargs", {}).items()}
         match op:
             case "placeholder":
-                node = graph.placeholder(str(entry["target"]))
+                node = graph.placeholder(_name(entry["target"]))
             case "get_attr":
                 if entry["target"] not in tensors:
                     raise TargetError(f"graph.json: the weights lack {entry['target']}")
@@ -173,6 +184,19 @@ def _build(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> fx.GraphMo
         nodes[name] = node
     graph.lint()
     return fx.GraphModule(root, graph)
+
+
+def _name(text: object) -> str:
+    """``text``, if it can be a name in the Python code that ``torch.fx`` writes for a graph, and nothing more."""
+    if not isinstance(text, str) or not text.isidentifier() or keyword.iskeyword(text):
+        raise TargetError(f"graph.json: {text!r} is not a name")
+    return text
+
+
+def _check_path(path: str) -> None:
+    """Raises ``TargetError`` for a path that would end the quotes which that code puts around its segments."""
+    if not path.isprintable() or '"' in path or "\\" in path:
+        raise TargetError(f"graph.json: {path!r} is not a path of tensors or modules")
 
 
 def _add_module(root: nn.Module, path: str, module: nn.Module) -> None:
