@@ -66,6 +66,19 @@ def sites(gm: fx.GraphModule) -> Iterator[Site]:
             yield Site(op, param, (path,))
 
 
+def unnamed(gm: fx.GraphModule) -> list[str]:
+    """A line for each op that multiplies by a weight which no rule can name, because it is computed."""
+    found: list[str] = []
+    for op in ops_of(gm):
+        if isinstance(op, Weighted) and weight_param(op) is None:
+            stack = op.node.meta.get("nn_module_stack") or {"": ("", None)}
+            where = list(stack.values())[-1][0] or op.node.name
+            found.append(
+                f"{where}: stays float: its weight is computed by {op.weight_op.node.target}, no rule can name it"
+            )
+    return found
+
+
 def _shape(op: Op) -> tuple[int, ...]:
     return tuple(int(size) for size in op.val.shape)
 

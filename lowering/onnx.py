@@ -115,15 +115,18 @@ def _explain(error: BaseException, exported: fx.GraphModule) -> str:
 
 
 class _quiet_exporter:  # noqa: N801
-    """The exporter's advice about optional packages is held back."""
+    """The exporter's advice about optional packages and its own attributes is held back."""
 
     def __enter__(self) -> None:
-        self.logger = logging.getLogger("torch.onnx")
-        self.level = self.logger.level
-        self.logger.setLevel(logging.ERROR)
+        self.levels = [
+            (logger, logger.level) for logger in map(logging.getLogger, ("torch.onnx", "onnx_ir", "onnxscript"))
+        ]
+        for logger, _ in self.levels:
+            logger.setLevel(logging.ERROR)
 
     def __exit__(self, *_: object) -> None:
-        self.logger.setLevel(self.level)
+        for logger, level in self.levels:
+            logger.setLevel(level)
 
 
 def _fold(model: Any) -> None:

@@ -124,7 +124,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
 
     def expert_products(x: Any, weights: Sequence[Any], offsets: Any) -> Any:
         *rows, rest = rows_of(x, offsets, len(weights))
-        products = [op18.MatMul(row, op18.Transpose(w, perm=[1, 0])) for row, w in zip(rows, weights, strict=True)]
+        products = [op18.Gemm(row, w, transB=1) for row, w in zip(rows, weights, strict=True)]
         count = op18.Slice(op18.Shape(rest), integers(0), integers(1))
         shape = op18.Concat(count, integers(int(weights[0].shape[0])), axis=0)
         return op18.Concat(*products, op18.CastLike(op18.Expand(constant(0.0), shape), x), axis=0)
@@ -134,7 +134,30 @@ def translations() -> dict[Any, Callable[..., Any]]:
         rest = rows[0][-1]
         return op18.Concat(*(rows[c][expert] for expert, c in enumerate(choice)), op18.Sub(rest, rest), axis=0)
 
+    def linear(x: Any, weight: Any, bias: Any = None) -> Any:
+        """``MatMul(x, Transpose(weight))``; or Gemm where ONNX Runtime 1.31 would move the Transpose before the
+        DequantizeLinear and then fuse what is left into MatMulNBits, which rounds ``x`` to 8 bits by default.
+        """
+        read = weight.producer()
+        if (
+            read is None
+            or read.op_type != "DequantizeLinear"
+            or len(read.inputs) < 3
+            or "block_size" in read.attributes
+        ):
+            y = op18.MatMul(x, op18.Transpose(weight, perm=[1, 0]))
+            return y if bias is None else op18.Add(y, bias)
+        last = len(x.shape) - 1
+        wide, narrow = (int(size) for size in weight.shape)
+        rows = x if last == 1 else op18.Reshape(x, integers(-1, narrow))
+        y = op18.Gemm(rows, weight, *(() if bias is None else (bias,)), transB=1)
+        if last == 1:
+            return y
+        outer = op18.Slice(op18.Shape(x), integers(0), integers(last))
+        return op18.Reshape(y, op18.Concat(outer, integers(wide), axis=0))
+
     return {
+        torch.ops.aten.linear.default: linear,
         ops.dequantize: dequantize,
         ops.quantize: quantize,
         ops.choose_scale: choose_scale,

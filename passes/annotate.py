@@ -7,7 +7,7 @@ from torch import fx
 
 from graphq.errors import SpecError
 from graphq.formats import PerExpert, PerGroup, PerToken, Plan
-from graphq.layers import LAYER, PLAN, layers, sites
+from graphq.layers import LAYER, PLAN, layers, sites, unnamed
 from graphq.pipeline import Batches, Invariant, Pass
 from graphq.spec import Layer, Resolved, Spec, resolve
 
@@ -21,7 +21,7 @@ def decide(gm: fx.GraphModule, spec: Spec) -> tuple[dict[str, Resolved], tuple[s
     problems = [problem for found in resolved.values() if (problem := _impossible(found)) is not None]
     if problems:
         raise SpecError(problems)
-    return resolved, notes
+    return resolved, (*notes, *unnamed(gm))
 
 
 def _impossible(found: Resolved) -> str | None:

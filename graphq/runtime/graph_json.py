@@ -58,9 +58,17 @@ _WORDS: Final = (
     "pad_mode",
     "reduce",
 )
-
-
-_DAMAGE: Final = (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, SyntaxError)
+_DAMAGE: Final = (
+    KeyError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    IndexError,
+    RuntimeError,
+    SyntaxError,
+    PassError,
+    SpecError,
+)
 
 
 def allowed(target: object) -> bool:
@@ -140,7 +148,7 @@ def graph_from_json(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> f
     """The graph that ``graph_to_json`` wrote, with these tensors. Raises ``TargetError`` for anything else."""
     try:
         return _build(data, tensors)
-    except (*_DAMAGE, PassError, SpecError) as error:
+    except _DAMAGE as error:
         raise TargetError(f"graph.json: damaged: {type(error).__name__}: {error}") from error
 
 

@@ -23,7 +23,16 @@ from graphq.source import source_of
 from graphq.spec import Blocks, Rule, Spec
 from tests.models import FAMILIES, capture, captured, random_inputs
 
-WEIGHT_ONLY = ("int8/channel", "int4/asym/g32", "int4/g32", "int3/g24", "int8/asym/g40", "int6/tensor", "int2/g16")
+WEIGHT_ONLY = (
+    "int8/channel",
+    "int4/asym/g32",
+    "int4/g32",
+    "int3/g24",
+    "int8/asym/g40",
+    "int6/asym/tensor",
+    "int2/g16",
+    "int8/asym/channel",
+)
 ACTIVATIONS = (
     ("int8/channel", "int8/tensor"),
     ("int8/asym/channel", "int8/asym/tensor"),
@@ -78,7 +87,7 @@ def relative(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 def cases() -> list[Any]:
     """Families x weight formats: one format a family by default, all of them among the slow ones."""
     return [
-        pytest.param(family, weight, marks=() if family in QUICK and i == number % 4 else pytest.mark.slow)
+        pytest.param(family, weight, marks=() if family in QUICK and i in (number % 4, 7) else pytest.mark.slow)
         for number, family in enumerate(FAMILIES)
         for i, weight in enumerate(WEIGHT_ONLY)
     ]
