@@ -45,6 +45,8 @@ def main() -> None:
     largest = (logits - wanted).abs().max() / wanted.abs().max()
     print(f"largest difference of a logit: {largest:.2%} of the largest logit (a code off by one is a whole step)")
     print(f"the same next token: {(logits.argmax(-1) == wanted.argmax(-1)).float().mean():.2%} of {windows.numel()}")
+    perplexity = [evaluate.perplexity(lambda _, found=found: found, windows) for found in (logits, wanted)]
+    print(f"perplexity on these {len(windows)} windows: {perplexity[0]:.4f}, of the QDQ form {perplexity[1]:.4f}")
 
 
 if __name__ == "__main__":

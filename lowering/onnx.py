@@ -19,15 +19,24 @@ from graphq.errors import TargetError
 from graphq.export import dynamic_shapes
 from graphq.files import whole_directory
 from graphq.lowering import manifest
-from graphq.lowering.legalize import where
+from graphq.lowering.legalize import Limits, legalize, where
 from graphq.lowering.onnx_form import onnx_form
 from graphq.source import PAST, SEQUENCE, TOTAL, Source, source_of
-from graphq.views import view
+from graphq.views import Dequantize, Op, view
 
 NAME: Final = "model.onnx"
 _DATA: Final = "model.onnx.data"
 _INLINE_BYTES: Final = 1 << 30  # protobuf ends at 2 GiB
 _SAMPLE: Final = {SEQUENCE: 3, PAST: 5, TOTAL: 8}
+
+
+def _refuses(op: Op) -> str | None:
+    if isinstance(op, Dequantize) and op.scale.val.dtype == torch.float64:
+        return "its scales are float64, ONNX's are float32 at most; compile the model in float32"
+    return None
+
+
+LIMITS: Final = Limits("onnx", _refuses)
 
 
 def emit(
@@ -50,13 +59,16 @@ def emit(
 
     from graphq.lowering.onnx_opset import lower_opset
 
+    legalize(gm, LIMITS)
     prepared = onnx_form(gm, cache)
     model = _export(prepared)
+    _share_tied(model, prepared)
     _set_types(model, prepared)
     _name_dimensions(model, prepared)
     _fold(model)
     lower_opset(model, {PAST}, opset)
     common.RemoveUnusedNodesPass()(model)
+    common.ClearMetadataAndDocStringPass()(model)  # the exporter's traces hold the source's paths
     with whole_directory(path, overwrite) as directory:
         size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
         ir.save(model, directory / NAME, external_data=_DATA if size > _INLINE_BYTES else None)
@@ -106,10 +118,12 @@ def _explain(error: BaseException, exported: fx.GraphModule) -> str:
         cause = cause.__cause__
     text = "\n".join(texts)
     nodes = {node.name: node for node in exported.graph.nodes}
-    for name in re.findall(r"%(\w+)", text):
-        node = nodes.get(name)
-        if node is not None and node.op == "call_function":
-            return f"{where(view(node))}: torch's exporter cannot translate {node.target}"
+    if failed := re.search(r"translating node %(\w+) :.*?\(args = \((.*?)\)", text):
+        # The exporter decomposes ops further; then the failed one stands for a reader of what it reads.
+        read = [nodes[name] for name in re.findall(r"%(\w+)", failed[2]) if name in nodes]
+        for node in (nodes.get(failed[1]), *(user for seen in read for user in seen.users)):
+            if node is not None and node.op == "call_function":
+                return f"{where(view(node))}: torch's exporter cannot translate {node.target}"
     found = re.search(r"No ONNX function found for (.*?)[.\n]", text)
     return found[0] if found else texts[0].strip().splitlines()[0]
 
@@ -134,11 +148,27 @@ def _fold(model: Any) -> None:
     from onnx_ir.passes import common
     from onnxscript import optimizer
 
-    optimizer.fold_constants_ir(
-        model, onnx_shape_inference=True, should_fold=lambda node: False if node.op_type == "DequantizeLinear" else None
-    )
+    def keep(node: Any) -> bool | None:
+        """Whether a node stays although its inputs are known: what reads a tensor of the model does."""
+        held = any(value is not None and value.name in model.graph.initializers for value in node.inputs)
+        return False if held or node.op_type == "DequantizeLinear" else None
+
+    optimizer.fold_constants_ir(model, onnx_shape_inference=True, should_fold=keep)
     common.RemoveUnusedNodesPass()(model)
     common.CommonSubexpressionEliminationPass()(model)
+
+
+def _share_tied(model: Any, gm: fx.GraphModule) -> None:
+    """A tensor that the graph holds under several names, such as a tied output head, is one initializer."""
+    import onnx_ir as ir
+
+    first: dict[tuple[int, int, tuple[int, ...], tuple[int, ...]], str] = {}
+    for name, tensor in gm.state_dict(keep_vars=True).items():
+        key = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+        kept = first.setdefault(key, name)
+        if kept != name and tensor.numel() and {name, kept} <= model.graph.initializers.keys():
+            other = model.graph.initializers.pop(name)
+            ir.convenience.replace_all_uses_with(other, model.graph.initializers[kept])
 
 
 def _set_types(model: Any, gm: fx.GraphModule) -> None:

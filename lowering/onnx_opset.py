@@ -41,6 +41,8 @@ def lower_opset(model: ir.Model, may_be_empty: Collection[str] = (), at_least: i
 
     ``may_be_empty``: the names of dimensions whose size can be 0.
     """
+    if at_least > HIGHEST:
+        raise TargetError(f"onnx: opset {at_least}: the highest is {HIGHEST}")
     for node in list(model.graph):
         _rewrite(model.graph, node, may_be_empty)
     opset = at_least

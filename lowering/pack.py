@@ -19,7 +19,7 @@ def pack(gm: fx.GraphModule) -> fx.GraphModule:
     """
     packed = copy_graph(gm)
     for op in ops_of(packed):
-        if isinstance(op, Linear | TransposedLinear) and _is_int8(op, op.weight_op):
+        if isinstance(op, Dequantize) and isinstance(op.codes, Param):
             _integer_linear(packed, op)
     edit.drop_unused(packed)
     for op in ops_of(packed):
@@ -68,11 +68,13 @@ def _bias(op: Linear | TransposedLinear) -> Op | None:
     return op.bias if isinstance(op, Linear) else op.self_
 
 
-def _integer_linear(gm: fx.GraphModule, op: Linear | TransposedLinear) -> None:
-    """Every use of an int8 weight is a call of one integer linear, if all of them can be."""
-    weight = cast(Dequantize, op.weight_op)
+def _integer_linear(gm: fx.GraphModule, weight: Dequantize) -> None:
+    """Every use of an int8 weight is a call of one integer linear, if all of them can be and are alike."""
     uses = weight.users
-    if not all(_is_int8(use, weight) and _bias(cast(Linear, use)) == _bias(op) for use in uses):
+    op = uses[0]
+    if not isinstance(op, Linear | TransposedLinear) or not all(_is_int8(use, weight) for use in uses):
+        return
+    if not all(type(use) is type(op) and _bias(cast(Linear, use)) == _bias(op) for use in uses):
         return
     codes, scale, zero_point = _tensors(gm, weight)
     bias = _bias(op)

@@ -100,6 +100,11 @@ def test_export_onnx(tmp_path: Path) -> None:
     assert 0 < float(different[1]) < 10
     assert equal is not None
     assert float(equal[1]) > 95
+    perplexity = re.search(
+        r"^perplexity on these 4 windows: ([\d.]+), of the QDQ form ([\d.]+)$", printed, re.MULTILINE
+    )
+    assert perplexity is not None
+    assert float(perplexity[1]) == pytest.approx(float(perplexity[2]), rel=0.005)
     assert made(tmp_path) == ["build/export_onnx"]
 
 

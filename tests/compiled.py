@@ -1,0 +1,29 @@
+"""Tiny models of ``tests.models`` compiled, from captures that the tests of a process share."""
+
+from typing import Any
+
+import torch
+
+from graphq.compiler import Compiled, passes_for
+from graphq.formats import Plan, parse_quant
+from graphq.frontends import load_spec
+from graphq.passes.annotate import decide
+from graphq.pipeline import Pipeline
+from graphq.report import make_report
+from graphq.spec import Rule, Spec, parse_match
+from tests.models import captured, random_inputs
+
+
+def blocks_spec(weight: str, input: str | None = None) -> Spec:
+    """All layers of the repeated blocks in these formats."""
+    return Spec((Rule(parse_match("blocks"), Plan(parse_quant(weight), parse_quant(input) if input else None)),))
+
+
+def compile_captured(family: str, spec: Spec | dict[str, Any], batches: int = 2) -> Compiled:
+    """What ``graphq.compile`` makes of ``tiny(family)``, without capturing it again; calibrated on random inputs."""
+    gm, parsed = captured(family), spec if isinstance(spec, Spec) else load_spec(spec)
+    Pipeline(passes_for(parsed)[:3]).run(gm)
+    resolved, notes = decide(gm, parsed)
+    with torch.no_grad():
+        Pipeline(passes_for(parsed)[3:]).run(gm, [random_inputs(gm, seed=100 + i) for i in range(batches)])
+    return Compiled(gm, parsed, make_report(resolved, notes, 32), 0)
