@@ -54,7 +54,7 @@ def check_demo(printed: str) -> dict[str, tuple[float, float]]:
     found = {name: (float(megabytes), float(perplexity)) for name, megabytes, perplexity in rows}
     assert list(found) == ["source", "torch", "onnx"]
     assert found["torch"][0] < 0.65 * found["source"][0]
-    assert found["onnx"][0] < found["source"][0]
+    assert found["onnx"][0] < 0.65 * found["source"][0]
     assert 1.005 < found["torch"][1] / found["source"][1] < 1.03
     assert found["onnx"][1] == pytest.approx(found["torch"][1], rel=1e-4)
     assert "the 36 quantized layers alone: 8.65 in bfloat16, 2.53 now" in printed

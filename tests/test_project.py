@@ -235,7 +235,7 @@ def test_every_pass_has_its_test_file() -> None:
 
 def test_files_are_short() -> None:
     scripts = (path for folder in ("examples", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
-    limits = {path: 400 for path in (*source_files(), *scripts)} | dict.fromkeys((ROOT / "tests").rglob("*.py"), 600)
+    limits = dict.fromkeys((*source_files(), *scripts), 400) | dict.fromkeys((ROOT / "tests").rglob("*.py"), 600)
     lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in limits}
     assert {str(path.relative_to(ROOT)): lengths[path] for path in limits if lengths[path] >= limits[path]} == {}
 
