@@ -13,15 +13,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphq.compiler import passes_for
-from graphq.formats import Plan, parse_quant
+from graphq.formats import KeepFloat, Plan, parse_quant
 from graphq.lowering import manifest, onnx, torch_module
 from graphq.lowering.verify import verify
 from graphq.pipeline import Pipeline
+from graphq.runtime import ops
 from graphq.runtime.model import CompiledModel
 from graphq.runtime.onnx_session import OnnxSession
 from graphq.source import source_of
-from graphq.spec import Blocks, Rule, Spec
-from tests.models import FAMILIES, capture, captured, random_inputs
+from graphq.spec import Blocks, Exact, Name, Rule, Spec
+from tests.models import FAMILIES, capture, captured, random_inputs, route
 
 WEIGHT_ONLY = (
     "int8/channel",
@@ -215,3 +216,52 @@ def test_greedy_tokens_are_equal(tmp_path: Path) -> None:
         spoken.append(tokens)
     assert torch.equal(spoken[0], spoken[1])
     assert torch.equal(spoken[0], spoken[2])
+
+
+class Experts(nn.Module):
+    """One product of rows by the matrices of their experts; which expert gets a row is not up to a quantized layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ParameterDict({"up_proj": nn.Parameter(torch.empty(4, 24, 40))})
+
+    def forward(self, x: Tensor) -> Tensor:
+        order, offsets = route(x[:, :4])
+        return ops.grouped_linear(x[order], self.experts["up_proj"], offsets)[order.argsort()]
+
+
+EXPERTS = {
+    "one plan": [Rule(Blocks(), Plan(parse_quant("int8/channel"), parse_quant("int8/asym/tensor")))],
+    "by token": [Rule(Blocks(), Plan(parse_quant("int4/g8"), parse_quant("int8/asym/token/dynamic")))],
+    "several plans": [
+        Rule(Blocks(), Plan(parse_quant("int4/asym/g8"))),
+        Rule(Name("experts.1"), Plan(parse_quant("int8/channel"), parse_quant("int8/tensor"))),
+        Rule(Name("experts.3"), Plan(parse_quant("int6/channel"), parse_quant("int6/token/dynamic"))),
+        Rule(Name("experts.0"), KeepFloat("as an example")),
+    ],
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("plans", EXPERTS)
+def test_experts_agree_on_their_own_input(plans: str, target: str, tmp_path: Path) -> None:
+    x = torch.randn(30, 40, generator=torch.Generator().manual_seed(7)) + 0.3
+    gm = capture(Experts(), x)
+    Pipeline(passes_for(Spec(tuple(EXPERTS[plans])))).run(gm, [(x,)])
+    run = TARGETS[target](gm, tmp_path / "artifact")
+    for rows in (x, x[:1], x[x[:, :4].argmax(-1) != 2]):  # one expert alone, and one without rows
+        with torch.no_grad():
+            # the same codes give the same integers; only their scaling is summed in float32, in another order
+            assert relative(run([rows]), gm(rows)) <= 1e-5
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("weight", WEIGHT_ONLY)
+def test_an_embedding_gives_the_same_numbers(weight: str, target: str, tmp_path: Path) -> None:
+    tokens = torch.arange(24).view(2, 12)
+    gm = capture(nn.Sequential(nn.Embedding(24, 40)), tokens)
+    rule = Rule(Exact("0"), Plan(parse_quant(weight)))
+    Pipeline(passes_for(Spec((rule,)))).run(gm)
+    run = TARGETS[target](gm, tmp_path / "artifact")
+    with torch.no_grad():
+        assert torch.equal(run([tokens])[0], gm(tokens)[0])  # nothing is summed
