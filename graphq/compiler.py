@@ -12,7 +12,6 @@ from graphq import hugging_face
 from graphq.batches import complete_all
 from graphq.capture import capture_module
 from graphq.errors import GraphError, SpecError, TargetError
-from graphq.formats import Plan
 from graphq.frontends import load_spec
 from graphq.frontends.native import print_spec
 from graphq.passes.annotate import Annotate, decide
@@ -24,6 +23,7 @@ from graphq.passes.raise_grouped_linear import RaiseGroupedLinear
 from graphq.passes.remove_no_ops import RemoveNoOps
 from graphq.passes.split_gate_up import SplitGateUp
 from graphq.pipeline import Pass, Pipeline
+from graphq.plan import Plan
 from graphq.report import Report, make_report
 from graphq.runtime.model import CompiledModel
 from graphq.source import source_of

@@ -1,20 +1,32 @@
-"""How tensors are quantized, as data: formats, granularities, a layer's plan. Illegal states cannot be written.
+"""Number formats: what a code means, and how a scale follows from what it has to hold. Illegal ones cannot be written.
 
-Text form of a ``Quant``: ``int<bits>[/asym][/half|by_sign]/<tensor|channel|token|g<N>>[/dynamic]``; ``parse_quant`` and
-``str`` are inverses.
+Text forms, which ``parse_format`` and ``str`` take to each other:
+
+- ``int<bits>[/asym][/half|by_sign]``, ``uint8``, ``uint16``: integers;
+- ``float8_e4m3fn``, ``float8_e5m2``, ``float6_e2m3``, ``float6_e3m2``, ``float4_e2m1``, ``float4_e1m2``, each
+  ``[/pow2]``, and ``hifloat8[/to15|/pow2]``: floating-point numbers with a scale;
+- ``mxfp8_e4m3``, ``mxfp8_e5m2``, ``mxfp6_e2m3``, ``mxfp6_e3m2``, ``mxfp4``, ``mxint8``, each ``[/<exponent rule>]``:
+  blocks of 32 with a shared exponent (OCP Microscaling Formats 1.0);
+- ``nvfp4``: blocks of 16 with a float8 scale, under a float32 one;
+- ``int4/over_int8``, ``float4_e2m1/over_float8``: codes of groups over codes of channels.
 """
 
 import re
 from dataclasses import dataclass
-from typing import Final, Literal, assert_never, final
+from typing import Final, Literal, assert_never, final, get_args
 
 from graphq.errors import SpecError
 
 Divisor = Literal["max", "half", "by_sign"]
+FloatLayout = Literal[
+    "float8_e4m3fn", "float8_e5m2", "hifloat8", "float6_e2m3", "float6_e3m2", "float4_e2m1", "float4_e1m2"
+]
+FloatScale = Literal["max", "to15", "pow2"]
+MxElement = Literal["float8_e4m3fn", "float8_e5m2", "float6_e2m3", "float6_e3m2", "float4_e2m1", "int8"]
+ExponentRule = Literal["ocp", "even", "amct", "amct_llm", "nearest", "ceil", "ascend"]
 MIN_BITS: Final = 2
-MAX_WEIGHT_BITS: Final = 8
-ACTIVATION_BITS: Final = (4, 6, 8, 16)
-MAX_GROUP_SIZE: Final = 10**9 - 1  # what the text form writes, in nine digits
+MX_BLOCK: Final = 32
+NVFP4_BLOCK: Final = 16
 
 
 @final
@@ -24,23 +36,29 @@ class Int:
 
     ``divisor`` gives a symmetric scale: absmax / (2^(bits-1)-1) for ``max``, absmax / ((2^bits-1)/2) for ``half`` (as
     compressed-tensors does), and AMCT's sign-dependent rule for ``by_sign`` (2^(bits-1) where the extreme is negative).
+    Unsigned codes, of 8 or 16 bits, go from 0 to 2^bits-1 and are asymmetric.
     """
 
     bits: int
     symmetric: bool = True
     divisor: Divisor = "max"
+    signed: bool = True
 
     def __post_init__(self) -> None:
         if type(self.bits) is not int or not (MIN_BITS <= self.bits <= 8 or self.bits == 16):  # bool is an int too
             raise SpecError(f"bits: {self.bits!r} is not one of 2 to 8 or 16")
         if type(self.symmetric) is not bool:
             raise SpecError(f"symmetric: {self.symmetric!r} is not true or false")
-        if self.divisor not in ("max", "half", "by_sign"):
+        if self.divisor not in get_args(Divisor):
             raise SpecError(f"divisor: {self.divisor!r} is not one of max, half, by_sign")
         if self.divisor != "max" and not self.symmetric:
             raise SpecError(f"divisor: {self.divisor} is a rule for symmetric scales; this format is asymmetric")
+        if not self.signed and (self.symmetric or self.bits not in (8, 16)):
+            raise SpecError(f"unsigned: uint{self.bits} is not one of uint8 and uint16, which are asymmetric")
 
     def __str__(self) -> str:
+        if not self.signed:
+            return f"uint{self.bits}"
         parts = [f"int{self.bits}"]
         if not self.symmetric:
             parts.append("asym")
@@ -49,162 +67,162 @@ class Int:
         return "/".join(parts)
 
 
-Format = Int  # a union once float formats exist; every ``match`` on it ends in ``assert_never``
-
-
 @final
 @dataclass(frozen=True)
-class PerTensor:
-    """One scale for the whole tensor."""
+class Float:
+    """Floating-point codes of a layout, with a scale that takes the largest magnitude to the layout's full scale.
 
+    Full scale is the largest finite value (448, 57344, 7.5, 28, 6, 1.75), and for hifloat8 16, up to which its
+    significand has four bits. ``scale``: ``to15`` takes the largest magnitude to 15 instead (hifloat8 alone), ``pow2``
+    takes the smallest power of two that leaves nothing above full scale.
+    """
 
-@final
-@dataclass(frozen=True)
-class PerChannel:
-    """One scale for each output channel of a weight."""
-
-
-@final
-@dataclass(frozen=True)
-class PerToken:
-    """One scale for each vector along the last axis of an activation, computed at run time."""
-
-
-@final
-@dataclass(frozen=True)
-class PerGroup:
-    """One scale for each ``size`` neighbours along the input axis; the last group may be short."""
-
-    size: int
+    layout: FloatLayout
+    scale: FloatScale = "max"
 
     def __post_init__(self) -> None:
-        if type(self.size) is not int or not 0 < self.size <= MAX_GROUP_SIZE:
-            raise SpecError(f"group_size: {self.size!r} is not a positive integer")
-
-
-Granularity = PerTensor | PerChannel | PerToken | PerGroup
-
-
-def granularity_name(granularity: Granularity) -> Literal["tensor", "channel", "token", "group"]:
-    """The word a table uses for this granularity."""
-    match granularity:
-        case PerTensor():
-            return "tensor"
-        case PerChannel():
-            return "channel"
-        case PerToken():
-            return "token"
-        case PerGroup():
-            return "group"
-        case _:
-            assert_never(granularity)
-
-
-@final
-@dataclass(frozen=True)
-class Quant:
-    """How one tensor is quantized. ``dynamic``: the scale is computed at run time, from the tensor itself."""
-
-    format: Format
-    granularity: Granularity
-    dynamic: bool = False
-
-    def __post_init__(self) -> None:
-        if isinstance(self.granularity, PerToken) and not self.dynamic:
-            raise SpecError(f"{self}: one scale per token exists only at run time; write {self}/dynamic")
+        if self.layout not in get_args(FloatLayout):
+            raise SpecError(f"layout: {self.layout!r} is not one of {', '.join(get_args(FloatLayout))}")
+        if self.scale not in get_args(FloatScale):
+            raise SpecError(f"scale: {self.scale!r} is not one of {', '.join(get_args(FloatScale))}")
+        if self.scale == "to15" and self.layout != "hifloat8":
+            raise SpecError(f"scale: to15 is a convention of hifloat8, not of {self.layout}")
 
     def __str__(self) -> str:
-        match self.granularity:
-            case PerGroup(size):
-                granularity = f"g{size}"
-            case other:
-                granularity = granularity_name(other)
-        return f"{self.format}/{granularity}" + ("/dynamic" if self.dynamic else "")
+        return self.layout if self.scale == "max" else f"{self.layout}/{self.scale}"
 
 
-_QUANT: Final = re.compile(
-    r"int(?P<bits>\d{1,3})(?P<asym>/asym)?(/(?P<divisor>half|by_sign))?"
-    r"/((?P<word>tensor|channel|token)|g(?P<size>\d{1,9}))(?P<dynamic>/dynamic)?"
-)
+_MX_NAMES: Final[dict[MxElement, str]] = {
+    "float8_e4m3fn": "mxfp8_e4m3",
+    "float8_e5m2": "mxfp8_e5m2",
+    "float6_e2m3": "mxfp6_e2m3",
+    "float6_e3m2": "mxfp6_e3m2",
+    "float4_e2m1": "mxfp4",
+    "int8": "mxint8",
+}
 
 
-def parse_quant(text: str) -> Quant:
-    """The ``Quant`` that ``text`` writes, such as ``int4/asym/g128``. Raises ``SpecError`` for another text."""
-    found = _QUANT.fullmatch(text)
-    if not found:
-        raise SpecError(
-            f"{text!r} is not a format; write int<bits>[/asym][/half|by_sign]/<tensor|channel|token|g<size>>[/dynamic],"
-            " such as int4/asym/g128 or int8/token/dynamic"
-        )
-    granularity: Granularity
-    match found["word"]:
-        case "tensor":
-            granularity = PerTensor()
-        case "channel":
-            granularity = PerChannel()
-        case "token":
-            granularity = PerToken()
+@final
+@dataclass(frozen=True)
+class Mx:
+    """Elements that share an exponent, an E8M0 scale, over blocks of 32 along the input axis.
+
+    The exponent follows from the largest magnitude of a block by ``rule``, which also says how halves are rounded
+    (to even, except for ``amct_llm``, ``nearest`` and ``ascend``: away from zero); ``graphq.numerics.mx`` has the
+    rules. ``int8``: from -127 to 127, in units of 2^-6.
+    """
+
+    element: MxElement
+    rule: ExponentRule = "ocp"
+
+    def __post_init__(self) -> None:
+        if self.element not in get_args(MxElement):
+            raise SpecError(f"element: {self.element!r} is not one of {', '.join(get_args(MxElement))}")
+        if self.rule not in get_args(ExponentRule):
+            raise SpecError(f"exponent rule: {self.rule!r} is not one of {', '.join(get_args(ExponentRule))}")
+
+    def __str__(self) -> str:
+        name = _MX_NAMES[self.element]
+        return name if self.rule == "ocp" else f"{name}/{self.rule}"
+
+
+@final
+@dataclass(frozen=True)
+class Nvfp4:
+    """float4_e2m1 codes with a float8_e4m3fn scale over blocks of 16, divided by one float32 scale for the tensor."""
+
+    def __str__(self) -> str:
+        return "nvfp4"
+
+
+@final
+@dataclass(frozen=True)
+class TwoLevel:
+    """Codes of groups over the codes of whole channels: ``int4`` over int8, ``float4_e2m1`` over float8_e4m3fn.
+
+    A channel is quantized to 8 bits first, and these codes' values by groups to 4 bits; a value is code times group
+    scale times channel scale.
+    """
+
+    element: Literal["int4", "float4_e2m1"]
+
+    def __post_init__(self) -> None:
+        if self.element not in ("int4", "float4_e2m1"):
+            raise SpecError(f"element: {self.element!r} is not one of int4, float4_e2m1")
+
+    def __str__(self) -> str:
+        return f"{self.element}/over_{'int8' if self.element == 'int4' else 'float8'}"
+
+
+Format = Int | Float | Mx | Nvfp4 | TwoLevel  # every ``match`` on it ends in ``assert_never``
+
+
+def element_name(format: Format) -> str:
+    """The format of one code: ``int4``, ``uint8``, ``float8_e4m3fn``, ..."""
+    match format:
+        case Int():
+            return f"{'' if format.signed else 'u'}int{format.bits}"
+        case Float():
+            return format.layout
+        case Mx() | TwoLevel():
+            return format.element
+        case Nvfp4():
+            return "float4_e2m1"
         case _:
-            granularity = PerGroup(int(found["size"]))
+            assert_never(format)
+
+
+def code_bits(format: Format) -> int:
+    """Bits of one code: 2 to 8, or 16."""
+    found = re.search(r"\d+", element_name(format))
+    assert found is not None
+    return int(found[0])
+
+
+def is_asymmetric(format: Format) -> bool:
+    """Whether codes have a zero point."""
+    return isinstance(format, Int) and not format.symmetric
+
+
+def has_global_scale(format: Format) -> bool:
+    """Whether there is a second scale, over those of blocks."""
+    return isinstance(format, Nvfp4 | TwoLevel)
+
+
+_INT: Final = re.compile(r"int(?P<bits>\d{1,3})(?P<asym>/asym)?(/(?P<divisor>half|by_sign))?")
+_OTHERS: Final[dict[str, Format]] = {
+    str(format): format
+    for format in (
+        *(Int(bits, symmetric=False, signed=False) for bits in (8, 16)),
+        *(Float(layout, scale) for layout in get_args(FloatLayout) for scale in ("max", "pow2")),
+        Float("hifloat8", "to15"),
+        *(Mx(element, rule) for element in get_args(MxElement) for rule in get_args(ExponentRule)),
+        Nvfp4(),
+        TwoLevel("int4"),
+        TwoLevel("float4_e2m1"),
+    )
+}
+
+
+def find_format(text: str) -> Format | None:
+    """The format whose ``str`` is ``text``, None if it is the text of none. Raises ``SpecError`` for ``int9``."""
+    if text in _OTHERS:
+        return _OTHERS[text]
+    found = _INT.fullmatch(text)
+    if not found:
+        return None
     divisor: Divisor = "max"
     if found["divisor"] == "half":
         divisor = "half"
     elif found["divisor"] == "by_sign":
         divisor = "by_sign"
-    return Quant(Int(int(found["bits"]), not found["asym"], divisor), granularity, bool(found["dynamic"]))
+    return Int(int(found["bits"]), not found["asym"], divisor)
 
 
-@final
-@dataclass(frozen=True)
-class Plan:
-    """How one layer is quantized: its weight, its input activation, or both. At least one is given."""
-
-    weight: Quant | None = None
-    input: Quant | None = None
-
-    def __post_init__(self) -> None:
-        if self.weight is None and self.input is None:
-            raise SpecError("a plan quantizes a weight or an input; to keep a layer float, write a keep-float rule")
-        if self.weight is not None:
-            if self.weight.dynamic:
-                raise SpecError(f"weight: {self.weight} is dynamic; a weight's scale is known when it is compiled")
-            if self.weight.format.bits > MAX_WEIGHT_BITS:
-                raise SpecError(f"weight: {self.weight} has {self.weight.format.bits} bits; weights hold 2 to 8")
-        if self.input is not None:
-            if isinstance(self.input.granularity, PerChannel | PerGroup):
-                raise SpecError(f"input: {self.input}: activations have one scale per tensor or per token")
-            if self.input.format.bits not in ACTIVATION_BITS:
-                raise SpecError(
-                    f"input: {self.input} has {self.input.format.bits} bits; activations hold 4, 6, 8 or 16"
-                )
-
-    def __str__(self) -> str:
-        return ", ".join(
-            f"{role} {quant}" for role, quant in (("weight", self.weight), ("input", self.input)) if quant is not None
-        )
-
-
-@final
-@dataclass(frozen=True)
-class KeepFloat:
-    """The layer stays float, for this reason."""
-
-    reason: str
-
-    def __str__(self) -> str:
-        return f"float ({self.reason})"
-
-
-Decision = Plan | KeepFloat
-
-
-@final
-@dataclass(frozen=True)
-class PerExpert:
-    """The decisions for a stack of experts, one for each."""
-
-    decisions: tuple[Decision, ...]
-
-    def __str__(self) -> str:
-        counts = {str(d): self.decisions.count(d) for d in dict.fromkeys(self.decisions)}
-        return "; ".join(f"{count} x {text}" for text, count in counts.items())
+def parse_format(text: str) -> Format:
+    """The format whose ``str`` is ``text``. Raises ``SpecError`` for another text."""
+    found = find_format(text)
+    if found is None:
+        names = ", ".join(name for name in _OTHERS if "/" not in name or "/over_" in name)
+        raise SpecError(f"{text!r} is not a format; write int<bits>[/asym][/half|by_sign], or one of {names}")
+    return found

@@ -1,11 +1,14 @@
 """What became of each layer: plan, deciding rule, size, error; and for float layers the reason."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
-from graphq import packing
-from graphq.formats import PerChannel, PerGroup, PerTensor, PerToken, Plan, Quant, granularity_name
+from graphq import numerics, packing
+from graphq.formats import Format, Int, code_bits, element_name, is_asymmetric
+from graphq.plan import Plan
+from graphq.quant import Granularity, PerBlock, PerGroup, Quant, granularity_name
 from graphq.spec import Layer, Resolved
 
 
@@ -13,15 +16,27 @@ def quant_json(quant: Quant | None) -> dict[str, Any] | None:
     """A ``Quant`` as plain data; None for float."""
     if quant is None:
         return None
-    name = f"int{quant.format.bits}"
+    format = quant.format
     return {
-        "format": name,
-        "symmetric": quant.format.symmetric,
+        "format": _format_name(format),
+        "symmetric": not is_asymmetric(format),
         "granularity": granularity_name(quant.granularity),
         "group_size": quant.granularity.size if isinstance(quant.granularity, PerGroup) else None,
         "dynamic": quant.dynamic,
-        "divisor": quant.format.divisor if quant.format.symmetric else None,
+        "divisor": format.divisor if isinstance(format, Int) and format.symmetric else None,
+        "block": _sides(quant.granularity),
+        "method": str(quant.method),
+        "text": str(quant),
     }
+
+
+def _sides(granularity: Granularity) -> list[int] | None:
+    return [granularity.rows, granularity.columns] if isinstance(granularity, PerBlock) else None
+
+
+def _format_name(format: Format) -> str:
+    """The format without its options, as a table names it."""
+    return element_name(format) if isinstance(format, Int) else str(format)
 
 
 @final
@@ -131,16 +146,9 @@ def make_report(
 
 
 def stored_nbytes(layer: Layer, quant: Quant) -> int:
-    """Bytes of a packed weight: codes by rows of one output channel, float32 scales, zero points of a byte each."""
-    rows, columns = layer.shape[0], 1
-    for size in layer.shape[1:]:
-        columns *= size
-    match quant.granularity:
-        case PerTensor():
-            scales = 1
-        case PerChannel() | PerToken():
-            scales = rows
-        case PerGroup(size):
-            scales = rows * -(-layer.shape[1] // size)
-    zero_points = 0 if quant.format.symmetric else scales
-    return rows * packing.packed_size(columns, quant.format.bits) + 4 * scales + zero_points
+    """Bytes of a packed weight: codes by rows of one output channel, scales, zero points of a byte each."""
+    rows, columns = layer.shape[0], math.prod(layer.shape[1:])
+    block = numerics.weight_block(quant.granularity, len(layer.shape), 0, 1)
+    held = numerics.empty_scales(layer.shape, block, quant.format)
+    scales = sum(part.numel() * part.itemsize for part in held if part is not None)
+    return rows * packing.packed_size(columns, code_bits(quant.format)) + scales

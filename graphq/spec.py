@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Final, Literal, final
 
 from graphq.errors import SpecError
-from graphq.formats import Decision, KeepFloat, Quant
+from graphq.plan import Decision, KeepFloat
+from graphq.quant import Quant
 
 MAX_BLOCK: Final = 9999
 LayerKind = Literal["linear", "conv1d", "conv2d", "embedding", "expert"]

@@ -38,19 +38,24 @@ _COMPANIONS: Final = (
 @final
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """Codes, scale and zero point of one weight (or the scale of one static input, without codes) of the QDQ form."""
+    """Codes, scales and zero point of one weight (or what is fixed of one input's, without codes) of the QDQ form."""
 
     path: str
     format: str
     codes: Tensor | None
-    scale: Tensor
+    scale: Tensor | None
     zero_point: Tensor | None
+    global_scale: Tensor | None
 
     def named(self) -> dict[str, Tensor]:
         """The tensors by their names in the QDQ form."""
         role = "weight" if self.codes is not None else "input"
         named = {f"{self.path}.weight": self.codes} if self.codes is not None else {}
-        named |= {f"{self.path}.{role}_scale": self.scale, f"{self.path}.{role}_zero_point": self.zero_point}
+        named |= {
+            f"{self.path}.{role}_scale": self.scale,
+            f"{self.path}.{role}_zero_point": self.zero_point,
+            f"{self.path}.{role}_global_scale": self.global_scale,
+        }
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
@@ -68,26 +73,25 @@ def quantized_tensors(gm: fx.GraphModule) -> dict[str, QuantizedTensor]:
         match op:
             case Dequantize() if isinstance(op.codes, Param):
                 path = op.codes.fqn.removesuffix(".weight")
-                found[path] = QuantizedTensor(
-                    path, op.format, tensor_of(gm, op.codes.fqn), _tensor(gm, op.scale), _optional(gm, op.zero_point)
-                )
+                found[path] = QuantizedTensor(path, op.format, tensor_of(gm, op.codes.fqn), *_fixed(gm, op))
             case Quantize() if isinstance(op.scale, Param):
                 path = op.scale.fqn.removesuffix(".input_scale")
-                found[f"{path} input"] = QuantizedTensor(
-                    path, op.format, None, _tensor(gm, op.scale), _optional(gm, op.zero_point)
-                )
+                found[f"{path} input"] = QuantizedTensor(path, op.format, None, *_fixed(gm, op))
+            case Quantize() if isinstance(op.global_scale, Param):
+                path = op.global_scale.fqn.removesuffix(".input_global_scale")
+                found[f"{path} input"] = QuantizedTensor(path, op.format, None, *_fixed(gm, op))
             case _:
                 pass
     return found
 
 
-def _tensor(gm: fx.GraphModule, op: Op) -> Tensor:
-    assert isinstance(op, Param)
-    return tensor_of(gm, op.fqn)
+def _fixed(gm: fx.GraphModule, op: Dequantize | Quantize) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Scale, zero point and global scale, those that the model holds."""
 
+    def held(part: Op | None) -> Tensor | None:
+        return tensor_of(gm, part.fqn) if isinstance(part, Param) else None
 
-def _optional(gm: fx.GraphModule, op: Op | None) -> Tensor | None:
-    return _tensor(gm, op) if op is not None else None
+    return held(op.scale), held(op.zero_point), held(op.global_scale)
 
 
 def named_tensors(tensors: Mapping[str, QuantizedTensor]) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from graphq import numerics
 from graphq.errors import TargetError
 from graphq.export import dynamic_shapes
 from graphq.files import whole_directory
+from graphq.formats import Float, Int
 from graphq.lowering import manifest
 from graphq.lowering.legalize import Limits, legalize, where
 from graphq.lowering.onnx_form import onnx_form
@@ -31,9 +32,15 @@ _SAMPLE: Final = {SEQUENCE: 3, PAST: 5, TOTAL: 8}
 
 
 def _refuses(op: Op) -> str | None:
-    if isinstance(op, Dequantize) and op.scale.val.dtype == torch.float64:
+    if not isinstance(op, Dequantize):
+        return None
+    if op.scale.val.dtype == torch.float64:
         return "its scales are float64, ONNX's are float32 at most; compile the model in float32"
-    return None
+    match numerics.parse_format(op.format):
+        case Int() | Float("float8_e4m3fn" | "float8_e5m2"):
+            return None
+        case format:
+            return f"{format}: this target holds integers, float8_e4m3fn and float8_e5m2"
 
 
 LIMITS: Final = Limits("onnx", _refuses)
@@ -172,11 +179,24 @@ def _share_tied(model: Any, gm: fx.GraphModule) -> None:
 
 
 def _set_types(model: Any, gm: fx.GraphModule) -> None:
-    """Codes of at most 4 bits become INT4; where there is a zero point, UINT4, both raised by 8."""
+    """Codes of at most 4 bits become INT4; where there is a zero point, UINT4, both raised by 8. Bytes of float8 codes
+    become FLOAT8 numbers.
+    """
     import onnx_ir as ir
 
+    from graphq.lowering.onnx_ops import FLOAT8
+
+    for node in model.graph:
+        if node.op_type == "Cast" and node.attributes["to"].as_int() in FLOAT8.values():
+            node.outputs[0].dtype = ir.DataType(node.attributes["to"].as_int())
     for tensor in manifest.quantized_tensors(gm).values():
-        if tensor.codes is None or numerics.parse_format(tensor.format).bits > 4:
+        format = numerics.parse_format(tensor.format)
+        value = model.graph.initializers.get(f"{tensor.path}.weight")
+        if tensor.codes is not None and value is not None and isinstance(format, Float):
+            kind = ir.DataType(FLOAT8[format.layout])
+            value.const_value = ir.tensor(value.const_value.numpy().view(kind.numpy()), dtype=kind, name=value.name)
+            value.dtype = kind
+        if tensor.codes is None or not isinstance(format, Int) or format.bits > 4:
             continue
         raised = tensor.zero_point is not None
         kind = ir.DataType.UINT4 if raised else ir.DataType.INT4

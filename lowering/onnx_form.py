@@ -47,7 +47,7 @@ def onnx_block(block: Sequence[int], shape: Sequence[int]) -> OnnxBlock:
     if not partial and len(cut) == 1:
         return OnnxBlock(cut[0], None)
     if partial:
-        return OnnxBlock(partial[0], block[partial[0]])
+        return OnnxBlock(partial[-1], block[partial[-1]])
     whole = [axis for axis in range(len(block)) if axis not in cut]
     axis = whole[-1] if whole else len(block) - 1
     return OnnxBlock(axis, shape[axis] if whole else 1)
@@ -61,6 +61,9 @@ def onnx_scale(scale: Tensor, block: Sequence[int], shape: Sequence[int]) -> Ten
     if form.size is None:
         return scale.reshape(-1)
     sizes = [scale.shape[axis] if axis == form.axis else size for axis, size in enumerate(shape)]
+    for axis, (size, b) in enumerate(zip(shape, block, strict=True)):
+        if axis != form.axis and 1 < b < size:
+            scale = scale.repeat_interleave(b, axis).narrow(axis, 0, size)
     return scale.expand(sizes).contiguous()
 
 

@@ -4,6 +4,7 @@ Weights go through DequantizeLinear: per tensor with a scalar scale, per axis wi
 blocked along one axis, whose scales are expanded along the others (ONNX: "the same rank with one dimension divided").
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -11,12 +12,13 @@ import onnxscript
 import torch
 
 from graphq import numerics
-from graphq.formats import Format
+from graphq.formats import Float, Format, Int
 from graphq.lowering.onnx_form import expert_linears, onnx_block
 from graphq.runtime import ops
 
 op18: Any = onnxscript.opset18  # untyped: its annotations are those of eager tensors
 op21: Any = onnxscript.opset21
+_LN2: Final = math.log(2.0)
 _TINY: Final = torch.finfo(torch.float32).tiny
 
 
@@ -35,13 +37,16 @@ def _cast(x: Any, dtype: int | None) -> Any:
 
 
 _FLOAT: Final = 1
-_INT8: Final = 3
-_INT16: Final = 5
 _INT64: Final = 7
 
 
+FLOAT8: Final = {"float8_e4m3fn": 17, "float8_e5m2": 19}
+_INTEGERS: Final = {torch.int8: 3, torch.uint8: 2, torch.int16: 5, torch.uint16: 4}
+
+
 def _onnx_dtype(format: Format) -> int:
-    return _INT8 if numerics.code_dtype(format) == torch.int8 else _INT16
+    """The ONNX type of codes."""
+    return FLOAT8[format.layout] if isinstance(format, Float) else _INTEGERS[numerics.code_dtype(format)]
 
 
 def translations() -> dict[Any, Callable[..., Any]]:
@@ -64,7 +69,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
     ) -> Any:
         if codes.producer() is None:  # held by the model: a weight
             return _cast(_dequantize_weight(codes, scale, zero_point, block, list(codes.shape)), dtype)
-        if _is_static(scale):
+        if _is_static(scale) and isinstance(numerics.parse_format(format), Int):
             inputs = (codes, scale) if zero_point is None else (codes, scale, zero_point)
             return _cast(op18.DequantizeLinear(*inputs), dtype)
         x = op18.Cast(codes, to=_FLOAT)
@@ -74,8 +79,12 @@ def translations() -> dict[Any, Callable[..., Any]]:
 
     def quantize(x: Any, scale: Any, zero_point: Any, global_scale: Any, format: str, block: Sequence[int]) -> Any:
         parsed = numerics.parse_format(format)
-        lowest, highest = numerics.code_range(parsed)
         x = op18.Cast(x, to=_FLOAT)
+        if isinstance(parsed, Float):  # not QuantizeLinear: ONNX Runtime 1.31 fuses two of float8 into what it lacks
+            end = numerics.full_scale(parsed)
+            return op18.Cast(op18.Clip(op18.Div(x, scale), constant(-end), constant(end)), to=_onnx_dtype(parsed))
+        assert isinstance(parsed, Int), "legalized"
+        lowest, highest = numerics.code_range(parsed)
         if _is_static(scale) and parsed.bits in (8, 16):
             zero = (
                 zero_point if zero_point is not None else op18.Cast(op18.Constant(value_int=0), to=_onnx_dtype(parsed))
@@ -86,13 +95,28 @@ def translations() -> dict[Any, Callable[..., Any]]:
             rounded = op18.Add(rounded, op18.Cast(zero_point, to=_FLOAT))
         return op18.Cast(op18.Clip(rounded, constant(lowest), constant(highest)), to=_onnx_dtype(parsed))
 
-    def choose_scale(x: Any, format: str, block: Sequence[int]) -> Any:
+    def float_scale(extreme: Any, format: Float) -> Any:
+        scale = op18.Div(extreme, constant(numerics.full_scale(format)))
+        if format.scale != "pow2":
+            return scale
+        # 2^floor(log2) and up to twice as much: the logarithm's last bits may be wrong near a power of two.
+        power = op18.Pow(constant(2.0), op18.Floor(op18.Div(op18.Log(scale), constant(_LN2))))
+        power = op18.Where(op18.Greater(power, scale), op18.Mul(power, constant(0.5)), power)
+        doubled = op18.Where(op18.Less(power, scale), op18.Mul(power, constant(2.0)), power)
+        return op18.Where(op18.Less(doubled, scale), op18.Mul(doubled, constant(2.0)), doubled)
+
+    def choose_scale(x: Any, format: str, block: Sequence[int], global_scale: Any = None) -> Any:
         parsed = numerics.parse_format(format)
-        lowest, highest = numerics.code_range(parsed)
         axes = integers(*(a for a, b in enumerate(block) if b < 0))
         x = op18.Cast(x, to=_FLOAT)
         low, high = op18.ReduceMin(x, axes, keepdims=1), op18.ReduceMax(x, axes, keepdims=1)
         zero = constant(0.0)
+        if isinstance(parsed, Float):
+            scale = float_scale(op18.Max(op18.Abs(low), op18.Abs(high)), parsed)
+            scale = op18.Where(op18.Greater(scale, zero), op18.Max(scale, constant(_TINY)), constant(1.0))
+            return scale, op18.Cast(op18.Mul(scale, zero), to=_INTEGERS[torch.uint8])
+        assert isinstance(parsed, Int), "legalized"
+        lowest, highest = numerics.code_range(parsed)
         if parsed.symmetric:
             extreme = op18.Max(op18.Abs(low), op18.Abs(high))
             if parsed.divisor == "by_sign":

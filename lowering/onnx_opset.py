@@ -33,6 +33,8 @@ _TYPES_SINCE: Final = {  # (op, element type of an input): the first opset that 
     ir.DataType.UINT4: 21,
     ir.DataType.INT16: 21,
     ir.DataType.UINT16: 21,
+    ir.DataType.FLOAT8E4M3FN: 19,
+    ir.DataType.FLOAT8E5M2: 19,
 }
 
 

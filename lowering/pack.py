@@ -5,6 +5,7 @@ from typing import Final, cast
 from torch import Tensor, fx, nn
 
 from graphq import edit
+from graphq.numerics import Scales
 from graphq.runtime.modules import Int8Linear, PackedWeight
 from graphq.state import put_tensor, tensor_of
 from graphq.views import Dequantize, Linear, Op, Param, Quantize, TransposedLinear, Weighted, ops_of, view
@@ -76,7 +77,7 @@ def _integer_linear(gm: fx.GraphModule, weight: Dequantize) -> None:
         return
     if not all(type(use) is type(op) and _bias(cast(Linear, use)) == _bias(op) for use in uses):
         return
-    codes, scale, zero_point = _tensors(gm, weight)
+    codes, (scale, zero_point, _) = _tensors(gm, weight)
     bias = _bias(op)
     held = tensor_of(gm, bias.fqn) if isinstance(bias, Param) else None
     rows = codes.shape if isinstance(op, Linear) else codes.shape[::-1]
@@ -93,19 +94,19 @@ def _integer_linear(gm: fx.GraphModule, weight: Dequantize) -> None:
 def _packed_weight(gm: fx.GraphModule, op: Dequantize) -> None:
     """The read of a weight's codes is a call of a packed weight."""
     path = cast(Param, op.codes).fqn.removesuffix(".weight")
-    codes, scale, zero_point = _tensors(gm, op)
+    codes, scales = _tensors(gm, op)
     module = PackedWeight(op.format, list(op.block), codes.shape, _row_axes(op), op.val.dtype)
-    _put_module(gm, path, module.hold(codes, scale, zero_point))
+    _put_module(gm, path, module.hold(codes, scales))
     _call(gm, op, path, ())
 
 
-def _tensors(gm: fx.GraphModule, op: Dequantize) -> tuple[Tensor, Tensor, Tensor | None]:
-    zero_point = op.zero_point
-    return (
-        tensor_of(gm, cast(Param, op.codes).fqn),
-        tensor_of(gm, cast(Param, op.scale).fqn),
-        tensor_of(gm, cast(Param, zero_point).fqn) if zero_point is not None else None,
+def _tensors(gm: fx.GraphModule, op: Dequantize) -> tuple[Tensor, Scales]:
+    scale, zero_point, global_scale = (
+        None if part is None else tensor_of(gm, cast(Param, part).fqn)
+        for part in (op.scale, op.zero_point, op.global_scale)
     )
+    assert scale is not None
+    return tensor_of(gm, cast(Param, op.codes).fqn), Scales(scale, zero_point, global_scale)
 
 
 def _row_axes(op: Dequantize) -> tuple[int, ...]:

@@ -94,13 +94,15 @@ def stored_codes(model: CompiledModel) -> dict[str, manifest.QuantizedTensor]:
     for path, module in model.graph.named_modules():
         if isinstance(module, PackedWeight | Int8Linear):
             text = module.format if isinstance(module, PackedWeight) else ("int8" if module.symmetric else "int8/asym")
-            zero_point = module.weight_zero_point
-            found[path] = manifest.QuantizedTensor(path, text, module.codes(), module.weight_scale, zero_point)
-    for name, tensor in model.graph.named_buffers(remove_duplicate=False):
-        if name.endswith(".input_scale"):
-            path = name.removesuffix(".input_scale")
-            zero_point = dict(model.graph.named_buffers()).get(f"{path}.input_zero_point")
-            found[f"{path} input"] = manifest.QuantizedTensor(path, "", None, tensor, zero_point)
+            upper = module.weight_global_scale if isinstance(module, PackedWeight) else None
+            held = (module.codes(), module.weight_scale, module.weight_zero_point, upper)
+            found[path] = manifest.QuantizedTensor(path, text, *held)
+    buffers = dict(model.graph.named_buffers(remove_duplicate=False))
+    for name in buffers:
+        if name.endswith((".input_scale", ".input_global_scale")):
+            path = name.removesuffix(".input_scale").removesuffix(".input_global_scale")
+            parts = (buffers.get(f"{path}.input_{part}") for part in ("scale", "zero_point", "global_scale"))
+            found[f"{path} input"] = manifest.QuantizedTensor(path, "", None, *parts)
     return found
 
 

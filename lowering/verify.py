@@ -17,7 +17,14 @@ from torch import Tensor
 from graphq.errors import GraphqError, SpecError, TargetError
 from graphq.lowering import manifest
 
-_SUFFIXES: Final = (".weight_scale", ".weight_zero_point", ".input_scale", ".input_zero_point")
+_SUFFIXES: Final = (
+    ".weight_scale",
+    ".weight_zero_point",
+    ".weight_global_scale",
+    ".input_scale",
+    ".input_zero_point",
+    ".input_global_scale",
+)
 _CODES: Final = ".weight"
 
 
@@ -49,7 +56,7 @@ def verify(path: str | Path, against: str | Path | None = None) -> Verification:
     if against is None:
         return Verification(tuple(differences), len(recorded))
     made = _recompile(directory, described, Path(against))
-    inputs = {name for name in recorded if name.endswith((".input_scale", ".input_zero_point"))}
+    inputs = {name for name in recorded if name.endswith(_SUFFIXES[3:])}
     for name in sorted((set(held) | set(made)) - inputs):
         line = _difference(name, made.get(name), held.get(name))
         if line is not None:
@@ -112,6 +119,8 @@ def _tensor(value: Any) -> Tensor:
     match value.dtype:
         case ir.DataType.INT4:
             array = array.astype("int8")
+        case ir.DataType.FLOAT8E4M3FN | ir.DataType.FLOAT8E5M2:
+            array = array.view("uint8").copy()
         case ir.DataType.UINT4:
             array = array.astype("int8") - 8
         case _:

@@ -6,9 +6,10 @@ from typing import ClassVar, assert_never, final
 from torch import fx
 
 from graphq.errors import SpecError
-from graphq.formats import PerExpert, PerGroup, PerToken, Plan
 from graphq.layers import LAYER, PLAN, layers, sites, unnamed
 from graphq.pipeline import Batches, Invariant, Pass
+from graphq.plan import PerExpert, Plan
+from graphq.quant import Ofmr, PerGroup, PerToken
 from graphq.spec import Layer, Resolved, Spec, resolve
 
 
@@ -34,12 +35,15 @@ def _impossible(found: Resolved) -> str | None:
 
 
 def _reason(layer: Layer, plan: Plan) -> str | None:
+    for role, quant in (("weight", plan.weight), ("input", plan.input)):
+        if quant is not None and isinstance(quant.method, Ofmr) and layer.kind in ("embedding", "expert"):
+            return f"{role} {quant}: ofmr measures a layer's own output, which an {layer.kind} here does not have"
     match layer.kind:
         case "embedding":
             if plan.input is not None:
                 return f"input {plan.input}: an embedding reads token ids, which are not quantized; leave out its input"
         case "conv1d" | "conv2d":
-            if plan.input is not None and isinstance(plan.input.granularity, PerToken):
+            if plan.input is not None and isinstance(plan.input.granularity, PerToken | PerGroup):
                 return f"input {plan.input}: a convolution's input has no token vectors; use one scale per tensor"
             if plan.weight is not None and isinstance(plan.weight.granularity, PerGroup) and layer.shape[1] == 1:
                 return f"weight {plan.weight}: a depthwise convolution has one input per channel; use channel"

@@ -14,7 +14,7 @@ from graphq.pipeline import Batches, Pass
 @final
 @dataclass(frozen=True)
 class Calibrate(Pass):
-    """Every observer has seen every batch. Without observers the batches are not run."""
+    """Every observer has seen every batch, as often as it looks. Without observers the batches are not run."""
 
     name: ClassVar[str] = "calibrate"
 
@@ -24,10 +24,16 @@ class Calibrate(Pass):
             return 0
         gm.recompile()
         count = 0
-        with torch.inference_mode():
-            for batch in batches or ():
-                gm(*batch)
-                count += 1
+        looks = max(observer.looks for _, observer in watching)
+        if looks > 1 and batches is not None:
+            batches = list(batches)
+        for look in range(looks):
+            for _, observer in watching:
+                observer.look = look
+            with torch.inference_mode():
+                for batch in batches or ():
+                    gm(*batch)
+                    count += 1
         if count == 0:
             raise SpecError("calibration: no batches; static scales need at least one")
         unseen = dict.fromkeys(layer for _, seen in watching if not seen.has_seen for layer in seen.layers)

@@ -1,65 +1,32 @@
-"""Observers on the activations whose scale is fixed before run time, and what they see."""
+"""Observers on the activations that scales have to be calibrated for."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count, islice
-from typing import ClassVar, Final, final
+from typing import ClassVar, cast, final
 
-import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from graphq import edit
-from graphq.errors import SpecError
-from graphq.formats import PerExpert, Plan, Quant
+from graphq import edit, numerics
 from graphq.layers import LAYER, PLAN
+from graphq.passes.observers import Observer, OfmrWeightObserver, OutputMap, observer_for
 from graphq.pipeline import Batches, Pass
+from graphq.plan import PerExpert, Plan
+from graphq.quant import Ofmr, Quant
 from graphq.runtime import ops
-from graphq.views import Dequantize, Op, Quantize, Weighted, ops_of
-
-
-@final
-class MinMaxObserver(nn.Module):
-    """Hands its input on and keeps the smallest and the largest element seen, in float32.
-
-    ``layers``: the layers that read this activation. An element that is NaN or infinite raises ``SpecError``.
-    """
-
-    low: Tensor
-    high: Tensor
-    batches: Tensor
-    _is_impure: Final = True  # torch.fx: nothing needs to read its output
-
-    def __init__(self, quant: Quant, layers: tuple[str, ...]) -> None:
-        super().__init__()
-        self.quant = quant
-        self.layers = layers
-        self.register_buffer("low", torch.tensor(torch.inf, dtype=torch.float32))
-        self.register_buffer("high", torch.tensor(-torch.inf, dtype=torch.float32))
-        self.register_buffer("batches", torch.tensor(0))
-
-    @property
-    def has_seen(self) -> bool:
-        """Whether any element came by."""
-        return bool(self.low <= self.high)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.numel():
-            low, high = x.amin().float(), x.amax().float()
-            if not (torch.isfinite(low) and torch.isfinite(high)):
-                raise SpecError(
-                    f"calibration: batch {int(self.batches)}: the input of {self.layers[0]} holds NaN or Inf"
-                )
-            # In place: tensors made in inference mode could not be loaded into later.
-            self.low.copy_(torch.minimum(self.low, low))
-            self.high.copy_(torch.maximum(self.high, high))
-        self.batches += 1
-        return x
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MinMaxObserver":
-        # A change of the model's dtype leaves the precision of statistics alone; only the device follows.
-        for name, buffer in self.named_buffers(recurse=False):
-            setattr(self, name, buffer.to(fn(torch.empty(0, dtype=buffer.dtype, device=buffer.device)).device))
-        return self
+from graphq.state import tensor_of
+from graphq.views import (
+    Dequantize,
+    Embedding,
+    GroupedLinear,
+    Linear,
+    Op,
+    Param,
+    Quantize,
+    TransposedLinear,
+    Weighted,
+    ops_of,
+)
 
 
 def input_quants(decision: object) -> tuple[Quant | None, ...]:
@@ -84,12 +51,42 @@ def _is_quantized(x: Op) -> bool:
     return isinstance(x, Dequantize) and isinstance(x.codes, Quantize)
 
 
+def weight_quants(decision: object) -> tuple[Quant | None, ...]:
+    """The weight format of a layer, or of each expert of a stack."""
+    decisions = decision.decisions if isinstance(decision, PerExpert) else (decision,)
+    return tuple(d.weight if isinstance(d, Plan) else None for d in decisions)
+
+
+def is_calibrated(quant: Quant) -> bool:
+    """Whether an activation's scale, or nvfp4's global one, is found from calibration data."""
+    return not quant.dynamic
+
+
+def output_map(gm: fx.GraphModule, op: Weighted, quant: Quant) -> OutputMap:
+    """What a linear or a convolution makes of its input, without its bias."""
+    weight = op.weight_op
+    assert isinstance(weight, Param), "not quantized yet"
+    assert not isinstance(op, GroupedLinear | Embedding), "refused by annotate"
+    w = tensor_of(gm, weight.fqn).detach()
+    block = numerics.weight_block(quant.granularity, w.dim(), op.out_axis, op.in_axis, op.own_axes)
+    target, arguments = op.node.target, op.node.args[3:]  # a convolution's stride, padding, dilation and groups
+
+    def apply(x: Tensor, weight: Tensor) -> Tensor:
+        if isinstance(op, TransposedLinear):
+            return x @ weight
+        return cast(Tensor, target(x, weight, None, *arguments))  # type: ignore[operator]
+
+    is_linear = isinstance(op, Linear | TransposedLinear)
+    return OutputMap(apply, w, -1 if is_linear else 1, op.out_axis, tuple(block))
+
+
 @final
 @dataclass(frozen=True)
 class Observe(Pass):
     """Every activation with a static scale is watched by one observer, which all layers that agree on it share.
 
-    The experts of a stack that have the same format share a scale: they read rows of one tensor.
+    The experts of a stack that have the same format share a scale: they read rows of one tensor. A layer whose weight's
+    scale depends on its output has an observer of its own for that.
     """
 
     name: ClassVar[str] = "observe"
@@ -98,31 +95,56 @@ class Observe(Pass):
         wanted: dict[tuple[Op, Quant], list[Weighted]] = {}
         for op, quants in to_quantize(gm):
             for quant in dict.fromkeys(quants):
-                if quant is not None and not quant.dynamic and observer_on(gm, op.input_op, quant) is None:
+                if quant is not None and is_calibrated(quant) and observer_on(gm, op.input_op, quant) is None:
                     wanted.setdefault((op.input_op, quant), []).append(op)
-        free = (path for i in count() if not edit.has_tensor(gm, path := f"observers.{i}"))
-        made = list(zip(wanted.items(), islice(free, len(wanted)), strict=True))
-        for ((x, quant), readers), path in reversed(made):  # each stands right after x: in order at last
+        made: list[tuple[Op, Observer, Weighted]] = []
+        for (x, quant), readers in wanted.items():
             layers = tuple(dict.fromkeys(str(op.node.meta[LAYER]) for op in readers))
-            edit.add_observer(gm, x, path, MinMaxObserver(quant, layers), by=self.name, like=readers[0])
-        return len(wanted)
+            maps = [(op, quant) for op in readers]
+            observer = observer_for(quant, layers, lambda maps=maps: [output_map(gm, op, q) for op, q in maps])
+            made.append((x, observer, readers[0]))
+        for op in ops_of(gm):
+            quant = weight_quants(op.node.meta.get(PLAN))[0] if isinstance(op, Weighted) else None
+            if quant is None or not isinstance(quant.method, Ofmr) or not isinstance(op, Weighted):
+                continue
+            if isinstance(op.weight_op, Param) and weight_observer_on(gm, op) is None:
+                layer = str(op.node.meta[LAYER])
+                made.append((op.input_op, OfmrWeightObserver(quant, (layer,), output_map(gm, op, quant)), op))
+        free = (path for i in count() if not edit.has_tensor(gm, path := f"observers.{i}"))
+        paths = list(islice(free, len(made)))
+        for (x, observer, reader), path in reversed(list(zip(made, paths, strict=True))):
+            # Each stands right after x: in order at last.
+            edit.add_observer(gm, x, path, observer, by=self.name, like=reader)
+        return len(made)
 
 
-def observer_of(gm: fx.GraphModule, op: Op) -> MinMaxObserver | None:
+def observer_of(gm: fx.GraphModule, op: Op) -> Observer | None:
     """The observer that a node calls."""
     if op.node.op != "call_module":
         return None
     module = gm.get_submodule(str(op.node.target))
-    return module if isinstance(module, MinMaxObserver) else None
+    return module if isinstance(module, Observer) else None
 
 
-def observer_on(gm: fx.GraphModule, x: Op, quant: Quant) -> MinMaxObserver | None:
-    """The observer for this format that watches ``x``."""
-    found = (observer_of(gm, user) for user in x.users)
-    return next((observer for observer in found if observer is not None and observer.quant == quant), None)
+def observer_on(gm: fx.GraphModule, x: Op, quant: Quant) -> Observer | None:
+    """The observer of ``x`` as an activation of this format."""
+    for user in x.users:
+        found = observer_of(gm, user)
+        if found is not None and found.quant == quant and not isinstance(found, OfmrWeightObserver):
+            return found
+    return None
 
 
-def observers(gm: fx.GraphModule) -> list[tuple[Op, MinMaxObserver]]:
+def weight_observer_on(gm: fx.GraphModule, op: Weighted) -> OfmrWeightObserver | None:
+    """The observer of a layer's output errors."""
+    for user in op.input_op.users:
+        found = observer_of(gm, user)
+        if isinstance(found, OfmrWeightObserver) and found.layers == (op.node.meta.get(LAYER),):
+            return found
+    return None
+
+
+def observers(gm: fx.GraphModule) -> list[tuple[Op, Observer]]:
     """The nodes that call observers, and the observers."""
     found = ((op, observer_of(gm, op)) for op in ops_of(gm))
     return [(op, observer) for op, observer in found if observer is not None]

@@ -7,10 +7,11 @@ from typing import ClassVar, final
 from torch import Tensor, fx
 
 from graphq import edit, numerics
-from graphq.formats import Quant
+from graphq.formats import has_global_scale, is_asymmetric
 from graphq.layers import LAYER
-from graphq.passes.observe import observer_on, observers, to_quantize
+from graphq.passes.observe import is_calibrated, observer_on, observers, to_quantize
 from graphq.pipeline import Batches, Invariant, Pass
+from graphq.quant import Quant
 from graphq.runtime import ops
 from graphq.views import Op, Weighted, view
 
@@ -18,7 +19,7 @@ from graphq.views import Op, Weighted, view
 def _uncalibrated(gm: fx.GraphModule) -> str | None:
     for op, quants in to_quantize(gm):
         for quant in quants:
-            if quant is not None and not quant.dynamic:
+            if quant is not None and is_calibrated(quant):
                 observer = observer_on(gm, op.input_op, quant)
                 if observer is None or not observer.has_seen:
                     return f"no data was seen of the input of {op.node.meta[LAYER]}"
@@ -73,20 +74,30 @@ class QuantizeActivations(Pass):
         after = edit.following(x)
         block = numerics.activation_block(quant.granularity, x.val.dim())
         text = str(quant.format)
+        scale: Op | None = None
         zero_point: Op | None = None
-        if quant.dynamic:
-            chosen = edit.insert(gm, after, ops.choose_scale, x, text, block, by=self.name, like=reader)
-            scale, zero = edit.items(gm, chosen, 2, by=self.name)
-            zero_point = None if quant.format.symmetric else zero
-        else:
+        global_scale: Op | None = None
+        if is_calibrated(quant):
             observer = observer_on(gm, x, quant)
             assert observer is not None, "calibrated"
-            fixed, zero = numerics.scale_from_extremes(observer.low, observer.high, quant.format)
+            fixed, zero, _ = observer.scales()
             path = _free_path(gm, str(reader.node.meta[LAYER]))
-            scale = edit.add_tensor(gm, after, f"{path}.input_scale", fixed, by=self.name, like=reader)
+            name = "input_global_scale" if has_global_scale(quant.format) else "input_scale"
+            held = edit.add_tensor(gm, after, f"{path}.{name}", fixed, by=self.name, like=reader)
+            if has_global_scale(quant.format):
+                global_scale = held
+            else:
+                scale = held
             if zero is not None:
                 zero_point = edit.add_tensor(gm, after, f"{path}.input_zero_point", zero, by=self.name, like=reader)
-        level = (scale, zero_point, None, text, block)
+        elif has_global_scale(quant.format):
+            global_scale = edit.insert(gm, after, ops.choose_global_scale, x, by=self.name, like=reader)
+        if scale is None:
+            upper = () if global_scale is None else (global_scale,)
+            chosen = edit.insert(gm, after, ops.choose_scale, x, text, block, *upper, by=self.name, like=reader)
+            scale, zero = edit.items(gm, chosen, 2, by=self.name)
+            zero_point = zero if is_asymmetric(quant.format) else None
+        level = (scale, zero_point, global_scale, text, block)
         codes = edit.insert(gm, after, ops.quantize, x, *level, by=self.name, like=reader)
         return edit.insert(gm, after, ops.dequantize, codes, *level, x.val.dtype, by=self.name, like=reader)
 
@@ -97,4 +108,7 @@ def _free_path(gm: fx.GraphModule, layer: str) -> str:
     is_tensor = isinstance(getattr(gm.get_submodule(parent), name, None), Tensor)
     first = f"{layer}_input" if is_tensor else layer
     further = (f"{first}.input{number}" for number in count())
-    return next(path for path in chain((first,), further) if not edit.has_tensor(gm, f"{path}.input_scale"))
+    names = ("input_scale", "input_global_scale")
+    return next(
+        path for path in chain((first,), further) if not any(edit.has_tensor(gm, f"{path}.{name}") for name in names)
+    )

@@ -1,6 +1,6 @@
-"""Weights as codes, by round-to-nearest with min-max scales."""
+"""Weights as codes, by round-to-nearest."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
 
@@ -8,11 +8,15 @@ import torch
 from torch import Tensor, fx
 
 from graphq import edit, numerics
-from graphq.errors import GraphError
-from graphq.formats import PerExpert, Plan, Quant
+from graphq.errors import GraphError, PassError
+from graphq.formats import Nvfp4
 from graphq.layers import PLAN, Site, sites
+from graphq.numerics import Scales
+from graphq.numerics.ranges import weight_scales
 from graphq.passes.annotate import annotated
+from graphq.passes.observe import weight_observer_on, weight_quants
 from graphq.pipeline import Batches, Invariant, Pass
+from graphq.quant import Ofmr, Quant
 from graphq.state import remove_tensor, tensor_of
 from graphq.views import Dequantize, Op, Param, ops_of
 
@@ -20,18 +24,18 @@ from graphq.views import Dequantize, Op, Param, ops_of
 @final
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A weight as codes. ``scale`` and ``zero_point`` have the codes' rank; ``block`` as in ``graphq.numerics``."""
+    """A weight as codes. The scales have the codes' rank; ``block`` as in ``graphq.numerics.blocks``."""
 
     codes: Tensor
-    scale: Tensor
-    zero_point: Tensor | None
+    scales: Scales
     block: list[int]
 
 
-def quantize_weight(w: Tensor, quant: Quant, block: list[int]) -> QuantizedWeight:
-    """``w`` rounded to nearest, with the scales that span the extremes of each block."""
-    scale, zero_point = numerics.choose_scale(w, quant.format, block)
-    return QuantizedWeight(numerics.quantize(w, scale, zero_point, quant.format, block), scale, zero_point, block)
+def quantize_weight(w: Tensor, quant: Quant, block: list[int], scales: Scales | None = None) -> QuantizedWeight:
+    """``w`` rounded to nearest, with the scales that the quant's method gives each block, or with those given."""
+    if scales is None:
+        scales = weight_scales(w, quant.format, block, quant.method)
+    return QuantizedWeight(numerics.quantize(w, scales, quant.format, block), scales, block)
 
 
 def _dataless(gm: fx.GraphModule) -> str | None:
@@ -46,7 +50,8 @@ with_weights = Invariant("weights", _dataless)
 class QuantizeWeights(Pass):
     """Every planned weight is read through ``graphq::dequantize``, and no float copy of it is left.
 
-    A stack of experts has one ``dequantize`` for each distinct plan. ``record`` is told each layer's signal to
+    A stack of experts has one ``dequantize`` for each distinct plan. nvfp4 layers that read the same activation, which
+    runtimes fuse (q, k and v; gate and up), share their global scale. ``record`` is told each layer's signal to
     quantization noise ratio in dB. Weights with NaN or Inf raise ``GraphError``.
     """
 
@@ -63,15 +68,23 @@ class QuantizeWeights(Pass):
             if isinstance(op, Param):
                 reads.setdefault(op.fqn, []).append(op)
         count = 0
+        amax = _fused_extremes(gm, layers.values())
         for fqn, site in layers.items():
-            quants = _weight_quants(site)
+            quants = weight_quants(site.op.node.meta[PLAN])
             if any(quant is not None for quant in quants):
-                self._quantize(gm, site, quants, reads[fqn])
+                self._quantize(gm, site, quants, reads[fqn], amax.get(fqn))
                 count += 1
         edit.drop_unused(gm)
         return count
 
-    def _quantize(self, gm: fx.GraphModule, site: Site, quants: Sequence[Quant | None], reads: Sequence[Param]) -> None:
+    def _quantize(
+        self,
+        gm: fx.GraphModule,
+        site: Site,
+        quants: Sequence[Quant | None],
+        reads: Sequence[Param],
+        amax: Tensor | None,
+    ) -> None:
         w = tensor_of(gm, site.param.fqn).detach()
         _check_finite(w, site)
         first = min((user for read in reads for user in read.users), key=lambda op: op.node)  # in graph order
@@ -89,17 +102,18 @@ class QuantizeWeights(Pass):
                 continue
             op = site.op
             block = numerics.weight_block(quant.granularity, w.dim(), op.out_axis, op.in_axis, op.own_axes)
-            made = quantize_weight(part, quant, block)
+            own = amax if amax is None or len(plans) == 1 else amax[members]
+            made = quantize_weight(part, quant, block, _given_scales(gm, site, quant, part, block, own))
             parts.append(hold_codes(gm, first, path, quant, made, w.dtype, site.op, self.name))
-            self._report(site, members, part, made)
+            self._report(site, members, part, made, quant)
         whole = parts[0] if len(parts) == 1 else _join(gm, first, site, list(plans.values()), parts, self.name)
         for read in reads:
             edit.bypass(gm, read, whole)
 
-    def _report(self, site: Site, members: Sequence[int], w: Tensor, made: QuantizedWeight) -> None:
+    def _report(self, site: Site, members: Sequence[int], w: Tensor, made: QuantizedWeight, quant: Quant) -> None:
         if self.record is None:
             return
-        approximation = numerics.dequantize(made.codes, made.scale, made.zero_point, made.block)
+        approximation = numerics.dequantize(made.codes, made.scales, quant.format, made.block)
         for position, member in enumerate(members):
             pick = position if site.is_stack else ...
             self.record(site.fqns[member], numerics.sqnr_db(w[pick], approximation[pick]))
@@ -115,20 +129,50 @@ def hold_codes(
     like: Op,
     by: str,
 ) -> Op:
-    """Codes, scale and zero point as buffers under ``path``, and the op that reads them as a weight of ``dtype``."""
+    """Codes, scales and zero point as buffers under ``path``, and the op that reads them as a weight of ``dtype``."""
     codes = edit.add_tensor(gm, before, f"{path}.weight", made.codes, by=by, like=like)
-    scale = edit.add_tensor(gm, before, f"{path}.weight_scale", made.scale, by=by, like=like)
-    zero_point = None
-    if made.zero_point is not None:
-        zero_point = edit.add_tensor(gm, before, f"{path}.weight_zero_point", made.zero_point, by=by, like=like)
-    arguments = (codes, scale, zero_point, None, str(quant.format), made.block, dtype)
+    scales = [
+        None if part is None else edit.add_tensor(gm, before, f"{path}.weight_{name}", part, by=by, like=like)
+        for name, part in zip(("scale", "zero_point", "global_scale"), made.scales, strict=True)
+    ]
+    arguments = (codes, *scales, str(quant.format), made.block, dtype)
     return edit.insert(gm, before, Dequantize.target, *arguments, by=by, like=like)
 
 
-def _weight_quants(site: Site) -> tuple[Quant | None, ...]:
-    decision = site.op.node.meta[PLAN]
-    decisions = decision.decisions if isinstance(decision, PerExpert) else (decision,)
-    return tuple(d.weight if isinstance(d, Plan) else None for d in decisions)
+def _fused_extremes(gm: fx.GraphModule, layers: Iterable[Site]) -> dict[str, Tensor]:
+    """The largest magnitude of each nvfp4 weight and of those that read the same input, by the weight's name; of a
+    stack, one for each expert.
+    """
+    groups: dict[Op, list[Site]] = {}
+    for site in layers:
+        if any(q is not None and isinstance(q.format, Nvfp4) for q in weight_quants(site.op.node.meta[PLAN])):
+            groups.setdefault(site.op.input_op, []).append(site)
+    found: dict[str, Tensor] = {}
+    for fused in groups.values():
+        own: list[Tensor] = []
+        for site in fused:
+            w = tensor_of(gm, site.param.fqn).detach()
+            _check_finite(w, site)
+            own.append(w.abs().flatten(1).amax(1) if site.is_stack else w.abs().amax().view(1))
+        for site, amax in zip(fused, own, strict=True):
+            found[site.param.fqn] = torch.stack([o for o in own if o.shape == amax.shape]).amax(0)
+    return found
+
+
+def _given_scales(
+    gm: fx.GraphModule, site: Site, quant: Quant, w: Tensor, block: list[int], amax: Tensor | None
+) -> Scales | None:
+    """The scales that do not follow from the weight alone: those under a shared global one, or from calibration."""
+    if isinstance(quant.format, Nvfp4):
+        assert amax is not None
+        shape = [amax.numel() if axis in site.op.own_axes else 1 for axis in range(w.dim())]
+        return numerics.choose_scale(w, quant.format, block, numerics.nvfp4_global_scale(amax).view(shape))
+    if isinstance(quant.method, Ofmr):
+        observer = weight_observer_on(gm, site.op)
+        if observer is None or not observer.has_seen:
+            raise PassError(f"{site.path}: {quant} was not calibrated")
+        return observer.scales()
+    return None
 
 
 def _check_finite(w: Tensor, site: Site) -> None:

@@ -5,10 +5,11 @@ from typing import Any
 import torch
 
 from graphq.compiler import Compiled, passes_for
-from graphq.formats import Plan, parse_quant
 from graphq.frontends import load_spec
 from graphq.passes.annotate import decide
 from graphq.pipeline import Pipeline
+from graphq.plan import Plan
+from graphq.quant import parse_quant
 from graphq.report import make_report
 from graphq.spec import Rule, Spec, parse_match
 from tests.models import captured, random_inputs

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, fx
 
 from graphq import edit
-from graphq.formats import Decision, KeepFloat, Plan, parse_quant
 from graphq.passes.annotate import Annotate
+from graphq.plan import Decision, KeepFloat, Plan
+from graphq.quant import parse_quant
 from graphq.spec import Rule, Spec, parse_match
 from graphq.state import put_tensor
 

@@ -22,8 +22,8 @@ INT8: dict[str, Any] = {"graphq": 1, "weight": "int8/channel"}
 STATIC = INT8 | {"input": "int8/tensor"}
 QUANT: dict[str, Any] = {"method": "RTN", "weight": {"bit": 8, "symmetric": True, "granularity": "per_channel"}}
 FORMAT_HINT = (
-    "is not a format; write int<bits>[/asym][/half|by_sign]/<tensor|channel|token|g<size>>[/dynamic], such as "
-    "int4/asym/g128 or int8/token/dynamic"
+    "is not a format; write <format>[/<granularity>][/dynamic or /<method>], such as int4/asym/g128,"
+    " int8/token/dynamic, float8_e4m3fn/channel or mxfp4"
 )
 
 

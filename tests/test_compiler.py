@@ -20,7 +20,7 @@ import graphq
 from graphq import compiler, numerics
 from graphq.compiler import Compiled
 from graphq.errors import SpecError
-from graphq.formats import parse_quant
+from graphq.quant import parse_quant
 from graphq.source import source_of
 from graphq.state import tensor_of
 from graphq.text import dump
@@ -60,8 +60,8 @@ def rounded(w: Tensor, text: str) -> Tensor:
     """``w[out, in]`` as its codes stand for it."""
     quant = parse_quant(text)
     block = numerics.weight_block(quant.granularity, w.dim(), 0, 1)
-    scale, zero_point = numerics.choose_scale(w, quant.format, block)
-    return numerics.dequantize(numerics.quantize(w, scale, zero_point, quant.format, block), scale, zero_point, block)
+    scales = numerics.choose_scale(w, quant.format, block)
+    return numerics.dequantize(numerics.quantize(w, scales, quant.format, block), scales, quant.format, block)
 
 
 # -- the caller's model ------------------------------------------------------------------------------------------------

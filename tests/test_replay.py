@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from graphq.compiler import passes_for
-from graphq.formats import KeepFloat, Plan, parse_quant
 from graphq.pipeline import Pipeline
+from graphq.plan import KeepFloat, Plan
+from graphq.quant import parse_quant
 from graphq.spec import Blocks, Name, Rule, Spec
 from graphq.text import dump
 from tests.models import captured, random_inputs

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from graphq.formats import KeepFloat, Plan, parse_quant
+from graphq.plan import KeepFloat, Plan
+from graphq.quant import parse_quant
 from graphq.report import Report, make_report, quant_json, stored_nbytes
 from graphq.spec import Exact, Layer, Name, Resolved, Rule
 
@@ -28,15 +29,18 @@ def report() -> Report:
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        ("int4/asym/g128", ("int4", False, "group", 128, False, None)),
-        ("int8/half/channel", ("int8", True, "channel", None, False, "half")),
-        ("int8/token/dynamic", ("int8", True, "token", None, True, "max")),
-        ("int16/asym/tensor", ("int16", False, "tensor", None, False, None)),
+        ("int4/asym/g128", ("int4", False, "group", 128, False, None, None, "minmax")),
+        ("int8/half/channel", ("int8", True, "channel", None, False, "half", None, "minmax")),
+        ("int8/token/dynamic", ("int8", True, "token", None, True, "max", None, "minmax")),
+        ("int16/asym/tensor/entropy", ("int16", False, "tensor", None, False, None, None, "entropy")),
+        ("uint8/tensor", ("uint8", False, "tensor", None, False, None, None, "minmax")),
+        ("float8_e4m3fn/128x64", ("float8_e4m3fn", True, "block", None, False, None, [128, 64], "minmax")),
+        ("mxfp4/even", ("mxfp4/even", True, "group", 32, False, None, None, "minmax")),
     ],
 )
 def test_a_format_as_json(text, found):
-    keys = ("format", "symmetric", "granularity", "group_size", "dynamic", "divisor")
-    assert quant_json(parse_quant(text)) == dict(zip(keys, found, strict=True))
+    keys = ("format", "symmetric", "granularity", "group_size", "dynamic", "divisor", "block", "method")
+    assert quant_json(parse_quant(text)) == {**dict(zip(keys, found, strict=True)), "text": text}
 
 
 def test_float_is_null():
@@ -52,6 +56,10 @@ def test_float_is_null():
         (UP, "int3/g5", 12 * 3 + 4 * 24),  # the second group is short; 24 bits a row
         (CONV, "int3/channel", 8 * 14 + 4 * 8),  # 36 codes of 3 bits: 108 bits in 14 bytes
         (CONV, "int8/g3", 8 * 36 + 4 * 8 * 2),  # 4 input channels in 2 groups
+        (UP, "float8_e4m3fn/5x3", 12 * 8 + 4 * 3 * 3),
+        (UP, "mxfp4", 12 * 4 + 12),  # a byte of scale for each row's one block
+        (UP, "nvfp4", 12 * 4 + 12 + 4),
+        (UP, "int4/over_int8/g4", 12 * 4 + 4 * 24 + 4 * 12),
     ],
 )
 def test_bytes_of_a_stored_weight(layer, quant, nbytes):

@@ -9,18 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphq.errors import SpecError
-from graphq.formats import (
-    MAX_GROUP_SIZE,
-    Int,
-    KeepFloat,
-    PerChannel,
-    PerGroup,
-    PerTensor,
-    PerToken,
-    Plan,
-    Quant,
-    parse_quant,
-)
+from graphq.formats import Int
+from graphq.plan import KeepFloat, Plan
+from graphq.quant import MAX_GROUP_SIZE, PerChannel, PerGroup, PerTensor, PerToken, Quant, parse_quant
 from graphq.spec import (
     MAX_BLOCK,
     Algorithm,
@@ -110,9 +101,12 @@ def test_matches(text, match, printed):
 
 
 WEIGHT = Quant(Int(8), PerChannel())
+NO_SCALES = (
+    "does not say how many scales there are; write int8 with /tensor, /channel, /token, /g<size> or /<rows>x<columns>"
+)
 FORM = (
-    "is not a format; write int<bits>[/asym][/half|by_sign]/<tensor|channel|token|g<size>>[/dynamic],"
-    " such as int4/asym/g128 or int8/token/dynamic"
+    "is not a format; write <format>[/<granularity>][/dynamic or /<method>], such as int4/asym/g128,"
+    " int8/token/dynamic, float8_e4m3fn/channel or mxfp4"
 )
 NO_BLOCKS = "are not a list of different numbers from 0 to 9999"
 
@@ -131,12 +125,12 @@ NO_BLOCKS = "are not a list of different numbers from 0 to 9999"
         (lambda: PerGroup(10**9), "group_size: 1000000000 is not a positive integer"),
         (lambda: Quant(Int(8), PerToken()), "int8/token: one scale per token exists only at run time; write int8/token/dynamic"),
         (lambda: parse_quant("fp8"), f"'fp8' {FORM}"),
-        (lambda: parse_quant("int8"), f"'int8' {FORM}"),
+        (lambda: parse_quant("int8"), f"'int8' {NO_SCALES}"),
         (lambda: parse_quant("int8/channel\n"), f"'int8/channel\\n' {FORM}"),
         (Plan, "a plan quantizes a weight or an input; to keep a layer float, write a keep-float rule"),
         (lambda: Plan(Quant(Int(16), PerChannel())), "weight: int16/channel has 16 bits; weights hold 2 to 8"),
         (lambda: Plan(parse_quant("int8/token/dynamic")), "weight: int8/token/dynamic is dynamic; a weight's scale is known when it is compiled"),
-        (lambda: Plan(input=parse_quant("int8/g8/dynamic")), "input: int8/g8/dynamic: activations have one scale per tensor or per token"),
+        (lambda: Plan(input=parse_quant("int8/8x8/dynamic")), "input: int8/8x8/dynamic: activations have one scale per tensor, per token or per group"),
         (lambda: Plan(input=parse_quant("int5/tensor")), "input: int5/tensor has 5 bits; activations hold 4, 6, 8 or 16"),
         (lambda: Name("a..b"), "'a..b' is not a layer name: write dotted segments, such as mlp.down_proj"),
         (lambda: Name("blocks"), "blocks stands for all layers of the repeated blocks; write *.blocks.* for layers below that name"),

@@ -8,9 +8,10 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from graphq.formats import KeepFloat, Plan, Quant
 from graphq.frontends.document import Document, Plain, Section, nearest, show
 from graphq.frontends.llmc_tensor import check_quant_type, read_tensor
+from graphq.plan import KeepFloat, Plan
+from graphq.quant import Quant
 from graphq.spec import Algorithm, Blocks, Exact, Name, Rule, Spec, parse_blocks
 
 SIGN: Final = "a top-level quant with method or weight, or quant or sparse beside base and model"

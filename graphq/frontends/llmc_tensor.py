@@ -7,18 +7,10 @@ way graphq does not have is refused by name, and a key without effect is noted.
 from collections.abc import Sequence
 from typing import Final, Literal
 
-from graphq.formats import (
-    ACTIVATION_BITS,
-    MAX_WEIGHT_BITS,
-    MIN_BITS,
-    Int,
-    PerChannel,
-    PerGroup,
-    PerTensor,
-    PerToken,
-    Quant,
-)
+from graphq.formats import MIN_BITS, Int
 from graphq.frontends.document import Section, show
+from graphq.plan import ACTIVATION_BITS, MAX_WEIGHT_BITS
+from graphq.quant import PerChannel, PerGroup, PerTensor, PerToken, Quant
 
 Role = Literal["weight", "act", "kvcache"]
 

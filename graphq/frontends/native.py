@@ -4,8 +4,9 @@ from typing import Final, assert_never, final
 
 import yaml
 
-from graphq.formats import Decision, KeepFloat, Plan, parse_quant
 from graphq.frontends.document import Document, Plain, Section, show
+from graphq.plan import Decision, KeepFloat, Plan
+from graphq.quant import parse_quant
 from graphq.spec import Algorithm, Blocks, Glob, Match, Rule, Spec, parse_match
 
 SIGN: Final = "a top-level key graphq"

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from graphq import numerics, packing
 from graphq.errors import PassError
-from graphq.formats import Format
+from graphq.formats import Format, code_bits
+from graphq.numerics import Scales
 
 _onednn: Any = torch.ops.onednn
 _BITS: Final = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -48,13 +49,15 @@ class PackedWeight(_FixedDtypes):
     """A weight in packed codes; calling it gives the dequantized weight.
 
     ``weight``: ``uint8[rows, bytes]``, packed as ``graphq.packing`` says, one row for each index of ``row_axes``
-    (output channels, of each expert). ``weight_scale``, ``weight_zero_point`` and ``block`` are those of the QDQ form,
-    ``shape`` and ``row_axes`` those of the float weight; ``dtype`` is what it is dequantized to.
+    (output channels, of each expert). ``weight_scale``, ``weight_zero_point``, ``weight_global_scale`` and ``block``
+    are those of the QDQ form, ``shape`` and ``row_axes`` those of the float weight; ``dtype`` is what it is dequantized
+    to.
     """
 
     weight: Tensor
     weight_scale: Tensor
     weight_zero_point: Tensor | None
+    weight_global_scale: Tensor | None
 
     def __init__(
         self, format: str, block: Sequence[int], shape: Sequence[int], row_axes: Sequence[int], dtype: torch.dtype
@@ -66,35 +69,38 @@ class PackedWeight(_FixedDtypes):
         self.rows_first = [*row_axes, *(a for a in range(len(shape)) if a not in row_axes)]
         sizes = [shape[a] for a in self.rows_first]
         rows, self.columns = math.prod(sizes[: len(row_axes)]), math.prod(sizes[len(row_axes) :])
-        row_bytes = packing.packed_size(self.columns, self.parsed.bits)
+        self.bits = code_bits(self.parsed)
+        row_bytes = packing.packed_size(self.columns, self.bits)
         self.register_buffer("weight", torch.empty(rows, row_bytes, dtype=torch.uint8))
-        scales = [size if b == 1 else 1 if b < 0 else -(-size // b) for size, b in zip(shape, block, strict=True)]
-        self.register_buffer("weight_scale", torch.empty(scales, dtype=torch.float32))
-        zero_point = None if self.parsed.symmetric else torch.empty(scales, dtype=numerics.code_dtype(self.parsed))
-        self.register_buffer("weight_zero_point", zero_point)
+        scales = numerics.empty_scales(shape, block, self.parsed)
+        self.register_buffer("weight_scale", scales.scale)
+        self.register_buffer("weight_zero_point", scales.zero_point)
+        self.register_buffer("weight_global_scale", scales.global_scale)
 
     def settings(self) -> dict[str, Any]:
         """The arguments that make an empty module of this kind."""
         return {k: getattr(self, k) for k in ("format", "block", "shape", "row_axes", "dtype")}
 
-    def hold(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Self:
-        """Pack these codes; scale and zero point are kept as they are. Raises ``PassError`` for other shapes."""
+    def hold(self, codes: Tensor, scales: Scales) -> Self:
+        """Pack these codes; the scales are kept as they are. Raises ``PassError`` for other shapes."""
         if list(codes.shape) != self.shape:
             raise PassError(f"codes of shape {tuple(codes.shape)}, not {tuple(self.shape)}")
-        _expect("a scale", scale, self.weight_scale)
-        _expect("a zero point", zero_point, self.weight_zero_point)
-        self.weight = packing.pack(codes.permute(self.rows_first).reshape(-1, self.columns), self.parsed.bits)
-        self.weight_scale, self.weight_zero_point = scale, zero_point
+        _expect("a scale", scales.scale, self.weight_scale)
+        _expect("a zero point", scales.zero_point, self.weight_zero_point)
+        _expect("a global scale", scales.global_scale, self.weight_global_scale)
+        self.weight = packing.pack(codes.permute(self.rows_first).reshape(-1, self.columns), self.bits)
+        self.weight_scale, self.weight_zero_point, self.weight_global_scale = scales
         return self
 
     def codes(self) -> Tensor:
         """The codes in the float weight's shape."""
-        flat = packing.unpack(self.weight, self.parsed.bits, self.columns)
+        flat = packing.unpack(self.weight, self.bits, self.columns, numerics.code_dtype(self.parsed))
         moved = flat.reshape([self.shape[a] for a in self.rows_first])
         return moved.permute([self.rows_first.index(a) for a in range(len(self.shape))])
 
     def forward(self) -> Tensor:
-        return numerics.dequantize(self.codes(), self.weight_scale, self.weight_zero_point, self.block).to(self.dtype)
+        scales = Scales(self.weight_scale, self.weight_zero_point, self.weight_global_scale)
+        return numerics.dequantize(self.codes(), scales, self.parsed, self.block).to(self.dtype)
 
 
 @final
@@ -118,12 +124,13 @@ def _version(tensor: Tensor) -> int | None:
 
 @final
 class Int8Linear(_FixedDtypes):
-    """A linear on int8 codes of the input, with exact integer accumulation where the machine has a kernel for it.
+    """A linear on int8 codes of the input, with integer accumulation where the machine has a kernel for it.
 
     ``weight``: ``int8[N, K]``; ``weight_scale`` (and ``weight_zero_point``): ``[N, 1]`` or ``[1, 1]``; ``transposed``:
     the float weight is ``[K, N]`` (GPT-2's Conv1D), its scales ``[1, N]``. The product is
     ``scale_x * scale_w * sum_k (q_x - z_x)(q_w - z_w)``, whose zero points are taken out of the integer sum. It is
-    computed in float32, which holds sums up to 2^24 exactly, and given in ``dtype``.
+    computed in float32, which holds sums up to 2^24 exactly, and given in ``dtype``. The kernel's own integer sums, of
+    ``(q_x + 128) q_w``, are rounded to float32 too: by 2^-24 of themselves where they are above 2^24.
     """
 
     weight: Tensor
@@ -204,7 +211,9 @@ def _prepack(weight: Tensor) -> Tensor | None:
 
 
 def _integer_product(q: Tensor, weight: Tensor, packed: Tensor | None) -> Tensor:
-    """``q @ weight.T`` of int8 codes, as float32: exact up to 2^24, correctly rounded above."""
+    """``q @ weight.T`` of int8 codes, as float32: exact up to 2^24, correctly rounded above. The kernel's are exact
+    where ``(q + 128) @ weight.T`` is no larger than that.
+    """
     if packed is None:  # float64 holds these sums exactly
         return (q.double() @ weight.double().t()).float()
     one, none = torch.ones(weight.shape[0]), torch.zeros(weight.shape[0], dtype=torch.int32)

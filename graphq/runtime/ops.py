@@ -1,8 +1,8 @@
 """The custom ops of the QDQ form, with reference implementations and fake kernels.
 
 Schemas are explicit: jaxtyping's import hook rewrites annotations, from which torch would otherwise infer them.
-``format`` is the text of a ``Format``; ``block`` is explained in ``graphq.numerics``. ``global_scale`` belongs to
-two-level formats; no format here has one, and giving it is an error.
+``format`` is the text of a ``Format``; ``block`` is explained in ``graphq.numerics.blocks``, ``scale`` and
+``global_scale`` in ``graphq.numerics.scales``.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from graphq import numerics
 from graphq.errors import PassError
+from graphq.formats import has_global_scale
+from graphq.numerics import Format, Scales
 
 _library = torch.library.Library("graphq", "DEF")  # held for the process: its ops vanish with it
 _library.define(
@@ -21,14 +23,25 @@ _library.define(
 _library.define(
     "quantize(Tensor x, Tensor scale, Tensor? zero_point, Tensor? global_scale, str format, int[] block) -> Tensor"
 )
-_library.define("choose_scale(Tensor x, str format, int[] block) -> (Tensor scale, Tensor zero_point)")
+_library.define(
+    "choose_scale(Tensor x, str format, int[] block, Tensor? global_scale=None) -> (Tensor scale, Tensor zero_point)"
+)
+_library.define("choose_global_scale(Tensor x) -> Tensor")
 _library.define("grouped_linear(Tensor x, Tensor weight, Tensor offsets) -> Tensor")
 _library.define("select_rows(Tensor[] candidates, Tensor offsets, int[] choice) -> Tensor")
 
 
-def _one_level(global_scale: Tensor | None) -> None:
-    if global_scale is not None:
-        raise PassError("integer formats have one level of scales; global_scale belongs to two-level formats")
+def _format(text: str, global_scale: Tensor | None) -> Format:
+    """The format, whose levels of scales are those given."""
+    parsed = numerics.parse_format(text)
+    if has_global_scale(parsed) != (global_scale is not None):
+        wanted = "a global scale" if has_global_scale(parsed) else "no global scale"
+        raise PassError(f"{text} has {wanted}")
+    return parsed
+
+
+def _dequantized_dtype(scale: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    return dtype or (torch.float32 if scale.dtype.itemsize == 1 else scale.dtype)
 
 
 def _dequantize(
@@ -40,8 +53,9 @@ def _dequantize(
     block: Sequence[int],
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    _one_level(global_scale)
-    return numerics.dequantize(codes, scale, zero_point, block).to(dtype or scale.dtype)
+    parsed = _format(format, global_scale)
+    made = numerics.dequantize(codes, Scales(scale, zero_point, global_scale), parsed, block)
+    return made.to(_dequantized_dtype(scale, dtype))
 
 
 def _dequantize_fake(
@@ -53,36 +67,49 @@ def _dequantize_fake(
     block: Sequence[int],
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    _one_level(global_scale)
-    return torch.empty_like(codes, dtype=dtype or scale.dtype)
+    _format(format, global_scale)
+    return torch.empty_like(codes, dtype=_dequantized_dtype(scale, dtype))
 
 
 def _quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor | None, global_scale: Tensor | None, format: str, block: Sequence[int]
 ) -> Tensor:
-    _one_level(global_scale)
-    return numerics.quantize(x, scale, zero_point, numerics.parse_format(format), block)
+    return numerics.quantize(x, Scales(scale, zero_point, global_scale), _format(format, global_scale), block)
 
 
 def _quantize_fake(
     x: Tensor, scale: Tensor, zero_point: Tensor | None, global_scale: Tensor | None, format: str, block: Sequence[int]
 ) -> Tensor:
-    _one_level(global_scale)
-    return torch.empty_like(x, dtype=numerics.code_dtype(numerics.parse_format(format)))
+    return torch.empty_like(x, dtype=numerics.code_dtype(_format(format, global_scale)))
 
 
-def _choose_scale(x: Tensor, format: str, block: Sequence[int]) -> tuple[Tensor, Tensor]:
-    parsed = numerics.parse_format(format)
-    scale, zero_point = numerics.choose_scale(x, parsed, block)
+def _choose_scale(
+    x: Tensor, format: str, block: Sequence[int], global_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    parsed = _format(format, global_scale)
+    scale, zero_point, _ = numerics.choose_scale(x, parsed, block, global_scale)
     if zero_point is None:
-        zero_point = torch.zeros_like(scale, dtype=numerics.code_dtype(parsed))
+        zero_point = torch.zeros(scale.shape, dtype=numerics.code_dtype(parsed), device=x.device)
     return scale, zero_point
 
 
-def _choose_scale_fake(x: Tensor, format: str, block: Sequence[int]) -> tuple[Tensor, Tensor]:
+def _choose_scale_fake(
+    x: Tensor, format: str, block: Sequence[int], global_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    parsed = _format(format, global_scale)
     shape = [1 if b < 0 else (size if b == 1 else (size + b - 1) // b) for size, b in zip(x.shape, block, strict=True)]
-    scale = x.new_empty(shape, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-    return scale, x.new_empty(shape, dtype=numerics.code_dtype(numerics.parse_format(format)))
+    scale = x.new_empty(shape, dtype=numerics.scale_dtype(parsed, x.dtype))
+    return scale, x.new_empty(shape, dtype=numerics.code_dtype(parsed))
+
+
+def _choose_global_scale(x: Tensor) -> Tensor:
+    """nvfp4's divisor of all scales of ``x``, of as many axes."""
+    amax = x.abs().amax() if x.numel() else x.new_zeros(())
+    return numerics.nvfp4_global_scale(amax).view([1] * x.dim())
+
+
+def _choose_global_scale_fake(x: Tensor) -> Tensor:
+    return x.new_empty([1] * x.dim(), dtype=torch.float32)
 
 
 def _bounds(offsets: Tensor, experts: int) -> list[tuple[int, int]]:
@@ -125,6 +152,7 @@ for _name, _reference, _fake in (
     ("dequantize", _dequantize, _dequantize_fake),
     ("quantize", _quantize, _quantize_fake),
     ("choose_scale", _choose_scale, _choose_scale_fake),
+    ("choose_global_scale", _choose_global_scale, _choose_global_scale_fake),
     ("grouped_linear", _grouped_linear, _grouped_linear_fake),
     ("select_rows", _select_rows, _select_rows_fake),
 ):
@@ -134,5 +162,6 @@ for _name, _reference, _fake in (
 dequantize = torch.ops.graphq.dequantize.default
 quantize = torch.ops.graphq.quantize.default
 choose_scale = torch.ops.graphq.choose_scale.default
+choose_global_scale = torch.ops.graphq.choose_global_scale.default
 grouped_linear = torch.ops.graphq.grouped_linear.default
 select_rows = torch.ops.graphq.select_rows.default

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from graphq.errors import SpecError
-from graphq.formats import Plan
 from graphq.frontends import load_spec, print_spec
+from graphq.plan import Plan
 from graphq.spec import Layer, parse_match, resolve
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs" / "llmc"

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphq.errors import SpecError
-from graphq.formats import Plan, parse_quant
 from graphq.frontends import load_spec
 from graphq.frontends.yaml_text import read_file
+from graphq.plan import Plan
+from graphq.quant import parse_quant
 from graphq.spec import Blocks, Rule, Spec
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"

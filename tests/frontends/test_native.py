@@ -7,20 +7,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from graphq.errors import SpecError
-from graphq.formats import (
-    ACTIVATION_BITS,
-    Int,
-    KeepFloat,
-    PerChannel,
-    PerGroup,
-    PerTensor,
-    PerToken,
-    Plan,
-    Quant,
-    parse_quant,
-)
+from graphq.formats import Int
 from graphq.frontends import load_spec, native, print_spec
 from graphq.frontends.yaml_text import read_text
+from graphq.plan import ACTIVATION_BITS, KeepFloat, Plan
+from graphq.quant import PerChannel, PerGroup, PerTensor, PerToken, Quant, parse_quant
 from graphq.spec import Algorithm, Blocks, Exact, Glob, Name, Rule, Spec
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs" / "native"
@@ -182,9 +173,12 @@ def test_only_a_pattern_that_keeps_float_may_match_nothing(keep, expected):
     assert [rule.may_match_nothing for rule in rules] == [expected, False, False]
 
 
+NO_SCALES = (
+    "does not say how many scales there are; write int8 with /tensor, /channel, /token, /g<size> or /<rows>x<columns>"
+)
 FORM = (
-    "is not a format; write int<bits>[/asym][/half|by_sign]/<tensor|channel|token|g<size>>[/dynamic],"
-    " such as int4/asym/g128 or int8/token/dynamic"
+    "is not a format; write <format>[/<granularity>][/dynamic or /<method>], such as int4/asym/g128,"
+    " int8/token/dynamic, float8_e4m3fn/channel or mxfp4"
 )
 
 
@@ -201,13 +195,13 @@ FORM = (
             "2:weights: unknown key; did you mean weight?",
             "rules: is missing: write rules, or weight and input for all blocks",
         ]),
-        ("graphq: 1\nweight: int8", [f"2:weight: 'int8' {FORM}"]),
+        ("graphq: 1\nweight: int8", [f"2:weight: 'int8' {NO_SCALES}"]),
         ("graphq: 1\nweight: 8", ["2:weight: 8 is not a string"]),
         ("graphq: 1\nweight: int1/channel", ["2:weight: bits: 1 is not one of 2 to 8 or 16"]),
         ("graphq: 1\nweight: int9/channel", ["2:weight: bits: 9 is not one of 2 to 8 or 16"]),
         ("graphq: 1\nweight: int8/g0", ["2:weight: group_size: 0 is not a positive integer"]),
         ("graphq: 1\ninput: int8/token", ["2:input: int8/token: one scale per token exists only at run time; write int8/token/dynamic"]),
-        ("graphq: 1\ninput: int8/channel", ["2:input: int8/channel: activations have one scale per tensor or per token"]),
+        ("graphq: 1\ninput: int8/channel", ["2:input: int8/channel: activations have one scale per tensor, per token or per group"]),
         ("graphq: 1\nrules:\n- {match: a, weight: int16/channel}", ["3:rules[0].weight: int16/channel has 16 bits; weights hold 2 to 8"]),
         ("graphq: 1\nrules:\n- match: a", ["3:rules[0]: decides nothing: write weight, input or float"]),
         ("graphq: 1\nrules:\n- weight: int8/channel", ["3:rules[0].match: is missing"]),

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphq.compiler import passes_for
-from graphq.formats import KeepFloat, Plan, parse_quant
 from graphq.lowering import manifest, onnx, torch_module
 from graphq.lowering.verify import verify
 from graphq.pipeline import Pipeline
+from graphq.plan import KeepFloat, Plan
+from graphq.quant import parse_quant
 from graphq.runtime import ops
 from graphq.runtime.model import CompiledModel
 from graphq.runtime.onnx_session import OnnxSession

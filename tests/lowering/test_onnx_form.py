@@ -66,13 +66,15 @@ def test_onnx_dequantizes_to_the_same_numbers(axes: list[tuple[int, int]]) -> No
     if sum(1 < b < size for size, b in axes) > 1:
         return  # no format of graphq has blocks along two axes
     w = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    scale, zero_point = numerics.choose_scale(w, Int(8, symmetric=False), block)
-    codes = numerics.quantize(w, scale, zero_point, Int(8, symmetric=False), block)
+    scale, zero_point, _ = numerics.choose_scale(w, Int(8, symmetric=False), block)
+    codes = numerics.quantize(w, numerics.Scales(scale, zero_point), Int(8, symmetric=False), block)
     assert zero_point is not None
     form = onnx_block(block, shape)
     inputs = [codes.numpy(), *(onnx_scale(part, block, shape).numpy() for part in (scale, zero_point))]
     found = _dequantize_linear(inputs, form)
-    assert np.array_equal(found, numerics.dequantize(codes, scale, zero_point, block).numpy())
+    assert np.array_equal(
+        found, numerics.dequantize(codes, numerics.Scales(scale, zero_point), Int(8, symmetric=False), block).numpy()
+    )
 
 
 def _dequantize_linear(inputs: list[np.ndarray], form: OnnxBlock) -> Any:

@@ -6,10 +6,10 @@ from expecttest import assert_expected_inline
 from torch import Tensor, fx, nn
 
 from graphq.errors import PassError, SpecError
-from graphq.formats import KeepFloat, PerExpert, Plan
 from graphq.layers import LAYER, PLAN
 from graphq.passes.annotate import Annotate, annotated, decide
 from graphq.pipeline import Pipeline
+from graphq.plan import KeepFloat, PerExpert, Plan
 from graphq.spec import Exact, Rule, Spec
 from graphq.text import dump
 from graphq.views import ops_of

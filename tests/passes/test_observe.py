@@ -10,10 +10,12 @@ from torch import Tensor, fx, nn
 
 from graphq import edit
 from graphq.errors import SpecError
-from graphq.formats import KeepFloat, PerExpert, parse_quant
 from graphq.layers import BY, LAYER
-from graphq.passes.observe import MinMaxObserver, Observe, input_quants, observer_on, observers
+from graphq.passes.observe import Observe, input_quants, observer_on, observers
+from graphq.passes.observers import MinMaxObserver
 from graphq.pipeline import Pipeline
+from graphq.plan import KeepFloat, PerExpert
+from graphq.quant import parse_quant
 from graphq.text import dump
 from graphq.views import ops_of
 from tests.graphs import annotated, assert_vals, plan, run

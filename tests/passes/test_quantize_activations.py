@@ -10,7 +10,6 @@ from torch import Tensor, fx, nn
 
 from graphq import edit
 from graphq.errors import PassError
-from graphq.formats import Decision
 from graphq.layers import BY, LAYER
 from graphq.passes.annotate import Annotate
 from graphq.passes.calibrate import Calibrate
@@ -21,6 +20,7 @@ from graphq.passes.raise_grouped_linear import RaiseGroupedLinear
 from graphq.passes.remove_no_ops import RemoveNoOps
 from graphq.passes.split_gate_up import SplitGateUp
 from graphq.pipeline import Pipeline
+from graphq.plan import Decision
 from graphq.state import tensor_of
 from graphq.text import dump
 from graphq.views import ops_of

@@ -12,12 +12,12 @@ from expecttest import assert_expected_inline
 from torch import Tensor, fx, nn
 
 from graphq.errors import GraphError, PassError
-from graphq.formats import Decision
 from graphq.layers import BY, LAYER, PLAN
 from graphq.passes.annotate import Annotate
 from graphq.passes.quantize_weights import QuantizeWeights
 from graphq.passes.split_gate_up import SplitGateUp
 from graphq.pipeline import Pipeline
+from graphq.plan import Decision
 from graphq.state import tensor_of
 from graphq.text import dump
 from graphq.views import Dequantize, ops_of

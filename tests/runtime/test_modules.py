@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from graphq import numerics, packing
 from graphq.errors import PassError
 from graphq.formats import Int
+from graphq.numerics import Scales
 from graphq.runtime import modules
 from graphq.runtime.modules import Int8Linear, PackedWeight, has_integer_kernel
 
@@ -30,62 +31,60 @@ LAYOUTS = {
 }
 
 
-def packed_weight(
-    format: Int, layout: str, dtype: torch.dtype = torch.float32
-) -> tuple[PackedWeight, Tensor, Tensor, Tensor | None]:
+def packed_weight(format: Int, layout: str, dtype: torch.dtype = torch.float32) -> tuple[PackedWeight, Tensor, Scales]:
     shape, row_axes, block = LAYOUTS[layout]
     w = random(*shape)
-    scale, zero_point = numerics.choose_scale(w, format, block)
-    codes = numerics.quantize(w, scale, zero_point, format, block)
+    scales = numerics.choose_scale(w, format, block)
+    codes = numerics.quantize(w, scales, format, block)
     module = PackedWeight(str(format), block, shape, row_axes, dtype)
-    return module.hold(codes, scale, zero_point), codes, scale, zero_point
+    return module.hold(codes, scales), codes, scales
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_packed_weight_gives_the_codes_and_values_back(bits: int, layout: str, symmetric: bool) -> None:
-    module, codes, scale, zero_point = packed_weight(Int(bits, symmetric), layout)
+    module, codes, scales = packed_weight(Int(bits, symmetric), layout)
     block = LAYOUTS[layout][2]
     assert torch.equal(module.codes(), codes)
-    assert torch.equal(module(), numerics.dequantize(codes, scale, zero_point, block))
+    assert torch.equal(module(), numerics.dequantize(codes, scales, Int(bits, symmetric), block))
     rows = 18 if layout == "experts" else 6
     columns = codes.numel() // rows
     assert module.weight.dtype == torch.uint8
     assert module.weight.shape == (rows, -(-columns * bits // 8))
-    assert torch.equal(module.weight_scale, scale)
-    if zero_point is None:
+    assert torch.equal(module.weight_scale, scales.scale)
+    if scales.zero_point is None:
         assert module.weight_zero_point is None
     else:
         assert module.weight_zero_point is not None
-        assert torch.equal(module.weight_zero_point, zero_point)
+        assert torch.equal(module.weight_zero_point, scales.zero_point)
 
 
 def test_each_output_channel_is_a_row_of_bytes() -> None:
-    module, codes, _, _ = packed_weight(Int(3), "conv1d-transposed")
+    module, codes, _ = packed_weight(Int(3), "conv1d-transposed")
     for channel in range(6):
         assert torch.equal(module.weight[channel], packing.pack(codes[:, channel], 3))
-    module, codes, _, _ = packed_weight(Int(4), "experts")
+    module, codes, _ = packed_weight(Int(4), "experts")
     assert torch.equal(module.weight[1 * 6 + 2], packing.pack(codes[1, 2], 4))
-    module, codes, _, _ = packed_weight(Int(4), "convolution")
+    module, codes, _ = packed_weight(Int(4), "convolution")
     assert torch.equal(module.weight[5], packing.pack(codes[5].flatten(), 4))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_packed_weight_is_dequantized_to_its_dtype(dtype: torch.dtype) -> None:
-    module, codes, scale, _ = packed_weight(Int(4), "linear", dtype)
+    module, codes, scales = packed_weight(Int(4), "linear", dtype)
     assert module().dtype == dtype
-    assert torch.equal(module(), numerics.dequantize(codes, scale, None, [1, 4]).to(dtype))
+    assert torch.equal(module(), numerics.dequantize(codes, scales, Int(4), [1, 4]).to(dtype))
 
 
 def test_packed_weight_refuses_other_shapes() -> None:
-    module, codes, scale, zero_point = packed_weight(Int(4, symmetric=False), "linear")
+    module, codes, scales = packed_weight(Int(4, symmetric=False), "linear")
     with pytest.raises(PassError, match=r"codes of shape \(10, 6\), not \(6, 10\)"):
-        module.hold(codes.t(), scale, zero_point)
+        module.hold(codes.t(), scales)
     with pytest.raises(PassError, match=r"a scale of shape \(6, 1\), not \(6, 3\)"):
-        module.hold(codes, scale[:, :1], zero_point)
+        module.hold(codes, scales._replace(scale=scales.scale[:, :1]))
     with pytest.raises(PassError, match=r"a zero point of shape None, not \(6, 3\)"):
-        module.hold(codes, scale, None)
+        module.hold(codes, Scales(scales.scale))
 
 
 class Case:
@@ -97,17 +96,17 @@ class Case:
     ) -> None:  # fmt: skip
         format, block = Int(8, symmetric), [1 if per_channel else -1, -1]
         w = random(n, k, seed=seed) + (0 if symmetric else 0.7)
-        self.scale, self.zero_point = numerics.choose_scale(w, format, block)
-        self.codes = numerics.quantize(w, self.scale, self.zero_point, format, block)
+        self.scale, self.zero_point, _ = numerics.choose_scale(w, format, block)
+        self.codes = numerics.quantize(w, Scales(self.scale, self.zero_point), format, block)
         self.bias = random(n, seed=seed + 1) if bias else None
         x = random(*batch, k, seed=seed + 2).relu() if not input_symmetric else random(*batch, k, seed=seed + 2)
         format = Int(8, input_symmetric)
         x_block = [1] * len(batch) + [-1] if per_token else [-1] * (len(batch) + 1)
-        self.x_scale, self.x_zero_point = numerics.choose_scale(x, format, x_block)
+        self.x_scale, self.x_zero_point, _ = numerics.choose_scale(x, format, x_block)
         if not per_token:  # as observers give it
             self.x_scale = self.x_scale.reshape(())
             self.x_zero_point = None if self.x_zero_point is None else self.x_zero_point.reshape(())
-        self.q = numerics.quantize(x, self.x_scale, self.x_zero_point, format, x_block)
+        self.q = numerics.quantize(x, Scales(self.x_scale, self.x_zero_point), format, x_block)
         self.module = Int8Linear((n, k), per_channel, symmetric, bias, torch.float32)
         self.module.hold(self.codes, self.scale, self.zero_point, self.bias)
 
@@ -180,7 +179,7 @@ def test_both_ways_give_the_same_bits() -> None:
         )
 
 
-def test_sums_up_to_2_to_the_24_are_exact(path: str) -> None:
+def test_sums_up_to_2_to_the_24_are_exact_where_those_of_raised_inputs_are(path: str) -> None:
     case = Case(n=64, k=1024, batch=(33,), bias=False)  # 1024 * 128 * 128 = 2^24
     codes = torch.randint(-128, 128, (64, 1024), generator=torch.Generator().manual_seed(0)).to(torch.int8)
     q = torch.randint(-128, 128, (33, 1024), generator=torch.Generator().manual_seed(1)).to(torch.int8)
@@ -188,7 +187,12 @@ def test_sums_up_to_2_to_the_24_are_exact(path: str) -> None:
     case.module.hold(codes, torch.ones(64, 1), None, None)
     exact = q.long() @ codes.long().t()
     assert exact[0, 0] == 1 << 24
-    assert torch.equal(case.module(q, torch.ones(()), None).long(), exact)
+    raised = (q.long() + 128) @ codes.long().t()
+    assert (raised.abs() > 1 << 24).any()
+    # The kernel may round its own sums, of raised inputs, to float32 before it takes the 128 out: to an even number
+    # from 2^24 to 2^25, so by 1 at most.
+    allowed = (raised.abs() > 1 << 24).long() * (path == "kernel")
+    assert ((case.module(q, torch.ones(()), None).long() - exact).abs() <= allowed).all()
 
 
 @pytest.mark.parametrize(("q", "w"), [(127, 127), (-128, -128), (127, -128), (-128, 127)])

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from graphq import numerics
 from graphq.errors import PassError
 from graphq.formats import Int
+from graphq.numerics import Scales
 from graphq.runtime import ops
 
 
@@ -24,7 +25,7 @@ def test_schemas() -> None:
     assert schemas == [
         "graphq::dequantize(Tensor codes, Tensor scale, Tensor? zero_point, Tensor? global_scale, str format, int[] block, ScalarType? dtype=None) -> Tensor",
         "graphq::quantize(Tensor x, Tensor scale, Tensor? zero_point, Tensor? global_scale, str format, int[] block) -> Tensor",
-        "graphq::choose_scale(Tensor x, str format, int[] block) -> (Tensor scale, Tensor zero_point)",
+        "graphq::choose_scale(Tensor x, str format, int[] block, Tensor? global_scale=None) -> (Tensor scale, Tensor zero_point)",
         "graphq::grouped_linear(Tensor x, Tensor weight, Tensor offsets) -> Tensor",
         "graphq::select_rows(Tensor[] candidates, Tensor offsets, int[] choice) -> Tensor",
     ]
@@ -32,8 +33,8 @@ def test_schemas() -> None:
 
 def quantized(format: Int, block: list[int], *shape: int, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
     x = random(*shape, dtype=dtype)
-    scale, zero_point = numerics.choose_scale(x, format, block)
-    return x, scale, zero_point, numerics.quantize(x, scale, zero_point, format, block)
+    scale, zero_point, _ = numerics.choose_scale(x, format, block)
+    return x, scale, zero_point, numerics.quantize(x, Scales(scale, zero_point), format, block)
 
 
 OFFSETS = torch.tensor([2, 2, 5], dtype=torch.int32)
@@ -93,7 +94,9 @@ def test_quantize_and_dequantize_are_those_of_numerics() -> None:
     assert torch.equal(got_zero_point, ZERO_POINT)
     assert torch.equal(ops.quantize(X, SCALE, ZERO_POINT, None, "int4/asym", [1, 4]), CODES)
     values = ops.dequantize(CODES, SCALE, ZERO_POINT, None, "int4/asym", [1, 4])
-    assert torch.equal(values, numerics.dequantize(CODES, SCALE, ZERO_POINT, [1, 4]))
+    assert torch.equal(
+        values, numerics.dequantize(CODES, Scales(SCALE, ZERO_POINT), numerics.parse_format("int4/asym"), [1, 4])
+    )
     assert not torch.equal(values, X)
     assert CODES.unique().numel() > 10
 
@@ -116,14 +119,14 @@ def test_dequantize_rounds_to_the_dtype_once() -> None:
 
 
 @pytest.mark.parametrize("mode", ["real", "fake"])
-def test_a_global_scale_is_refused(mode: str) -> None:
+def test_a_global_scale_is_refused_where_the_format_has_none(mode: str) -> None:
     codes, x, one = torch.zeros(2, 2, dtype=torch.int8), torch.zeros(2, 2), torch.ones(1, 1)
     if mode == "fake":
         fake = FakeTensorMode()
         codes, x, one = fake.from_tensor(codes), fake.from_tensor(x), fake.from_tensor(one)
-    with pytest.raises(PassError, match="global_scale belongs to two-level formats"):
+    with pytest.raises(PassError, match="int8 has no global scale"):
         ops.dequantize(codes, one, None, one, "int8", [-1, -1])
-    with pytest.raises(PassError, match="global_scale belongs to two-level formats"):
+    with pytest.raises(PassError, match="int8 has no global scale"):
         ops.quantize(x, one, None, one, "int8", [-1, -1])
 
 

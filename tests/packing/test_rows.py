@@ -36,11 +36,48 @@ def test_bytes_worked_out_by_hand(bits: int, codes: list[int], expected: list[in
     assert unpack(packed, bits, len(codes)).tolist() == codes
 
 
+# The bit patterns of unsigned codes and of floats: the same bytes as those of the int8 codes with these bits.
+PATTERNS_BY_HAND = [
+    (2, [1, 2, 0, 3, 3], [0b11_00_10_01, 0b00_00_00_11]),
+    (3, [1, 4, 3], [0b11_100_001, 0b0000000_0]),
+    (4, [0, 1, 0b1_01_0, 0b1_11_1], [0x10, 0xFA]),  # float4 e2m1: 0, .5, -1, -6
+    (4, [15, 8, 7], [0x8F, 0x07]),
+    (6, [0b1_11_111, 0, 0b0_01_000, 1], [0b00_111111, 0b1000_0000, 0b000001_00]),  # float6 e2m3: -7.5, 0, 1, .125
+    (8, [255, 0, 128], [255, 0, 128]),
+]
+
+
+@pytest.mark.parametrize(("bits", "codes", "expected"), PATTERNS_BY_HAND)
+def test_bytes_of_bit_patterns(bits: int, codes: list[int], expected: list[int]) -> None:
+    packed = pack(torch.tensor(codes, dtype=torch.uint8), bits)
+    assert packed.dtype == torch.uint8
+    assert packed.tolist() == expected
+    back = unpack(packed, bits, len(codes), torch.uint8)
+    assert back.dtype == torch.uint8
+    assert back.tolist() == codes
+
+
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_every_code_survives_in_every_place(bits: int) -> None:
     codes = torch.arange(-(1 << (bits - 1)), 1 << (bits - 1)).to(torch.int8)
     rows = torch.stack([codes.roll(shift) for shift in range(8)])
     assert torch.equal(unpack(pack(rows, bits), bits, codes.numel()), rows)
+    patterns = rows.view(torch.uint8) & ((1 << bits) - 1)
+    assert torch.equal(pack(patterns, bits), pack(rows, bits))
+    assert torch.equal(unpack(pack(rows, bits), bits, codes.numel(), torch.uint8), patterns)
+
+
+def test_higher_bits_of_int8_codes_are_cut_off() -> None:
+    assert pack(torch.tensor([9, -9], dtype=torch.int8), 4).tolist() == [
+        0x79
+    ]  # 0b1001; 0b1111_0111 without its high half
+    assert pack(torch.tensor([9, -9], dtype=torch.int8), 3).tolist() == [0b00_111_001]
+
+
+@pytest.mark.parametrize(("bits", "code"), [(2, 4), (4, 16), (7, 255)])
+def test_refuses_bit_patterns_with_higher_bits(bits: int, code: int) -> None:
+    with pytest.raises(PassError, match=f"^packing: codes from 1 to {code}; {bits} bits hold 0 to {(1 << bits) - 1}$"):
+        pack(torch.tensor([1, code], dtype=torch.uint8), bits)
 
 
 @st.composite
@@ -104,7 +141,9 @@ def test_refuses_rows_of_another_length(bits: int, count: int, expected: int) ->
 
 def test_refuses_codes_that_are_no_bytes() -> None:
     bare_pack, bare_unpack = inspect.unwrap(pack), inspect.unwrap(unpack)  # without the tests' own check of shapes
-    with pytest.raises(PassError, match=r"torch.int16, not torch.int8"):
+    with pytest.raises(PassError, match=r"^packing: torch.int16, not torch.int8 or torch.uint8$"):
         bare_pack(torch.zeros(2, 4, dtype=torch.int16), 8)
-    with pytest.raises(PassError, match=r"torch.int8, not torch.uint8"):
+    with pytest.raises(PassError, match=r"^packing: torch.int8, not torch.uint8$"):
         bare_unpack(torch.zeros(2, 4, dtype=torch.int8), 4, 8)
+    with pytest.raises(PassError, match=r"^packing: torch.int16, not torch.int8 or torch.uint8$"):
+        bare_unpack(torch.zeros(2, 4, dtype=torch.uint8), 4, 8, torch.int16)

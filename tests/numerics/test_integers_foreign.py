@@ -9,6 +9,7 @@ from torch import Tensor
 
 from graphq import numerics
 from graphq.formats import Int
+from graphq.numerics import Scales
 
 ONNX_TYPES = {4: TensorProto.INT4, 8: TensorProto.INT8, 16: TensorProto.INT16}
 ONNX_CASES = [
@@ -28,12 +29,14 @@ def test_onnx_gives_the_same_codes_and_values(shape, block: list[int], bits: int
     x = torch.randn(shape, generator=torch.Generator().manual_seed(bits))
     x.view(-1)[::5] *= 3
     format = Int(bits, symmetric)
-    scale, zero_point = numerics.choose_scale(x, format, block)
+    scale, zero_point, _ = numerics.choose_scale(x, format, block)
     scale = scale * 0.9  # so that some codes saturate
-    codes = numerics.quantize(x, scale, zero_point, format, block)
+    codes = numerics.quantize(x, Scales(scale, zero_point), format, block)
     onnx_codes, onnx_values = onnx_reference(x, scale, zero_point, block, bits)
     assert torch.equal(codes.long(), torch.from_numpy(onnx_codes.astype(np.int64)))
-    assert torch.equal(numerics.dequantize(codes, scale, zero_point, block), torch.from_numpy(onnx_values))
+    assert torch.equal(
+        numerics.dequantize(codes, Scales(scale, zero_point), format, block), torch.from_numpy(onnx_values)
+    )
     lowest, highest = numerics.code_range(format)
     assert ((codes == lowest) | (codes == highest)).any()
 
@@ -77,9 +80,9 @@ def onnx_reference(
 def test_torch_fake_quantize_gives_the_same_values(bits: int, symmetric: bool) -> None:
     x = torch.randn(16, 33, generator=torch.Generator().manual_seed(bits))
     format = Int(bits, symmetric)
-    scale, zero_point = numerics.choose_scale(x, format, [1, -1])
+    scale, zero_point, _ = numerics.choose_scale(x, format, [1, -1])
     scale = torch.exp2(torch.round(torch.log2(scale)))  # torch multiplies by 1 / scale, which is exact for powers of 2
-    codes = numerics.quantize(x, scale, zero_point, format, [1, -1])
+    codes = numerics.quantize(x, Scales(scale, zero_point), format, [1, -1])
     zero = torch.zeros(16, dtype=torch.int32) if zero_point is None else zero_point.flatten().int()
     expected = torch.fake_quantize_per_channel_affine(x, scale.flatten(), zero, 0, *numerics.code_range(format))
-    assert torch.equal(numerics.dequantize(codes, scale, zero_point, [1, -1]), expected)
+    assert torch.equal(numerics.dequantize(codes, Scales(scale, zero_point), format, [1, -1]), expected)

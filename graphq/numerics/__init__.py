@@ -1,0 +1,39 @@
+"""The mathematics of quantization: element formats, scales, codes, ranges. Pure functions on tensors."""
+
+from graphq.formats import Format, parse_format
+from graphq.numerics.blocks import activation_block, block_extremes, expand_scale, scale_shape, weight_block
+from graphq.numerics.codes import dequantize, quantize
+from graphq.numerics.error import sqnr_db
+from graphq.numerics.scales import (
+    Scales,
+    choose_scale,
+    code_dtype,
+    code_range,
+    empty_scales,
+    full_scale,
+    nvfp4_global_scale,
+    scale_dtype,
+    scale_from_extremes,
+)
+
+__all__ = [
+    "Format",
+    "Scales",
+    "activation_block",
+    "block_extremes",
+    "choose_scale",
+    "code_dtype",
+    "code_range",
+    "dequantize",
+    "empty_scales",
+    "expand_scale",
+    "full_scale",
+    "nvfp4_global_scale",
+    "parse_format",
+    "quantize",
+    "scale_dtype",
+    "scale_from_extremes",
+    "scale_shape",
+    "sqnr_db",
+    "weight_block",
+]

@@ -1,0 +1,104 @@
+"""Blocks of a tensor that share a scale.
+
+``block`` gives the elements per scale along each axis, -1 for the whole axis; a last block may be short. A scale has
+the rank of its tensor and ceil(size / block) elements along each axis; one with a single element serves the whole
+tensor.
+"""
+
+from collections.abc import Sequence
+from typing import assert_never
+
+import torch
+from torch import Tensor
+
+from graphq.quant import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken
+
+
+def weight_block(
+    granularity: Granularity, rank: int, out_axis: int, in_axis: int, own_axes: Sequence[int] = ()
+) -> list[int]:
+    """Elements per scale along each axis of a weight; ``own_axes`` always have a scale for each index (experts)."""
+    block = [-1] * rank
+    for axis in own_axes:
+        block[axis] = 1
+    match granularity:
+        case PerTensor():
+            pass
+        case PerChannel() | PerToken():
+            block[out_axis] = 1
+        case PerGroup(size):
+            block[out_axis], block[in_axis] = 1, size
+        case PerBlock(rows, columns):
+            block[out_axis], block[in_axis] = rows, columns
+        case _:
+            assert_never(granularity)
+    return block
+
+
+def activation_block(granularity: Granularity, rank: int) -> list[int]:
+    """Elements per scale along each axis of an activation: one scale for all of it, for each token vector, or for each
+    group of one.
+    """
+    match granularity:
+        case PerToken():
+            return [1] * (rank - 1) + [-1]
+        case PerGroup(size):
+            return [1] * (rank - 1) + [size]
+        case PerTensor() | PerChannel() | PerBlock():
+            return [-1] * rank
+        case _:
+            assert_never(granularity)
+
+
+def scale_shape(shape: Sequence[int], block: Sequence[int]) -> list[int]:
+    """The shape of the scales of a tensor of this shape."""
+    return [1 if b < 0 else size if b == 1 else -(-size // b) for size, b in zip(shape, block, strict=True)]
+
+
+def channel_block(block: Sequence[int]) -> list[int]:
+    """The block of the scales above those of groups: the same axes, the grouped ones whole."""
+    return [b if b == 1 else -1 for b in block]
+
+
+def split_blocks(x: Tensor, block: Sequence[int]) -> tuple[Tensor, list[int]]:
+    """``x`` with every axis as (blocks, elements of a block), and the axes of these elements.
+
+    Short last blocks are filled by repeating their last element, which leaves their extremes alone.
+    """
+    inner: list[int] = []
+    axis = 0
+    for b in block:
+        size = x.shape[axis]
+        if b == 1:
+            axis += 1
+            continue
+        width = size if b < 0 or b >= size else b
+        short = -size % width if width else 0
+        if short:
+            last = [short if a == axis else n for a, n in enumerate(x.shape)]
+            x = torch.cat([x, x.narrow(axis, size - 1, 1).expand(last)], axis)
+        x = x.unflatten(axis, (x.shape[axis] // width if width else 1, width))
+        inner.append(axis + 1)
+        axis += 2
+    return x, inner
+
+
+def block_extremes(x: Tensor, block: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest element of each block of ``x``, in the shape of a scale; 0 if it has none."""
+    shape = scale_shape(x.shape, block)
+    if x.numel() == 0:
+        return x.new_zeros(shape), x.new_zeros(shape)
+    split, inner = split_blocks(x, block)
+    if not inner:
+        return x, x
+    return split.amin(inner).view(shape), split.amax(inner).view(shape)
+
+
+def expand_scale(scale: Tensor, x: Tensor, block: Sequence[int]) -> Tensor:
+    """``scale`` with each element repeated over its block, broadcastable to ``x``."""
+    if scale.numel() == 1:
+        return scale
+    for axis, (size, b) in enumerate(zip(x.shape, block, strict=True)):
+        if 1 < b < size:
+            scale = scale.repeat_interleave(b, axis).narrow(axis, 0, size)
+    return scale

@@ -1,0 +1,129 @@
+"""Weight ranges that are searched for: percentile, squared error, least squares.
+
+A weight is at hand as a whole, so each block's scale is found by trying. All are free of loops over blocks.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import assert_never
+
+import torch
+from torch import Tensor
+
+from graphq.errors import PassError
+from graphq.formats import Format, Int
+from graphq.numerics.blocks import block_extremes, expand_scale, scale_shape, split_blocks
+from graphq.numerics.codes import dequantize, quantize
+from graphq.numerics.scales import Scales, choose_scale, code_range, computed, scale_from_extremes
+from graphq.quant import Entropy, Histogram, MinMax, MovingAverage, Mse, Ofmr, Percentile, RangeMethod, Ssz
+
+
+def weight_scales(w: Tensor, format: Format, block: Sequence[int], method: RangeMethod) -> Scales:
+    """The scales of a weight's blocks by ``method``. Raises ``PassError`` for those that need more than the weight."""
+    match method:
+        case MinMax():
+            return choose_scale(w, format, block)
+        case Mse():
+            return Scales(*scale_from_extremes(*mse_extremes(w, format, block, method), format))
+        case Percentile(percent):
+            symmetric = not isinstance(format, Int) or format.symmetric
+            return Scales(*scale_from_extremes(*percentile_extremes(w, block, percent, symmetric), format))
+        case Ssz(steps):
+            assert isinstance(format, Int)
+            return Scales(ssz_scale(w, format, block, steps))
+        case Ofmr():
+            raise PassError("ofmr measures the layer's output, which needs calibration")
+        case MovingAverage() | Histogram() | Entropy():
+            raise PassError(f"{method} is for activations, seen batch by batch")
+        case _:
+            assert_never(method)
+
+
+def block_sum(x: Tensor, block: Sequence[int]) -> Tensor:
+    """The sum of each block of ``x``, in the shape of a scale."""
+    pads: list[int] = []
+    for size, b in zip(reversed(x.shape), reversed(block), strict=True):
+        pads += [0, -size % b if 1 < b < size else 0]
+    shape = scale_shape(x.shape, block)
+    if any(pads):
+        x = torch.nn.functional.pad(x, pads)
+    split, inner = split_blocks(x, block)
+    return split.sum(inner).view(shape) if inner else x
+
+
+def _error(w: Tensor, scales: Scales, format: Format, block: Sequence[int], f: Callable[[Tensor], Tensor]) -> Tensor:
+    back = dequantize(quantize(w, scales, format, block), scales, format, block)
+    return block_sum(f(back.sub_(w).abs_()), block)
+
+
+def mse_extremes(w: Tensor, format: Format, block: Sequence[int], method: Mse) -> tuple[Tensor, Tensor]:
+    """Each block's extremes, shrunk to where sum |w - w_q|^norm is least; of equal ones the widest.
+
+    As llm-compressor's ``memoryless_mse`` observer: candidates 1 - i / grid, given up for all blocks when no block was
+    improved ``patience`` times in turn.
+    """
+    w = computed(w)
+    low, high = block_extremes(w, block)
+    best = torch.full(low.shape, torch.inf, dtype=w.dtype, device=w.device)
+    best_low, best_high = low.clone(), high.clone()
+    waited = 0
+    for step in range(int(method.shrink * method.grid)):
+        share = 1 - step / method.grid
+        tried_low, tried_high = low * share, high * share
+        scales = Scales(*scale_from_extremes(tried_low, tried_high, format))
+        error = _error(w, scales, format, block, lambda e: e.pow_(method.norm))
+        better = error < best
+        if better.any():
+            best = torch.where(better, error, best)
+            best_low, best_high = torch.where(better, tried_low, best_low), torch.where(better, tried_high, best_high)
+            waited = 0
+        else:
+            waited += 1
+            if waited >= method.patience:
+                break
+    return best_low, best_high
+
+
+def percentile_extremes(w: Tensor, block: Sequence[int], percent: float, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """The range of each block that leaves out (100 - percent) % of its elements, rounded down to whole elements:
+    of the largest magnitudes, or half of them at each end.
+    """
+    if any(1 < b < size for size, b in zip(w.shape, block, strict=True)):
+        raise PassError("percentile: blocks of a few elements have no percentiles; one scale per tensor or channel has")
+    shape = scale_shape(w.shape, block)
+    if w.numel() == 0:
+        return w.new_zeros(shape), w.new_zeros(shape)
+    split, inner = split_blocks(computed(w), block)
+    kept = [axis for axis in range(split.dim()) if axis not in inner]
+    rows = split.permute(*kept, *inner).reshape(*[split.shape[axis] for axis in kept], -1)
+    size = rows.shape[-1]
+    outside = int((100.0 - percent) / 100.0 * size + 1e-9)
+    if symmetric:
+        top = rows.abs().kthvalue(size - outside).values.view(shape)
+        return -top, top
+    half = outside // 2
+    return rows.kthvalue(half + 1).values.view(shape), rows.kthvalue(size - half).values.view(shape)
+
+
+def ssz_scale(w: Tensor, format: Int, block: Sequence[int], steps: int) -> Tensor:
+    """The scale of each block after up to ``steps`` rounds of least squares, each block's best one by squared error.
+
+    Codes are fitted to the scale by rounding, then the scale to the codes: sum(w q) / sum(q^2). Neither makes the
+    squared error larger, and the search ends when no code changes.
+    """
+    w = computed(w)
+    lowest, highest = code_range(format)
+    scale = choose_scale(w, format, block).scale
+    best = scale
+    least = torch.full_like(scale, torch.inf)
+    before: Tensor | None = None
+    for _ in range(steps):
+        q = torch.round(w / expand_scale(scale, w, block)).clamp_(lowest, highest)
+        error = block_sum((q * expand_scale(scale, w, block)).sub_(w).square_(), block)
+        best = torch.where(error < least, scale, best)
+        least = torch.minimum(error, least)
+        if before is not None and torch.equal(q, before):
+            break
+        before = q
+        fitted = block_sum(w * q, block) / block_sum(q.square(), block)
+        scale = torch.where(fitted.isfinite() & (fitted > 0), fitted, scale)
+    return best

@@ -1,0 +1,211 @@
+"""The scales of blocks, by each format's rule. Arithmetic is float32 (float64 for float64 tensors).
+
+Asymmetric ranges include 0, so that 0 is exact and the zero point is a code (Jacob et al., arXiv 1712.05877, equations
+1 and 12). The scale of a block with NaN or Inf is NaN or Inf, and so is what comes back from its codes. A block of
+zeros has scale 1; a float32 scale is never below the smallest normal number, so that it can be divided by.
+"""
+
+from collections.abc import Sequence
+from typing import Final, NamedTuple, assert_never
+
+import torch
+from torch import Tensor
+
+from graphq.formats import Float, Format, Int, Mx, Nvfp4, TwoLevel, code_bits
+from graphq.numerics import elements, mx
+from graphq.numerics.blocks import block_extremes, channel_block, expand_scale, scale_shape
+
+_NVFP4_SMALLEST: Final = 0.125  # compressed-tensors' scale of a block that is too small for one
+
+
+class Scales(NamedTuple):
+    """The scales of a tensor's blocks.
+
+    ``scale``: float32 (float64 for float64 tensors), for mx formats ``float8_e8m0fnu``, for nvfp4 ``float8_e4m3fn``.
+    ``zero_point``: in the dtype of codes, for asymmetric formats. ``global_scale``, for formats of two levels: nvfp4's
+    single divisor of all scales, or the factors of channels on those of groups.
+    """
+
+    scale: Tensor
+    zero_point: Tensor | None = None
+    global_scale: Tensor | None = None
+
+
+def code_range(format: Int) -> tuple[int, int]:
+    """The smallest and the largest code, both inclusive."""
+    if not format.signed:
+        return 0, (1 << format.bits) - 1
+    return -(1 << (format.bits - 1)), (1 << (format.bits - 1)) - 1
+
+
+def code_dtype(format: Format) -> torch.dtype:
+    """The dtype that holds unpacked codes and zero points: bytes of bits for floating-point elements."""
+    match format:
+        case Int(bits, signed=signed):
+            if bits <= 8:
+                return torch.int8 if signed else torch.uint8
+            return torch.int16 if signed else torch.uint16
+        case TwoLevel("int4") | Mx("int8"):
+            return torch.int8
+        case Float() | Mx() | Nvfp4() | TwoLevel():
+            return torch.uint8
+        case _:
+            assert_never(format)
+
+
+def scale_dtype(format: Format, x: torch.dtype = torch.float32) -> torch.dtype:
+    """The dtype of the scales of blocks of a tensor of dtype ``x``."""
+    match format:
+        case Mx():
+            return torch.float8_e8m0fnu
+        case Nvfp4():
+            return torch.float8_e4m3fn
+        case Int() | Float() | TwoLevel():
+            return torch.float64 if x == torch.float64 else torch.float32
+        case _:
+            assert_never(format)
+
+
+def computed(x: Tensor) -> Tensor:
+    """``x`` in the dtype that arithmetic is done in."""
+    return x if x.dtype == torch.float64 else x.to(torch.float32)
+
+
+def _divisible(scale: Tensor, span: Tensor) -> Tensor:
+    return torch.where(span == 0, 1.0, scale.clamp(min=torch.finfo(scale.dtype).tiny))
+
+
+def full_scale(format: Float) -> float:
+    """The value that the largest magnitude of a block is taken to."""
+    if format.layout == "hifloat8":
+        return 15.0 if format.scale == "to15" else 16.0
+    return elements.largest(format.layout)
+
+
+def scale_from_extremes(
+    low: Tensor, high: Tensor, format: Format, global_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point (None where the format is symmetric) for blocks that span ``low`` to ``high``.
+
+    ``global_scale``: nvfp4's. Formats of two levels over channels have no scale that follows from extremes alone.
+    """
+    low, high = computed(low), computed(high)
+    if isinstance(format, Int) and not format.symmetric:
+        return _asymmetric(low, high, format)
+    extreme = torch.maximum(low.abs(), high.abs())
+    match format:
+        case Int():
+            return _divisible(extreme / _divisor(low, high, format), extreme), None
+        case Float():
+            return _divisible(_float_scale(extreme, format), extreme), None
+        case Mx():
+            return mx.shared_scale(extreme, format), None
+        case Nvfp4():
+            assert global_scale is not None, "chosen first"
+            return _nvfp4_scale(extreme, global_scale), None
+        case TwoLevel():
+            assert format.element == "int4" or format.element == "float4_e2m1"
+            return _divisible(extreme / (7.0 if format.element == "int4" else 6.0), extreme), None
+        case _:
+            assert_never(format)
+
+
+def _divisor(low: Tensor, high: Tensor, format: Int) -> Tensor | float:
+    lowest, highest = code_range(format)
+    match format.divisor:
+        case "max":
+            return float(highest)
+        case "half":
+            return (highest - lowest) / 2
+        case "by_sign":
+            return torch.where(high.abs() < low.abs(), -float(lowest), float(highest))
+        case _:
+            assert_never(format.divisor)
+
+
+def _asymmetric(low: Tensor, high: Tensor, format: Int) -> tuple[Tensor, Tensor]:
+    lowest, highest = code_range(format)
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    steps = highest - lowest
+    span = high - low
+    scale = _divisible(torch.where(span.isinf(), high / steps - low / steps, span / steps), span)
+    zero_point = torch.round(lowest - low / scale).clamp(lowest, highest)
+    return scale, zero_point.to(code_dtype(format))
+
+
+def _float_scale(extreme: Tensor, format: Float) -> Tensor:
+    scale = extreme / full_scale(format)
+    if format.scale != "pow2":
+        return scale
+    fraction, exponent = torch.frexp(scale)  # fraction from 0.5 to 1: a power of two is 0.5 x 2^exponent
+    exact = torch.ldexp(torch.ones_like(scale), exponent - (fraction == 0.5))
+    return torch.where(scale.isfinite(), exact, scale)
+
+
+def nvfp4_global_scale(amax: Tensor) -> Tensor:
+    """448 * 6 / amax, the divisor that takes a tensor's largest scale to float8's; 1 where that is not finite."""
+    return (448.0 * 6.0 / amax.to(torch.float32).clamp(min=torch.finfo(torch.float32).tiny)).where(amax.isfinite(), 1.0)
+
+
+def _nvfp4_scale(extreme: Tensor, global_scale: Tensor) -> Tensor:
+    scale = (extreme / 6.0).to(torch.float32) * global_scale.to(torch.float32)
+    codes = elements.encode(scale, "float8_e4m3fn")
+    smallest = int(elements.encode(torch.tensor(_NVFP4_SMALLEST), "float8_e4m3fn"))
+    codes = torch.where(codes == 0, smallest, codes)
+    return torch.where(extreme.isfinite(), codes, 0x7F).to(torch.uint8).view(torch.float8_e4m3fn)
+
+
+def choose_scale(x: Tensor, format: Format, block: Sequence[int], global_scale: Tensor | None = None) -> Scales:
+    """Min-max scales of each block of ``x``. ``global_scale``: that of nvfp4 where it is known already."""
+    if isinstance(format, TwoLevel):
+        upper = choose_scale(x, upper_format(format), channel_block(block)).scale
+        x = over_channels(x, upper, format, block)
+        return Scales(scale_from_extremes(*block_extremes(x, block), format)[0], None, upper)
+    low, high = block_extremes(x, block)
+    if isinstance(format, Nvfp4) and global_scale is None:
+        amax = torch.maximum(low.abs(), high.abs()).amax() if low.numel() else low.new_zeros(())
+        global_scale = nvfp4_global_scale(amax).view([1] * x.dim())
+    scale, zero_point = scale_from_extremes(low, high, format, global_scale)
+    return Scales(scale, zero_point, global_scale)
+
+
+def upper_format(format: TwoLevel) -> Format:
+    """The format of whole channels that a format of two levels quantizes to first."""
+    return Int(8) if format.element == "int4" else Float("float8_e4m3fn")
+
+
+def over_channels(x: Tensor, upper: Tensor, format: TwoLevel, block: Sequence[int]) -> Tensor:
+    """The values of the 8-bit codes of ``x`` by channel, without their scale."""
+    x = computed(x)
+    y = x / expand_scale(upper, x, channel_block(block)).to(x.dtype)
+    if format.element == "int4":
+        return y.round_().clamp_(-128, 127)
+    return elements.round_to(y, "float8_e4m3fn")
+
+
+def effective_scale(scales: Scales, format: Format, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What codes are multiplied by, in the shape of a scale: scale and global scale as one number, in ``dtype``."""
+    scale = scales.scale.to(dtype)
+    if scales.global_scale is None:
+        return scale
+    upper = scales.global_scale.to(dtype)
+    return scale / upper if isinstance(format, Nvfp4) else scale * upper
+
+
+def empty_scales(shape: Sequence[int], block: Sequence[int], format: Format) -> Scales:
+    """Scales of the right shapes and dtypes for a float32 tensor of this shape, with undefined values."""
+    sizes = scale_shape(shape, block)
+    zero_point = None
+    if isinstance(format, Int) and not format.symmetric:
+        zero_point = torch.empty(sizes, dtype=code_dtype(format))
+    upper = None
+    if isinstance(format, Nvfp4):
+        upper = torch.empty([1] * len(sizes))
+    elif isinstance(format, TwoLevel):
+        upper = torch.empty(scale_shape(shape, channel_block(block)))
+    return Scales(torch.empty(sizes, dtype=scale_dtype(format)), zero_point, upper)
+
+
+def packed_bits(format: Format) -> int:
+    """Bits that one code takes when it is packed."""
+    return code_bits(format)

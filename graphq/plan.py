@@ -1,0 +1,96 @@
+"""A layer's plan: how its weight and its input are quantized, or why it stays float."""
+
+from dataclasses import dataclass
+from typing import Final, final
+
+from graphq.errors import SpecError
+from graphq.formats import Int, Nvfp4, TwoLevel
+from graphq.quant import (
+    Entropy,
+    Histogram,
+    MovingAverage,
+    Ofmr,
+    PerBlock,
+    Percentile,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    Quant,
+    Ssz,
+)
+
+MAX_WEIGHT_BITS: Final = 8
+ACTIVATION_BITS: Final = (4, 6, 8, 16)
+
+
+@final
+@dataclass(frozen=True)
+class Plan:
+    """How one layer is quantized: its weight, its input activation, or both. At least one is given."""
+
+    weight: Quant | None = None
+    input: Quant | None = None
+
+    def __post_init__(self) -> None:
+        if self.weight is None and self.input is None:
+            raise SpecError("a plan quantizes a weight or an input; to keep a layer float, write a keep-float rule")
+        if self.weight is not None:
+            _check_weight(self.weight)
+        if self.input is not None:
+            _check_input(self.input)
+
+    def __str__(self) -> str:
+        return ", ".join(
+            f"{role} {quant}" for role, quant in (("weight", self.weight), ("input", self.input)) if quant is not None
+        )
+
+
+def _check_weight(quant: Quant) -> None:
+    if quant.dynamic:
+        raise SpecError(f"weight: {quant} is dynamic; a weight's scale is known when it is compiled")
+    if isinstance(quant.format, Int) and quant.format.bits > MAX_WEIGHT_BITS:
+        raise SpecError(f"weight: {quant} has {quant.format.bits} bits; weights hold 2 to 8")
+    if isinstance(quant.method, Ofmr | Percentile) and not isinstance(quant.granularity, PerTensor | PerChannel):
+        raise SpecError(f"weight: {quant}: {quant.method} gives one scale per tensor or per channel")
+    if isinstance(quant.method, MovingAverage | Histogram | Entropy):
+        raise SpecError(
+            f"weight: {quant}: {quant.method} is for activations, seen batch by batch; a weight takes minmax,"
+            " percentile, mse, ofmr or ssz"
+        )
+
+
+def _check_input(quant: Quant) -> None:
+    if isinstance(quant.granularity, PerChannel | PerBlock) or isinstance(quant.format, TwoLevel):
+        raise SpecError(f"input: {quant}: activations have one scale per tensor, per token or per group")
+    if isinstance(quant.granularity, PerGroup) and not quant.dynamic and not isinstance(quant.format, Nvfp4):
+        raise SpecError(f"input: {quant}: one scale per group exists only at run time; write {quant}/dynamic")
+    if isinstance(quant.format, Int) and quant.format.bits not in ACTIVATION_BITS:
+        raise SpecError(f"input: {quant} has {quant.format.bits} bits; activations hold 4, 6, 8 or 16")
+    if isinstance(quant.method, Ssz):
+        raise SpecError(f"input: {quant}: ssz fits a weight's scales to its codes; an activation's codes are not known")
+
+
+@final
+@dataclass(frozen=True)
+class KeepFloat:
+    """The layer stays float, for this reason."""
+
+    reason: str
+
+    def __str__(self) -> str:
+        return f"float ({self.reason})"
+
+
+Decision = Plan | KeepFloat
+
+
+@final
+@dataclass(frozen=True)
+class PerExpert:
+    """The decisions for a stack of experts, one for each."""
+
+    decisions: tuple[Decision, ...]
+
+    def __str__(self) -> str:
+        counts = {str(d): self.decisions.count(d) for d in dict.fromkeys(self.decisions)}
+        return "; ".join(f"{count} x {text}" for text, count in counts.items())

@@ -1,0 +1,323 @@
+"""Observers: modules that hand an activation on and keep what its scale will follow from.
+
+What an observer keeps does not grow with the number of batches. ``merge`` takes in what another saw of later batches;
+the result is what one observer of all batches would hold. Statistics stay in float32 or wider under ``.to(dtype)``.
+"""
+
+from abc import ABC
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Final, assert_never, final
+
+import torch
+from torch import Tensor, nn
+
+from graphq.errors import PassError, SpecError
+from graphq.formats import Int, Nvfp4
+from graphq.numerics import (
+    Scales,
+    activation_block,
+    block_extremes,
+    dequantize,
+    histogram,
+    nvfp4_global_scale,
+    ofmr,
+    quantize,
+)
+from graphq.numerics import scale_from_extremes as from_extremes
+from graphq.numerics.ranges import weight_scales
+from graphq.quant import (
+    Entropy,
+    Histogram,
+    MinMax,
+    MovingAverage,
+    Mse,
+    Ofmr,
+    Percentile,
+    PerChannel,
+    Quant,
+    Ssz,
+)
+
+
+class Observer(nn.Module, ABC):
+    """Hands its input on and keeps statistics of it. ``layers``: the layers that read this activation.
+
+    ``looks``: how often the batches have to come by; ``look`` counts them. An element that is NaN or infinite raises
+    ``SpecError``.
+    """
+
+    low: Tensor
+    high: Tensor
+    batches: Tensor
+    looks: ClassVar[int] = 1
+    _is_impure: Final = True  # torch.fx: nothing needs to read its output
+
+    def __init__(self, quant: Quant, layers: tuple[str, ...]) -> None:
+        super().__init__()
+        self.quant = quant
+        self.layers = layers
+        self.look = 0
+        self.register_buffer("low", torch.tensor(torch.inf, dtype=torch.float32))
+        self.register_buffer("high", torch.tensor(-torch.inf, dtype=torch.float32))
+        self.register_buffer("batches", torch.tensor(0))
+
+    @property
+    def has_seen(self) -> bool:
+        """Whether any element came by."""
+        return bool(self.low <= self.high)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.look:
+            self.see_again(x)
+            return x
+        if x.numel():
+            low, high = x.amin().float(), x.amax().float()
+            if not (torch.isfinite(low) and torch.isfinite(high)):
+                raise SpecError(
+                    f"calibration: batch {int(self.batches)}: the input of {self.layers[0]} holds NaN or Inf"
+                )
+            self.see(x, low, high)
+            # In place: tensors made in inference mode could not be loaded into later.
+            self.low.copy_(torch.minimum(self.low, low))
+            self.high.copy_(torch.maximum(self.high, high))
+        self.batches += 1
+        return x
+
+    def see(self, x: Tensor, low: Tensor, high: Tensor) -> None:
+        """Take in a batch with these extremes, before they are taken in."""
+
+    def see_again(self, x: Tensor) -> None:
+        """Take in a batch on a further look."""
+
+    def merge(self, later: "Observer") -> None:
+        """Take in what ``later`` saw, of batches that came after these. Raises ``PassError`` for another kind."""
+        if type(later) is not type(self) or later.quant != self.quant or later.look != self.look:
+            raise PassError(f"observers of {self.quant} and {later.quant} cannot be merged")
+        self.take(later)
+        self.low.copy_(torch.minimum(self.low, later.low))
+        self.high.copy_(torch.maximum(self.high, later.high))
+        self.batches += later.batches
+
+    def take(self, later: "Observer") -> None:
+        """What ``merge`` does besides the extremes and the count of batches, before these."""
+
+    def extremes(self) -> tuple[Tensor, Tensor]:
+        """The range that the scale has to hold."""
+        return self.low, self.high
+
+    def scales(self) -> Scales:
+        """The fixed scale and zero point of this activation; nvfp4 has only its global scale fixed, as ``scale``."""
+        low, high = self.extremes()
+        if isinstance(self.quant.format, Nvfp4):
+            return Scales(nvfp4_global_scale(torch.maximum(low.abs(), high.abs())))
+        return Scales(*from_extremes(low, high, self.quant.format))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Observer":
+        # A change of the model's dtype leaves the precision of statistics alone; only the device follows.
+        for name, buffer in self.named_buffers(recurse=False):
+            setattr(self, name, buffer.to(fn(torch.empty(0, dtype=buffer.dtype, device=buffer.device)).device))
+        return self
+
+
+@final
+class MinMaxObserver(Observer):
+    """The smallest and the largest element seen."""
+
+
+@final
+class MovingAverageObserver(Observer):
+    """The moving average of the batches' extremes: the first batch's, then old * (1 - constant) + new * constant."""
+
+    first: Tensor
+    rest: Tensor
+    share: Tensor
+
+    def __init__(self, quant: Quant, layers: tuple[str, ...], constant: float) -> None:
+        super().__init__(quant, layers)
+        self.constant = constant
+        # average = first * share + rest, where share = (1 - constant)^batches: parts that can be continued.
+        self.register_buffer("first", torch.zeros(2, dtype=torch.float64))
+        self.register_buffer("rest", torch.zeros(2, dtype=torch.float64))
+        self.register_buffer("share", torch.ones((), dtype=torch.float64))
+
+    def see(self, x: Tensor, low: Tensor, high: Tensor) -> None:
+        ends = torch.stack([low, high]).double()
+        if not self.has_seen:
+            self.first.copy_(ends)
+        self.rest.mul_(1 - self.constant).add_(self.constant * ends)
+        self.share.mul_(1 - self.constant)
+
+    def take(self, later: Observer) -> None:
+        assert isinstance(later, MovingAverageObserver)
+        if not self.has_seen:
+            self.first.copy_(later.first)
+        self.rest.mul_(later.share).add_(later.rest)
+        self.share.mul_(later.share)
+
+    def extremes(self) -> tuple[Tensor, Tensor]:
+        low, high = (self.first * self.share + self.rest).float()
+        return low, high
+
+
+@final
+class HistogramObserver(Observer):
+    """A histogram of all elements, from which the format's range is found by the quant's method."""
+
+    counts: Tensor
+    exponent: Tensor
+
+    def __init__(self, quant: Quant, layers: tuple[str, ...]) -> None:
+        super().__init__(quant, layers)
+        self.register_buffer("counts", torch.zeros(2 * histogram.SIDE, dtype=torch.int64))
+        self.register_buffer("exponent", torch.tensor(histogram.width_exponent(0.0)))
+
+    def _widen(self, exponent: int) -> None:
+        self.counts.copy_(histogram.widen(self.counts, exponent - int(self.exponent)))
+        self.exponent.fill_(exponent)
+
+    def see(self, x: Tensor, low: Tensor, high: Tensor) -> None:
+        exponent = max(int(self.exponent), histogram.width_exponent(max(abs(float(low)), abs(float(high)))))
+        self._widen(exponent)
+        self.counts += histogram.count(x, exponent)
+
+    def take(self, later: Observer) -> None:
+        assert isinstance(later, HistogramObserver)
+        exponent = max(int(self.exponent), int(later.exponent))
+        self._widen(exponent)
+        self.counts += histogram.widen(later.counts, exponent - int(later.exponent))
+
+    def extremes(self) -> tuple[Tensor, Tensor]:
+        seen = histogram.distribution(self.counts, int(self.exponent), float(self.low), float(self.high))
+        format = self.quant.format
+        match self.quant.method:
+            case Percentile(percent):
+                symmetric = not isinstance(format, Int) or format.symmetric
+                ends = histogram.percentile_range(seen, percent, symmetric)
+            case Histogram():
+                ends = histogram.best_range(seen, format, histogram.power_error(2.0))
+            case Mse(norm=norm):
+                ends = histogram.best_range(seen, format, histogram.power_error(norm))
+            case Entropy():
+                ends = histogram.best_range(seen, format, histogram.divergence)
+            case other:
+                raise PassError(f"{other} does not use a histogram")
+        return torch.tensor(ends[0], dtype=torch.float32), torch.tensor(ends[1], dtype=torch.float32)
+
+
+@final
+@dataclass(frozen=True)
+class OutputMap:
+    """What a layer makes of an input without its bias, ``apply(x, weight)``, and the layer's float weight.
+
+    ``channel_axis``: that of the output channels in its output. ``block``: the weight's, and ``out_axis`` its own axis
+    of output channels. ``quant``: how the weight is quantized, None where the observer is on the input's account.
+    """
+
+    apply: Callable[[Tensor, Tensor], Tensor]
+    weight: Tensor
+    channel_axis: int
+    out_axis: int
+    block: tuple[int, ...]
+
+
+@final
+class OfmrObserver(Observer):
+    """The output errors of the layers that read an activation, for each of eleven scales of it (``Ofmr``).
+
+    The first look finds the range around which the scales lie, the second measures. Layers that share an activation
+    share its scale: their losses are added.
+    """
+
+    losses: Tensor
+    looks = 2
+
+    def __init__(self, quant: Quant, layers: tuple[str, ...], maps: Sequence[OutputMap]) -> None:
+        super().__init__(quant, layers)
+        self.maps = tuple(maps)
+        self.register_buffer("losses", torch.zeros(2 * ofmr.AROUND + 1, dtype=torch.float32))
+
+    def _exponents(self) -> Tensor:
+        assert isinstance(self.quant.method, Ofmr)
+        return ofmr.candidates(self.low, self.high, self.quant.format, self.quant.method.relative)
+
+    def _scale(self, exponent: Tensor) -> Scales:
+        return Scales(torch.ldexp(torch.ones((), device=exponent.device), exponent))
+
+    def see_again(self, x: Tensor) -> None:
+        if not x.numel():
+            return
+        block = activation_block(self.quant.granularity, x.dim())
+        for number, exponent in enumerate(self._exponents()):
+            scales = self._scale(exponent)
+            back = dequantize(quantize(x, scales, self.quant.format, block), scales, self.quant.format, block)
+            error = (back - x).to(x.dtype)
+            for output in self.maps:
+                self.losses[number] += ofmr.loss(output.apply(error, output.weight), None)
+
+    def take(self, later: Observer) -> None:
+        assert isinstance(later, OfmrObserver)
+        self.losses += later.losses
+
+    def scales(self) -> Scales:
+        if not self.losses.isfinite().any():
+            raise SpecError(f"{self.layers[0]}: {self.quant}: no scale gives a finite error of the layer's output")
+        return self._scale(self._exponents()[int(ofmr.best(self.losses))])
+
+
+@final
+class OfmrWeightObserver(Observer):
+    """The output errors of a layer for each of eleven scales of its weight, by output channel where these have scales
+    of their own.
+    """
+
+    losses: Tensor
+
+    def __init__(self, quant: Quant, layers: tuple[str, ...], output: OutputMap) -> None:
+        super().__init__(quant, layers)
+        self.output = output
+        found = weight_scales(output.weight, quant.format, output.block, MinMax()).scale
+        self.shape = found.shape
+        self.by_channel = isinstance(quant.granularity, PerChannel)
+        self.register_buffer("losses", torch.zeros(2 * ofmr.AROUND + 1, found.numel(), dtype=torch.float32))
+
+    def _candidates(self) -> list[Scales]:
+        assert isinstance(self.quant.method, Ofmr)
+        low, high = block_extremes(self.output.weight, self.output.block)
+        exponents = ofmr.candidates(low.float(), high.float(), self.quant.format, self.quant.method.relative)
+        return [Scales(torch.ldexp(torch.ones(self.shape), exponent)) for exponent in exponents]
+
+    def see(self, x: Tensor, low: Tensor, high: Tensor) -> None:
+        w, block, format = self.output.weight, self.output.block, self.quant.format
+        for number, scales in enumerate(self._candidates()):
+            back = dequantize(quantize(w, scales, format, block), scales, format, block)
+            error = self.output.apply(x, (back - w).to(w.dtype))
+            self.losses[number] += ofmr.loss(error, self.output.channel_axis if self.by_channel else None)
+
+    def take(self, later: Observer) -> None:
+        assert isinstance(later, OfmrWeightObserver)
+        self.losses += later.losses
+
+    def scales(self) -> Scales:
+        least = ofmr.best(self.losses)
+        if not self.losses.gather(0, least[None]).isfinite().all():
+            raise SpecError(f"{self.layers[0]}: {self.quant}: no scale gives a finite error of the layer's output")
+        found = torch.stack([scales.scale for scales in self._candidates()]).flatten(1)
+        return Scales(found.gather(0, least[None]).view(self.shape))
+
+
+def observer_for(quant: Quant, layers: tuple[str, ...], maps: Callable[[], Sequence[OutputMap]]) -> Observer:
+    """A new observer of an activation; ``maps``: the outputs of the layers that read it."""
+    match quant.method:
+        case MinMax():
+            return MinMaxObserver(quant, layers)
+        case MovingAverage(constant):
+            return MovingAverageObserver(quant, layers, constant)
+        case Percentile() | Histogram() | Entropy() | Mse():
+            return HistogramObserver(quant, layers)
+        case Ofmr():
+            return OfmrObserver(quant, layers, maps())
+        case Ssz():
+            raise PassError(f"{quant}: ssz is for weights")
+        case _:
+            assert_never(quant.method)
