@@ -6,6 +6,7 @@ from graphq.errors import GraphError, GraphqError, PassError, SpecError, TargetE
 
 if TYPE_CHECKING:
     from graphq import evaluate
+    from graphq.codec import decode, encode, fake_quantize
     from graphq.compiler import Compiled, compile, explain  # noqa: A004
     from graphq.frontends import load_spec
     from graphq.lowering.torch_module import load
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Compiled": "graphq.compiler",
+    "decode": "graphq.codec",
+    "encode": "graphq.codec",
+    "fake_quantize": "graphq.codec",
     "compile": "graphq.compiler",
     "explain": "graphq.compiler",
     "load_spec": "graphq.frontends",
@@ -33,9 +37,12 @@ __all__ = [
     "SpecError",
     "TargetError",
     "compile",
+    "decode",
     "dump",
+    "encode",
     "evaluate",
     "explain",
+    "fake_quantize",
     "load",
     "load_spec",
     "verify",

@@ -2,7 +2,7 @@
 
 from graphq.formats import Format, parse_format
 from graphq.numerics.blocks import activation_block, block_extremes, expand_scale, scale_shape, weight_block
-from graphq.numerics.codes import dequantize, quantize
+from graphq.numerics.codes import dequantize, fake_quantize, quantize
 from graphq.numerics.error import sqnr_db
 from graphq.numerics.scales import (
     Scales,
@@ -27,6 +27,7 @@ __all__ = [
     "dequantize",
     "empty_scales",
     "expand_scale",
+    "fake_quantize",
     "full_scale",
     "nvfp4_global_scale",
     "parse_format",

@@ -94,6 +94,28 @@ def block_extremes(x: Tensor, block: Sequence[int]) -> tuple[Tensor, Tensor]:
     return split.amin(inner).view(shape), split.amax(inner).view(shape)
 
 
+def beside_scales(
+    x: Tensor, scales: Sequence[Tensor | None], block: Sequence[int]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """``x`` and its scales in shapes that broadcast, without copies where blocks fill their axes; the caller gives the
+    result ``x``'s shape.
+    """
+    if any(1 < b < size and size % b for size, b in zip(x.shape, block, strict=True)):
+        return x, [None if scale is None else expand_scale(scale, x, block) for scale in scales]
+    inner = [1 < b < size for size, b in zip(x.shape, block, strict=True)]
+    shape = [
+        n for size, b, cut in zip(x.shape, block, inner, strict=True) for n in ((size // b, b) if cut else (size,))
+    ]
+    found: list[Tensor | None] = []
+    for scale in scales:
+        if scale is None or scale.numel() == 1:
+            found.append(scale)
+        else:
+            sizes = zip(scale.shape, inner, strict=True)
+            found.append(scale.reshape([n for size, cut in sizes for n in ((size, 1) if cut else (size,))]))
+    return x.reshape(shape), found
+
+
 def expand_scale(scale: Tensor, x: Tensor, block: Sequence[int]) -> Tensor:
     """``scale`` with each element repeated over its block, broadcastable to ``x``."""
     if scale.numel() == 1:

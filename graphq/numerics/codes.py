@@ -5,14 +5,14 @@ roundTiesToEven). Arithmetic is float32 (float64 for float64 tensors).
 """
 
 from collections.abc import Sequence
-from typing import assert_never
+from typing import Final, assert_never
 
 import torch
 from torch import Tensor
 
 from graphq.formats import Float, Format, Int, Mx, Nvfp4, TwoLevel
 from graphq.numerics import elements, mx
-from graphq.numerics.blocks import expand_scale
+from graphq.numerics.blocks import beside_scales
 from graphq.numerics.scales import (
     Scales,
     code_dtype,
@@ -26,46 +26,133 @@ from graphq.numerics.scales import (
 def quantize(x: Tensor, scales: Scales, format: Format, block: Sequence[int]) -> Tensor:
     """Codes of ``x``, in ``code_dtype(format)``: of integers clamp(round(x / scale) + zero_point)."""
     x = computed(x)
-    if isinstance(format, Int):
-        lowest, highest = code_range(format)
-        codes = torch.round(x / expand_scale(scales.scale, x, block).to(x.dtype))
-        if scales.zero_point is not None:
-            codes = codes + expand_scale(scales.zero_point.to(x.dtype), x, block)
-        return codes.clamp(lowest, highest).to(code_dtype(format))
-    y = _scaled(x, scales, format, block)
+    y, zero_point = _scaled(x, scales, format, block)
+    return _codes(y, zero_point, format).view(x.shape)
+
+
+def dequantize(codes: Tensor, scales: Scales, format: Format, block: Sequence[int]) -> Tensor:
+    """(value of codes - zero_point) * scale, in float32 (float64 where the scale is)."""
+    dtype = torch.float64 if scales.scale.dtype == torch.float64 else torch.float32
+    values = code_values(codes, format, dtype)
+    parts = (effective_scale(scales, format, dtype), _as(scales.zero_point, dtype))
+    x, (scale, zero_point) = beside_scales(values, parts, block)
+    assert scale is not None
+    return (x * scale if zero_point is None else (x - zero_point) * scale).view(codes.shape)
+
+
+def fake_quantize(x: Tensor, scales: Scales, format: Format, block: Sequence[int]) -> Tensor:
+    """``dequantize(quantize(x))`` in the dtype of ``x``, without its codes, a part of the rows at a time."""
+    out = torch.empty_like(x)
+    step = _rows_at_a_time(x, block)
+    for first in range(0, max(x.shape[0], 1) if x.dim() else 1, step):
+        part, own = _rows(x, scales, block, first, step)
+        out_part = out if part is x else out[first : first + step]
+        y, zero_point = _scaled(computed(part), own, format, block)
+        values = _rounded(y, zero_point, format)
+        _, (scale,) = beside_scales(part, (effective_scale(own, format, values.dtype),), block)
+        assert scale is not None
+        values = values.mul_(scale) if zero_point is None else values.sub_(zero_point).mul_(scale)
+        out_part.copy_(values.view(part.shape))
+    return out
+
+
+_AT_A_TIME: Final = 1 << 18  # elements: what a processor's cache holds of a few float32 tensors
+
+
+def _rows_at_a_time(x: Tensor, block: Sequence[int]) -> int:
+    """As many rows as hold ``_AT_A_TIME`` elements, and whole blocks."""
+    if x.dim() == 0 or x.numel() <= _AT_A_TIME:
+        return max(x.shape[0] if x.dim() else 1, 1)
+    rows = max(1, _AT_A_TIME * x.shape[0] // x.numel())
+    return -(-rows // block[0]) * block[0] if block[0] > 1 else rows
+
+
+def _rows(x: Tensor, scales: Scales, block: Sequence[int], first: int, count: int) -> tuple[Tensor, Scales]:
+    """Some rows of ``x`` and their scales."""
+    if x.dim() == 0 or (first == 0 and count >= x.shape[0]):
+        return x, scales
+    size = max(block[0], 1)
+
+    def own(part: Tensor | None) -> Tensor | None:
+        if part is None or part.dim() == 0 or part.shape[0] == 1:
+            return part
+        return part[first // size : -(-(first + count) // size)]
+
+    scale, zero_point, upper = scales
+    found = own(scale)
+    assert found is not None
+    return x[first : first + count], Scales(found, own(zero_point), own(upper))
+
+
+def _as(part: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if part is None else part.to(dtype)
+
+
+def _scaled(x: Tensor, scales: Scales, format: Format, block: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    """``x`` in units of its scales, a new tensor whose blocks may have axes of their own, and the zero points beside
+    it; of two levels, what the upper level's codes say it is.
+    """
+    if isinstance(format, TwoLevel):
+        assert scales.global_scale is not None
+        x = over_channels(x, scales.global_scale, format, block)
+        scale = scales.scale.to(x.dtype)
+    elif isinstance(format, Int):
+        scale = scales.scale.to(x.dtype)
+    else:
+        scale = effective_scale(scales, format, x.dtype)
+    y, (divisor, zero_point) = beside_scales(x, (scale, _as(scales.zero_point, x.dtype)), block)
+    assert divisor is not None
+    return y / divisor, zero_point
+
+
+def _integers(y: Tensor, zero_point: Tensor | None, lowest: int, highest: int) -> Tensor:
+    """clamp(round(y) + zero_point), in place."""
+    y = y.round_()
+    return (y if zero_point is None else y.add_(zero_point)).clamp_(lowest, highest)
+
+
+def _codes(y: Tensor, zero_point: Tensor | None, format: Format) -> Tensor:
     match format:
+        case Int():
+            return _integers(y, zero_point, *code_range(format)).to(code_dtype(format))
+        case TwoLevel("int4"):
+            return _integers(y, None, -8, 7).to(torch.int8)
+        case Mx("int8"):
+            return _int8_steps(y, format).nan_to_num_(0.0).to(torch.int8)
         case Float():
             return elements.encode(y, format.layout)
-        case Mx("int8"):
-            return _int8_steps(y, format).to(torch.int8)
         case Mx():
             return elements.encode(y, format.element, mx.rounding_of(format))
-        case Nvfp4():
-            return elements.encode(y, "float4_e2m1")
-        case TwoLevel("int4"):
-            return y.round_().clamp_(-8, 7).to(torch.int8)
-        case TwoLevel():
+        case Nvfp4() | TwoLevel():
             return elements.encode(y, "float4_e2m1")
         case _:
             assert_never(format)
 
 
-def _scaled(x: Tensor, scales: Scales, format: Format, block: Sequence[int]) -> Tensor:
-    """``x`` in units of its scales; of two levels, what the upper level's codes say it is."""
-    if isinstance(format, TwoLevel):
-        assert scales.global_scale is not None
-        x = over_channels(x, scales.global_scale, format, block)
-        scale = scales.scale.to(x.dtype)
-    else:
-        scale = effective_scale(scales, format, x.dtype)
-    return x / expand_scale(scale, x, block)
+def _rounded(y: Tensor, zero_point: Tensor | None, format: Format) -> Tensor:
+    """The values of ``_codes``, without them."""
+    match format:
+        case Int():
+            return _integers(y, zero_point, *code_range(format))
+        case TwoLevel("int4"):
+            return _integers(y, None, -8, 7)
+        case Mx("int8"):
+            return _int8_steps(y, format).mul_(mx.INT8_UNIT)
+        case Float():
+            return elements.round_to(y, format.layout)
+        case Mx():
+            return elements.round_to(y, format.element, mx.rounding_of(format))
+        case Nvfp4() | TwoLevel():
+            return elements.round_to(y, "float4_e2m1")
+        case _:
+            assert_never(format)
 
 
 def _int8_steps(y: Tensor, format: Mx) -> Tensor:
     steps = y.mul(1 / mx.INT8_UNIT)
     away = mx.rounding_of(format) == "away"
     rounded = steps.abs().add_(0.5).floor_().copysign_(steps) if away else steps.round_()
-    return rounded.nan_to_num_(0.0).clamp_(-127, 127)
+    return rounded.clamp_(-127, 127)
 
 
 def code_values(codes: Tensor, format: Format, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -83,12 +170,3 @@ def code_values(codes: Tensor, format: Format, dtype: torch.dtype = torch.float3
             return elements.decode(codes, "float4_e2m1", dtype)
         case _:
             assert_never(format)
-
-
-def dequantize(codes: Tensor, scales: Scales, format: Format, block: Sequence[int]) -> Tensor:
-    """(value of codes - zero_point) * scale, in float32 (float64 where the scale is)."""
-    dtype = torch.float64 if scales.scale.dtype == torch.float64 else torch.float32
-    x = code_values(codes, format, dtype)
-    if scales.zero_point is not None:
-        x = x - expand_scale(scales.zero_point.to(dtype), x, block)
-    return x * expand_scale(effective_scale(scales, format, dtype), x, block)

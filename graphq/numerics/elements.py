@@ -9,7 +9,6 @@ is to nearest: halves go to even, in hifloat8 away from zero. NaN stays NaN in f
 rounded value is NaN and its code is undefined. Zero keeps its sign, except in hifloat8, which has one zero.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Final, Literal, final
@@ -215,11 +214,3 @@ def e8m0(exponent: Tensor) -> Tensor:
     """2^exponent as ``float8_e8m0fnu``, exponents held between -127 and 127; NaN stays NaN. ``exponent``: float."""
     bits = torch.where(exponent.isnan(), 255.0, exponent.clamp(-127, 127) + 127).to(torch.uint8)
     return bits.view(torch.float8_e8m0fnu)
-
-
-def by_chunks(f: Callable[[Tensor], Tensor], x: Tensor, out: Tensor, size: int = 1 << 18) -> Tensor:
-    """``f`` of ``x``, element by element, in ``out``, a piece at a time that fits a processor's cache."""
-    flat, result = x.reshape(-1), out.view(-1)
-    for first in range(0, flat.numel(), size):
-        result[first : first + size] = f(flat[first : first + size])
-    return out

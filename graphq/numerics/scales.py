@@ -11,7 +11,7 @@ from typing import Final, NamedTuple, assert_never
 import torch
 from torch import Tensor
 
-from graphq.formats import Float, Format, Int, Mx, Nvfp4, TwoLevel, code_bits
+from graphq.formats import Float, Format, Int, Mx, Nvfp4, TwoLevel
 from graphq.numerics import elements, mx
 from graphq.numerics.blocks import block_extremes, channel_block, expand_scale, scale_shape
 
@@ -204,8 +204,3 @@ def empty_scales(shape: Sequence[int], block: Sequence[int], format: Format) -> 
     elif isinstance(format, TwoLevel):
         upper = torch.empty(scale_shape(shape, channel_block(block)))
     return Scales(torch.empty(sizes, dtype=scale_dtype(format)), zero_point, upper)
-
-
-def packed_bits(format: Format) -> int:
-    """Bits that one code takes when it is packed."""
-    return code_bits(format)
