@@ -24,6 +24,7 @@ from graphq.passes.remove_no_ops import RemoveNoOps
 from graphq.passes.split_gate_up import SplitGateUp
 from graphq.pipeline import Pass, Pipeline
 from graphq.plan import Plan
+from graphq.quant import Ofmr
 from graphq.report import Report, make_report
 from graphq.runtime.model import CompiledModel
 from graphq.source import source_of
@@ -203,13 +204,17 @@ def _check_algorithms(spec: Spec, algorithm: str | None) -> None:
 
 def _check_calibration(resolved: Mapping[str, Resolved], calibration: Iterable[object] | None) -> None:
     asking = [
-        fqn
-        for fqn, found in resolved.items()
-        if isinstance(found.decision, Plan) and found.decision.input is not None and not found.decision.input.dynamic
+        fqn for fqn, found in resolved.items() if isinstance(found.decision, Plan) and _is_calibrated(found.decision)
     ]
     if asking and calibration is None:
         shown = ", ".join(asking[:3]) + (f" and {len(asking) - 3} more" if len(asking) > 3 else "")
         raise SpecError(f"calibration: none given, but {shown} ask for static activation scales")
+
+
+def _is_calibrated(plan: Plan) -> bool:
+    """Whether a scale of the layer follows from calibration data."""
+    static_input = plan.input is not None and not plan.input.dynamic
+    return static_input or (plan.weight is not None and isinstance(plan.weight.method, Ofmr))
 
 
 def _progress(batches: Iterator[tuple[Tensor, ...]], given: Iterable[object]) -> Iterator[tuple[Tensor, ...]]:

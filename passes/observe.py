@@ -77,7 +77,7 @@ def output_map(gm: fx.GraphModule, op: Weighted, quant: Quant) -> OutputMap:
         return cast(Tensor, target(x, weight, None, *arguments))  # type: ignore[operator]
 
     is_linear = isinstance(op, Linear | TransposedLinear)
-    return OutputMap(apply, w, -1 if is_linear else 1, op.out_axis, tuple(block))
+    return OutputMap(apply, w, -1 if is_linear else 1, tuple(block))
 
 
 @final

@@ -18,11 +18,10 @@ from graphq.numerics import (
     Scales,
     activation_block,
     block_extremes,
-    dequantize,
+    fake_quantize,
     histogram,
     nvfp4_global_scale,
     ofmr,
-    quantize,
 )
 from graphq.numerics import scale_from_extremes as from_extremes
 from graphq.numerics.ranges import weight_scales
@@ -210,14 +209,12 @@ class HistogramObserver(Observer):
 class OutputMap:
     """What a layer makes of an input without its bias, ``apply(x, weight)``, and the layer's float weight.
 
-    ``channel_axis``: that of the output channels in its output. ``block``: the weight's, and ``out_axis`` its own axis
-    of output channels. ``quant``: how the weight is quantized, None where the observer is on the input's account.
+    ``channel_axis``: that of the output channels in its output. ``block``: that of the weight's scales.
     """
 
     apply: Callable[[Tensor, Tensor], Tensor]
     weight: Tensor
     channel_axis: int
-    out_axis: int
     block: tuple[int, ...]
 
 
@@ -248,12 +245,11 @@ class OfmrObserver(Observer):
         if not x.numel():
             return
         block = activation_block(self.quant.granularity, x.dim())
+        wanted = [output.apply(x, output.weight) for output in self.maps]
         for number, exponent in enumerate(self._exponents()):
-            scales = self._scale(exponent)
-            back = dequantize(quantize(x, scales, self.quant.format, block), scales, self.quant.format, block)
-            error = (back - x).to(x.dtype)
-            for output in self.maps:
-                self.losses[number] += ofmr.loss(output.apply(error, output.weight), None)
+            back = fake_quantize(x, self._scale(exponent), self.quant.format, block)
+            for output, y in zip(self.maps, wanted, strict=True):
+                self.losses[number] += ofmr.loss(output.apply(back, output.weight) - y, None)
 
     def take(self, later: Observer) -> None:
         assert isinstance(later, OfmrObserver)
@@ -288,11 +284,11 @@ class OfmrWeightObserver(Observer):
         return [Scales(torch.ldexp(torch.ones(self.shape), exponent)) for exponent in exponents]
 
     def see(self, x: Tensor, low: Tensor, high: Tensor) -> None:
-        w, block, format = self.output.weight, self.output.block, self.quant.format
+        w, axis = self.output.weight, self.output.channel_axis if self.by_channel else None
+        wanted = self.output.apply(x, w)
         for number, scales in enumerate(self._candidates()):
-            back = dequantize(quantize(w, scales, format, block), scales, format, block)
-            error = self.output.apply(x, (back - w).to(w.dtype))
-            self.losses[number] += ofmr.loss(error, self.output.channel_axis if self.by_channel else None)
+            back = fake_quantize(w, scales, self.quant.format, self.output.block)
+            self.losses[number] += ofmr.loss(self.output.apply(x, back) - wanted, axis)
 
     def take(self, later: Observer) -> None:
         assert isinstance(later, OfmrWeightObserver)

@@ -138,7 +138,7 @@ def _float_scale(extreme: Tensor, format: Float) -> Tensor:
     if format.scale != "pow2":
         return scale
     fraction, exponent = torch.frexp(scale)  # fraction from 0.5 to 1: a power of two is 0.5 x 2^exponent
-    exact = torch.ldexp(torch.ones_like(scale), exponent - (fraction == 0.5))
+    exact = torch.ldexp(torch.ones_like(scale), exponent - (fraction == 0.5).int())
     return torch.where(scale.isfinite(), exact, scale)
 
 

@@ -1,18 +1,13 @@
 """Observers: where they stand, what they keep, and what becomes of it."""
 
-import copy
-import gc
-
 import pytest
 import torch
 from expecttest import assert_expected_inline
 from torch import Tensor, fx, nn
 
 from graphq import edit
-from graphq.errors import SpecError
 from graphq.layers import BY, LAYER
 from graphq.passes.observe import Observe, input_quants, observer_on, observers
-from graphq.passes.observers import MinMaxObserver
 from graphq.pipeline import Pipeline
 from graphq.plan import KeepFloat, PerExpert
 from graphq.quant import parse_quant
@@ -154,90 +149,3 @@ def test_input_quants() -> None:
     assert input_quants(KeepFloat("x")) == (None,)
     assert input_quants(None) == (None,)
     assert input_quants(PerExpert((STATIC, plan("int8/channel"), KeepFloat("x")))) == (QUANT, None, None)
-
-
-# -- what an observer keeps --------------------------------------------------------------------------------------------
-
-
-def make() -> MinMaxObserver:
-    return MinMaxObserver(QUANT, ("a.b", "a.c"))
-
-
-def test_extremes_are_exact_and_the_input_is_handed_on() -> None:
-    seen = make()
-    assert not seen.has_seen
-    x = torch.tensor([[0.1, -0.3], [7.7, 0.2]])
-    assert seen(x) is x
-    seen(torch.tensor([1.0]))
-    seen(torch.tensor([-0.30000004, 7.6]))
-    assert (seen.low.item(), seen.high.item()) == (torch.tensor(-0.30000004).item(), torch.tensor(7.7).item())
-    assert (int(seen.batches), seen.has_seen) == (3, True)
-
-
-def test_an_empty_activation_says_nothing() -> None:
-    seen = make()
-    seen(torch.empty(0, 4))
-    assert (int(seen.batches), seen.has_seen) == (1, False)
-
-
-def test_a_constant_was_seen() -> None:
-    seen = make()
-    seen(torch.zeros(3))
-    assert (seen.low.item(), seen.high.item(), seen.has_seen) == (0, 0, True)
-
-
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_nan_and_inf_name_the_layer_and_the_batch(bad: float) -> None:
-    seen = make()
-    seen(torch.ones(2, 2))
-    with pytest.raises(SpecError) as error:
-        seen(torch.tensor([[1.0, bad], [2.0, 3.0]]))
-    assert str(error.value) == "calibration: batch 1: the input of a.b holds NaN or Inf"
-    assert (seen.low.item(), seen.high.item()) == (1, 1)
-
-
-def test_memory_does_not_grow() -> None:
-    seen = make()
-    with torch.inference_mode():
-        seen(torch.ones(1000))
-    gc.collect()
-    before = sum(t.numel() for t in gc.get_objects() if type(t) is Tensor)
-    for _ in range(20):
-        seen(torch.randn(1000))
-    gc.collect()
-    assert sum(t.numel() for t in gc.get_objects() if type(t) is Tensor) <= before
-    assert {name: t.numel() for name, t in seen.state_dict().items()} == {"low": 1, "high": 1, "batches": 1}
-    assert seen.low.untyped_storage().nbytes() == 4
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_statistics_stay_float32_whatever_the_model_becomes(dtype: torch.dtype) -> None:
-    seen = make()
-    seen(torch.tensor([-1 / 3, 2 / 3]))
-    low = seen.low.item()
-    seen = nn.Sequential(seen).to(dtype)[0]
-    assert isinstance(seen, MinMaxObserver)
-    assert (seen.low.dtype, seen.high.dtype, seen.batches.dtype) == (torch.float32, torch.float32, torch.int64)
-    assert seen.low.item() == low
-    seen(torch.tensor([-2.0], dtype=dtype))
-    assert (seen.low.item(), seen.low.dtype) == (-2, torch.float32)
-
-
-def test_they_move_between_devices() -> None:
-    seen = make().to("meta")
-    assert {t.device.type for t in seen.state_dict().values()} == {"meta"}
-
-
-def test_copies_are_apart_and_states_can_be_loaded() -> None:
-    seen = make()
-    with torch.inference_mode():  # as calibration does
-        seen(torch.tensor([-1.0, 2.0]))
-    twin = copy.deepcopy(seen)
-    twin(torch.tensor([5.0]))
-    assert (seen.high.item(), twin.high.item(), twin.low.item()) == (2, 5, -1)
-    assert (twin.quant, twin.layers) == (seen.quant, seen.layers)
-    other = make()
-    other.load_state_dict(twin.state_dict())
-    assert (other.low.item(), other.high.item(), int(other.batches)) == (-1, 5, 2)
-    seen.load_state_dict(twin.state_dict())
-    assert seen.high.item() == 5
