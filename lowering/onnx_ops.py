@@ -58,6 +58,23 @@ def translations() -> dict[Any, Callable[..., Any]]:
     def integers(*values: int) -> Any:
         return op18.Constant(value_ints=values)
 
+    def groups_of(x: Any, block: Sequence[int], last: int) -> Any:
+        """The last axis as groups and their elements; a short last group repeats its last element."""
+        rank, size = len(block), block[-1]
+        short = -last % size
+        if short:
+            x = op18.Pad(x, integers(*[0] * (2 * rank - 1), short), mode="edge")
+        return op18.Reshape(x, integers(*[0] * (rank - 1), -(-last // size), size))
+
+    def spread(part: Any, block: Sequence[int], last: int) -> Any:
+        """A scale or zero point with each group's repeated over its elements."""
+        if not _is_grouped(block, last):
+            return part
+        rank, size = len(block), block[-1]
+        wide = op18.Expand(op18.Unsqueeze(part, integers(rank)), integers(*[1] * rank, size))
+        whole = op18.Reshape(wide, integers(*[0] * (rank - 1), -(-last // size) * size))
+        return op18.Slice(whole, integers(0), integers(last), integers(rank - 1)) if last % size else whole
+
     def dequantize(
         codes: Any,
         scale: Any,
@@ -72,17 +89,18 @@ def translations() -> dict[Any, Callable[..., Any]]:
         if _is_static(scale) and isinstance(numerics.parse_format(format), Int):
             inputs = (codes, scale) if zero_point is None else (codes, scale, zero_point)
             return _cast(op18.DequantizeLinear(*inputs), dtype)
-        x = op18.Cast(codes, to=_FLOAT)
+        x, last = op18.Cast(codes, to=_FLOAT), codes.shape[-1]
         if zero_point is not None:
-            x = op18.Sub(x, op18.Cast(zero_point, to=_FLOAT))
-        return _cast(op18.Mul(x, scale), dtype)
+            x = op18.Sub(x, spread(op18.Cast(zero_point, to=_FLOAT), block, last))
+        return _cast(op18.Mul(x, spread(scale, block, last)), dtype)
 
     def quantize(x: Any, scale: Any, zero_point: Any, global_scale: Any, format: str, block: Sequence[int]) -> Any:
-        parsed = numerics.parse_format(format)
+        parsed, last = numerics.parse_format(format), x.shape[-1]
         x = op18.Cast(x, to=_FLOAT)
         if isinstance(parsed, Float):  # not QuantizeLinear: ONNX Runtime 1.31 fuses two of float8 into what it lacks
             end = numerics.full_scale(parsed)
-            return op18.Cast(op18.Clip(op18.Div(x, scale), constant(-end), constant(end)), to=_onnx_dtype(parsed))
+            y = op18.Div(x, spread(scale, block, last))
+            return op18.Cast(op18.Clip(y, constant(-end), constant(end)), to=_onnx_dtype(parsed))
         assert isinstance(parsed, Int), "legalized"
         lowest, highest = numerics.code_range(parsed)
         if _is_static(scale) and parsed.bits in (8, 16):
@@ -90,9 +108,9 @@ def translations() -> dict[Any, Callable[..., Any]]:
                 zero_point if zero_point is not None else op18.Cast(op18.Constant(value_int=0), to=_onnx_dtype(parsed))
             )
             return op18.QuantizeLinear(x, scale, zero)
-        rounded = op18.Round(op18.Div(x, scale))
+        rounded = op18.Round(op18.Div(x, spread(scale, block, last)))
         if zero_point is not None:
-            rounded = op18.Add(rounded, op18.Cast(zero_point, to=_FLOAT))
+            rounded = op18.Add(rounded, spread(op18.Cast(zero_point, to=_FLOAT), block, last))
         return op18.Cast(op18.Clip(rounded, constant(lowest), constant(highest)), to=_onnx_dtype(parsed))
 
     def float_scale(extreme: Any, format: Float) -> Any:
@@ -107,9 +125,11 @@ def translations() -> dict[Any, Callable[..., Any]]:
 
     def choose_scale(x: Any, format: str, block: Sequence[int], global_scale: Any = None) -> Any:
         parsed = numerics.parse_format(format)
-        axes = integers(*(a for a, b in enumerate(block) if b < 0))
-        x = op18.Cast(x, to=_FLOAT)
-        low, high = op18.ReduceMin(x, axes, keepdims=1), op18.ReduceMax(x, axes, keepdims=1)
+        if _is_grouped(block, x.shape[-1]):
+            x, axes, kept = groups_of(op18.Cast(x, to=_FLOAT), block, x.shape[-1]), integers(len(block)), 0
+        else:
+            x, axes, kept = op18.Cast(x, to=_FLOAT), integers(*(a for a, b in enumerate(block) if b < 0)), 1
+        low, high = op18.ReduceMin(x, axes, keepdims=kept), op18.ReduceMax(x, axes, keepdims=kept)
         zero = constant(0.0)
         if isinstance(parsed, Float):
             scale = float_scale(op18.Max(op18.Abs(low), op18.Abs(high)), parsed)
@@ -188,6 +208,11 @@ def translations() -> dict[Any, Callable[..., Any]]:
         expert_linears: expert_products,
         ops.select_rows: select_rows,
     }
+
+
+def _is_grouped(block: Sequence[int], last: object) -> bool:
+    """Whether the last axis, of ``last`` elements, is cut into groups."""
+    return isinstance(last, int) and 1 < block[-1] < last
 
 
 def _is_static(scale: Any) -> bool:

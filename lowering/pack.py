@@ -60,6 +60,7 @@ def _is_int8(op: Op, weight: Op) -> bool:
         and isinstance(x, Dequantize)
         and x.format in _INT8
         and isinstance(x.codes, Quantize)
+        and x.block[-1] == -1  # one scale for each token, or for all
         and (bias is None or isinstance(bias, Param))
         and (isinstance(op, Linear) or (op.argument("beta") == 1 and op.argument("alpha") == 1))
     )

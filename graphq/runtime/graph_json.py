@@ -44,7 +44,15 @@ _FUNCTIONS: Final[dict[str, Callable[..., Any]]] = {
     "sym_ite": torch.sym_ite,
 }
 _NAMES: Final = {function: name for name, function in _FUNCTIONS.items()}
-_GRAPHQ: Final = {str(op): op for op in (graphq_ops.quantize, graphq_ops.dequantize, graphq_ops.choose_scale)}
+_GRAPHQ: Final = {
+    str(op): op
+    for op in (
+        graphq_ops.quantize,
+        graphq_ops.dequantize,
+        graphq_ops.choose_scale,
+        graphq_ops.choose_global_scale,
+    )
+}
 _GRAPHQ_MOE: Final = {str(op): op for op in (graphq_ops.grouped_linear, graphq_ops.select_rows)}
 _MODULES: Final = {"PackedWeight": PackedWeight, "Int8Linear": Int8Linear}
 _WORDS: Final = (
