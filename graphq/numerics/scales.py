@@ -144,7 +144,8 @@ def _float_scale(extreme: Tensor, format: Float) -> Tensor:
 
 def nvfp4_global_scale(amax: Tensor) -> Tensor:
     """448 * 6 / amax, the divisor that takes a tensor's largest scale to float8's; 1 where that is not finite."""
-    return (448.0 * 6.0 / amax.to(torch.float32).clamp(min=torch.finfo(torch.float32).tiny)).where(amax.isfinite(), 1.0)
+    divisor = 448.0 * 6.0 / amax.to(torch.float32).clamp(min=torch.finfo(torch.float32).tiny)
+    return divisor.where(amax.isfinite() & divisor.isfinite(), 1.0)
 
 
 def _nvfp4_scale(extreme: Tensor, global_scale: Tensor) -> Tensor:
