@@ -150,8 +150,7 @@ def _rounded(y: Tensor, zero_point: Tensor | None, format: Format) -> Tensor:
 
 def _int8_steps(y: Tensor, format: Mx) -> Tensor:
     steps = y.mul(1 / mx.INT8_UNIT)
-    away = mx.rounding_of(format) == "away"
-    rounded = steps.abs().add_(0.5).floor_().copysign_(steps) if away else steps.round_()
+    rounded = elements.round_away(steps) if mx.rounding_of(format) == "away" else steps.round_()
     return rounded.clamp_(-127, 127)
 
 

@@ -94,7 +94,13 @@ def round_to(x: Tensor, element: str, rounding: Rounding = "even") -> Tensor:
         power.mul_(1.5 * 2.0 ** (bits.mantissa - layout.mantissa))
         return y.add_(power).sub_(power)
     step = power.mul_(2.0**-layout.mantissa)
-    return (y.abs().div_(step).add_(0.5).floor_() * step).copysign_(y).clamp_(-layout.largest, layout.largest)
+    return round_away(y / step).mul_(step).clamp_(-layout.largest, layout.largest)
+
+
+def round_away(x: Tensor) -> Tensor:
+    """``x`` rounded to integers, halves away from zero; floor(x + 0.5) would round the largest number below 0.5 up."""
+    whole = x.trunc()
+    return whole.add_((x - whole).abs_().ge_(0.5).copysign_(x))
 
 
 def _exponent_mask(bits: _Bits) -> int:
