@@ -48,7 +48,8 @@ def shared_scale(amax: Tensor, format: Mx) -> Tensor:
     """
     emax = _EMAX[format.element]
     largest = _INT8_LARGEST if format.element == "int8" else elements.largest(format.element)
-    mantissa, exponent = torch.frexp(amax.to(torch.float32))  # mantissa from 0.5 to 1
+    amax = amax if amax.dtype == torch.float64 else amax.to(torch.float32)  # float32 could round up to a power of two
+    mantissa, exponent = torch.frexp(amax)  # mantissa from 0.5 to 1
     floor = (exponent - 1).to(torch.float32)
     match format.rule:
         case "ocp":
