@@ -61,7 +61,7 @@ def shared_scale(amax: Tensor, format: Mx) -> Tensor:
         case "nearest":
             shared = torch.round(torch.log2(amax / largest)).clamp(min=-30)
         case "ceil":
-            fraction, above = torch.frexp(amax / largest)
+            fraction, above = torch.frexp(amax.clamp(min=2.0**-127) / largest)  # 0 / largest has no exponent
             shared = (above - (fraction == 0.5).int()).to(torch.float32)
         case "ascend" if format.element == "float4_e2m1":
             shared = torch.floor(torch.log2(amax * 8 / 7 + 9.6e-7)) - 2
