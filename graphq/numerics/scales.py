@@ -5,6 +5,7 @@ Asymmetric ranges include 0, so that 0 is exact and the zero point is a code (Ja
 zeros has scale 1; a float32 scale is never below the smallest normal number, so that it can be divided by.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Final, NamedTuple, assert_never
 
@@ -138,7 +139,8 @@ def _float_scale(extreme: Tensor, format: Float) -> Tensor:
     if format.scale != "pow2":
         return scale
     fraction, exponent = torch.frexp(scale)  # fraction from 0.5 to 1: a power of two is 0.5 x 2^exponent
-    exact = torch.ldexp(torch.ones_like(scale), exponent - (fraction == 0.5).int())
+    largest = math.frexp(torch.finfo(scale.dtype).max)[1] - 1
+    exact = torch.ldexp(torch.ones_like(scale), (exponent - (fraction == 0.5).int()).clamp(max=largest))
     return torch.where(scale.isfinite(), exact, scale)
 
 
