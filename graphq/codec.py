@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from graphq.errors import SpecError
-from graphq.formats import Int, find_format, has_global_scale, is_asymmetric
+from graphq.formats import Int, element_name, find_format, has_global_scale, is_asymmetric
 from graphq.numerics import (
     Scales,
     activation_block,
@@ -24,7 +24,7 @@ def _element(format: str) -> str | Int:
     if format in elements.ELEMENTS:
         return format
     found = find_format(format)
-    if isinstance(found, Int) and str(found) == format and found.divisor == "max":
+    if isinstance(found, Int) and element_name(found) == format:
         return found
     raise SpecError(
         f"{format!r} is not an element format; write int2 to int8, int16, uint8, uint16 or one of"
