@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from graphq.errors import SpecError
-from graphq.formats import Int, element_name, find_format, has_global_scale, is_asymmetric
+from graphq.formats import Int, TwoLevel, element_name, find_format, has_global_scale, is_asymmetric
 from graphq.numerics import (
     Scales,
     activation_block,
@@ -16,8 +16,22 @@ from graphq.numerics import (
     weight_block,
 )
 from graphq.numerics import fake_quantize as _fake_quantize
+from graphq.numerics.blocks import channel_block
 from graphq.numerics.ranges import weight_scales
-from graphq.quant import MinMax, PerGroup, PerTensor, PerToken, Quant, parse_quant
+from graphq.quant import (
+    Entropy,
+    Histogram,
+    MinMax,
+    MovingAverage,
+    Ofmr,
+    PerBlock,
+    Percentile,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    Quant,
+    parse_quant,
+)
 
 
 def _element(format: str) -> str | Int:
@@ -139,6 +153,12 @@ def _given(
     if scale is None:
         if zero_point is not None:
             raise SpecError(f"{quant}: zero_point: give its scale too")
+        if global_scale is not None and isinstance(format, TwoLevel):
+            raise SpecError(f"{quant}: global_scale: give the scales of groups too")
+        if isinstance(quant.method, MovingAverage | Histogram | Entropy | Ofmr):
+            raise SpecError(f"{quant}: {quant.method} takes its range from batches; give the scale, or leave it out")
+        if isinstance(quant.method, Percentile) and isinstance(quant.granularity, PerGroup | PerBlock):
+            raise SpecError(f"{quant}: blocks of a few elements have no percentiles; write /tensor or /channel")
         if global_scale is not None or quant.method == MinMax():
             return choose_scale(x, format, block, global_scale)
         return weight_scales(x, format, block, quant.method)
@@ -146,8 +166,12 @@ def _given(
         raise SpecError(f"{quant}: scale: give its zero_point too")
     if has_global_scale(format) and global_scale is None:
         raise SpecError(f"{quant}: scale: give its global_scale too")
-    wanted = scale_shape(x.shape, block)
-    for name, part in (("scale", scale), ("zero_point", zero_point)):
+    if zero_point is not None and zero_point.dtype != code_dtype(format):
+        raise SpecError(f"{quant}: zero_point: give {code_dtype(format)}, not {zero_point.dtype}")
+    own = scale_shape(x.shape, block)
+    upper = scale_shape(x.shape, channel_block(block)) if isinstance(format, TwoLevel) else [1]
+    parts = (("scale", scale, own), ("zero_point", zero_point, own), ("global_scale", global_scale, upper))
+    for name, part, wanted in parts:
         if part is not None and part.numel() != 1 and list(part.shape) != wanted:
             raise SpecError(f"{quant}: {name} of shape {tuple(part.shape)}; expected one number or {tuple(wanted)}")
     return Scales(scale, zero_point, global_scale)
