@@ -138,6 +138,7 @@ def _float_scale(extreme: Tensor, format: Float) -> Tensor:
     scale = extreme / full_scale(format)
     if format.scale != "pow2":
         return scale
+    scale = scale.clamp(min=torch.finfo(scale.dtype).tiny)  # where it is 0 it has no exponent
     fraction, exponent = torch.frexp(scale)  # fraction from 0.5 to 1: a power of two is 0.5 x 2^exponent
     largest = math.frexp(torch.finfo(scale.dtype).max)[1] - 1
     exact = torch.ldexp(torch.ones_like(scale), (exponent - (fraction == 0.5).int()).clamp(max=largest))
