@@ -18,10 +18,13 @@ _DTYPES: Final = {
     torch.float32: "f32",
     torch.float16: "f16",
     torch.bfloat16: "bf16",
+    torch.float8_e4m3fn: "f8e4m3",
+    torch.float8_e8m0fnu: "e8m0",
     torch.int64: "i64",
     torch.int32: "i32",
     torch.int16: "i16",
     torch.int8: "i8",
+    torch.uint16: "u16",
     torch.uint8: "u8",
     torch.bool: "bool",
 }

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from torch import Tensor, fx, nn
 
-from graphq import edit
+from graphq import edit, numerics
 from graphq.errors import PassError
 from graphq.layers import BY, LAYER
 from graphq.passes.annotate import Annotate
@@ -21,6 +21,7 @@ from graphq.passes.remove_no_ops import RemoveNoOps
 from graphq.passes.split_gate_up import SplitGateUp
 from graphq.pipeline import Pipeline
 from graphq.plan import Decision
+from graphq.quant import parse_quant
 from graphq.state import tensor_of
 from graphq.text import dump
 from graphq.views import ops_of
@@ -371,3 +372,62 @@ def test_families(family: str) -> None:
     assert 0 < (after - before).abs().max() / before.abs().max() < 0.1  # 8 bits everywhere; tiny random layers
     assert_vals(gm, *inputs)
     assert all(t.dtype == torch.int8 for name, t in gm.state_dict().items() if name.endswith("_proj.weight"))
+
+
+# -- further formats ---------------------------------------------------------------------------------------------------
+
+
+def test_nvfp4_has_its_global_scale_from_calibration_and_the_others_from_run_time() -> None:
+    gm = capture(MLP(), torch.ones(2, 8))
+    seen = torch.randn(4, 8)
+    quantize(gm, seen, up=plan(None, "nvfp4"))
+    assert_expected_inline(
+        "\n".join(line for line in dump(gm).splitlines() if "graphq" in line),
+        """\
+%1: (f8e4m3, u8) = graphq.choose_scale(%x, 'nvfp4', [1, 16], @up.input_global_scale)
+%3: u8[batch, 8] = graphq.quantize(%x, %2, None, @up.input_global_scale, 'nvfp4', [1, 16])
+%4: f32[batch, 8] = graphq.dequantize(%3, %2, None, @up.input_global_scale, 'nvfp4', [1, 16], f32)""",
+    )
+    held = tensor_of(gm, "up.input_global_scale")
+    assert held.item() == (448.0 * 6.0 / seen.abs().max()).item()
+    quant = parse_quant("nvfp4")
+    given = numerics.choose_scale(X, quant.format, [1, 16], held.view(1, 1))
+    h = numerics.fake_quantize(X, given, quant.format, [1, 16])
+    assert torch.equal(run(gm, X), mlp(gm, h))
+    assert_vals(gm, X)
+
+
+def test_nvfp4_dynamic_has_both_from_run_time() -> None:
+    gm = capture(MLP(), torch.ones(2, 8))
+    quantize(gm, X, up=plan(None, "nvfp4/dynamic"))
+    assert not [name for name, _ in gm.named_buffers()]
+    quant = parse_quant("nvfp4")
+    h = numerics.fake_quantize(X, numerics.choose_scale(X, quant.format, [1, 16]), quant.format, [1, 16])
+    assert torch.equal(run(gm, X), mlp(gm, h))
+    assert_vals(gm, X)
+
+
+def test_groups_of_activations() -> None:
+    gm = capture(MLP(), torch.ones(2, 8))
+    quantize(gm, X, up=plan(None, "mxfp8_e4m3/dynamic"), down=plan(None, "float8_e4m3fn/g4/dynamic"))
+
+    def by_group(h: Tensor) -> Tensor:
+        scale = h.view(-1, 3, 4).abs().amax(-1, keepdim=True) / 448
+        scale = torch.where(scale == 0, 1.0, scale)
+        return ((h.view(-1, 3, 4) / scale).to(torch.float8_e4m3fn).float() * scale).view(-1, 12)
+
+    exponent = X.abs().amax(-1, keepdim=True).log2().floor() - 8
+    h = (X / 2**exponent).clamp(-448, 448).to(torch.float8_e4m3fn).float() * 2**exponent
+    assert torch.equal(run(gm, X), mlp(gm, h, by_group))
+    assert_vals(gm, X)
+
+
+def test_ranges_by_their_method() -> None:
+    gm = capture(MLP(), torch.ones(2, 8))
+    x = torch.randn(2000, 8)
+    x[0, 0] = 50
+    quantize(gm, x, up=plan(None, "int8/tensor/percentile99"))
+    scale = tensor_of(gm, "up.input_scale").item() * 127
+    assert (
+        abs(scale - x.abs().flatten().kthvalue(int(0.99 * x.numel())).values.item()) < 50 / 1024
+    )  # a bin of the histogram

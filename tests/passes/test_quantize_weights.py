@@ -14,6 +14,8 @@ from torch import Tensor, fx, nn
 from graphq.errors import GraphError, PassError
 from graphq.layers import BY, LAYER, PLAN
 from graphq.passes.annotate import Annotate
+from graphq.passes.calibrate import Calibrate
+from graphq.passes.observe import Observe
 from graphq.passes.quantize_weights import QuantizeWeights
 from graphq.passes.split_gate_up import SplitGateUp
 from graphq.pipeline import Pipeline
@@ -22,7 +24,7 @@ from graphq.state import tensor_of
 from graphq.text import dump
 from graphq.views import Dequantize, ops_of
 from tests.graphs import annotated, assert_vals, plan, run, spec, targets, without_data
-from tests.models import MLP, ConvBnRelu, MoE, Tied, Twice, capture
+from tests.models import MLP, Attention, ConvBnRelu, MoE, Tied, Twice, capture
 
 X = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
 TOKENS = torch.tensor([[0, 3, 15], [7, 7, 1]])
@@ -494,3 +496,79 @@ def test_without_weights_there_is_nothing_to_quantize() -> None:
     with pytest.raises(PassError) as error:
         Pipeline([Annotate(spec(blocks="int8/channel")), QuantizeWeights()]).run(gm)
     assert str(error.value) == "quantize-weights needs weights: the model was captured without its weights"
+
+
+# -- further formats ---------------------------------------------------------------------------------------------------
+
+
+def test_nvfp4_layers_that_read_one_activation_share_their_global_scale() -> None:
+    gm = capture(Attention(), torch.ones(2, 3, 8))
+    w = {name: tensor_of(gm, f"{name}_proj.weight").detach().clone() for name in "qkv"}
+    quantize(gm, q_proj=plan("nvfp4"), k_proj=plan("nvfp4"), v_proj=plan("int8/channel"))
+    shared = torch.maximum(w["q"].abs().max(), w["k"].abs().max())  # v is not nvfp4, and has no say
+    for name in "qk":
+        global_scale = tensor_of(gm, f"{name}_proj.weight_global_scale")
+        assert global_scale.shape == (1, 1)
+        assert global_scale.item() == (448.0 * 6.0 / shared).item()
+        scale = tensor_of(gm, f"{name}_proj.weight_scale")
+        assert scale.dtype == torch.float8_e4m3fn
+        own = w[name].abs().amax(1, keepdim=True)  # 8 inputs: one short block
+        assert torch.equal(scale.float(), (own / 6 * global_scale).to(torch.float8_e4m3fn).float())
+    assert not hasattr(gm.get_submodule("v_proj"), "weight_global_scale")
+
+
+def test_nvfp4_layers_of_different_activations_do_not() -> None:
+    gm = capture(MLP(), torch.ones(2, 8))
+    w = {name: tensor_of(gm, f"{name}.weight").detach().clone() for name in ("up", "down")}
+    quantize(gm, blocks=plan("nvfp4"))
+    for name, weight in w.items():
+        expected = 448.0 * 6.0 / weight.abs().max()
+        assert tensor_of(gm, f"{name}.weight_global_scale").item() == expected.item()
+
+
+def test_every_expert_has_a_global_scale_that_its_gate_and_up_share() -> None:
+    gm = capture(MoE(), torch.ones(4, 8))
+    SplitGateUp().run(gm)
+    quantize(gm, blocks=plan("nvfp4"))
+    names = [name for name, _ in gm.named_buffers() if name.endswith("weight_global_scale")]
+    gate, up, down = (next(name for name in names if role in name) for role in ("gate", "up", "down"))
+    assert tensor_of(gm, gate).shape == (tensor_of(gm, gate).numel(), 1, 1)
+    assert tensor_of(gm, gate).numel() > 1
+    assert torch.equal(tensor_of(gm, gate), tensor_of(gm, up))
+    assert not torch.equal(tensor_of(gm, gate), tensor_of(gm, down))
+
+
+def test_the_method_gives_the_scales() -> None:
+    for method in ("mse0.5:20:2:5", "percentile80", "ssz"):
+        gm, plain = capture(MLP(), torch.ones(2, 8)), capture(MLP(), torch.ones(2, 8))
+        w = tensor_of(gm, "up.weight").detach().clone()
+        quantize(gm, up=plan(f"int4/channel/{method}"))
+        quantize(plain, up=plan("int4/channel"))
+        scale, widest = tensor_of(gm, "up.weight_scale"), tensor_of(plain, "up.weight_scale")
+        assert (scale <= widest * 1.000001).all() or method == "ssz"
+        assert (scale != widest).any()
+        codes = tensor_of(gm, "up.weight")
+        assert torch.equal(codes, (w / scale).round().clamp(-8, 7).to(torch.int8))
+
+
+def test_ofmr_needs_calibration() -> None:
+    gm = annotated(capture(MLP(), torch.ones(2, 8)), up=plan("hifloat8/channel/ofmr"))
+    with pytest.raises(PassError, match="up: hifloat8/channel/ofmr was not calibrated"):
+        Pipeline([QuantizeWeights()]).run(gm)
+    gm = annotated(capture(MLP(), torch.ones(2, 8)), up=plan("hifloat8/channel/ofmr"))
+    Pipeline([Observe(), Calibrate(), QuantizeWeights()], strict=True).run(gm, [(X,), (X * 2,)])
+    scale = tensor_of(gm, "up.weight_scale")
+    assert torch.equal(torch.frexp(scale)[0], torch.full_like(scale, 0.5))  # powers of two
+
+
+def test_two_levels_by_hand() -> None:
+    gm = capture(MLP(), torch.ones(2, 8))
+    w = tensor_of(gm, "up.weight").detach().clone()
+    quantize(gm, up=plan("int4/over_int8/g4"))
+    upper = w.abs().amax(1, keepdim=True) / 127
+    eighths = (w / upper).round()
+    lower = eighths.view(12, 2, 4).abs().amax(2) / 7
+    codes = (eighths.view(12, 2, 4) / lower[..., None]).round().view(12, 8)
+    assert torch.equal(tensor_of(gm, "up.weight_global_scale"), upper)
+    assert torch.equal(tensor_of(gm, "up.weight_scale"), lower)
+    assert torch.equal(tensor_of(gm, "up.weight"), codes.to(torch.int8))
