@@ -13,14 +13,11 @@ Where the two differ on purpose, and the tests leave out or say so:
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-
-pytest.importorskip("compressed_tensors")
-
 from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import dequantize, fake_quantize, quantize
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+from torch import Tensor
 
 import graphq
 from graphq import numerics

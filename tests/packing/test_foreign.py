@@ -1,5 +1,6 @@
 """compressed-tensors and ONNX as judges of the packed codes."""
 
+import importlib
 from typing import Any
 
 import ml_dtypes
@@ -24,7 +25,7 @@ def random_codes(bits: int, shape: tuple[int, ...], dtype: torch.dtype = torch.i
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_compressed_tensors_int32_words(bits: int, axis: int, shape: tuple[int, ...]) -> None:
-    helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+    helpers = importlib.import_module("compressed_tensors.compressors.pack_quantized.helpers")
     codes = random_codes(bits, shape)
     ours = axis - 2  # compressed-tensors packs each matrix of a 3-D tensor
     words = pack_words(codes, bits, torch.int32, axis=ours, offset_binary=True, pad=True)
@@ -41,7 +42,7 @@ def values_of(codes: Tensor, magnitudes: list[float]) -> Tensor:
 
 
 def test_compressed_tensors_float4_pairs() -> None:
-    helpers = pytest.importorskip("compressed_tensors.compressors.nvfp4.helpers")
+    helpers = importlib.import_module("compressed_tensors.compressors.nvfp4.helpers")
     codes = random_codes(4, (16, 64), torch.uint8)
     assert codes.unique().numel() == 16
     packed = pack_words(codes, 4, torch.uint8)
@@ -52,7 +53,7 @@ def test_compressed_tensors_float4_pairs() -> None:
 
 
 def test_compressed_tensors_float6_fours() -> None:
-    helpers = pytest.importorskip("compressed_tensors.compressors.mxfp6.helpers")  # since 0.20
+    helpers = importlib.import_module("compressed_tensors.compressors.mxfp6.helpers")  # since 0.20
     codes = random_codes(6, (32, 64), torch.uint8)
     assert codes.unique().numel() == 64
     packed = pack_words(codes, 6, torch.uint8)
@@ -63,7 +64,7 @@ def test_compressed_tensors_float6_fours() -> None:
 
 
 def test_compressed_tensors_reads_autoawq_words() -> None:
-    converter = pytest.importorskip("compressed_tensors.entrypoints.convert.converters.autoawq").AutoAWQConverter
+    converter = importlib.import_module("compressed_tensors.entrypoints.convert.converters.autoawq").AutoAWQConverter
     codes, zeros = random_codes(4, (16, 40), torch.uint8), random_codes(4, (2, 40), torch.uint8)
     qweight, qzeros = (pack_words(q, 4, torch.int32, order=AWQ_ORDER) for q in (codes, zeros))
     unpacked = converter.reverse_awq_order(*converter.unpack_awq(qweight, qzeros, 4), 4)
