@@ -16,6 +16,7 @@ from graphq.formats import Float, Format, Int, Mx, Nvfp4, TwoLevel
 from graphq.numerics import elements, mx
 from graphq.numerics.blocks import block_extremes, channel_block, expand_scale, scale_shape
 
+_AT_A_TIME: Final = 1 << 18  # elements that are rounded at once: temporary copies stay small
 _NVFP4_SMALLEST: Final = 0.125  # compressed-tensors' scale of a block that is too small for one
 
 
@@ -184,7 +185,9 @@ def over_channels(x: Tensor, upper: Tensor, format: TwoLevel, block: Sequence[in
     y = x / expand_scale(upper, x, channel_block(block)).to(x.dtype)
     if format.element == "int4":
         return y.round_().clamp_(-128, 127)
-    return elements.round_to(y, "float8_e4m3fn")
+    for part in y.split(max(1, _AT_A_TIME // max(y[0].numel(), 1))) if y.numel() else ():
+        part.copy_(elements.round_to(part, "float8_e4m3fn"))
+    return y
 
 
 def effective_scale(scales: Scales, format: Format, dtype: torch.dtype = torch.float32) -> Tensor:
