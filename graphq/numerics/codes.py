@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from typing import Final, assert_never
 
 import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from graphq.formats import Float, Format, Int, Mx, Nvfp4, TwoLevel
+from graphq import formats
+from graphq.formats import Format, Int, Mx, Nvfp4, TwoLevel
 from graphq.numerics import elements, mx
 from graphq.numerics.blocks import beside_scales
 from graphq.numerics.scales import (
@@ -23,14 +25,18 @@ from graphq.numerics.scales import (
 )
 
 
-def quantize(x: Tensor, scales: Scales, format: Format, block: Sequence[int]) -> Tensor:
+def quantize(
+    x: Float[Tensor, "*shape"], scales: Scales, format: Format, block: Sequence[int]
+) -> Shaped[Tensor, "*shape"]:
     """Codes of ``x``, in ``code_dtype(format)``: of integers clamp(round(x / scale) + zero_point)."""
     x = computed(x)
     y, zero_point = _scaled(x, scales, format, block)
     return _codes(y, zero_point, format).view(x.shape)
 
 
-def dequantize(codes: Tensor, scales: Scales, format: Format, block: Sequence[int]) -> Tensor:
+def dequantize(
+    codes: Shaped[Tensor, "*shape"], scales: Scales, format: Format, block: Sequence[int]
+) -> Float[Tensor, "*shape"]:
     """(value of codes - zero_point) * scale, in float32 (float64 where the scale is)."""
     dtype = torch.float64 if scales.scale.dtype == torch.float64 else torch.float32
     values = code_values(codes, format, dtype)
@@ -40,7 +46,9 @@ def dequantize(codes: Tensor, scales: Scales, format: Format, block: Sequence[in
     return (x * scale if zero_point is None else (x - zero_point) * scale).view(codes.shape)
 
 
-def fake_quantize(x: Tensor, scales: Scales, format: Format, block: Sequence[int]) -> Tensor:
+def fake_quantize(
+    x: Float[Tensor, "*shape"], scales: Scales, format: Format, block: Sequence[int]
+) -> Float[Tensor, "*shape"]:
     """``dequantize(quantize(x))`` in the dtype of ``x``, without its codes, a part of the rows at a time."""
     out = torch.empty_like(x)
     step = _rows_at_a_time(x, block)
@@ -119,7 +127,7 @@ def _codes(y: Tensor, zero_point: Tensor | None, format: Format) -> Tensor:
             return _integers(y, None, -8, 7).to(torch.int8)
         case Mx("int8"):
             return _int8_steps(y, format).nan_to_num_(0.0).to(torch.int8)
-        case Float():
+        case formats.Float():
             return elements.encode(y, format.layout)
         case Mx():
             return elements.encode(y, format.element, mx.rounding_of(format))
@@ -138,7 +146,7 @@ def _rounded(y: Tensor, zero_point: Tensor | None, format: Format) -> Tensor:
             return _integers(y, None, -8, 7)
         case Mx("int8"):
             return _int8_steps(y, format).mul_(mx.INT8_UNIT)
-        case Float():
+        case formats.Float():
             return elements.round_to(y, format.layout)
         case Mx():
             return elements.round_to(y, format.element, mx.rounding_of(format))
@@ -161,7 +169,7 @@ def code_values(codes: Tensor, format: Format, dtype: torch.dtype = torch.float3
             return codes.to(dtype)
         case Mx("int8"):
             return codes.to(dtype) * mx.INT8_UNIT
-        case Float():
+        case formats.Float():
             return elements.decode(codes, format.layout, dtype)
         case Mx():
             return elements.decode(codes, format.element, dtype)

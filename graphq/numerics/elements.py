@@ -14,6 +14,7 @@ from functools import cache
 from typing import Final, Literal, final
 
 import torch
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from graphq.errors import PassError
@@ -78,7 +79,7 @@ def largest(element: str) -> float:
     return HIFLOAT8_LARGEST if element == "hifloat8" else MINIFLOATS[element].largest
 
 
-def round_to(x: Tensor, element: str, rounding: Rounding = "even") -> Tensor:
+def round_to(x: Float[Tensor, "*shape"], element: str, rounding: Rounding = "even") -> Float[Tensor, "*shape"]:
     """The value of ``element`` nearest to each of ``x``, float32 or float64, in the same dtype; zeros may lose their
     sign. ``rounding`` is that of halves; hifloat8 has its own.
     """
@@ -107,7 +108,7 @@ def _exponent_mask(bits: _Bits) -> int:
     return 0x7F800000 if bits.integer == torch.int32 else 0x7FF0000000000000
 
 
-def encode(x: Tensor, element: str, rounding: Rounding = "even") -> Tensor:
+def encode(x: Float[Tensor, "*shape"], element: str, rounding: Rounding = "even") -> UInt8[Tensor, "*shape"]:
     """``uint8`` codes of the values nearest to ``x``, float32 or float64."""
     if element == "hifloat8":
         return _hifloat8_tables(str(x.device))[0].index_select(0, _hifloat8_index(x).flatten()).view(x.shape)
@@ -124,7 +125,7 @@ def encode(x: Tensor, element: str, rounding: Rounding = "even") -> Tensor:
     return (code | (torch.signbit(x).to(bits.integer) << width)).to(torch.uint8)
 
 
-def decode(codes: Tensor, element: str, dtype: torch.dtype = torch.float32) -> Tensor:
+def decode(codes: UInt8[Tensor, "*shape"], element: str, dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:
     """The values of ``uint8`` codes in ``dtype``, which float32 holds exactly; bits above the code's are ignored."""
     if codes.dtype != torch.uint8:
         raise PassError(f"{element}: codes are uint8, not {codes.dtype}")
