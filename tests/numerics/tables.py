@@ -5,6 +5,7 @@ Nothing here is taken from graphq. Tables hold the non-negative values by code.
 
 import math
 from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 
@@ -19,7 +20,7 @@ FLOAT6_E3M2 = [m / 16 for m in range(4)] + [(1 + m / 4) * 2**e for e in range(-2
 FLOAT8_E4M3 = [m * 2**-9 for m in range(8)] + [(1 + m / 8) * 2**e for e in range(-6, 9) for m in range(8)][:-1]
 FLOAT8_E5M2 = [m * 2**-16 for m in range(4)] + [(1 + m / 4) * 2**e for e in range(-14, 16) for m in range(4)]
 
-MINIFLOATS: dict[str, list[float]] = {
+MINIFLOATS: Final[dict[str, list[float]]] = {
     "float4_e2m1": FLOAT4_E2M1,
     "float4_e1m2": FLOAT4_E1M2,
     "float6_e2m3": FLOAT6_E2M3,
@@ -27,7 +28,14 @@ MINIFLOATS: dict[str, list[float]] = {
     "float8_e4m3fn": FLOAT8_E4M3,
     "float8_e5m2": FLOAT8_E5M2,
 }
-BITS = {"float4_e2m1": 4, "float4_e1m2": 4, "float6_e2m3": 6, "float6_e3m2": 6, "float8_e4m3fn": 8, "float8_e5m2": 8}
+BITS: Final[dict[str, int]] = {
+    "float4_e2m1": 4,
+    "float4_e1m2": 4,
+    "float6_e2m3": 6,
+    "float6_e3m2": 6,
+    "float8_e4m3fn": 8,
+    "float8_e5m2": 8,
+}
 
 # AMCT's decode table of HiFloat8, codes 0x00 to 0x7F.
 HIFLOAT8: list[float] = [

@@ -1,6 +1,7 @@
 """What holds for every format and every way to cut a tensor into blocks."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 import graphq
 from graphq import numerics
-from graphq.formats import Float, Format, Int, Mx, Nvfp4, TwoLevel, element_name
+from graphq.formats import Float, FloatLayout, Format, Int, Mx, Nvfp4, TwoLevel, element_name
 from graphq.numerics import Scales, elements
 from graphq.numerics.codes import code_values
 from tests.numerics.tables import MINIFLOATS
@@ -19,7 +20,7 @@ FORMATS: list[Format] = [
     *(Int(bits, symmetric) for bits in (2, 3, 4, 5, 6, 7, 8, 16) for symmetric in (True, False)),
     *(Int(bits, divisor=divisor) for bits in (4, 8) for divisor in ("half", "by_sign")),
     *(Int(bits, symmetric=False, signed=False) for bits in (8, 16)),
-    *(Float(layout, scale) for layout in (*MINIFLOATS, "hifloat8") for scale in ("max", "pow2")),
+    *(Float(layout, scale) for layout in get_args(FloatLayout) for scale in ("max", "pow2")),
     Float("hifloat8", "to15"),
     *(
         Mx(element, rule)
@@ -238,7 +239,7 @@ def test_nan_and_infinity_never_become_numbers(format: Format, bad: float) -> No
 # -- powers of two as scales
 
 
-@pytest.mark.parametrize("layout", [*MINIFLOATS, "hifloat8"])
+@pytest.mark.parametrize("layout", get_args(FloatLayout))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_pow2_is_the_smallest_that_holds_all(layout, dtype: torch.dtype) -> None:
     full = 16.0 if layout == "hifloat8" else MINIFLOATS[layout][-1]
@@ -253,7 +254,7 @@ def test_pow2_is_the_smallest_that_holds_all(layout, dtype: torch.dtype) -> None
 
 
 def test_pow2_of_tiny_and_huge_extremes() -> None:
-    for layout in (*MINIFLOATS, "hifloat8"):
+    for layout in get_args(FloatLayout):
         amax = torch.tensor([0.0, 1e-45, 3.4e38])
         scale, _ = numerics.scale_from_extremes(-amax, amax, Float(layout, "pow2"))
         assert scale[0] == 1

@@ -55,7 +55,7 @@ def test_mse_against_a_loop(format: Format, block: list[int], method: Mse) -> No
     low, high = mse_extremes(w, format, block, method)
     tried = [[memoryless_mse(part, format, method) for part in row] for row in split(w, block)]
     # A step that improves no block counts against patience; the search ends for all blocks at once.
-    best = [[(math.inf, None, None)] * len(row) for row in tried]
+    best = [[(math.inf, torch.tensor(0.0), torch.tensor(0.0))] * len(row) for row in tried]
     waited = 0
     for step in range(int(method.shrink * method.grid)):
         improved = False
