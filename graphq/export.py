@@ -22,7 +22,7 @@ from torch.export import Dim, ExportedProgram
 from graphq.errors import GraphError
 from graphq.guards import unproved
 from graphq.source import KEY, TOTAL, Source, TensorInput
-from graphq.state import put_tensor, tensor_of
+from graphq.state import put_input, put_tensor, tensor_of
 
 MAX_SIZE: Final = 1 << 20  # the declared upper end of every dynamic dimension
 _LOGGERS: Final = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
@@ -196,7 +196,9 @@ def _own_graph(exported: ExportedProgram, inputs: Sequence[TensorInput]) -> fx.G
     unlifted = exported.module(check_guards=False)
     graph, state = fx.Graph(), nn.Module()
     new: dict[fx.Node, fx.Node] = {}
-    placeholders = iter(inputs)
+    given = [node for node in unlifted.graph.nodes if node.op == "placeholder"]
+    for node, declared in zip(given, inputs, strict=True):
+        new[node] = put_input(graph, declared.name)
     for node in unlifted.graph.nodes:
         if node.op == "call_module" or node.target is torch.ops.aten._assert_tensor_metadata.default:
             continue  # guards, proved above, and restatements of what ``val`` says
@@ -210,7 +212,7 @@ def _own_graph(exported: ExportedProgram, inputs: Sequence[TensorInput]) -> fx.G
             put_tensor(state, fqn, tensor)
             copied = graph.get_attr(fqn)
         elif node.op == "placeholder":
-            copied = graph.placeholder(next(placeholders).name.replace(".", "_"))
+            copied = new[node]
         elif _is_cast(node):
             x, value = new[cast(fx.Node, node.args[0])], node.meta["val"]
             if value.dtype == x.meta["val"].dtype and value.device == x.meta["val"].device:

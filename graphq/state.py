@@ -1,6 +1,17 @@
-"""Tensors of a module by their state-dict key."""
+"""Tensors of a module by their state-dict key, and the inputs of the graph that reads them."""
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+
+
+def put_input(graph: fx.Graph, name: str) -> fx.Node:
+    """A further input of ``graph``, whose argument has the node's own name: ``name``, or one like it.
+
+    torch.fx writes ``x = self.x`` for a node that reads a tensor, under a name that no other *node* has. An argument
+    whose name is not its node's may be that one, and would be lost.
+    """
+    node = graph.placeholder(name)
+    node.target = node.name
+    return node
 
 
 def tensor_of(module: nn.Module, fqn: str) -> Tensor:

@@ -4,6 +4,7 @@ torch's exporter translates the QDQ form; graphq's ops and integer types are our
 gives its key/value cache under the names that optimum and onnxruntime-genai use.
 """
 
+import itertools
 import logging
 import re
 import warnings
@@ -68,7 +69,9 @@ def emit(
 
     legalize(gm, LIMITS)
     prepared = onnx_form(gm, cache)
+    _check_names(source_of(prepared))
     model = _export(prepared)
+    _name_values(model)
     _share_tied(model, prepared)
     _set_types(model, prepared)
     _name_dimensions(model, prepared)
@@ -81,6 +84,27 @@ def emit(
         ir.save(model, directory / NAME, external_data=_DATA if size > _INLINE_BYTES else None)
         onnx.checker.check_model(str(directory / NAME), full_check=True)
         manifest.write(directory, prepared, "onnx", made_from)
+
+
+def _check_names(source: Source) -> None:
+    """Raises ``TargetError`` for an output with the name of an input: values in ONNX have a name each."""
+    names = {i.name for i in source.inputs}
+    for name in source.outputs:
+        if name in names:
+            raise TargetError(f"onnx: output {name} has the name of an input, which ONNX forbids; rename it")
+
+
+def _name_values(model: Any) -> None:
+    """No value between the nodes has the name of an input, an output or a tensor."""
+    ends = [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]
+    taken = {value.name for value in ends}
+    taken |= {value.name for node in model.graph.all_nodes() for value in node.outputs}
+    fixed = {value.name for value in ends}
+    outputs = {id(value) for value in model.graph.outputs}
+    for value in [value for node in model.graph.all_nodes() for value in node.outputs]:
+        if value.name in fixed and id(value) not in outputs:
+            value.name = next(name for i in itertools.count() if (name := f"{value.name}_{i}") not in taken)
+            taken.add(value.name)
 
 
 def _samples(source: Source) -> tuple[Tensor, ...]:

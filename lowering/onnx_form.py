@@ -5,6 +5,7 @@ Its codes, scales and zero points are those that the ONNX file holds, under the 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Final, cast, final
 
 import torch
@@ -89,9 +90,27 @@ def onnx_form(gm: fx.GraphModule, cache: bool = True) -> fx.GraphModule:
                     _set(made, part, tensor_of(made, part.fqn).reshape(()))
     if not cache:
         _drop_cache(made)
+    _name_apart(made)
     made.graph.lint()
     made.recompile()
     return made
+
+
+def _name_apart(gm: fx.GraphModule) -> None:
+    """No tensor has the name of an input or output, which ONNX would take for one value: theirs stay."""
+    source = source_of(gm)
+    taken = {*(i.name for i in source.inputs), *source.outputs}
+    names: dict[str, str] = {}
+    for op in ops_of(gm):
+        if not isinstance(op, Param) or op.fqn not in taken:
+            continue
+        if op.fqn not in names:
+            candidates = (f"constants.{op.fqn}{'_' * i}" for i in count())
+            free = next(name for name in candidates if name not in taken and not edit.has_tensor(gm, name))
+            put_tensor(gm, free, tensor_of(gm, op.fqn))
+            names[op.fqn] = free
+        op.node.target = names[op.fqn]
+    edit.drop_unused(gm)
 
 
 def _set(gm: fx.GraphModule, op: Param, tensor: Tensor) -> None:

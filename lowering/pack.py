@@ -7,7 +7,7 @@ from torch import Tensor, fx, nn
 from graphq import edit
 from graphq.numerics import Scales
 from graphq.runtime.modules import Int8Linear, PackedWeight
-from graphq.state import put_tensor, tensor_of
+from graphq.state import put_input, put_tensor, tensor_of
 from graphq.views import Dequantize, Linear, Op, Param, Quantize, TransposedLinear, Weighted, ops_of, view
 
 _INT8: Final = ("int8", "int8/asym", "int8/half", "int8/by_sign")
@@ -40,7 +40,10 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.nodes:
-        copied[node] = graph.node_copy(node, copied.__getitem__)
+        if node.op == "placeholder":
+            copied[node] = put_input(graph, node.name)
+        else:
+            copied[node] = graph.node_copy(node, copied.__getitem__)
         copied[node].meta = dict(node.meta)
     made = fx.GraphModule(root, graph)
     made.meta = dict(gm.meta)

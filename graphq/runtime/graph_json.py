@@ -18,7 +18,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 from graphq.errors import PassError, SpecError, TargetError
 from graphq.runtime import ops as graphq_ops
 from graphq.runtime.modules import Int8Linear, PackedWeight
-from graphq.state import put_tensor
+from graphq.state import put_input, put_tensor
 
 _FUNCTIONS: Final[dict[str, Callable[..., Any]]] = {
     "getitem": operator.getitem,
@@ -182,7 +182,7 @@ def _build(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> fx.GraphMo
         kwargs = {_name(k): _from_json(v, nodes) for k, v in entry.get("kwargs", {}).items()}
         match op:
             case "placeholder":
-                node = graph.placeholder(_name(entry["target"]))
+                node = put_input(graph, _name(entry["target"]))
             case "get_attr":
                 if entry["target"] not in tensors:
                     raise TargetError(f"graph.json: the weights lack {entry['target']}")

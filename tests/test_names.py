@@ -1,0 +1,131 @@
+"""Names in the user's model that are also names of arguments, of graphq's own modules or of torch's, or Python's."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import graphq
+from graphq.errors import TargetError
+from graphq.lowering.verify import verify
+from graphq.runtime.onnx_session import OnnxSession
+from graphq.source import source_of
+
+W8: dict[str, Any] = {"graphq": 1, "rules": [{"match": "*", "weight": "int8/channel"}]}
+W8A8: dict[str, Any] = {"graphq": 1, "rules": [{"match": "*", "weight": "int8/channel", "input": "int8/token/dynamic"}]}
+
+
+def floats(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+X = floats(3, 8)
+
+
+def assert_everywhere(model: nn.Module, spec: dict[str, Any], inputs: dict[str, Tensor], path: Path) -> None:
+    """The compiled model, its copies and its artifacts compute what the QDQ form does, and that what ``model`` does."""
+    compiled = graphq.compile(model.eval(), spec, inputs=inputs)
+    with torch.no_grad():
+        expected, found = model(**inputs), compiled(**inputs)
+        assert isinstance(found, Tensor)
+        # int8 by channel: within 2 % of the largest output.
+        assert 0 < (found - expected).abs().max() <= 0.02 * expected.abs().max()
+        (qdq,) = compiled.graph(*(inputs[i.name] for i in source_of(compiled.graph).inputs))
+    compiled.save(path / "torch")
+    compiled.emit("onnx", path / "onnx")
+    loaded = graphq.load(path / "torch")
+    session = OnnxSession(path / "onnx" / "model.onnx", loaded.source)
+    for call in (compiled, loaded, copy.deepcopy(loaded), session):
+        assert (call(**inputs) - qdq).abs().max() <= 1e-5 * qdq.abs().max()
+    assert verify(path / "torch").ok
+    assert verify(path / "onnx").ok
+
+
+# -- arguments of forward ----------------------------------------------------------------------------------------------
+
+
+class OwnArgument(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.x = nn.Parameter(floats(1, 8, seed=1))
+        self.l = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.l(x * self.x)
+
+
+class DottedArgument(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.l = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, l_bias: Tensor) -> Tensor:
+        return self.l(x) + l_bias
+
+
+class BufferArgument(nn.Module):
+    """Its parameters have names that torch's exporter gives to results in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.l = nn.Linear(8, 8)
+        self.register_buffer("mask", floats(8, seed=2))
+        self.output, self.val_0, self.mul = (nn.Parameter(floats(8, seed=s)) for s in (3, 4, 5))
+
+    def forward(self, x: Tensor, mask: Tensor, torch: Tensor) -> Tensor:
+        own: Any = self.mask
+        return self.l(x) * own * mask + self.output * self.val_0 * torch + self.mul
+
+
+class AnyArgument(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.l = nn.Linear(8, 8)
+
+    def forward(self, **given: Tensor) -> Tensor:
+        return self.l(given["a.b"]) + 2 * given["a_b"] - given["class"] * given["a b"] + given["input"]
+
+
+ARGUMENTS: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
+    "a parameter": (OwnArgument, ("x",)),
+    "a layer's bias": (DottedArgument, ("x", "l_bias")),
+    "a buffer, a module of Python's": (BufferArgument, ("x", "mask", "torch")),
+    "words, and one name twice but for a dot": (AnyArgument, ("a.b", "a_b", "class", "a b", "input")),
+}
+
+
+@pytest.mark.parametrize("case", ARGUMENTS)
+def test_arguments_named_like(case: str, tmp_path: Path) -> None:
+    model, names = ARGUMENTS[case]
+    torch.manual_seed(0)
+    inputs = {name: floats(3, 8, seed=10 + i) for i, name in enumerate(names)}
+    assert_everywhere(model(), W8, inputs, tmp_path)
+
+
+def test_an_output_named_like_a_tensor_and_one_like_an_input(tmp_path: Path) -> None:
+    class Named(nn.Module):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.l = nn.Linear(8, 8)
+            self.scale = nn.Parameter(floats(8))
+            self.name = name
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {self.name: self.l(x) * self.scale}
+
+    compiled = graphq.compile(Named("scale"), W8, inputs=X)
+    compiled.emit("onnx", tmp_path / "scale")
+    session = OnnxSession(tmp_path / "scale" / "model.onnx", source_of(compiled.graph))
+    found, expected = (cast_dict(call(X))["scale"] for call in (session, compiled))
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    with pytest.raises(TargetError, match="^onnx: output x has the name of an input, which ONNX forbids; rename it$"):
+        graphq.compile(Named("x"), W8, inputs=X).emit("onnx", tmp_path / "x")
+
+
+def cast_dict(outputs: Any) -> dict[str, Tensor]:
+    assert isinstance(outputs, dict)
+    return outputs
