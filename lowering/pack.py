@@ -6,7 +6,7 @@ from torch import Tensor, fx, nn
 
 from graphq import edit
 from graphq.numerics import Scales
-from graphq.runtime.modules import Int8Linear, PackedWeight
+from graphq.runtime.modules import Int8Linear, PackedWeight, hold_linear, hold_weight
 from graphq.state import put_input, put_tensor, tensor_of
 from graphq.views import Dequantize, Linear, Op, Param, Quantize, TransposedLinear, Weighted, ops_of, view
 
@@ -83,13 +83,15 @@ def _integer_linear(gm: fx.GraphModule, weight: Dequantize) -> None:
         return
     codes, (scale, zero_point, _) = _tensors(gm, weight)
     bias = _bias(op)
+    path = cast(Param, weight.codes).fqn.removesuffix(".weight")
+    if isinstance(bias, Param) and bias.fqn != f"{path}.bias" and edit.has_tensor(gm, f"{path}.bias"):
+        return  # the layer has another tensor of the name that the bias would get
     held = tensor_of(gm, bias.fqn) if isinstance(bias, Param) else None
     rows = codes.shape if isinstance(op, Linear) else codes.shape[::-1]
     per_channel = list(weight.block) != [-1, -1]
     transposed = isinstance(op, TransposedLinear)
     module = Int8Linear(rows, per_channel, zero_point is None, held is not None, op.val.dtype, transposed)
-    path = cast(Param, weight.codes).fqn.removesuffix(".weight")
-    _put_module(gm, path, module.hold(codes, scale, zero_point, held))
+    _put_module(gm, path, hold_linear(module, codes, scale, zero_point, held))
     for use in uses:
         x = cast(Dequantize, cast(Linear, use).input_op)
         _call(gm, use, path, (x.codes, x.scale, x.zero_point))
@@ -100,7 +102,7 @@ def _packed_weight(gm: fx.GraphModule, op: Dequantize) -> None:
     path = cast(Param, op.codes).fqn.removesuffix(".weight")
     codes, scales = _tensors(gm, op)
     module = PackedWeight(op.format, list(op.block), codes.shape, _row_axes(op), op.val.dtype)
-    _put_module(gm, path, module.hold(codes, scales))
+    _put_module(gm, path, hold_weight(module, codes, scales))
     _call(gm, op, path, ())
 
 

@@ -16,7 +16,7 @@ from graphq.lowering.legalize import Limits, legalize
 from graphq.lowering.pack import pack
 from graphq.runtime.graph_json import allowed, graph_from_json, graph_to_json
 from graphq.runtime.model import CompiledModel
-from graphq.runtime.modules import Int8Linear, PackedWeight
+from graphq.runtime.modules import Int8Linear, PackedWeight, codes_of, format_of, scales_of
 from graphq.source import KEY
 from graphq.views import Op
 
@@ -93,10 +93,8 @@ def stored_codes(model: CompiledModel) -> dict[str, manifest.QuantizedTensor]:
     found: dict[str, manifest.QuantizedTensor] = {}
     for path, module in model.graph.named_modules():
         if isinstance(module, PackedWeight | Int8Linear):
-            text = module.format if isinstance(module, PackedWeight) else ("int8" if module.symmetric else "int8/asym")
-            upper = module.weight_global_scale if isinstance(module, PackedWeight) else None
-            held = (module.codes(), module.weight_scale, module.weight_zero_point, upper)
-            found[path] = manifest.QuantizedTensor(path, text, *held)
+            held = (codes_of(module), *scales_of(module))
+            found[path] = manifest.QuantizedTensor(path, format_of(module), *held)
     buffers = dict(model.graph.named_buffers(remove_duplicate=False))
     for name in buffers:
         if name.endswith((".input_scale", ".input_global_scale")):

@@ -129,7 +129,13 @@ def hold_codes(
     like: Op,
     by: str,
 ) -> Op:
-    """Codes, scales and zero point as buffers under ``path``, and the op that reads them as a weight of ``dtype``."""
+    """Codes, scales and zero point as buffers under ``path``, and the op that reads them as a weight of ``dtype``.
+
+    Raises ``GraphError`` where the model has a tensor of such a name.
+    """
+    for name in ("scale", "zero_point", "global_scale"):
+        if edit.has_tensor(gm, f"{path}.weight_{name}"):
+            raise GraphError(f"{path}: the model's own {path}.weight_{name} has a name that graphq needs; rename it")
     codes = edit.add_tensor(gm, before, f"{path}.weight", made.codes, by=by, like=like)
     scales = [
         None if part is None else edit.add_tensor(gm, before, f"{path}.weight_{name}", part, by=by, like=like)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graphq
-from graphq.errors import TargetError
+from graphq.errors import GraphError, TargetError
 from graphq.lowering.verify import verify
 from graphq.runtime.onnx_session import OnnxSession
 from graphq.source import source_of
@@ -129,3 +129,82 @@ def test_an_output_named_like_a_tensor_and_one_like_an_input(tmp_path: Path) -> 
 def cast_dict(outputs: Any) -> dict[str, Tensor]:
     assert isinstance(outputs, dict)
     return outputs
+
+
+# -- tensors and modules beside a quantized weight ---------------------------------------------------------------------
+
+# Every name that a packed weight or an integer linear has had, or could be thought to have.
+BESIDE = [
+    *("bias", "columns", "transposed", "has_bias", "per_channel", "symmetric", "shape", "block", "dtype", "format"),
+    *("codes", "settings", "hold", "parsed", "bits", "rows_first", "row_axes", "prepared", "scale", "scales"),
+]
+
+
+class Beside(nn.Module):
+    """A layer ``l`` with a weight, and a tensor or a linear of its own under ``name``."""
+
+    def __init__(self, name: str, child: bool, bias: bool = False) -> None:
+        super().__init__()
+        self.l = nn.Module()
+        self.l.weight = nn.Parameter(floats(8, 8))
+        self.l.register_parameter("own_bias", nn.Parameter(floats(8, seed=3)) if bias else None)
+        setattr(self.l, name, nn.Linear(8, 8) if child else nn.Parameter(floats(8, seed=1)))
+        self.name, self.child = name, child
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, own = F.linear(x, self.l.weight, self.l.own_bias), getattr(self.l, self.name)
+        return own(y) if self.child else y * own + own
+
+
+@pytest.mark.parametrize("spec", [W8, W8A8], ids=["weight", "integer product"])
+@pytest.mark.parametrize("child", [False, True], ids=["tensor", "child"])
+def test_a_layer_holds_names_of_packed_modules(child: bool, spec: dict[str, Any], tmp_path: Path) -> None:
+    from graphq.lowering.pack import pack
+
+    for name in BESIDE:
+        torch.manual_seed(0)
+        model = Beside(name, child).eval()
+        compiled = graphq.compile(model, spec, inputs=X)
+        expected = model(X)
+        found, (qdq,) = compiled(X), compiled.graph(X)
+        assert isinstance(found, Tensor)
+        assert (found - expected).abs().max() <= 0.03 * expected.abs().max(), name  # two int8 layers, inputs too
+        assert (found - qdq).abs().max() <= 1e-5 * qdq.abs().max(), name
+        state = set(pack(compiled.graph).state_dict())
+        own = {f"l.{name}.weight", f"l.{name}.weight_scale", f"l.{name}.bias"} if child else {f"l.{name}"}
+        assert state == {"l.weight", "l.weight_scale"} | own
+        compiled.save(tmp_path / name)
+        assert torch.equal(cast_tensor(graphq.load(tmp_path / name)(X)), found), name
+        assert verify(tmp_path / name).ok
+
+
+def cast_tensor(output: Any) -> Tensor:
+    assert isinstance(output, Tensor)
+    return output
+
+
+@pytest.mark.parametrize("child", [False, True], ids=["tensor", "child"])
+def test_a_bias_of_another_name_leaves_the_layers_bias_alone(child: bool) -> None:
+    model = Beside("bias", child, bias=True).eval()
+    compiled = graphq.compile(model, W8A8, inputs=X)
+    expected, found = model(X), cast_tensor(compiled(X))
+    assert (found - expected).abs().max() <= 0.03 * expected.abs().max()
+    assert "Int8Linear" not in {type(m).__name__ for n, m in compiled.module.graph.named_modules() if n == "l"}
+
+
+def test_a_bias_of_another_name_alone_is_the_products() -> None:
+    model = Beside("scale", child=False, bias=True).eval()
+    compiled = graphq.compile(model, W8A8, inputs=X)
+    expected, found = model(X), cast_tensor(compiled(X))
+    assert (found - expected).abs().max() <= 0.03 * expected.abs().max()
+    assert type(compiled.module.graph.get_submodule("l")).__name__ == "Int8Linear"
+
+
+@pytest.mark.parametrize("name", ["weight_scale", "weight_zero_point", "weight_global_scale"])
+def test_a_name_that_a_quantized_weight_needs_is_refused(name: str) -> None:
+    model = Beside(name, child=False)
+    message = f"^l: the model's own l.{name} has a name that graphq needs; rename it$"
+    with pytest.raises(GraphError, match=message):
+        graphq.compile(model, W8, inputs=X)
+    keep: dict[str, Any] = {"graphq": 1, "rules": [{"match": "*", "float": True}]}
+    assert torch.equal(cast_tensor(graphq.compile(model, keep, inputs=X)(X)), model(X))

@@ -17,7 +17,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 
 from graphq.errors import PassError, SpecError, TargetError
 from graphq.runtime import ops as graphq_ops
-from graphq.runtime.modules import Int8Linear, PackedWeight
+from graphq.runtime.modules import Int8Linear, PackedWeight, settings_of
 from graphq.state import put_input, put_tensor
 
 _FUNCTIONS: Final[dict[str, Callable[..., Any]]] = {
@@ -124,7 +124,7 @@ def graph_to_json(gm: fx.GraphModule) -> dict[str, Any]:
         if node.op == "call_module":
             module = gm.get_submodule(str(node.target))
             assert isinstance(module, PackedWeight | Int8Linear)
-            settings = {k: _to_json(v) for k, v in module.settings().items()}
+            settings = {k: _to_json(v) for k, v in settings_of(module).items()}
             modules[str(node.target)] = {"class": type(module).__name__, "settings": settings}
         nodes.append(entry)
     return {"nodes": nodes, "modules": modules}

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from graphq import numerics, packing
 from graphq.errors import PassError
-from graphq.formats import Format, code_bits
+from graphq.formats import Format, code_bits, has_global_scale, is_asymmetric
 from graphq.numerics import Scales
 
 _onednn: Any = torch.ops.onednn
+_SCALES: Final = ("weight_scale", "weight_zero_point", "weight_global_scale")
 _BITS: Final = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -45,62 +46,70 @@ class _FixedDtypes(nn.Module, ABC):
 
 
 @final
+@dataclass(frozen=True)
+class _Packing:
+    """What a packed weight is, beside its tensors."""
+
+    settings: dict[str, Any]
+    format: Format
+    block: list[int]
+    shape: list[int]
+    rows_first: list[int]
+    columns: int
+    bits: int
+    dtype: torch.dtype
+
+
+@final
 class PackedWeight(_FixedDtypes):
     """A weight in packed codes; calling it gives the dequantized weight.
 
     ``weight``: ``uint8[rows, bytes]``, packed as ``graphq.packing`` says, one row for each index of ``row_axes``
     (output channels, of each expert). ``weight_scale``, ``weight_zero_point``, ``weight_global_scale`` and ``block``
     are those of the QDQ form, ``shape`` and ``row_axes`` those of the float weight; ``dtype`` is what it is dequantized
-    to.
+    to. It has no other name, nor those of the tensors that its format lacks: what the float layer held besides may.
     """
 
     weight: Tensor
     weight_scale: Tensor
-    weight_zero_point: Tensor | None
-    weight_global_scale: Tensor | None
 
     def __init__(
         self, format: str, block: Sequence[int], shape: Sequence[int], row_axes: Sequence[int], dtype: torch.dtype
     ) -> None:
         super().__init__()
-        self.format, self.block, self.dtype = format, list(block), dtype
-        self.shape, self.row_axes = list(shape), list(row_axes)
-        self.parsed: Format = numerics.parse_format(format)
-        self.rows_first = [*row_axes, *(a for a in range(len(shape)) if a not in row_axes)]
-        sizes = [shape[a] for a in self.rows_first]
-        rows, self.columns = math.prod(sizes[: len(row_axes)]), math.prod(sizes[len(row_axes) :])
-        self.bits = code_bits(self.parsed)
-        row_bytes = packing.packed_size(self.columns, self.bits)
-        self.register_buffer("weight", torch.empty(rows, row_bytes, dtype=torch.uint8))
-        scales = numerics.empty_scales(shape, block, self.parsed)
-        self.register_buffer("weight_scale", scales.scale)
-        self.register_buffer("weight_zero_point", scales.zero_point)
-        self.register_buffer("weight_global_scale", scales.global_scale)
-
-    def settings(self) -> dict[str, Any]:
-        """The arguments that make an empty module of this kind."""
-        return {k: getattr(self, k) for k in ("format", "block", "shape", "row_axes", "dtype")}
-
-    def hold(self, codes: Tensor, scales: Scales) -> Self:
-        """Pack these codes; the scales are kept as they are. Raises ``PassError`` for other shapes."""
-        if list(codes.shape) != self.shape:
-            raise PassError(f"codes of shape {tuple(codes.shape)}, not {tuple(self.shape)}")
-        _expect("a scale", scales.scale, self.weight_scale)
-        _expect("a zero point", scales.zero_point, self.weight_zero_point)
-        _expect("a global scale", scales.global_scale, self.weight_global_scale)
-        self.weight = packing.pack(codes.permute(self.rows_first).reshape(-1, self.columns), self.bits)
-        self.weight_scale, self.weight_zero_point, self.weight_global_scale = scales
-        return self
-
-    def codes(self) -> Tensor:
-        """The codes in the float weight's shape."""
-        flat = packing.unpack(self.weight, self.bits, self.columns, numerics.code_dtype(self.parsed))
-        moved = flat.reshape([self.shape[a] for a in self.rows_first])
-        return moved.permute([self.rows_first.index(a) for a in range(len(self.shape))])
+        parsed = numerics.parse_format(format)
+        rows_first = [*row_axes, *(a for a in range(len(shape)) if a not in row_axes)]
+        sizes = [shape[a] for a in rows_first]
+        rows, columns = math.prod(sizes[: len(row_axes)]), math.prod(sizes[len(row_axes) :])
+        bits = code_bits(parsed)
+        settings = {"format": format, "block": list(block), "shape": list(shape)}
+        settings |= {"row_axes": list(row_axes), "dtype": dtype}
+        self._graphq = _Packing(settings, parsed, list(block), list(shape), rows_first, columns, bits, dtype)
+        self.register_buffer("weight", torch.empty(rows, packing.packed_size(columns, bits), dtype=torch.uint8))
+        _register(self, numerics.empty_scales(shape, block, parsed))
 
     def forward(self) -> Tensor:
-        scales = Scales(self.weight_scale, self.weight_zero_point, self.weight_global_scale)
-        return numerics.dequantize(self.codes(), scales, self.parsed, self.block).to(self.dtype)
+        it = self._graphq
+        return numerics.dequantize(codes_of(self), scales_of(self), it.format, it.block).to(it.dtype)
+
+
+def _register(module: nn.Module, scales: Scales) -> None:
+    for name, tensor in zip(_SCALES, scales, strict=True):
+        if tensor is not None:
+            module.register_buffer(name, tensor)
+
+
+def hold_weight(module: PackedWeight, codes: Tensor, scales: Scales) -> PackedWeight:
+    """``module`` with these codes, packed; the scales are kept as they are. Raises ``PassError`` for other shapes."""
+    it, held = module._graphq, scales_of(module)
+    if list(codes.shape) != it.shape:
+        raise PassError(f"codes of shape {tuple(codes.shape)}, not {tuple(it.shape)}")
+    _expect("a scale", scales.scale, held.scale)
+    _expect("a zero point", scales.zero_point, held.zero_point)
+    _expect("a global scale", scales.global_scale, held.global_scale)
+    module.weight = packing.pack(codes.permute(it.rows_first).reshape(-1, it.columns), it.bits)
+    _register(module, scales)
+    return module
 
 
 @final
@@ -123,6 +132,19 @@ def _version(tensor: Tensor) -> int | None:
 
 
 @final
+@dataclass(frozen=True)
+class _Product:
+    """What an integer linear is, beside its tensors."""
+
+    shape: list[int]
+    per_channel: bool
+    symmetric: bool
+    bias: bool
+    dtype: torch.dtype
+    transposed: bool
+
+
+@final
 class Int8Linear(_FixedDtypes):
     """A linear on int8 codes of the input, with integer accumulation where the machine has a kernel for it.
 
@@ -135,8 +157,6 @@ class Int8Linear(_FixedDtypes):
 
     weight: Tensor
     weight_scale: Tensor
-    weight_zero_point: Tensor | None
-    bias: Tensor | None
 
     def __init__(
         self,
@@ -148,60 +168,92 @@ class Int8Linear(_FixedDtypes):
         transposed: bool = False,
     ) -> None:
         super().__init__()
-        self.shape, self.per_channel, self.symmetric = list(shape), per_channel, symmetric
-        self.has_bias, self.dtype, self.transposed = bias, dtype, transposed
+        self._graphq = _Product(list(shape), per_channel, symmetric, bias, dtype, transposed)
         scales = [shape[0] if per_channel else 1, 1][:: -1 if transposed else 1]
+        zero_point = None if symmetric else torch.empty(scales, dtype=torch.int8)
         self.register_buffer("weight", torch.empty(*shape, dtype=torch.int8))
-        self.register_buffer("weight_scale", torch.empty(scales, dtype=torch.float32))
-        self.register_buffer("weight_zero_point", None if symmetric else torch.empty(scales, dtype=torch.int8))
-        self.register_buffer("bias", torch.empty(shape[0], dtype=dtype) if bias else None)
-        self._prepared: _Prepared | None = None
-
-    def settings(self) -> dict[str, Any]:
-        """The arguments that make an empty module of this kind."""
-        return {
-            "shape": self.shape,
-            "per_channel": self.per_channel,
-            "symmetric": self.symmetric,
-            "bias": self.has_bias,
-            "dtype": self.dtype,
-            "transposed": self.transposed,
-        }
-
-    def hold(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None) -> Self:
-        """Hold a float weight's codes; scale and zero point stay as they are. Raises ``PassError`` for other shapes."""
-        codes = codes.t().contiguous() if self.transposed else codes
-        _expect("codes", codes, self.weight)
-        _expect("a scale", scale, self.weight_scale)
-        _expect("a zero point", zero_point, self.weight_zero_point)
-        _expect("a bias", bias, self.bias)
-        self.weight, self.weight_scale, self.weight_zero_point, self.bias = codes, scale, zero_point, bias
-        return self
-
-    def codes(self) -> Tensor:
-        """The codes in the float weight's shape."""
-        return self.weight.t() if self.transposed else self.weight
+        _register(self, Scales(torch.empty(scales, dtype=torch.float32), zero_point))
+        if bias:
+            self.register_buffer("bias", torch.empty(shape[0], dtype=dtype))
+        self._graphq_prepared: _Prepared | None = None
 
     def forward(self, q: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
         """``q``: int8 codes ``[..., K]``; ``scale``, ``zero_point``: ``[..., 1]``, for each token, or single ones."""
-        if self._prepared is None or not self._prepared.is_of(self.weight):
+        it, (weight_scale, weight_zero_point, _), bias = self._graphq, scales_of(self), _bias_of(self)
+        prepared = self._graphq_prepared
+        if prepared is None or not prepared.is_of(self.weight):
             row_sums = self.weight.sum(1, dtype=torch.int32).to(torch.float32)
-            self._prepared = _Prepared(self.weight, _version(self.weight), _prepack(self.weight), row_sums)
-        sums = _integer_product(q, self.weight, self._prepared.packed)
+            prepared = _Prepared(self.weight, _version(self.weight), _prepack(self.weight), row_sums)
+            self._graphq_prepared = prepared
+        sums = _integer_product(q, self.weight, prepared.packed)
         if zero_point is not None:
-            sums = sums - zero_point.to(torch.float32) * self._prepared.row_sums
-        if self.weight_zero_point is not None:
+            sums = sums - zero_point.to(torch.float32) * prepared.row_sums
+        if weight_zero_point is not None:
             totals = q.sum(-1, keepdim=True, dtype=torch.int32).to(torch.float32)
             if zero_point is not None:
-                totals = totals - zero_point.to(torch.float32) * self.shape[1]
-            sums = sums - totals * self.weight_zero_point.flatten().to(torch.float32)
-        y = sums * scale * self.weight_scale.flatten()
-        if self.bias is not None:
-            y = y + self.bias
-        return y.to(self.dtype)
+                totals = totals - zero_point.to(torch.float32) * it.shape[1]
+            sums = sums - totals * weight_zero_point.flatten().to(torch.float32)
+        y = sums * scale * weight_scale.flatten()
+        if bias is not None:
+            y = y + bias
+        return y.to(it.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_prepared": None}  # prepacked tensors cannot be copied
+        return {**super().__getstate__(), "_graphq_prepared": None}  # prepacked tensors cannot be copied
+
+
+def hold_linear(
+    module: Int8Linear, codes: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None
+) -> Int8Linear:
+    """``module`` with a float weight's codes; scale and zero point stay as they are. Raises ``PassError`` for other
+    shapes.
+    """
+    codes = codes.t().contiguous() if module._graphq.transposed else codes
+    held = scales_of(module)
+    _expect("codes", codes, module.weight)
+    _expect("a scale", scale, held.scale)
+    _expect("a zero point", zero_point, held.zero_point)
+    _expect("a bias", bias, _bias_of(module))
+    module.weight = codes
+    _register(module, Scales(scale, zero_point))
+    if bias is not None:
+        module.register_buffer("bias", bias)
+    return module
+
+
+def _bias_of(module: Int8Linear) -> Tensor | None:
+    return cast(Tensor, module.get_buffer("bias")) if module._graphq.bias else None
+
+
+def settings_of(module: PackedWeight | Int8Linear) -> dict[str, Any]:
+    """The arguments that make an empty module of this kind."""
+    return dict(module._graphq.settings) if isinstance(module, PackedWeight) else vars(module._graphq).copy()
+
+
+def format_of(module: PackedWeight | Int8Linear) -> str:
+    """The text of the weight's format."""
+    if isinstance(module, PackedWeight):
+        return str(module._graphq.settings["format"])
+    return "int8" if module._graphq.symmetric else "int8/asym"
+
+
+def codes_of(module: PackedWeight | Int8Linear) -> Tensor:
+    """The codes in the float weight's shape."""
+    if isinstance(module, Int8Linear):
+        return module.weight.t() if module._graphq.transposed else module.weight
+    it = module._graphq
+    flat = packing.unpack(module.weight, it.bits, it.columns, numerics.code_dtype(it.format))
+    moved = flat.reshape([it.shape[a] for a in it.rows_first])
+    return moved.permute([it.rows_first.index(a) for a in range(len(it.shape))])
+
+
+def scales_of(module: PackedWeight | Int8Linear) -> Scales:
+    """Scales and zero points as they are stored; a tensor of theirs that the format lacks is none of them."""
+    format = module._graphq.format if isinstance(module, PackedWeight) else None
+    has_zero_point = is_asymmetric(format) if format is not None else not cast(Int8Linear, module)._graphq.symmetric
+    zero_point = module.get_buffer("weight_zero_point") if has_zero_point else None
+    upper = module.get_buffer("weight_global_scale") if format is not None and has_global_scale(format) else None
+    return Scales(module.weight_scale, zero_point, upper)
 
 
 def _prepack(weight: Tensor) -> Tensor | None:

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 import graphq
 from graphq.lowering.pack import copy_graph, pack
-from graphq.runtime.modules import Int8Linear, PackedWeight
+from graphq.runtime.modules import Int8Linear, PackedWeight, codes_of
 from graphq.state import tensor_of
 from graphq.text import dump
 from tests.models import MLP, Attention, ConvBnRelu, MoE, Tied, Twice
@@ -94,7 +94,7 @@ def test_packed_weights_compute_what_the_qdq_form_computes(name: str, weight: st
     for path in modules_of(packed):
         module = packed.get_submodule(path)
         assert isinstance(module, PackedWeight)
-        assert torch.equal(module.codes(), tensor_of(gm, f"{path}.weight"))
+        assert torch.equal(codes_of(module), tensor_of(gm, f"{path}.weight"))
         assert module.weight_scale is tensor_of(packed, f"{path}.weight_scale")
         assert module.weight_scale.data_ptr() == tensor_of(gm, f"{path}.weight_scale").data_ptr()
 

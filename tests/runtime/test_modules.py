@@ -13,7 +13,16 @@ from graphq.errors import PassError
 from graphq.formats import Int
 from graphq.numerics import Scales
 from graphq.runtime import modules
-from graphq.runtime.modules import Int8Linear, PackedWeight, has_integer_kernel
+from graphq.runtime.modules import (
+    Int8Linear,
+    PackedWeight,
+    codes_of,
+    has_integer_kernel,
+    hold_linear,
+    hold_weight,
+    scales_of,
+    settings_of,
+)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -37,7 +46,7 @@ def packed_weight(format: Int, layout: str, dtype: torch.dtype = torch.float32) 
     scales = numerics.choose_scale(w, format, block)
     codes = numerics.quantize(w, scales, format, block)
     module = PackedWeight(str(format), block, shape, row_axes, dtype)
-    return module.hold(codes, scales), codes, scales
+    return hold_weight(module, codes, scales), codes, scales
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -46,18 +55,17 @@ def packed_weight(format: Int, layout: str, dtype: torch.dtype = torch.float32) 
 def test_packed_weight_gives_the_codes_and_values_back(bits: int, layout: str, symmetric: bool) -> None:
     module, codes, scales = packed_weight(Int(bits, symmetric), layout)
     block = LAYOUTS[layout][2]
-    assert torch.equal(module.codes(), codes)
+    assert torch.equal(codes_of(module), codes)
     assert torch.equal(module(), numerics.dequantize(codes, scales, Int(bits, symmetric), block))
     rows = 18 if layout == "experts" else 6
     columns = codes.numel() // rows
     assert module.weight.dtype == torch.uint8
     assert module.weight.shape == (rows, -(-columns * bits // 8))
-    assert torch.equal(module.weight_scale, scales.scale)
-    if scales.zero_point is None:
-        assert module.weight_zero_point is None
-    else:
-        assert module.weight_zero_point is not None
-        assert torch.equal(module.weight_zero_point, scales.zero_point)
+    held = scales_of(module)
+    assert torch.equal(held.scale, scales.scale)
+    assert (held.zero_point is None) == (scales.zero_point is None) == symmetric
+    if held.zero_point is not None and scales.zero_point is not None:
+        assert torch.equal(held.zero_point, scales.zero_point)
 
 
 def test_each_output_channel_is_a_row_of_bytes() -> None:
@@ -80,11 +88,11 @@ def test_packed_weight_is_dequantized_to_its_dtype(dtype: torch.dtype) -> None:
 def test_packed_weight_refuses_other_shapes() -> None:
     module, codes, scales = packed_weight(Int(4, symmetric=False), "linear")
     with pytest.raises(PassError, match=r"codes of shape \(10, 6\), not \(6, 10\)"):
-        module.hold(codes.t(), scales)
+        hold_weight(module, codes.t(), scales)
     with pytest.raises(PassError, match=r"a scale of shape \(6, 1\), not \(6, 3\)"):
-        module.hold(codes, scales._replace(scale=scales.scale[:, :1]))
+        hold_weight(module, codes, scales._replace(scale=scales.scale[:, :1]))
     with pytest.raises(PassError, match=r"a zero point of shape None, not \(6, 3\)"):
-        module.hold(codes, Scales(scales.scale))
+        hold_weight(module, codes, Scales(scales.scale))
 
 
 class Case:
@@ -108,7 +116,7 @@ class Case:
             self.x_zero_point = None if self.x_zero_point is None else self.x_zero_point.reshape(())
         self.q = numerics.quantize(x, Scales(self.x_scale, self.x_zero_point), format, x_block)
         self.module = Int8Linear((n, k), per_channel, symmetric, bias, torch.float32)
-        self.module.hold(self.codes, self.scale, self.zero_point, self.bias)
+        hold_linear(self.module, self.codes, self.scale, self.zero_point, self.bias)
 
     def run(self) -> Tensor:
         return self.module(self.q, self.x_scale, self.x_zero_point)
@@ -164,8 +172,8 @@ def test_int8_linear_is_the_linear_of_what_the_codes_stand_for(name: str, path: 
     # The sums are integers, which float32 holds exactly up to 2^24 and rounds by 2^-24 of themselves above; scales and
     # bias round three more times. 1e-5 leaves room for what zero points take out of larger sums.
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
-    assert case.module._prepared is not None
-    assert (case.module._prepared.packed is not None) == (path == "kernel")
+    assert case.module._graphq_prepared is not None
+    assert (case.module._graphq_prepared.packed is not None) == (path == "kernel")
 
 
 def test_both_ways_give_the_same_bits() -> None:
@@ -184,7 +192,7 @@ def test_sums_up_to_2_to_the_24_are_exact_where_those_of_raised_inputs_are(path:
     codes = torch.randint(-128, 128, (64, 1024), generator=torch.Generator().manual_seed(0)).to(torch.int8)
     q = torch.randint(-128, 128, (33, 1024), generator=torch.Generator().manual_seed(1)).to(torch.int8)
     codes[0], q[0], codes[1] = -128, -128, 127
-    case.module.hold(codes, torch.ones(64, 1), None, None)
+    hold_linear(case.module, codes, torch.ones(64, 1), None, None)
     exact = q.long() @ codes.long().t()
     assert exact[0, 0] == 1 << 24
     raised = (q.long() + 128) @ codes.long().t()
@@ -199,7 +207,7 @@ def test_sums_up_to_2_to_the_24_are_exact_where_those_of_raised_inputs_are(path:
 @pytest.mark.parametrize("k", [64, 4096])
 def test_extreme_codes_do_not_saturate(q: int, w: int, k: int, path: str) -> None:
     module = Int8Linear((16, k), True, True, False, torch.float32)
-    module.hold(torch.full((16, k), w, dtype=torch.int8), torch.ones(16, 1), None, None)
+    hold_linear(module, torch.full((16, k), w, dtype=torch.int8), torch.ones(16, 1), None, None)
     got = module(torch.full((3, k), q, dtype=torch.int8), torch.ones(()), None)
     assert torch.equal(got, torch.full((3, 16), float(q * w * k)))  # q w 2^6 or 2^12: float32 holds them all
 
@@ -216,14 +224,14 @@ def test_no_rows(batch: tuple[int, ...], asymmetric: bool, path: str) -> None:
 def test_inputs_and_weights_need_not_be_contiguous(path: str) -> None:
     case = Case(n=24, k=40, batch=(5,))
     expected = case.run()
-    case.module.hold(case.codes.t().contiguous().t(), case.scale, None, case.bias)
+    hold_linear(case.module, case.codes.t().contiguous().t(), case.scale, None, case.bias)
     assert torch.equal(case.module(case.q.t().contiguous().t(), case.x_scale, None), expected)
 
 
 def test_the_result_has_the_dtype_of_the_source() -> None:
     case = Case()
     module = Int8Linear((24, 40), True, True, True, torch.bfloat16)
-    module.hold(case.codes, case.scale, None, random(24).bfloat16())
+    hold_linear(module, case.codes, case.scale, None, random(24).bfloat16())
     case.bias = random(24).bfloat16()
     got = module(case.q, case.x_scale, None)
     assert got.dtype == torch.bfloat16
@@ -234,13 +242,13 @@ def test_the_result_has_the_dtype_of_the_source() -> None:
 def test_int8_linear_refuses_other_shapes() -> None:
     case = Case(symmetric=False)
     with pytest.raises(PassError, match=r"codes of shape \(40, 24\), not \(24, 40\)"):
-        case.module.hold(case.codes.t(), case.scale, case.zero_point, case.bias)
+        hold_linear(case.module, case.codes.t(), case.scale, case.zero_point, case.bias)
     with pytest.raises(PassError, match=r"a scale of shape \(1, 1\), not \(24, 1\)"):
-        case.module.hold(case.codes, case.scale[:1], case.zero_point, case.bias)
+        hold_linear(case.module, case.codes, case.scale[:1], case.zero_point, case.bias)
     with pytest.raises(PassError, match=r"a zero point of shape None, not \(24, 1\)"):
-        case.module.hold(case.codes, case.scale, None, case.bias)
+        hold_linear(case.module, case.codes, case.scale, None, case.bias)
     with pytest.raises(PassError, match=r"a bias of shape None, not \(24,\)"):
-        case.module.hold(case.codes, case.scale, case.zero_point, None)
+        hold_linear(case.module, case.codes, case.scale, case.zero_point, None)
 
 
 def test_changed_weights_are_seen(path: str) -> None:
@@ -251,9 +259,9 @@ def test_changed_weights_are_seen(path: str) -> None:
     case.module.load_state_dict(other.module.state_dict())  # copies into the same tensors
     assert torch.equal(case.run(), expected)
     with torch.inference_mode():
-        case.module.hold(codes.clone(), case.scale, None, case.bias)
+        hold_linear(case.module, codes.clone(), case.scale, None, case.bias)
         assert not torch.equal(case.run(), expected)
-        case.module.hold(other.codes.clone(), other.scale, None, other.bias)
+        hold_linear(case.module, other.codes.clone(), other.scale, None, other.bias)
         assert torch.equal(case.run(), expected)
 
 
@@ -292,7 +300,7 @@ def test_settings_and_state_make_the_module_again(index: int) -> None:
     stored.seek(0)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        made = cast(Any, type(module))(**cast(Any, module).settings())
+        made = cast(Any, type(module))(**settings_of(cast(Any, module)))
     finally:
         torch.set_default_dtype(torch.float32)
     made.load_state_dict(torch.load(stored, weights_only=True))
