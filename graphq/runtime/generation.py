@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from graphq.batches import complete
+from graphq.errors import GraphqError
 from graphq.source import Source
 
 
@@ -39,18 +40,32 @@ class _Generator(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
+        use_cache: bool | None = None,
         **ignored: Any,
     ) -> CausalLMOutputWithPast:
         given: dict[str, Tensor | None] = {"input_ids": input_ids, "attention_mask": attention_mask}
         if any(i.name == "position_ids" for i in self.captured.inputs):
             given["position_ids"] = position_ids
         past = past_key_values if past_key_values is not None else DynamicCache()
+        _check_cache(past)
         for i, layer in enumerate(cast(Any, past).layers):
             if layer.is_initialized:
                 given |= {f"past_key_values.{i}.key": layer.keys, f"past_key_values.{i}.value": layer.values}
         batch = complete(self.captured, {k: v for k, v in given.items() if v is not None})
         outputs: dict[str, Tensor] = dict(zip(self.captured.outputs, self.graph(*batch), strict=True))
-        return CausalLMOutputWithPast(logits=outputs["logits"], past_key_values=_hold(past, outputs))
+        # Without a cache generate gives all tokens again each time, which a cache handed back would double.
+        kept = None if use_cache is False else _hold(past, outputs)
+        return CausalLMOutputWithPast(logits=outputs["logits"], past_key_values=kept)
+
+
+def _check_cache(cache: Any) -> None:
+    """Raises ``GraphqError`` for a cache whose layers are no plain keys and values as long as what was read."""
+    if type(cache) is not DynamicCache or cache.offloading:
+        kind = "an offloaded DynamicCache" if type(cache) is DynamicCache else f"a {type(cache).__name__}"
+        raise GraphqError(
+            f"generate: {kind} cannot hold this graph's keys and values, which grow with the text;"
+            " leave cache_implementation and past_key_values out"
+        )
 
 
 def _hold(cache: Any, outputs: Mapping[str, Tensor]) -> Any:

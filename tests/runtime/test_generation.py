@@ -108,3 +108,32 @@ def test_a_model_without_a_cache_does_not_generate() -> None:
     assert not [i for i in source_of(compiled.graph).inputs if i.is_cache]
     with pytest.raises(GraphqError, match="captured with its key/value cache"):
         compiled.generate(tokens(1, 3))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_without_the_cache_all_tokens_are_read_again(family: str) -> None:
+    ids = tokens(2, 5)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    for options in ({}, {"num_beams": 2}):
+        options |= {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+        expected = generate(tiny(family), **options)
+        assert torch.equal(generate(CompiledModel(models._captured(family)), **options), expected)
+
+
+def test_the_sources_generation_config_may_leave_the_cache_out() -> None:
+    source = tiny("llama", num_hidden_layers=1)
+    source.generation_config.use_cache = False
+    ids = tokens(2, 4)
+    assert torch.equal(
+        generate(CompiledModel(capture_pretrained(source)), input_ids=ids), generate(source, input_ids=ids)
+    )
+
+
+@pytest.mark.parametrize(("kind", "named"), [("static", "a StaticCache"), ("offloaded", "an offloaded DynamicCache")])
+def test_caches_that_the_graph_cannot_fill_are_refused(kind: str, named: str) -> None:
+    model, ids = CompiledModel(models._captured("llama")), tokens(2, 4)
+    with pytest.raises(GraphqError, match=f"^generate: {named} cannot hold .*; leave cache_implementation and"):
+        generate(model, input_ids=ids, cache_implementation=kind)
+    found = generate(model, input_ids=ids, cache_implementation="dynamic")
+    assert torch.equal(found, generate(tiny("llama"), input_ids=ids))
