@@ -208,3 +208,71 @@ def test_a_name_that_a_quantized_weight_needs_is_refused(name: str) -> None:
         graphq.compile(model, W8, inputs=X)
     keep: dict[str, Any] = {"graphq": 1, "rules": [{"match": "*", "float": True}]}
     assert torch.equal(cast_tensor(graphq.compile(model, keep, inputs=X)(X)), model(X))
+
+
+# -- names that no graph can hold --------------------------------------------------------------------------------------
+
+
+class Holding(nn.Module):
+    """A linear, or a parameter, under any name, here or in a submodule."""
+
+    def __init__(self, name: str, where: str) -> None:
+        super().__init__()
+        self.inner = nn.Module()
+        self.owner = "self" if where.startswith("root") else "inner"
+        owner = self if where.startswith("root") else self.inner
+        if where.endswith("tensor"):
+            owner._parameters[name] = nn.Parameter(floats(8, 8))
+        elif where.endswith("linear"):
+            owner._modules[name] = nn.Linear(8, 8)
+        else:
+            owner._modules[name] = nn.ReLU()
+        self.name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        owner = self if self.owner == "self" else self.inner
+        tensor = owner._parameters.get(self.name)
+        child = owner._modules.get(self.name)
+        return F.linear(x, tensor) if tensor is not None else child(x) if child is not None else x
+
+
+WORD, LINE = "this is a word of Python's grammar", "it has a character that ends a line or a text"
+TORCH, GRAPH = "every module of torch has an attribute of this name", "graphs have an attribute of this name"
+REFUSED = {
+    ("in", "root linear"): f"'in' cannot be a name in a graph: {WORD}; rename it",
+    ("not", "inner linear"): f"'inner.not' cannot be a name in a graph: {WORD}; rename it",
+    ("class", "inner tensor"): f"'inner.class' cannot be a name in a graph: {WORD}; rename it",
+    ("graph", "root linear"): f"'graph' cannot be a name in a graph: {GRAPH}; rename it",
+    ("meta", "root tensor"): f"'meta' cannot be a name in a graph: {GRAPH}; rename it",
+    ("code", "root linear"): f"'code' cannot be a name in a graph: {GRAPH}; rename it",
+    ("type", "inner linear"): f"'inner.type' cannot be a name in a graph: {TORCH}; rename it",
+    ("train", "root linear"): f"'train' cannot be a name in a graph: {TORCH}; rename it",
+    ("half", "inner relu"): f"'inner.half' cannot be a name in a graph: {TORCH}; rename it",
+    ('a"b', "inner linear"): f"'inner.a\"b' cannot be a name in a graph: {LINE}; rename it",
+    ("a\nb", "inner linear"): f"'inner.a\\nb' cannot be a name in a graph: {LINE}; rename it",
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_names_that_no_graph_can_hold(case: tuple[str, str]) -> None:
+    with pytest.raises(GraphError) as caught:
+        graphq.compile(Holding(*case), W8, inputs=X)
+    assert str(caught.value) == REFUSED[case]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(("graph", "inner linear"), ("code", "inner tensor"), ("in_", "root linear"), ("self", "root tensor")),
+        *(("source", "root linear"), ("generate", "root linear"), ("a b", "inner linear"), ("ü", "root tensor")),
+    ],
+)
+def test_names_that_only_look_like_these(case: tuple[str, str], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    assert_everywhere(Holding(*case), W8, {"x": X}, tmp_path)
+
+
+def test_a_module_without_tensors_may_have_a_word_for_a_name() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    model.add_module("in", nn.ReLU())
+    assert (cast_tensor(graphq.compile(model, W8, inputs=X)(X)) >= 0).all()
