@@ -1,12 +1,13 @@
 """Capture of any module from example inputs, as one functional graph with flat tensors in and out."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from graphq.errors import GraphError
 from graphq.export import FlatModel, SpecializedError, export_flat
@@ -20,7 +21,40 @@ def capture_module(model: nn.Module, inputs: Tensor | Sequence[Tensor] | Mapping
     ``[batch, n, features]`` inputs is the dynamic ``sequence`` where the model allows it; a note says where not.
     Raises ``GraphError`` for inputs or outputs that are not tensors, a specialized batch, and untraceable code.
     """
+    model = unwrapped(model)
     named = _name_inputs(model, inputs)
+    gm = _capture(model, named)
+    _check_examples(gm, model, named)
+    return gm
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module that ``torch.compile`` or a data-parallel module was given, whose names are the user's."""
+    while True:
+        inner = model._modules.get("_orig_mod")
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = model.module
+        elif type(model).__name__ != "OptimizedModule":
+            return model
+        if inner is None:
+            return model
+        model = inner
+
+
+def _check_examples(gm: fx.GraphModule, model: nn.Module, named: Mapping[str, Tensor]) -> None:
+    """Raises ``GraphError`` if the graph cannot be run on the examples: export looks at few dtypes and no values."""
+    if any(isinstance(x, FakeTensor) for x in (*named.values(), *gm.state_dict(keep_vars=True).values())):
+        return
+    try:
+        with torch.no_grad():
+            gm.forward(*named.values())
+    except Exception as error:  # whatever the ops say
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise GraphError(f"inputs: {type(model).__name__} fails on the examples: {first}") from error
+
+
+def _capture(model: nn.Module, named: dict[str, Tensor]) -> fx.GraphModule:
+    """The graph, with inputs in the order of ``named``."""
     sequence_sizes = {x.shape[1] for x in named.values() if _has_sequence(x)}
     with_sequence = len(sequence_sizes) == 1 and sequence_sizes != {1}
     batch_sizes = {x.shape[0] for x in named.values() if x.dim()}
@@ -45,7 +79,7 @@ def capture_module(model: nn.Module, inputs: Tensor | Sequence[Tensor] | Mapping
             for name, x in named.items()
         )
 
-    flat = FlatModel(model, tuple(named), lambda module, by_name: module(**by_name))
+    flat = FlatModel(model, tuple(named), _caller(model))
     if with_sequence:
         try:
             return export_flat(flat, declare(sequence=True), tuple(named.values()))
@@ -61,29 +95,55 @@ def _has_sequence(x: Tensor) -> bool:
     return x.dim() == 3 or (x.dim() == 2 and not x.is_floating_point())
 
 
-def _name_inputs(model: nn.Module, inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _caller(model: nn.Module) -> Callable[[nn.Module, dict[str, Tensor]], Any]:
+    """How the model is called with inputs by name: those that have none for its callers, by their positions."""
     parameters = inspect.signature(model.forward).parameters
+    nameless = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_ONLY]
+
+    def call(module: nn.Module, by_name: dict[str, Tensor]) -> Any:
+        first = [by_name.pop(name) for name in nameless if name in by_name]
+        return module(*first, **by_name)
+
+    return call
+
+
+def _name_inputs(model: nn.Module, inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs by name, in the order of the model's ``forward``."""
+    parameters = inspect.signature(model.forward).parameters
+    where = f"{type(model).__name__}.forward"
+    by_position = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    endless = [n for n, p in parameters.items() if p.kind is p.VAR_POSITIONAL]
     named: dict[str, Any]
     if isinstance(inputs, Mapping):
-        named = dict(inputs)
+        named = {n: inputs[n] for n in parameters if n in inputs} | dict(inputs)
     else:
         given = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
-        names = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        if len(given) > len(names):
-            raise GraphError(
-                f"inputs: {len(given)} given, {type(model).__name__}.forward takes {len(names)}: {', '.join(names)}"
-            )
-        named = dict(zip(names, given, strict=False))
+        if len(given) > len(by_position):
+            if endless:
+                raise _nameless(where, endless[0])
+            if not by_position and parameters:
+                raise GraphError(f"inputs: {where} takes none by position; pass a dict by argument name")
+            raise GraphError(f"inputs: {len(given)} given, {where} takes {len(by_position)}: {', '.join(by_position)}")
+        named = dict(zip(by_position, given, strict=False))
     if not named:
-        raise GraphError(
-            f"inputs: none given; pass example inputs of {type(model).__name__}.forward as a tuple or dict"
-        )
+        raise GraphError(f"inputs: none given; pass example inputs of {where} as a tuple or dict")
     accepts_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for name, value in named.items():
+        if name in endless:
+            raise _nameless(where, name)
         if name not in parameters and not accepts_any:
-            raise GraphError(
-                f"inputs: {type(model).__name__}.forward has no argument {name}; it takes {', '.join(parameters)}"
-            )
+            raise GraphError(f"inputs: {where} has no argument {name}; it takes {', '.join(parameters)}")
         if not isinstance(value, Tensor):
             raise GraphError(f"inputs: {name} is a {type(value).__name__}; graphs take flat tensors")
+    nameless = [n for n, p in parameters.items() if p.kind is p.POSITIONAL_ONLY]
+    left_out = [n for i, n in enumerate(nameless) if n not in named and any(later in named for later in nameless[i:])]
+    if left_out:
+        raise GraphError(f"inputs: {where} takes {', '.join(nameless)} by position alone: give {left_out[0]}, too")
     return named
+
+
+def _nameless(where: str, name: str) -> GraphError:
+    return GraphError(
+        f"inputs: {where} takes any number of tensors (*{name}), which have no names for a graph; wrap the model in a"
+        " module whose forward names each"
+    )

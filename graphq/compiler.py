@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from graphq import hugging_face
 from graphq.batches import complete_all
-from graphq.capture import capture_module
+from graphq.capture import capture_module, unwrapped
 from graphq.errors import GraphError, SpecError, TargetError
 from graphq.frontends import load_spec
 from graphq.frontends.native import print_spec
@@ -127,6 +127,7 @@ def capture(
     elif not isinstance(cast(object, model), nn.Module):
         raise GraphError(f"model: a {type(model).__name__} is neither a module nor the path of a model directory")
     else:
+        model = unwrapped(model)
         if dtype is not None and any(p.dtype != dtype for p in model.parameters() if p.is_floating_point()):
             import copy
 

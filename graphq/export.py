@@ -12,6 +12,7 @@ import re
 import traceback
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final, Literal, cast
 
 import torch
@@ -21,11 +22,13 @@ from torch.export import Dim, ExportedProgram
 
 from graphq.errors import GraphError
 from graphq.guards import unproved
+from graphq.names import check_names
 from graphq.source import KEY, TOTAL, Source, TensorInput
 from graphq.state import put_input, put_tensor, tensor_of
 
 MAX_SIZE: Final = 1 << 20  # the declared upper end of every dynamic dimension
 _LOGGERS: Final = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
+_OWN_CODE: Final = str(Path(__file__).parent)
 MINIMUM: Final = {"past_sequence": 0}  # of the others: 1
 
 
@@ -55,7 +58,12 @@ class FlatModel(nn.Module):
             return (result,)
         kind: Literal["tuple", "dict"] = "dict"
         if isinstance(result, Mapping):
-            named = {str(k): v for k, v in cast(Mapping[Any, Any], result).items() if v is not None}
+            named: dict[str, Any] = {}
+            for key, value in cast(Mapping[Any, Any], result).items():
+                if value is not None and str(key) in named:
+                    raise GraphError(f"{type(self.model).__name__}: two outputs are called {key}; rename one")
+                if value is not None:
+                    named[str(key)] = value
         elif isinstance(result, list | tuple):
             named = {f"output_{i}": v for i, v in enumerate(cast(Sequence[Any], result))}
             kind = "tuple"
@@ -82,6 +90,7 @@ def export_flat(
 
     ``limits`` are the largest sizes of dimensions that the model bounds (``MAX_SIZE`` for the others).
     """
+    check_names(flat.model)
     names = {d for i in inputs for d in i.shape if isinstance(d, str) and d != TOTAL}
     ranges = {d: (MINIMUM.get(d, 1), (limits or {}).get(d, MAX_SIZE)) for d in sorted(names)}
     shapes = dynamic_shapes(inputs, ranges)
@@ -281,7 +290,7 @@ def _explain(error: Exception, flat: FlatModel) -> GraphError:
     for frame, line in traceback.walk_tb(error.__traceback__):  # the innermost frame of a module's own code wins
         code = frame.f_code
         owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-        if id(owner) in names and not code.co_filename.startswith(torch.__path__[0]):
+        if id(owner) in names and not code.co_filename.startswith((torch.__path__[0], _OWN_CODE)):
             source = linecache.getline(code.co_filename, line).strip()
             where = f"{names[id(owner)]} ({code.co_filename}:{line}: {source}): "
     lines = [text.strip() for text in str(error).splitlines() if text.strip()] or [type(error).__name__]

@@ -140,7 +140,7 @@ class Mixed(nn.Module):
         ((floats(2, 8),), ["x"]),
         ([floats(2, 8), floats(2, 8)], ["x", "mask"]),
         ({"x": floats(2, 8), "scale": torch.tensor(2.0)}, ["x", "scale"]),
-        ({"mask": floats(2, 8), "x": floats(2, 8)}, ["mask", "x"]),
+        ({"mask": floats(2, 8), "x": floats(2, 8)}, ["x", "mask"]),  # in the order of forward, whatever the dict's
     ],
 )
 def test_inputs_by_position_and_by_name(inputs: Any, names: list[str]) -> None:
