@@ -31,7 +31,7 @@ def capture_module(model: nn.Module, inputs: Tensor | Sequence[Tensor] | Mapping
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module that ``torch.compile`` or a data-parallel module was given, whose names are the user's."""
     while True:
-        inner = model._modules.get("_orig_mod")
+        inner = dict(model.named_children()).get("_orig_mod")
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             inner = model.module
         elif type(model).__name__ != "OptimizedModule":

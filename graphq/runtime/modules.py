@@ -84,12 +84,12 @@ class PackedWeight(_FixedDtypes):
         bits = code_bits(parsed)
         settings = {"format": format, "block": list(block), "shape": list(shape)}
         settings |= {"row_axes": list(row_axes), "dtype": dtype}
-        self._graphq = _Packing(settings, parsed, list(block), list(shape), rows_first, columns, bits, dtype)
+        self.graphq_form = _Packing(settings, parsed, list(block), list(shape), rows_first, columns, bits, dtype)
         self.register_buffer("weight", torch.empty(rows, packing.packed_size(columns, bits), dtype=torch.uint8))
         _register(self, numerics.empty_scales(shape, block, parsed))
 
     def forward(self) -> Tensor:
-        it = self._graphq
+        it = self.graphq_form
         return numerics.dequantize(codes_of(self), scales_of(self), it.format, it.block).to(it.dtype)
 
 
@@ -101,7 +101,7 @@ def _register(module: nn.Module, scales: Scales) -> None:
 
 def hold_weight(module: PackedWeight, codes: Tensor, scales: Scales) -> PackedWeight:
     """``module`` with these codes, packed; the scales are kept as they are. Raises ``PassError`` for other shapes."""
-    it, held = module._graphq, scales_of(module)
+    it, held = module.graphq_form, scales_of(module)
     if list(codes.shape) != it.shape:
         raise PassError(f"codes of shape {tuple(codes.shape)}, not {tuple(it.shape)}")
     _expect("a scale", scales.scale, held.scale)
@@ -168,7 +168,7 @@ class Int8Linear(_FixedDtypes):
         transposed: bool = False,
     ) -> None:
         super().__init__()
-        self._graphq = _Product(list(shape), per_channel, symmetric, bias, dtype, transposed)
+        self.graphq_form = _Product(list(shape), per_channel, symmetric, bias, dtype, transposed)
         scales = [shape[0] if per_channel else 1, 1][:: -1 if transposed else 1]
         zero_point = None if symmetric else torch.empty(scales, dtype=torch.int8)
         self.register_buffer("weight", torch.empty(*shape, dtype=torch.int8))
@@ -179,7 +179,7 @@ class Int8Linear(_FixedDtypes):
 
     def forward(self, q: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
         """``q``: int8 codes ``[..., K]``; ``scale``, ``zero_point``: ``[..., 1]``, for each token, or single ones."""
-        it, (weight_scale, weight_zero_point, _), bias = self._graphq, scales_of(self), _bias_of(self)
+        it, (weight_scale, weight_zero_point, _), bias = self.graphq_form, scales_of(self), _bias_of(self)
         prepared = self._graphq_prepared
         if prepared is None or not prepared.is_of(self.weight):
             row_sums = self.weight.sum(1, dtype=torch.int32).to(torch.float32)
@@ -208,7 +208,7 @@ def hold_linear(
     """``module`` with a float weight's codes; scale and zero point stay as they are. Raises ``PassError`` for other
     shapes.
     """
-    codes = codes.t().contiguous() if module._graphq.transposed else codes
+    codes = codes.t().contiguous() if module.graphq_form.transposed else codes
     held = scales_of(module)
     _expect("codes", codes, module.weight)
     _expect("a scale", scale, held.scale)
@@ -222,26 +222,26 @@ def hold_linear(
 
 
 def _bias_of(module: Int8Linear) -> Tensor | None:
-    return cast(Tensor, module.get_buffer("bias")) if module._graphq.bias else None
+    return module.get_buffer("bias") if module.graphq_form.bias else None
 
 
 def settings_of(module: PackedWeight | Int8Linear) -> dict[str, Any]:
     """The arguments that make an empty module of this kind."""
-    return dict(module._graphq.settings) if isinstance(module, PackedWeight) else vars(module._graphq).copy()
+    return dict(module.graphq_form.settings) if isinstance(module, PackedWeight) else vars(module.graphq_form).copy()
 
 
 def format_of(module: PackedWeight | Int8Linear) -> str:
     """The text of the weight's format."""
     if isinstance(module, PackedWeight):
-        return str(module._graphq.settings["format"])
-    return "int8" if module._graphq.symmetric else "int8/asym"
+        return str(module.graphq_form.settings["format"])
+    return "int8" if module.graphq_form.symmetric else "int8/asym"
 
 
 def codes_of(module: PackedWeight | Int8Linear) -> Tensor:
     """The codes in the float weight's shape."""
     if isinstance(module, Int8Linear):
-        return module.weight.t() if module._graphq.transposed else module.weight
-    it = module._graphq
+        return module.weight.t() if module.graphq_form.transposed else module.weight
+    it = module.graphq_form
     flat = packing.unpack(module.weight, it.bits, it.columns, numerics.code_dtype(it.format))
     moved = flat.reshape([it.shape[a] for a in it.rows_first])
     return moved.permute([it.rows_first.index(a) for a in range(len(it.shape))])
@@ -249,8 +249,8 @@ def codes_of(module: PackedWeight | Int8Linear) -> Tensor:
 
 def scales_of(module: PackedWeight | Int8Linear) -> Scales:
     """Scales and zero points as they are stored; a tensor of theirs that the format lacks is none of them."""
-    format = module._graphq.format if isinstance(module, PackedWeight) else None
-    has_zero_point = is_asymmetric(format) if format is not None else not cast(Int8Linear, module)._graphq.symmetric
+    format = module.graphq_form.format if isinstance(module, PackedWeight) else None
+    has_zero_point = is_asymmetric(format) if format is not None else not cast(Int8Linear, module).graphq_form.symmetric
     zero_point = module.get_buffer("weight_zero_point") if has_zero_point else None
     upper = module.get_buffer("weight_global_scale") if format is not None and has_global_scale(format) else None
     return Scales(module.weight_scale, zero_point, upper)
