@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
-from graphq.errors import SpecError
+from graphq.errors import GraphqError, SpecError
 from graphq.passes.observe import observers
 from graphq.pipeline import Batches, Pass
 
@@ -31,8 +31,8 @@ class Calibrate(Pass):
             for _, observer in watching:
                 observer.look = look
             with torch.inference_mode():
-                for batch in batches or ():
-                    gm(*batch)
+                for number, batch in enumerate(batches or ()):
+                    _see(gm, batch, number)
                     count += 1
         if count == 0:
             raise SpecError("calibration: no batches; static scales need at least one")
@@ -41,3 +41,14 @@ class Calibrate(Pass):
             problem = "calibration: no data reached {}; calibrate with data that uses it"
             raise SpecError([problem.format(layer) for layer in unseen])
         return len(watching)
+
+
+def _see(gm: fx.GraphModule, batch: tuple[Tensor, ...], number: int) -> None:
+    """Raises ``SpecError`` for a batch on which the model fails, such as token ids beyond its vocabulary."""
+    try:
+        gm.forward(*batch)  # a call would print where in the graph it failed
+    except GraphqError:
+        raise
+    except Exception as error:  # whatever the ops say
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SpecError(f"calibration: batch {number}: the model fails on it: {first}") from error
