@@ -14,11 +14,12 @@ from graphq.capture import capture_module, unwrapped
 from graphq.errors import GraphError, SpecError, TargetError
 from graphq.frontends import load_spec
 from graphq.frontends.native import print_spec
+from graphq.layers import sites
 from graphq.passes.annotate import Annotate, decide
 from graphq.passes.calibrate import Calibrate
 from graphq.passes.observe import Observe
 from graphq.passes.quantize_activations import QuantizeActivations
-from graphq.passes.quantize_weights import QuantizeWeights
+from graphq.passes.quantize_weights import QuantizeWeights, check_finite
 from graphq.passes.raise_grouped_linear import RaiseGroupedLinear
 from graphq.passes.remove_no_ops import RemoveNoOps
 from graphq.passes.split_gate_up import SplitGateUp
@@ -30,9 +31,11 @@ from graphq.runtime.model import CompiledModel
 from graphq.source import source_of
 from graphq.spec import Resolved, Spec
 from graphq.state import put_tensor, tensor_of
+from graphq.views import Param, ops_of
 
 ALGORITHMS: Final = ("rtn",)
 TARGETS: Final = ("torch", "onnx")
+QUANTIZABLE: Final = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
 
@@ -122,6 +125,8 @@ def capture(
     A directory is captured in float32, a module in its own dtype, unless ``dtype`` says otherwise; ``weights=False``
     reads a directory's configuration alone. ``cache=False`` leaves the key/value cache out.
     """
+    if dtype is not None and not (isinstance(cast(object, dtype), torch.dtype) and dtype.is_floating_point):
+        raise SpecError(f"dtype: {dtype!r} is not a floating-point dtype of torch, such as torch.bfloat16")
     if isinstance(model, str | os.PathLike):
         gm = hugging_face.capture_directory(Path(model), dtype or torch.float32, weights, cache)
     elif not isinstance(cast(object, model), nn.Module):
@@ -170,14 +175,17 @@ def compile(  # noqa: A001
     """
     parsed = load_spec(cast(Any, spec), dialect)
     _check_algorithms(parsed, algorithm)
+    if not isinstance(cast(object, seed), int) or not -(1 << 63) <= seed < 1 << 64:
+        raise SpecError(f"seed: {seed} is not an integer from -2^63 to 2^64 - 1")
     if parsed.cache is not None:
         raise SpecError(f"cache: {parsed.cache}: graphq cannot quantize the KV cache yet; leave it out of the spec")
     gm = capture(model, inputs, dtype, cache=cache)
     theirs = _storages(gm) if isinstance(model, nn.Module) and not consume else set[int]()
-    if consume and isinstance(model, nn.Module):
-        _release(model)
     resolved, notes = decide(gm, parsed)
     _check_calibration(resolved, calibration)
+    _check_tensors(gm, resolved)
+    if consume and isinstance(model, nn.Module):
+        _release(model)  # now that nothing is left to refuse before the work begins
     source = source_of(gm)
     sqnr: dict[str, float] = {}
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -216,6 +224,29 @@ def _is_calibrated(plan: Plan) -> bool:
     """Whether a scale of the layer follows from calibration data."""
     static_input = plan.input is not None and not plan.input.dynamic
     return static_input or (plan.weight is not None and isinstance(plan.weight.method, Ofmr))
+
+
+def _check_tensors(gm: fx.GraphModule, resolved: Mapping[str, Resolved]) -> None:
+    """Raises ``GraphError`` for a parameter with NaN or Inf, and for a weight of a dtype that cannot be quantized.
+
+    Buffers may hold them: masks do.
+    """
+    planned = {
+        site.param.fqn: site
+        for site in sites(gm)
+        if any(isinstance(plan := resolved[fqn].decision, Plan) and plan.weight is not None for fqn in site.fqns)
+    }
+    for fqn in dict.fromkeys(op.fqn for op in ops_of(gm) if isinstance(op, Param)):
+        tensor = tensor_of(gm, fqn).detach()
+        if fqn in planned and tensor.dtype not in QUANTIZABLE:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in QUANTIZABLE)
+            raise GraphError(f"{planned[fqn].fqns[0]}: the weight is {tensor.dtype}; graphq quantizes {names}")
+        if fqn in planned:
+            check_finite(tensor, planned[fqn])
+            continue
+        numbers = tensor.float() if tensor.itemsize == 1 else tensor  # torch has no isfinite of float8
+        if isinstance(tensor_of(gm, fqn), nn.Parameter) and not torch.isfinite(numbers).all():
+            raise GraphError(f"{fqn}: the tensor holds NaN or Inf")
 
 
 def _progress(batches: Iterator[tuple[Tensor, ...]], given: Iterable[object]) -> Iterator[tuple[Tensor, ...]]:

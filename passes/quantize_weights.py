@@ -86,7 +86,7 @@ class QuantizeWeights(Pass):
         amax: Tensor | None,
     ) -> None:
         w = tensor_of(gm, site.param.fqn).detach()
-        _check_finite(w, site)
+        check_finite(w, site)
         first = min((user for read in reads for user in read.users), key=lambda op: op.node)  # in graph order
         remove_tensor(gm, site.param.fqn)
         plans: dict[Quant | None, list[int]] = {}
@@ -158,7 +158,7 @@ def _fused_extremes(gm: fx.GraphModule, layers: Iterable[Site]) -> dict[str, Ten
         own: list[Tensor] = []
         for site in fused:
             w = tensor_of(gm, site.param.fqn).detach()
-            _check_finite(w, site)
+            check_finite(w, site)
             own.append(w.abs().flatten(1).amax(1) if site.is_stack else w.abs().amax().view(1))
         for site, amax in zip(fused, own, strict=True):
             found[site.param.fqn] = torch.stack([o for o in own if o.shape == amax.shape]).amax(0)
@@ -181,7 +181,8 @@ def _given_scales(
     return None
 
 
-def _check_finite(w: Tensor, site: Site) -> None:
+def check_finite(w: Tensor, site: Site) -> None:
+    """Raises ``GraphError`` naming the layer, or the first expert, whose weight holds NaN or Inf."""
     if not torch.isfinite(w).all():
         wrong = [fqn for i, fqn in enumerate(site.fqns) if not torch.isfinite(w[i] if site.is_stack else w).all()]
         raise GraphError(f"{wrong[0]}: the weight holds NaN or Inf")

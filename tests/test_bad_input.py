@@ -196,6 +196,92 @@ def test_weights_that_are_not_numbers(value):
         graphq.compile(model, INT8, inputs=X)
 
 
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [("blocks.0.up.bias", "a quantized layer's bias"), ("head.weight", "a float layer"), ("gain", "")],
+)
+@pytest.mark.parametrize("consume", [False, True])
+def test_other_tensors_that_are_not_numbers(name: str, where: str, consume: bool):
+    class WithGain(Blocks):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(4))
+            self.register_buffer("mask", torch.tensor([0, -torch.inf, 0, 0]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.gain + self.get_buffer("mask")
+
+    model = WithGain()
+    for value in (torch.nan, torch.inf):
+        with torch.no_grad():
+            model.get_parameter(name).flatten()[1] = value
+        with pytest.raises(GraphError, match=f"^{name.replace('.', '[.]')}: the tensor holds NaN or Inf$"):
+            graphq.compile(model, INT8, inputs=X, consume=consume)
+    with torch.no_grad():
+        model.get_parameter(name).nan_to_num_(0, 0)
+    assert graphq.compile(model, INT8, inputs=X).report.layers  # the mask may hold -inf
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn])
+def test_weights_of_dtypes_that_cannot_be_quantized(dtype: torch.dtype):
+    class Stored(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(8, 8).to(dtype), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if dtype.is_complex:
+                return nn.functional.linear(x.to(dtype), self.weight).real
+            return nn.functional.linear(x, self.weight.float())
+
+    message = f"^0: the weight is {dtype}; graphq quantizes float64, float32, bfloat16, float16$"
+    with pytest.raises(GraphError, match=message):
+        graphq.compile(nn.Sequential(Stored()), INT8, inputs=X)
+    kept = native(match="*", float=True)
+    assert graphq.compile(nn.Sequential(Stored()), kept, inputs=X).report.layers[0].weight is None
+
+
+@pytest.mark.parametrize("seed", [1 << 64, -(1 << 63) - 1, 10**30, 1.5])
+def test_seeds(seed: Any):
+    with pytest.raises(
+        SpecError, match=f"^seed: {seed} is not an integer from -2\\^63 to 2\\^64 - 1$".replace("+", "[+]")
+    ):
+        graphq.compile(Blocks(), INT8, inputs=X, seed=seed)
+    for good in ((1 << 64) - 1, -(1 << 63)):
+        assert graphq.compile(MLP(), INT8, inputs=X, seed=good).seed == good
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.int8])
+def test_dtypes(dtype: Any):
+    message = f"^dtype: {dtype!r} is not a floating-point dtype of torch, such as torch.bfloat16$"
+    with pytest.raises(SpecError, match=message):
+        graphq.compile(Blocks(), INT8, inputs=X, dtype=dtype)
+
+
+def test_calibration_with_unknown_tokens(capsys: pytest.CaptureFixture[str]):
+    model = nn.Sequential(nn.Embedding(16, 8), nn.Linear(8, 4))
+    good, bad = torch.full((3, 4), 15), torch.full((3, 4), 16)
+    with pytest.raises(SpecError, match=r"^calibration: batch 1: the model fails on it: index out of range in self$"):
+        graphq.compile(model, STATIC, inputs=good, calibration=[good, bad])
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("case", ["unknown layer", "no calibration", "NaN"])
+def test_a_model_that_is_not_compiled_is_not_consumed(case: str):
+    model = Blocks()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if case == "NaN":
+        model.head.bias.data[0] = before["head.bias"][0] = torch.nan
+    spec = {"unknown layer": native(match="nope", weight="int8/channel"), "no calibration": STATIC}.get(case, INT8)
+    with pytest.raises((SpecError, GraphError)):
+        graphq.compile(model, spec, inputs=X, consume=True)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor.nan_to_num(), before[name].nan_to_num())
+    model.head.bias.data[0] = 0
+    graphq.compile(model, INT8, inputs=X, consume=True)
+    assert model.head.weight.shape == (0,)
+
+
 class Branch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.sum() > 0:
