@@ -82,7 +82,8 @@ def test_inputs_that_have_no_position_or_name(model: Callable[[], nn.Module], in
 
 def test_wrapped_modules_are_unwrapped() -> None:
     model, x = made(MLP).eval(), floats(3, 8)
-    for wrapped in (torch.compile(model), nn.DataParallel(model), nn.DataParallel(torch.compile(model))):
+    optimized: Any = torch.compile(model)
+    for wrapped in (optimized, nn.DataParallel(model), nn.DataParallel(optimized)):
         gm = capture_module(wrapped, x)
         assert sorted(gm.state_dict()) == ["down.bias", "down.weight", "up.bias", "up.weight"]
         with torch.no_grad():

@@ -152,7 +152,8 @@ class Beside(nn.Module):
         self.name, self.child = name, child
 
     def forward(self, x: Tensor) -> Tensor:
-        y, own = F.linear(x, self.l.weight, self.l.own_bias), getattr(self.l, self.name)
+        layer: Any = self.l
+        y, own = F.linear(x, layer.weight, layer.own_bias), getattr(layer, self.name)
         return own(y) if self.child else y * own + own
 
 
