@@ -180,20 +180,23 @@ def translations() -> dict[Any, Callable[..., Any]]:
 
     def linear(x: Any, weight: Any, bias: Any = None) -> Any:
         """``MatMul(x, Transpose(weight))``; or Gemm where ONNX Runtime 1.31 would move the Transpose before the
-        DequantizeLinear and then fuse what is left into MatMulNBits, which rounds ``x`` to 8 bits by default.
+        DequantizeLinear and then fuse what is left into MatMulNBits, which rounds ``x`` to 8 bits by default: without
+        blocks, with a zero point in every opset, and without one from opset 21 on.
         """
         read = weight.producer()
-        if (
-            read is None
-            or read.op_type != "DequantizeLinear"
-            or len(read.inputs) < 3
-            or "block_size" in read.attributes
-        ):
+        if read is None or read.op_type != "DequantizeLinear" or "block_size" in read.attributes:
             y = op18.MatMul(x, op18.Transpose(weight, perm=[1, 0]))
             return y if bias is None else op18.Add(y, bias)
         last = len(x.shape) - 1
         wide, narrow = (int(size) for size in weight.shape)
-        rows = x if last == 1 else op18.Reshape(x, integers(-1, narrow))
+        rows, source = x, x.producer()
+        if last != 1 and source is not None and source.op_type == "DequantizeLinear":
+            # Codes are reshaped: ONNX Runtime 1.31 copies a DequantizeLinear behind a Reshape that follows it, with a
+            # QuantizeLinear to uint8 before that, which cuts off negative codes, or from opset 21 on cannot be loaded.
+            x = source.inputs[0]
+            rows = op18.DequantizeLinear(op18.Reshape(x, integers(-1, narrow)), *source.inputs[1:])
+        elif last != 1:
+            rows = op18.Reshape(x, integers(-1, narrow))
         y = op18.Gemm(rows, weight, *(() if bias is None else (bias,)), transB=1)
         if last == 1:
             return y
