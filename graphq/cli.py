@@ -134,7 +134,7 @@ def compile_(
         raise typer.BadParameter("only --target onnx can leave the cache out", param_hint="--no-cache")
     from graphq.files import check_place
 
-    check_place(out, overwrite)
+    check_place(out, overwrite, [model, spec, *([calibration] if calibration else [])])
     from graphq import compiler
     from graphq.frontends import load_spec
 

@@ -2,32 +2,40 @@
 
 import contextlib
 import ctypes
+import json
 import os
 import secrets
 import shutil
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from graphq.errors import TargetError
 
-MANIFEST: Final = "graphq.json"  # an artifact's description of itself
+MANIFEST: Final = "graphq.json"  # an artifact's description of itself, which lists its other files
+FORMAT: Final = 1
 _AT_FDCWD: Final = -100
 _RENAME_EXCHANGE: Final = 2
 
 
 @contextlib.contextmanager
-def whole_directory(path: str | os.PathLike[str], overwrite: bool) -> Generator[Path]:
+def whole_directory(
+    path: str | os.PathLike[str], overwrite: bool, keep: Iterable[str | os.PathLike[str]] = ()
+) -> Generator[Path]:
     """An empty directory beside ``path`` to write into; it becomes ``path`` when the block ends without an error.
 
     Raises what ``check_place`` raises. An existing directory stays untouched until the new one is complete, and is then
     replaced in one step; a process that dies leaves the one or the other. Files can be read by whoever can read the
     directory, whatever the libraries that wrote them think.
     """
-    check_place(path, overwrite)
+    keep = tuple(keep)
+    check_place(path, overwrite, keep)
     final = Path(path).resolve()
-    final.parent.mkdir(parents=True, exist_ok=True)
-    made = _empty_directory(final)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        made = _empty_directory(final)
+    except OSError as error:
+        raise TargetError(f"{path}: cannot be made: {error.filename}: {error.strerror}") from error
     try:
         yield made
         for file in made.rglob("*"):
@@ -35,6 +43,7 @@ def whole_directory(path: str | os.PathLike[str], overwrite: bool) -> Generator[
         if final.exists():
             if not overwrite:
                 raise TargetError(f"{final}: was made by somebody else meanwhile")
+            check_place(path, overwrite, keep)  # what was put there meanwhile stays, too
             _exchange(made, final)
         else:
             made.rename(final)
@@ -44,20 +53,71 @@ def whole_directory(path: str | os.PathLike[str], overwrite: bool) -> Generator[
             shutil.rmtree(made)
 
 
-def check_place(path: str | os.PathLike[str], overwrite: bool) -> None:
+def check_place(path: str | os.PathLike[str], overwrite: bool, keep: Iterable[str | os.PathLike[str]] = ()) -> None:
     """Raises ``TargetError`` if a directory cannot be written to ``path``.
 
-    It exists and ``overwrite`` is false, it is no directory, or it holds files of others: only artifacts are replaced.
+    It exists and ``overwrite`` is false, it is no directory or lies where none can be made, it holds one of ``keep`` or
+    the working directory, or files that its own manifest does not list: only whole artifacts are replaced.
     """
     place = Path(path)
-    if place.is_symlink() or (place.exists() and not place.is_dir()):
+    if place.is_symlink():
+        raise TargetError(f"{place}: is a symbolic link to {os.readlink(place)}; name the directory itself")
+    if place.exists() and not place.is_dir():
         raise TargetError(f"{place}: exists and is not a directory")
     if place.exists() and not overwrite:
         raise TargetError(f"{place}: exists; choose another place, or overwrite it (--overwrite)")
-    if place.exists() and any(place.iterdir()) and not (place / MANIFEST).is_file():
+    parent = next(p for p in place.absolute().parents if p.exists() or p.is_symlink())
+    if not parent.is_dir():
+        raise TargetError(f"{place}: {parent} is not a directory")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise TargetError(f"{place}: {parent} cannot be written to")
+    if not place.exists():
+        return
+    if _holds(place, Path.cwd()):
+        raise TargetError(f"{place}: is or holds the working directory; it is not overwritten")
+    for file in keep:
+        if _holds(place, Path(file)):
+            raise TargetError(f"{place}: holds {file}, which is read from; choose another place")
+    if any(place.iterdir()):
+        _check_own(place)
+
+
+def _holds(place: Path, file: Path) -> bool:
+    """Whether ``file``, by its own name or that of what it links to, is ``place`` or lies in it."""
+    whole = place.resolve()
+    return any(whole in (path, *path.parents) for path in (file.resolve(), file.parent.resolve() / file.name))
+
+
+def _check_own(place: Path) -> None:
+    """Raises ``TargetError`` if ``place`` holds anything but an artifact's own files."""
+    listed = own_files(place)
+    if listed is None:
+        if not (place / MANIFEST).is_file():
+            raise TargetError(
+                f"{place}: exists and is not a graphq artifact ({MANIFEST} is missing); it is not overwritten"
+            )
         raise TargetError(
-            f"{place}: exists and is not a graphq artifact ({MANIFEST} is missing); it is not overwritten"
+            f"{place}: {MANIFEST} is not the manifest of a graphq artifact with its files; it is not overwritten"
         )
+    own = {place / name for name in (MANIFEST, *listed)}
+    folders = {parent for file in own for parent in file.parents}
+    for found in sorted(place.rglob("*")):
+        if found.is_symlink() or found not in (folders if found.is_dir() else own):
+            raise TargetError(
+                f"{place}: holds {found.relative_to(place)}, which graphq did not write; it is not overwritten"
+            )
+
+
+def own_files(directory: Path) -> frozenset[str] | None:
+    """The files that an artifact lists as its own, its manifest left out; None where that is not an artifact's."""
+    try:
+        found: Any = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        if found["graphq"] != FORMAT or not isinstance(found["target"], str):
+            return None
+        names = frozenset(str(name) for name in found["files"].keys())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return names if all(Path(name).parts and ".." not in Path(name).parts for name in names) else None
 
 
 def _empty_directory(final: Path) -> Path:

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor, fx
 
 from graphq.errors import TargetError
-from graphq.files import MANIFEST
+from graphq.files import FORMAT, MANIFEST
 from graphq.source import Source, TensorInput, source_of
 from graphq.state import tensor_of
 from graphq.views import Dequantize, Op, Param, Quantize, ops_of
 
 NAME: Final = MANIFEST
-FORMAT: Final = 1
 _COMPANIONS: Final = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -161,7 +160,7 @@ def dtype_named(name: str) -> torch.dtype:
 def write(directory: Path, gm: fx.GraphModule, target: str, made_from: Mapping[str, Any]) -> None:
     """``graphq.json`` and the files that go with a model (tokenizer, configuration) in ``directory``.
 
-    ``gm``: the QDQ form, as the target spells it.
+    ``gm``: the QDQ form, as the target spells it. The target's own files are there already: the manifest lists them.
     """
     source = source_of(gm)
     dtype = computed_in(gm)
@@ -174,13 +173,30 @@ def write(directory: Path, gm: fx.GraphModule, target: str, made_from: Mapping[s
         "computed_in": str(dtype).removeprefix("torch.") if dtype is not None else None,
         "tensors": {name: record(t) for name, t in named_tensors(quantized_tensors(gm)).items()},
     }
-    (directory / NAME).write_text(json.dumps(manifest, indent=1) + "\n")
     if source.files is not None:
         for name in _COMPANIONS:
             if (Path(source.files) / name).is_file():
                 shutil.copyfile(Path(source.files) / name, directory / name)
     if source.config is not None:
         (directory / "config.json").write_text(json.dumps(json.loads(source.config), indent=1) + "\n")
+    manifest["files"] = file_digests(directory)
+    (directory / NAME).write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def sources(gm: fx.GraphModule) -> tuple[str, ...]:
+    """The directories that an artifact of ``gm`` is made from, which it must not replace."""
+    files = source_of(gm).files
+    return () if files is None else (files,)
+
+
+def file_digests(directory: Path) -> dict[str, str]:
+    """SHA-256 of every file in an artifact, by its path in it; the manifest, which holds them, is left out."""
+    found: dict[str, str] = {}
+    for file in sorted(directory.rglob("*")):
+        if file.is_file() and file != directory / NAME:
+            with file.open("rb") as opened:
+                found[file.relative_to(directory).as_posix()] = hashlib.file_digest(opened, "sha256").hexdigest()
+    return found
 
 
 def _version() -> str:

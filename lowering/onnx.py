@@ -79,7 +79,7 @@ def emit(
     lower_opset(model, {PAST}, opset)
     common.RemoveUnusedNodesPass()(model)
     common.ClearMetadataAndDocStringPass()(model)  # the exporter's traces hold the source's paths
-    with whole_directory(path, overwrite) as directory:
+    with whole_directory(path, overwrite, manifest.sources(gm)) as directory:
         size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
         ir.save(model, directory / NAME, external_data=_DATA if size > _INLINE_BYTES else None)
         onnx.checker.check_model(str(directory / NAME), full_check=True)

@@ -40,7 +40,7 @@ def emit(gm: fx.GraphModule, path: str | Path, made_from: Mapping[str, Any], ove
     """
     legalize(gm, LIMITS)
     packed = pack(gm)
-    with whole_directory(path, overwrite) as directory:
+    with whole_directory(path, overwrite, manifest.sources(gm)) as directory:
         tensors, same = _unshared(packed)
         data = graph_to_json(packed) | {"same": same}
         (directory / _GRAPH).write_text(json.dumps(data))

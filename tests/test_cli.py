@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import graphq
 from graphq.cli import app
-from graphq.errors import GraphError, PassError
+from graphq.errors import GraphError, PassError, TargetError
 from tests.checkpoints import save_checkpoint, text
 
 WEIGHTS = "graphq: 1\nweight: int4/asym/g16\n"
@@ -139,6 +139,36 @@ def test_compile_writes_an_artifact_and_prints_the_report(model, spec, tmp_path)
     assert (out / "graphq.json").stat().st_ino == before
     assert graphq_(*again, "--overwrite").stdout.splitlines()[0].startswith("layer ")
     assert (out / "graphq.json").stat().st_ino != before
+
+
+def test_nobody_elses_files_are_overwritten(model, spec, tmp_path):
+    """The place is looked at before the model: here is none."""
+    project = tmp_path / "project"
+    (project / "src").mkdir(parents=True)
+    (project / "graphq.json").write_text("{}")
+    command = ("compile", tmp_path / "no-model", "--spec", spec, "--target", "torch", "--overwrite", "--out")
+    problem = "graphq.json is not the manifest of a graphq artifact with its files; it is not overwritten"
+    assert graphq_(*command, project, status=1).stderr == f"{project}: {problem}\n"
+    assert (project / "src").is_dir()
+    assert graphq_(*command, spec / "a", status=1).stderr == f"{spec}/a: {spec} is not a directory\n"
+
+
+@pytest.mark.parametrize("held", ["model", "spec", "calibration"])
+def test_what_is_compiled_is_not_overwritten(model, artifacts, spec, tmp_path, held):
+    out = Path(shutil.copytree(artifacts / "torch", tmp_path / "out"))
+    (tmp_path / "texts").write_text(text(300))
+    given = {"model": Path(shutil.copytree(model, tmp_path / "m")), "spec": spec, "calibration": tmp_path / "texts"}
+    given[held] = given[held].rename(out / "mine")
+    args = ("--spec", given["spec"], "--target", "torch", "--calibration", given["calibration"])
+    result = graphq_("compile", given["model"], *args, "--out", out, "--overwrite", status=1)
+    assert result.stderr == f"{out}: holds {out}/mine, which is read from; choose another place\n"
+    assert (out / "mine").exists()
+    if held == "model":
+        listed = json.loads((out / "graphq.json").read_text())
+        listed["files"] |= {f"mine/{file.name}": "" for file in (out / "mine").iterdir()}
+        (out / "graphq.json").write_text(json.dumps(listed))
+        with pytest.raises(TargetError, match="which is read from"):
+            graphq.compile(out / "mine", spec).save(out, overwrite=True)
 
 
 def test_compile_calibrates_on_text(model, spec, tmp_path):
