@@ -4,7 +4,6 @@ torch's exporter translates the QDQ form; graphq's ops and integer types are our
 gives its key/value cache under the names that optimum and onnxruntime-genai use.
 """
 
-import itertools
 import logging
 import re
 import warnings
@@ -23,6 +22,7 @@ from graphq.formats import Float, Int
 from graphq.lowering import manifest
 from graphq.lowering.legalize import Limits, legalize, where
 from graphq.lowering.onnx_form import onnx_form
+from graphq.lowering.onnx_names import check_names, name_outputs, restore_names
 from graphq.source import PAST, SEQUENCE, TOTAL, Source, source_of
 from graphq.views import Dequantize, Op, view
 
@@ -69,9 +69,9 @@ def emit(
 
     legalize(gm, LIMITS)
     prepared = onnx_form(gm, cache)
-    _check_names(source_of(prepared))
+    check_names(prepared)
     model = _export(prepared)
-    _name_values(model)
+    restore_names(model, prepared)
     _share_tied(model, prepared)
     _set_types(model, prepared)
     _name_dimensions(model, prepared)
@@ -79,32 +79,12 @@ def emit(
     lower_opset(model, {PAST}, opset)
     common.RemoveUnusedNodesPass()(model)
     common.ClearMetadataAndDocStringPass()(model)  # the exporter's traces hold the source's paths
+    name_outputs(model, source_of(prepared))
     with whole_directory(path, overwrite, manifest.sources(gm)) as directory:
         size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
         ir.save(model, directory / NAME, external_data=_DATA if size > _INLINE_BYTES else None)
         onnx.checker.check_model(str(directory / NAME), full_check=True)
         manifest.write(directory, prepared, "onnx", made_from)
-
-
-def _check_names(source: Source) -> None:
-    """Raises ``TargetError`` for an output with the name of an input: values in ONNX have a name each."""
-    names = {i.name for i in source.inputs}
-    for name in source.outputs:
-        if name in names:
-            raise TargetError(f"onnx: output {name} has the name of an input, which ONNX forbids; rename it")
-
-
-def _name_values(model: Any) -> None:
-    """No value between the nodes has the name of an input, an output or a tensor."""
-    ends = [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]
-    taken = {value.name for value in ends}
-    taken |= {value.name for node in model.graph.all_nodes() for value in node.outputs}
-    fixed = {value.name for value in ends}
-    outputs = {id(value) for value in model.graph.outputs}
-    for value in [value for node in model.graph.all_nodes() for value in node.outputs]:
-        if value.name in fixed and id(value) not in outputs:
-            value.name = next(name for i in itertools.count() if (name := f"{value.name}_{i}") not in taken)
-            taken.add(value.name)
 
 
 def _samples(source: Source) -> tuple[Tensor, ...]:
