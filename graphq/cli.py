@@ -229,7 +229,7 @@ def verify(
 
 def _print_report(report: "Report", as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps(report.to_json(), indent=1))
+        typer.echo(json.dumps(report.to_json(), indent=1, allow_nan=False))
         for note in report.notes:
             typer.echo(f"note: {note}", err=True)
     elif sys.stdout.isatty():

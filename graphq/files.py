@@ -61,7 +61,7 @@ def check_place(path: str | os.PathLike[str], overwrite: bool, keep: Iterable[st
     """
     place = Path(path)
     if place.is_symlink():
-        raise TargetError(f"{place}: is a symbolic link to {os.readlink(place)}; name the directory itself")
+        raise TargetError(f"{place}: is a symbolic link to {place.readlink()}; name the directory itself")
     if place.exists() and not place.is_dir():
         raise TargetError(f"{place}: exists and is not a directory")
     if place.exists() and not overwrite:
@@ -114,7 +114,7 @@ def own_files(directory: Path) -> frozenset[str] | None:
         found: Any = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         if found["graphq"] != FORMAT or not isinstance(found["target"], str):
             return None
-        names = frozenset(str(name) for name in found["files"].keys())
+        names = frozenset(name for name, _ in found["files"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return names if all(Path(name).parts and ".." not in Path(name).parts for name in names) else None

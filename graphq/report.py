@@ -58,7 +58,10 @@ class LayerReport:
     sqnr_db: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data: ``layer``, ``weight``, ``input`` (null: float), ``rule``, ``source`` and what else is known."""
+        """Plain data: ``layer``, ``weight``, ``input`` (null: float), ``rule``, ``source`` and what else is known.
+
+        JSON has no infinite numbers: ``sqnr_db`` is null, too, where a weight is represented exactly.
+        """
         return {
             "layer": self.layer.fqn,
             "weight": quant_json(self.weight),
@@ -70,7 +73,7 @@ class LayerReport:
             "shape": list(self.layer.shape),
             "bytes": self.nbytes,
             "float_bytes": self.float_nbytes,
-            "sqnr_db": self.sqnr_db,
+            "sqnr_db": self.sqnr_db if self.sqnr_db is not None and math.isfinite(self.sqnr_db) else None,
         }
 
     @property

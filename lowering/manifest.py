@@ -178,9 +178,14 @@ def write(directory: Path, gm: fx.GraphModule, target: str, made_from: Mapping[s
             if (Path(source.files) / name).is_file():
                 shutil.copyfile(Path(source.files) / name, directory / name)
     if source.config is not None:
-        (directory / "config.json").write_text(json.dumps(json.loads(source.config), indent=1) + "\n")
+        config = json.loads(source.config, parse_constant=lambda word: {"__float__": word})  # as transformers writes it
+        _write_json(directory / "config.json", config)
     manifest["files"] = file_digests(directory)
-    (directory / NAME).write_text(json.dumps(manifest, indent=1) + "\n")
+    _write_json(directory / NAME, manifest)
+
+
+def _write_json(file: Path, data: object) -> None:
+    file.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
 
 
 def sources(gm: fx.GraphModule) -> tuple[str, ...]:

@@ -43,7 +43,7 @@ def emit(gm: fx.GraphModule, path: str | Path, made_from: Mapping[str, Any], ove
     with whole_directory(path, overwrite, manifest.sources(gm)) as directory:
         tensors, same = _unshared(packed)
         data = graph_to_json(packed) | {"same": same}
-        (directory / _GRAPH).write_text(json.dumps(data))
+        (directory / _GRAPH).write_text(json.dumps(data, allow_nan=False))
         save_file(tensors, directory / _WEIGHTS)
         manifest.write(directory, gm, "torch", made_from)
 

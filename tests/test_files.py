@@ -222,7 +222,7 @@ def test_places_where_nothing_can_be_made(tmp_path, monkeypatch):
         with pytest.raises(TargetError) as caught:
             check_place(tmp_path / name, False)
         assert str(caught.value) == f"{tmp_path / name}: {problem}"
-    with pytest.raises(TargetError, match="cannot be made: .*: File name too long"):
+    with pytest.raises(TargetError, match=r"cannot be made: .*: File name too long"):
         whole_directory(tmp_path / ("a" * 250), False).__enter__()
     monkeypatch.setattr(files.os, "access", lambda path, _: Path(path) != tmp_path)
     with pytest.raises(TargetError) as caught:

@@ -4,7 +4,9 @@ import json
 from typing import Any
 
 import pytest
+import torch
 
+import graphq
 from graphq.plan import KeepFloat, Plan
 from graphq.quant import parse_quant
 from graphq.report import Report, make_report, quant_json, stored_nbytes
@@ -115,3 +117,37 @@ def test_the_plan_in_words():
     first, second, _ = report().layers
     assert first.plan == "int4/asym/g4 x int8/token/dynamic"
     assert second.plan == "float (too small)"
+
+
+@pytest.mark.parametrize("target", ["torch", "onnx"])
+def test_json_without_infinite_numbers(target, tmp_path):
+    """A weight that its codes represent exactly has no noise, which JSON has no number for."""
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    with torch.no_grad():
+        model[0].weight.zero_()
+        model[1].weight.copy_(torch.eye(8) * 127)
+    spec = {"graphq": 1, "rules": [{"match": "*", "weight": "int8/channel"}]}
+    made = graphq.compile(model, spec, inputs=torch.ones(2, 8))
+    assert [row["sqnr_db"] for row in made.report.to_json()] == [None, None]
+    made.emit(target, tmp_path / "a")
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    for file in (tmp_path / "a").glob("*.json"):
+        json.loads(file.read_text(), parse_constant=refuse)
+
+
+def test_infinite_numbers_of_a_configuration_are_written_as_transformers_does(tmp_path):
+    """Mamba's ``time_step_limit`` is (0, inf)."""
+    from transformers import LlamaConfig
+
+    from tests.models import tiny
+
+    model = tiny("llama", num_hidden_layers=1)
+    model.config.limit = [0.0, float("inf")]
+    made = graphq.compile(model, {"graphq": 1, "weight": "int8/channel"})
+    made.save(tmp_path / "a")
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["limit"] == [0.0, {"__float__": "Infinity"}]
+    assert LlamaConfig.from_pretrained(tmp_path / "a").limit == [0.0, float("inf")]  # type: ignore[attr-defined]
+    assert made.generate(torch.ones(1, 2, dtype=torch.int64), max_new_tokens=1).shape == (1, 3)
