@@ -108,7 +108,7 @@ def _free_path(gm: fx.GraphModule, layer: str) -> str:
     is_tensor = isinstance(getattr(gm.get_submodule(parent), name, None), Tensor)
     first = f"{layer}_input" if is_tensor else layer
     further = (f"{first}.input{number}" for number in count())
-    names = ("input_scale", "input_global_scale")
+    names = ("input_scale", "input_zero_point", "input_global_scale")
     return next(
         path for path in chain((first,), further) if not any(edit.has_tensor(gm, f"{path}.{name}") for name in names)
     )

@@ -131,11 +131,14 @@ def hold_codes(
 ) -> Op:
     """Codes, scales and zero point as buffers under ``path``, and the op that reads them as a weight of ``dtype``.
 
-    Raises ``GraphError`` where the model has a tensor of such a name.
+    Raises ``GraphError`` where the model has tensors of these names.
     """
-    for name in ("scale", "zero_point", "global_scale"):
-        if edit.has_tensor(gm, f"{path}.weight_{name}"):
-            raise GraphError(f"{path}: the model's own {path}.weight_{name} has a name that graphq needs; rename it")
+    for name in ("weight_scale", "weight_zero_point", "weight_global_scale"):  # whichever of them this format has
+        if edit.has_tensor(gm, f"{path}.{name}"):
+            raise GraphError(
+                f"{path}.{name}: the model has a tensor of this name, which graphq gives to the quantized weight of"
+                f" {path}; rename it"
+            )
     codes = edit.add_tensor(gm, before, f"{path}.weight", made.codes, by=by, like=like)
     scales = [
         None if part is None else edit.add_tensor(gm, before, f"{path}.weight_{name}", part, by=by, like=like)
