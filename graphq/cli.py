@@ -216,14 +216,14 @@ def verify(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Compare an artifact's integers and scales, bit for bit, with what was compiled. Exit 1 on a difference."""
+    """Compare an artifact's integers, scales and files, bit for bit, with what was compiled. Exit 1 on a difference."""
     from graphq.lowering.verify import verify
 
     found = verify(artifact, against)
     for line in (*found.differences, *(f"note: {note}" for note in found.notes)):
         typer.echo(line)
     if not found.ok:
-        _fail(f"{artifact}: {len(found.differences)} differences in {found.compared} tensors")
+        _fail(f"{artifact}: {len(found.differences)} differences from what was compiled")
     typer.echo(f"{artifact}: {found.compared} tensors of codes, scales and zero points are as they were compiled")
 
 
@@ -320,7 +320,7 @@ def _language_model(path: Path) -> Callable[..., Any]:
     if not source.is_causal_lm:
         raise GraphError(f"{path}: not a causal language model; it has no perplexity")
     if described.get("target") == "onnx":
-        from graphq.lowering.onnx import NAME
+        from graphq.lowering.onnx_tensors import NAME
         from graphq.runtime.onnx_session import OnnxSession
 
         return OnnxSession(path / NAME, source)

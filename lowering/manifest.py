@@ -104,6 +104,24 @@ def record(tensor: Tensor) -> dict[str, Any]:
     return {"dtype": dtype, "shape": list(tensor.shape), "sha256": digest(tensor)}
 
 
+def recorded(directory: Path, described: Mapping[str, Any], key: str) -> dict[str, dict[str, Any]]:
+    """What the manifest says of the tensors under ``key``. Raises ``TargetError`` where it is damaged."""
+    try:
+        return {str(k): {f: v[f] for f in ("dtype", "shape", "sha256")} for k, v in described[key].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise TargetError(f"{directory / NAME}: damaged: {key}: {error}") from error
+
+
+def difference(name: str, wanted: Mapping[str, Any] | None, tensor: Tensor | None) -> str | None:
+    """How a tensor differs from its record; None if it does not."""
+    if tensor is None or wanted is None:
+        return f"{name}: missing" if tensor is None else f"{name}: not in the manifest"
+    found = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+    if any(found[key] != wanted[key] for key in found):
+        return f"{name}: {found['dtype']}{found['shape']}, not {wanted['dtype']}{wanted['shape']}"
+    return None if wanted["sha256"] == digest(tensor) else f"{name}: differs from its digest in the manifest"
+
+
 def computed_in(gm: fx.GraphModule) -> torch.dtype | None:
     """The dtype that weights are dequantized to, which is the one that they were quantized from."""
     reads = (op for op in ops_of(gm) if isinstance(op, Dequantize) and isinstance(op.codes, Param))
@@ -157,13 +175,17 @@ def dtype_named(name: str) -> torch.dtype:
     return found
 
 
-def write(directory: Path, gm: fx.GraphModule, target: str, made_from: Mapping[str, Any]) -> None:
+def write(
+    directory: Path, gm: fx.GraphModule, target: str, made_from: Mapping[str, Any], held: Mapping[str, Tensor]
+) -> None:
     """``graphq.json`` and the files that go with a model (tokenizer, configuration) in ``directory``.
 
-    ``gm``: the QDQ form, as the target spells it. The target's own files are there already: the manifest lists them.
+    ``gm``: the QDQ form, as the target spells it; ``held``: all tensors of the artifact, by name. The target's own
+    files are there already: the manifest lists them.
     """
     source = source_of(gm)
     dtype = computed_in(gm)
+    quantized = named_tensors(quantized_tensors(gm))
     manifest: dict[str, Any] = {
         "graphq": FORMAT,
         "target": target,
@@ -171,7 +193,8 @@ def write(directory: Path, gm: fx.GraphModule, target: str, made_from: Mapping[s
         **made_from,
         "source": source_json(source),
         "computed_in": str(dtype).removeprefix("torch.") if dtype is not None else None,
-        "tensors": {name: record(t) for name, t in named_tensors(quantized_tensors(gm)).items()},
+        "tensors": {name: record(t) for name, t in quantized.items()},
+        "other_tensors": {name: record(t) for name, t in held.items() if name not in quantized},
     }
     if source.files is not None:
         for name in _COMPANIONS:
@@ -218,7 +241,7 @@ def read(directory: Path) -> dict[str, Any]:
         raise TargetError(f"{directory}: not a graphq artifact: {NAME} is missing")
     try:
         found = json.loads(path.read_text())
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise TargetError(f"{path}: damaged: {error}") from error
     if not isinstance(found, dict) or found.get("graphq") != FORMAT:
         raise TargetError(f"{path}: not a graphq artifact of format {FORMAT}")

@@ -23,10 +23,10 @@ from graphq.lowering import manifest
 from graphq.lowering.legalize import Limits, legalize, where
 from graphq.lowering.onnx_form import onnx_form
 from graphq.lowering.onnx_names import check_names, name_outputs, restore_names
+from graphq.lowering.onnx_tensors import NAME, initializers
 from graphq.source import PAST, SEQUENCE, TOTAL, Source, source_of
 from graphq.views import Dequantize, Op, view
 
-NAME: Final = "model.onnx"
 _DATA: Final = "model.onnx.data"
 _INLINE_BYTES: Final = 1 << 30  # protobuf ends at 2 GiB
 _SAMPLE: Final = {SEQUENCE: 3, PAST: 5, TOTAL: 8}
@@ -84,7 +84,7 @@ def emit(
         size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
         ir.save(model, directory / NAME, external_data=_DATA if size > _INLINE_BYTES else None)
         onnx.checker.check_model(str(directory / NAME), full_check=True)
-        manifest.write(directory, prepared, "onnx", made_from)
+        manifest.write(directory, prepared, "onnx", made_from, initializers(directory))
 
 
 def _samples(source: Source) -> tuple[Tensor, ...]:

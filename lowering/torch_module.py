@@ -17,7 +17,7 @@ from graphq.lowering.pack import pack
 from graphq.runtime.graph_json import allowed, graph_from_json, graph_to_json
 from graphq.runtime.model import CompiledModel
 from graphq.runtime.modules import Int8Linear, PackedWeight, codes_of, format_of, scales_of
-from graphq.source import KEY
+from graphq.source import KEY, Source
 from graphq.views import Op
 
 _GRAPH: Final = "graph.json"
@@ -45,7 +45,7 @@ def emit(gm: fx.GraphModule, path: str | Path, made_from: Mapping[str, Any], ove
         data = graph_to_json(packed) | {"same": same}
         (directory / _GRAPH).write_text(json.dumps(data, allow_nan=False))
         save_file(tensors, directory / _WEIGHTS)
-        manifest.write(directory, gm, "torch", made_from)
+        manifest.write(directory, gm, "torch", made_from, packed.state_dict())
 
 
 def _unshared(gm: fx.GraphModule) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -73,19 +73,49 @@ def load(path: str | Path) -> CompiledModel:
     if described.get("target") != "torch":
         raise TargetError(f"{directory}: an artifact for {described.get('target')}; graphq.load reads torch artifacts")
     try:
-        data = json.loads((directory / _GRAPH).read_text())
+        data = json.loads((directory / _GRAPH).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise TargetError(f"{directory / _GRAPH}: damaged or incomplete: {error}") from error
+    try:
         with safe_open(directory / _WEIGHTS, framework="pt") as file:
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, ValueError, SafetensorError) as error:
-        raise TargetError(f"{directory}: damaged or incomplete: {error}") from error
+        raise TargetError(f"{directory / _WEIGHTS}: damaged or incomplete: {error}") from error
+    source = manifest.source_of_artifact(directory, described)
     try:
         tensors |= {name: tensors[other] for name, other in data["same"].items()}
-        source = manifest.source_from_json(described["source"])
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise TargetError(f"{directory}: damaged: {error}") from error
-    gm = graph_from_json(data, tensors)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise TargetError(f"{directory / _GRAPH}: damaged: same: {error}") from error
+    try:
+        gm = graph_from_json(data, tensors)
+    except TargetError as error:
+        raise TargetError(f"{directory}/{error}") from error
+    _check_others(directory, described, tensors)
+    _check_ends(directory, gm, source)
     gm.meta[KEY] = source
     return CompiledModel(gm).eval()
+
+
+def _check_others(directory: Path, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Raises ``TargetError`` for a tensor that no packed module holds, of another dtype or shape than was written."""
+    for name, wanted in manifest.recorded(directory, described, "other_tensors").items():
+        if name in tensors:
+            found = {"dtype": str(tensors[name].dtype).removeprefix("torch."), "shape": list(tensors[name].shape)}
+            if any(found[key] != wanted[key] for key in found):
+                was = f"{wanted['dtype']}{wanted['shape']}"
+                raise TargetError(f"{directory / _WEIGHTS}: {name}: {found['dtype']}{found['shape']}, not {was}")
+
+
+def _check_ends(directory: Path, gm: fx.GraphModule, source: Source) -> None:
+    """Raises ``TargetError`` if the graph takes or gives something else than the manifest says."""
+    taken = [str(node.target) for node in gm.graph.nodes if node.op == "placeholder"]
+    given = next(node for node in gm.graph.nodes if node.op == "output").args[0]
+    names = [i.name for i in source.inputs]
+    if len(taken) != len(names):
+        raise TargetError(f"{directory / _GRAPH}: takes {len(taken)} inputs; the manifest says {', '.join(names)}")
+    if len(given) != len(source.outputs) or (source.output_kind == "tensor" and len(given) != 1):
+        outputs = ", ".join(source.outputs)
+        raise TargetError(f"{directory / _GRAPH}: gives {len(given)} outputs; the manifest says {outputs}")
 
 
 def stored_codes(model: CompiledModel) -> dict[str, manifest.QuantizedTensor]:
@@ -95,13 +125,7 @@ def stored_codes(model: CompiledModel) -> dict[str, manifest.QuantizedTensor]:
         if isinstance(module, PackedWeight | Int8Linear):
             held = (codes_of(module), *scales_of(module))
             found[path] = manifest.QuantizedTensor(path, format_of(module), *held)
-    buffers = dict(model.graph.named_buffers(remove_duplicate=False))
-    for name in buffers:
-        if name.endswith((".input_scale", ".input_global_scale")):
-            path = name.removesuffix(".input_scale").removesuffix(".input_global_scale")
-            parts = (buffers.get(f"{path}.input_{part}") for part in ("scale", "zero_point", "global_scale"))
-            found[f"{path} input"] = manifest.QuantizedTensor(path, "", None, *parts)
-    return found
+    return found | manifest.quantized_tensors(model.graph)  # whose weights are packed: it holds the inputs alone
 
 
 def weight_nbytes(model: CompiledModel) -> int:

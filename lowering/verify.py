@@ -1,8 +1,10 @@
-"""Whether an artifact still holds the integers and scales of its QDQ form, and whether its model still gives them.
+"""Whether an artifact is what was compiled: its integers, scales, other tensors and files; and whether its model still
+gives the integers and scales.
 
 What the artifact holds, unpacked (ONNX: UINT4 lowered by 8), is compared bit for bit with the digests in
-``graphq.json``, and with a model directory, also with what the manifest's spec makes of that. Float tensors are not
-compared.
+``graphq.json``, and its codes and weight scales, with a model directory, also with what the manifest's spec makes of
+that. Files are compared by their digests: what a graph computes is what was written. A file of tensors is named only
+where no tensor in it is.
 """
 
 from collections.abc import Mapping
@@ -17,21 +19,16 @@ from torch import Tensor
 from graphq.errors import GraphqError, SpecError, TargetError
 from graphq.lowering import manifest
 
-_SUFFIXES: Final = (
-    ".weight_scale",
-    ".weight_zero_point",
-    ".weight_global_scale",
-    ".input_scale",
-    ".input_zero_point",
-    ".input_global_scale",
-)
-_CODES: Final = ".weight"
+_INPUTS: Final = (".input_scale", ".input_zero_point", ".input_global_scale")
+_TENSORS: Final = ("model.safetensors", "model.onnx", "model.onnx.data")
 
 
 @final
 @dataclass(frozen=True)
 class Verification:
-    """What a comparison found: a line for each tensor that differs, and how many tensors were compared."""
+    """What a comparison found: a line for each tensor or file that differs, and how many codes, scales and zero points
+    were compared.
+    """
 
     differences: tuple[str, ...]
     compared: int
@@ -50,93 +47,67 @@ def verify(path: str | Path, against: str | Path | None = None) -> Verification:
     """
     directory = Path(path)
     described = manifest.read(directory)
-    recorded = _recorded(directory, described)
+    recorded = manifest.recorded(directory, described, "tensors")
+    others = manifest.recorded(directory, described, "other_tensors")
     held = _held(directory, described)
-    differences = [line for name in sorted(recorded | held) if (line := _against_record(name, recorded, held))]
+    wanted = recorded | others
+    differences = [
+        line
+        for name in sorted(wanted | held)
+        if (line := manifest.difference(name, wanted.get(name), held.get(name))) is not None
+    ]
+    changed, added = _files(directory, described)
+    differences += [
+        line for name, line in changed.items() if name not in _TENSORS or not differences or "missing" in line
+    ]
+    notes = [f"{name}: graphq did not write it" for name in added]
     if against is None:
-        return Verification(tuple(differences), len(recorded))
+        return Verification(tuple(differences), len(recorded), tuple(notes))
     made = _recompile(directory, described, Path(against))
-    inputs = {name for name in recorded if name.endswith(_SUFFIXES[3:])}
-    for name in sorted((set(held) | set(made)) - inputs):
+    inputs = {name for name in recorded if name.endswith(_INPUTS)}
+    for name in sorted((held.keys() - others.keys() | made.keys()) - inputs):
         line = _difference(name, made.get(name), held.get(name))
         if line is not None:
             differences.append(f"{line} ({against})")
-    note = (
-        f"{len(inputs)} input scales and zero points, which need calibration data, were compared with the manifest only"
-    )
-    return Verification(tuple(differences), len(recorded), (note,) if inputs else ())
+    if inputs:
+        notes.append(
+            f"{len(inputs)} input scales and zero points, which need calibration data, were compared with the manifest"
+            " only"
+        )
+    return Verification(tuple(differences), len(recorded), tuple(notes))
 
 
-def _recorded(directory: Path, described: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What the manifest says of each tensor."""
+def _files(directory: Path, described: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
+    """A line for each file of the artifact that is gone or differs, by its name; and the files that are not its own."""
     try:
-        return {str(k): {f: v[f] for f in ("dtype", "shape", "sha256")} for k, v in described["tensors"].items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise TargetError(f"{directory / manifest.NAME}: damaged: tensors: {error}") from error
+        listed = {str(name): str(sha256) for name, sha256 in described["files"].items()}
+    except (KeyError, AttributeError) as error:
+        raise TargetError(f"{directory / manifest.NAME}: damaged: files: {error}") from error
+    found = manifest.file_digests(directory)
+    changed = {name: f"{name}: missing" for name in sorted(listed.keys() - found.keys())}
+    for name in sorted(listed.keys() & found.keys()):
+        if listed[name] != found[name]:
+            changed[name] = f"{name}: differs from its digest in the manifest"
+    return changed, sorted(found.keys() - listed.keys())
 
 
 def _held(directory: Path, described: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The codes, scales and zero points that the artifact holds, by name."""
+    """All tensors that the artifact holds, by name; packed codes unpacked."""
     match described.get("target"):
         case "torch":
             from graphq.lowering.torch_module import load, stored_codes
 
             model = load(directory)
             try:
-                return manifest.named_tensors(stored_codes(model))
-            except (GraphqError, RuntimeError) as error:  # bytes of another shape than the module's
+                return model.graph.state_dict() | manifest.named_tensors(stored_codes(model))
+            except (GraphqError, RuntimeError) as error:
                 raise TargetError(f"{directory}: damaged: {error}") from error
         case "onnx":
-            return _initializers(directory)
+            from graphq.lowering.onnx_tensors import initializers
+
+            return initializers(directory)
         case other:
             raise TargetError(f"{directory / manifest.NAME}: no such target: {other}")
-
-
-def _initializers(directory: Path) -> dict[str, Tensor]:
-    """The codes, scales and zero points of an ONNX model; UINT4, which stands for codes raised by 8, lowered."""
-    import onnx_ir as ir
-
-    from graphq.lowering.onnx import NAME
-
-    file = directory / NAME
-    if not file.is_file():
-        raise TargetError(f"{directory}: damaged or incomplete: {NAME} is missing")
-    try:
-        values = {name: value.const_value for name, value in ir.load(file).graph.initializers.items()}
-        paths = {name.removesuffix(s) for name in values for s in _SUFFIXES if name.endswith(s)}
-        names = {path + suffix for path in paths for suffix in (_CODES, *_SUFFIXES)}
-        return {name: _tensor(values[name]) for name in sorted(names & set(values))}
-    except Exception as error:  # protobuf, onnx_ir and numpy raise many types for damaged files
-        raise TargetError(f"{file}: damaged: {str(error).strip().splitlines()[0] or type(error).__name__}") from error
-
-
-def _tensor(value: Any) -> Tensor:
-    import onnx_ir as ir
-
-    if value is None:
-        raise ValueError("an initializer without a value")
-    array = value.numpy()
-    match value.dtype:
-        case ir.DataType.INT4:
-            array = array.astype("int8")
-        case ir.DataType.FLOAT8E4M3FN | ir.DataType.FLOAT8E5M2:
-            array = array.view("uint8").copy()
-        case ir.DataType.UINT4:
-            array = array.astype("int8") - 8
-        case _:
-            array = array.copy()  # the file's own memory cannot be written to
-    return torch.from_numpy(array)
-
-
-def _against_record(name: str, recorded: Mapping[str, Mapping[str, Any]], held: Mapping[str, Tensor]) -> str | None:
-    if name not in held:
-        return f"{name}: missing"
-    if name not in recorded:
-        return f"{name}: not in the manifest"
-    wanted, found = recorded[name], manifest.record(held[name])
-    if (wanted["dtype"], wanted["shape"]) != (found["dtype"], found["shape"]):
-        return f"{name}: {found['dtype']}{found['shape']}, not {wanted['dtype']}{wanted['shape']}"
-    return None if wanted["sha256"] == found["sha256"] else f"{name}: differs from its digest in the manifest"
 
 
 def _difference(name: str, made: Tensor | None, held: Tensor | None) -> str | None:

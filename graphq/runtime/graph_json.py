@@ -73,6 +73,9 @@ _DAMAGE: Final = (
     AttributeError,
     IndexError,
     RuntimeError,
+    ArithmeticError,
+    AssertionError,
+    MemoryError,
     SyntaxError,
     PassError,
     SpecError,
@@ -167,11 +170,17 @@ def _build(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> fx.GraphMo
     for path, described in data["modules"].items():
         if described["class"] not in _MODULES:
             raise TargetError(f"graph.json: {described['class']} is not a class of modules that artifacts may hold")
-        made = _MODULES[described["class"]](**{k: _from_json(v, {}) for k, v in described["settings"].items()})
+        with torch.device("meta"):  # the tensors are at hand; whatever sizes the settings ask for, none is made
+            made = _MODULES[described["class"]](**{k: _from_json(v, {}) for k, v in described["settings"].items()})
+        _check_settings(path, made)
+        for name, wanted in made.named_buffers(prefix=path):
+            if name not in tensors:
+                raise TargetError(f"graph.json: the weights lack {name}")
+            if (tensors[name].dtype, tensors[name].shape) != (wanted.dtype, wanted.shape):
+                raise TargetError(
+                    f"graph.json: {name} is {_describe(wanted)}, the weights hold {_describe(tensors[name])}"
+                )
         _add_module(root, path, made)
-        missing = [name for name, _ in made.named_buffers(prefix=path) if name not in tensors]
-        if missing:
-            raise TargetError(f"graph.json: the weights lack {missing[0]}")
     for name, tensor in tensors.items():
         put_tensor(root, name, tensor)
     graph = fx.Graph()
@@ -190,16 +199,54 @@ def _build(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> fx.GraphMo
             case "call_module":
                 if entry["target"] not in data["modules"]:
                     raise TargetError(f"graph.json: {entry['target']} is not one of its modules")
+                if kwargs or len(args) != (3 if isinstance(root.get_submodule(entry["target"]), Int8Linear) else 0):
+                    raise TargetError(f"graph.json: {name}: its arguments are not those of {entry['target']}")
                 node = graph.create_node("call_module", entry["target"], args, kwargs, name=name)
             case "call_function":
-                node = graph.create_node("call_function", _target_named(entry["target"]), args, kwargs, name=name)
+                target = _target_named(entry["target"])
+                _check_arguments(name, target, args, kwargs)
+                node = graph.create_node("call_function", target, args, kwargs, name=name)
             case "output":
+                if not isinstance(args[0], list) or not all(isinstance(a, fx.Node) for a in cast(list[Any], args[0])):
+                    raise TargetError("graph.json: the output is not a list of nodes")
                 node = graph.output(args[0])
             case _:
                 raise TargetError(f"graph.json: no node can be a {op}")
         nodes[name] = node
+    if [entry["op"] for entry in data["nodes"]].count("output") != 1 or data["nodes"][-1]["op"] != "output":
+        raise TargetError("graph.json: its last node, and no other, must be the output")
     graph.lint()
     return fx.GraphModule(root, graph)
+
+
+def _describe(x: Tensor) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
+
+
+def _check_settings(path: str, module: PackedWeight | Int8Linear) -> None:
+    """Raises ``TargetError`` for settings that fit no weight, whatever tensors there are."""
+    if not isinstance(cast(object, module.dtype), torch.dtype) or not module.dtype.is_floating_point:
+        raise TargetError(f"graph.json: {path}: dtype: {module.dtype} is not one of floating-point numbers")
+    if isinstance(module, Int8Linear):
+        if len(module.shape) != 2:
+            raise TargetError(f"graph.json: {path}: shape: {module.shape} is not that of a linear")
+        return
+    if sorted(module.rows_first) != list(range(len(module.shape))):
+        raise TargetError(f"graph.json: {path}: row_axes: {module.row_axes} are not axes of {module.shape}")
+    if len(module.block) != len(module.shape) or not all(b == -1 or b > 0 for b in module.block):
+        raise TargetError(f"graph.json: {path}: block: {module.block} does not divide {module.shape}")
+
+
+def _check_arguments(name: str, target: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Raises ``TargetError`` for arguments that an op does not take, or lacks."""
+    if not isinstance(target, OpOverload):
+        return
+    taken = target._schema.arguments  # pyright: ignore[reportPrivateUsage]
+    positional = [a.name for a in taken if not a.kwarg_only]
+    given = {*positional[: len(args)], *kwargs}
+    needed = {a.name for a in taken if not a.has_default_value()}
+    if len(args) > len(positional) or not needed <= given <= {a.name for a in taken}:
+        raise TargetError(f"graph.json: {name}: its arguments are not those of {target}")
 
 
 def _name(text: object) -> str:

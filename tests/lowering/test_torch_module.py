@@ -301,7 +301,7 @@ def test_a_graph_with_other_ops_is_not_loaded(small: Path, target: str) -> None:
     edit(small / "graph.json", change)
     with pytest.raises(TargetError) as caught:
         graphq.load(small)
-    assert str(caught.value) == f"graph.json: {target} is not an op that artifacts may hold"
+    assert str(caught.value) == f"{small}/graph.json: {target} is not an op that artifacts may hold"
 
 
 @pytest.mark.parametrize(
@@ -309,12 +309,18 @@ def test_a_graph_with_other_ops_is_not_loaded(small: Path, target: str) -> None:
     [
         ("graph.json", lambda d: d["modules"]["up"].update({"class": "Sequential"}), "Sequential is not a class"),
         ("graph.json", lambda d: d["nodes"][-1].update({"args": [[{"node": "x"}, {"py": "1"}]]}), "is not an argument"),
-        ("graph.json", lambda d: d.update({"same": {"a.b": "nothing"}}), "damaged: 'nothing'"),
-        ("graph.json", lambda d: d.pop("same"), "damaged: 'same'"),
+        ("graph.json", lambda d: d.update({"same": {"a.b": "nothing"}}), "damaged: same: 'nothing'"),
+        ("graph.json", lambda d: d.pop("same"), "damaged: same: 'same'"),
+        ("graph.json", lambda d: d["nodes"].pop(), "its last node, and no other, must be the output"),
+        ("graph.json", lambda d: d["nodes"][-1]["args"][0].append(d["nodes"][-1]["args"][0][0]), "gives 2 outputs;"),
+        ("graph.json", lambda d: d["nodes"][-1]["args"][0].clear(), "gives 0 outputs; the manifest says output"),
+        ("graphq.json", lambda d: d["source"]["outputs"].append("b"), "gives 1 outputs; the manifest says output, b"),
+        ("graphq.json", lambda d: d["source"]["inputs"].clear(), "takes 1 inputs; the manifest says "),
+        ("graphq.json", lambda d: d.pop("other_tensors"), "damaged: other_tensors"),
         ("graphq.json", lambda d: d.update(target="onnx"), "an artifact for onnx; graphq.load reads torch artifacts"),
         ("graphq.json", lambda d: d.update(graphq=2), "not a graphq artifact of format 1"),
-        ("graphq.json", lambda d: d["source"].pop("inputs"), "damaged: 'inputs'"),
-        ("graphq.json", lambda d: d["source"].update(dtype="load"), "damaged: 'no dtype load'"),
+        ("graphq.json", lambda d: d["source"].pop("inputs"), "damaged: source: KeyError: 'inputs'"),
+        ("graphq.json", lambda d: d["source"].update(dtype="load"), "damaged: source: KeyError: 'no dtype load'"),
     ],
 )
 def test_damage_is_named(small: Path, file: str, change: Any, message: str) -> None:
@@ -322,6 +328,30 @@ def test_damage_is_named(small: Path, file: str, change: Any, message: str) -> N
     with pytest.raises(TargetError) as caught:
         graphq.load(small)
     assert message in str(caught.value)
+    assert str(caught.value).startswith(f"{small}")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("up.bias", lambda t: t[:3].clone(), "model.safetensors: up.bias: float32[3], not float32[12]"),
+        ("up.bias", lambda t: t.double(), "model.safetensors: up.bias: float64[12], not float32[12]"),
+        (
+            "up.weight",
+            lambda t: t[:, :-1].clone(),
+            "graph.json: up.weight is uint8[12, 8], the weights hold uint8[12, 7]",
+        ),
+        ("up.weight", lambda t: t.int(), "graph.json: up.weight is uint8[12, 8], the weights hold int32[12, 8]"),
+        ("up.weight_scale", lambda t: t[0].clone(), "graph.json: up.weight_scale is float32[12, 1], the weights hold"),
+    ],
+)
+def test_tensors_that_do_not_fit(small: Path, name: str, change: Any, message: str) -> None:
+    tensors = load_file(small / "model.safetensors")
+    save_file(tensors | {name: change(tensors[name])}, small / "model.safetensors")
+    for read in (graphq.load, graphq.verify):
+        with pytest.raises(TargetError) as caught:
+            read(small)
+        assert str(caught.value).startswith(f"{small}/{message}")
 
 
 @pytest.mark.parametrize("file", ["graph.json", "model.safetensors", "graphq.json"])

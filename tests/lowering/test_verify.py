@@ -13,9 +13,11 @@ import pytest
 import torch
 from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 import graphq
-from graphq.errors import TargetError
+from graphq.cli import app
+from graphq.errors import GraphError, TargetError
 from graphq.lowering.verify import Verification, _difference, verify
 from tests.checkpoints import save_checkpoint
 from tests.models import Blocks
@@ -125,14 +127,16 @@ def test_a_changed_shape(artifact):
     change_tensor(artifact, "head.weight_scale", lambda x: np.concatenate([x.reshape(-1)] * 2))
     if target_of(artifact) == "onnx":
         assert verify(artifact).differences == ("head.weight_scale: float32[2], not float32[]",)
-    else:
-        assert verify(artifact).differences == ("head.weight_scale: float32[2], not float32[1, 1]",)
+    else:  # which cannot be loaded
+        message = f"{artifact}/graph.json: head.weight_scale is float32[1, 1], the weights hold float32[2]"
+        with pytest.raises(TargetError, match=f"^{re.escape(message)}$"):
+            verify(artifact)
 
 
 def test_codes_of_another_size(artifacts, tmp_path):
     artifact = Path(shutil.copytree(artifacts / "torch", tmp_path / "a"))
     change_tensor(artifact, "blocks.0.up.weight", lambda x: x[:, :-1].copy())
-    with pytest.raises(TargetError, match=f"^{artifact}: damaged: packing: 3 bytes a row; 8 codes take 4$"):
+    with pytest.raises(TargetError, match=r"blocks\.0\.up\.weight is uint8\[12, 4\], the weights hold uint8\[12, 3\]$"):
         verify(artifact)
 
 
@@ -142,7 +146,6 @@ def test_a_missing_tensor(artifacts, tmp_path):
     assert verify(artifact).differences == ("blocks.1.up.input_zero_point: missing",)
     change_tensor(artifact, "blocks.0.down.weight_scale", None)
     assert verify(artifact).differences == (
-        "blocks.0.down.weight: missing",  # codes without a scale are not codes
         "blocks.0.down.weight_scale: missing",
         "blocks.1.up.input_zero_point: missing",
     )
@@ -151,8 +154,105 @@ def test_a_missing_tensor(artifacts, tmp_path):
 def test_a_tensor_that_the_weights_lack(artifacts, tmp_path):
     artifact = Path(shutil.copytree(artifacts / "torch", tmp_path / "a"))
     change_tensor(artifact, "blocks.1.up.input_zero_point", None)
-    with pytest.raises(TargetError, match=r"^graph.json: the weights lack blocks.1.up.input_zero_point$"):
+    with pytest.raises(TargetError, match=f"^{artifact}/graph.json: the weights lack blocks.1.up.input_zero_point$"):
         verify(artifact)
+
+
+def test_a_changed_bias(artifact):
+    change_tensor(artifact, "head.bias", flip_first_bit)
+    assert verify(artifact).differences == ("head.bias: differs from its digest in the manifest",)
+
+
+def edit_graph(artifact: Path, change: Callable[[Any], object]) -> None:
+    data = json.loads((artifact / "graph.json").read_text())
+    change(data)
+    (artifact / "graph.json").write_text(json.dumps(data))
+
+
+def replace_relu(data: Any) -> None:
+    next(n for n in data["nodes"] if n.get("target") == "aten.relu.default")["target"] = "aten.neg.default"
+
+
+def test_another_op_in_the_graph(artifacts, tmp_path):
+    artifact = Path(shutil.copytree(artifacts / "torch", tmp_path / "a"))
+    edit_graph(artifact, replace_relu)
+    assert verify(artifact).differences == ("graph.json: differs from its digest in the manifest",)
+    change_tensor(artifact, "head.bias", flip_first_bit)
+    assert verify(artifact).differences == (
+        "head.bias: differs from its digest in the manifest",
+        "graph.json: differs from its digest in the manifest",
+    )
+
+
+def rewire(model: Any) -> None:
+    """Two layers of the same shape read each other's codes and scales."""
+    first, second = (n for n in model.graph.node if n.op_type == "DequantizeLinear" and "up.weight" in n.input[0])
+    inputs = list(first.input), list(second.input)
+    first.input[:], second.input[:] = inputs[1], inputs[0]
+
+
+def drop_output(model: Any) -> None:
+    model.graph.output.pop()
+    model.graph.output.append(onnx.helper.make_empty_tensor_value_info(model.graph.node[0].output[0]))
+
+
+@pytest.mark.parametrize("change", [rewire, drop_output])
+def test_another_graph_of_the_same_tensors(artifacts, tmp_path, change):
+    artifact = Path(shutil.copytree(artifacts / "onnx", tmp_path / "a"))
+    model = onnx.load(artifact / "model.onnx")
+    change(model)
+    onnx.save(model, artifact / "model.onnx")
+    assert verify(artifact).differences == ("model.onnx: differs from its digest in the manifest",)
+    result = CliRunner().invoke(app, ["verify", str(artifact)])
+    assert (result.exit_code, result.stderr) == (1, f"{artifact}: 1 differences from what was compiled\n")
+
+
+def test_other_files(artifact):
+    """A file that is gone differs; one that somebody put there is a note."""
+    (artifact / "README.md").write_text("mine")
+    change_manifest(artifact, lambda data: data["files"].update({"tokenizer.json": "0" * 64}))
+    found = verify(artifact)
+    assert (found.differences, found.notes) == (("tokenizer.json: missing",), ("README.md: graphq did not write it",))
+
+
+class OwnNames(torch.nn.Module):
+    """A layer with buffers of its own that are called as graphq calls its tensors."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        self.l = torch.nn.Linear(8, 8)
+        self.names = names
+        for name in names:
+            self.l.register_buffer(name, torch.randn(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.l(x)
+        for name in self.names:
+            y = y + getattr(self.l, name)
+        return y
+
+
+@pytest.mark.parametrize("target", ["torch", "onnx"])
+@pytest.mark.parametrize("input", [None, "int8/tensor", "int8/asym/tensor", "int8/asym/token/dynamic"])
+def test_a_models_own_tensors_of_the_same_names(target, input, tmp_path):
+    rule = {"match": "*", "weight": "int4/channel"} | ({"input": input} if input else {})
+    model = OwnNames("input_scale", "input_zero_point", "input_global_scale")
+    made = graphq.compile(model, {"graphq": 1, "rules": [rule]}, inputs=X, calibration=[X])
+    made.emit(target, tmp_path / "a")
+    assert verify(tmp_path / "a").differences == ()
+    recorded = json.loads((tmp_path / "a" / "graphq.json").read_text())
+    assert {f"l.{name}" for name in model.names} <= set(recorded["other_tensors"])
+    change_tensor(tmp_path / "a", "l.input_scale", flip_first_bit)
+    assert verify(tmp_path / "a").differences == ("l.input_scale: differs from its digest in the manifest",)
+
+
+@pytest.mark.parametrize("name", ["weight_scale", "weight_zero_point", "weight_global_scale"])
+def test_names_that_a_quantized_weight_needs(name):
+    with pytest.raises(GraphError) as caught:
+        graphq.compile(OwnNames(name), {"graphq": 1, "rules": [{"match": "*", "weight": "int8/channel"}]}, inputs=X)
+    assert str(caught.value) == (
+        f"l.{name}: the model has a tensor of this name, which graphq gives to the quantized weight of l; rename it"
+    )
 
 
 def test_a_tensor_that_the_manifest_lacks(artifact):
@@ -185,16 +285,28 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
         manifest_with(tensors={"a.weight": {"dtype": "int8"}}),
         "{}/graphq.json: damaged: tensors: 'shape'",
     ),
-    "source": ("torch", manifest_with(source={}), "{}: damaged: 'inputs'"),
-    "truncated": ("torch", edit_text("model.safetensors", lambda b: b[:-1]), "{}: damaged or incomplete: Error while"),
-    "no weights": ("torch", remove("model.safetensors"), "{}: damaged or incomplete: "),
-    "no graph": ("torch", remove("graph.json"), "{}: damaged or incomplete: "),
-    "bad graph": ("torch", edit_text("graph.json", lambda b: b[:-9]), "{}: damaged or incomplete: "),
+    "source": ("torch", manifest_with(source={}), "{}/graphq.json: damaged: source: KeyError: 'inputs'"),
+    "truncated": (
+        "torch",
+        edit_text("model.safetensors", lambda b: b[:-1]),
+        "{}/model.safetensors: damaged or incomplete: Error while",
+    ),
+    "no weights": ("torch", remove("model.safetensors"), "{}/model.safetensors: damaged or incomplete: "),
+    "no graph": ("torch", remove("graph.json"), "{}/graph.json: damaged or incomplete: "),
+    "bad graph": ("torch", edit_text("graph.json", lambda b: b[:-9]), "{}/graph.json: damaged or incomplete: "),
     "other graph": (
         "torch",
         edit_text("graph.json", lambda _: b'{"same": {}}'),
-        "graph.json: damaged: KeyError: 'modules'",
+        "{}/graph.json: damaged: KeyError: 'modules'",
     ),
+    "deep graph": (
+        "torch",
+        edit_text("graph.json", lambda _: b"[" * 200_000),
+        "{}/graph.json: damaged or incomplete: ",
+    ),
+    "deep manifest": ("torch", edit_text("graphq.json", lambda _: b"[" * 200_000), "{}/graphq.json: damaged: "),
+    "files": ("onnx", manifest_with(files=3), "{}/graphq.json: damaged: files: "),
+    "others": ("torch", manifest_with(other_tensors=3), "{}/graphq.json: damaged: other_tensors: "),
     "no model": ("onnx", remove("model.onnx"), "{}: damaged or incomplete: model.onnx is missing"),
     "truncated model": ("onnx", edit_text("model.onnx", lambda b: b[: len(b) // 2]), "{}/model.onnx: damaged: "),
     "not a model": ("onnx", edit_text("model.onnx", lambda _: b"\x0a"), "{}/model.onnx: damaged: "),
