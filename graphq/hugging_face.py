@@ -232,6 +232,14 @@ def _model_class(path: Path, config: "PreTrainedConfig") -> type["PreTrainedMode
 
 def load_model(path: Path, dtype: torch.dtype = torch.float32) -> "PreTrainedModel":
     """The model in a directory, on the CPU in ``dtype``, from safetensors alone (pickled weights are refused)."""
+    return _load(path, dtype)[0]
+
+
+def _load(path: Path, dtype: torch.dtype) -> tuple["PreTrainedModel", list[str]]:
+    """The model in a directory, and the tensors of its files that the model has no place for.
+
+    Raises ``GraphError`` for tensors that the files lack or hold in another shape.
+    """
     config = read_config(path)
     cls = _model_class(path, config)
     check_weight_files(path)
@@ -253,7 +261,7 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> "PreTrainedMod
         what = [f"{len(missing)} missing ({_first(missing)})"] if missing else []
         what += [f"{len(wrong)} of another shape ({_first(wrong)})"] if wrong else []
         raise GraphError(f"{path}: the weights do not fit {cls.__name__}: {'; '.join(what)}")
-    return model.eval()
+    return model.eval(), sorted(info["unexpected_keys"])
 
 
 def _first(names: list[str]) -> str:
@@ -316,13 +324,21 @@ def capture_directory(
     """
     config = read_config(path)
     recorded: Any = getattr(config, "dtype", None)  # before a model made from it overwrites it
+    notes: tuple[str, ...] = ()
     if weights:
-        gm = capture_pretrained(load_model(path, dtype), cache)
+        model, unused = _load(path, dtype)
+        gm = capture_pretrained(model, cache)
+        if unused:
+            count = f"{len(unused)} tensor{'s' * (len(unused) > 1)} of the checkpoint"
+            notes = (f"{count} that {type(model).__name__} does not use: {_first(unused)}",)
     else:
         gm = capture_config(config, _model_class(path, config), dtype, cache)
     source: Source = gm.meta[KEY]
     gm.meta[KEY] = replace(
-        source, dtype=recorded if isinstance(recorded, torch.dtype) else source.dtype, files=str(path)
+        source,
+        dtype=recorded if isinstance(recorded, torch.dtype) else source.dtype,
+        files=str(path),
+        notes=(*source.notes, *notes),
     )
     return gm
 

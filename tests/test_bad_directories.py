@@ -109,6 +109,21 @@ DIRECTORIES: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
+def test_tensors_that_the_model_has_no_place_for_are_named(whole, tmp_path):
+    assert graphq.compile(whole, INT8).report.notes == ()
+    more = Path(shutil.copytree(whole, tmp_path / "more"))
+    weights(lambda tensors: tensors.update({"model.adapter.weight": tensors[DOWN].clone()}))(more)
+    note = "1 tensor of the checkpoint that LlamaForCausalLM does not use: model.adapter.weight"
+    assert graphq.compile(more, INT8).report.notes == (note,)
+    deep = save_checkpoint(tmp_path / "deep", num_hidden_layers=2)
+    config(num_hidden_layers=1)(deep)
+    (note,) = graphq.compile(deep, INT8).report.notes
+    assert note == (
+        "9 tensors of the checkpoint that LlamaForCausalLM does not use: model.layers.1.input_layernorm.weight,"
+        " model.layers.1.mlp.down_proj.weight, model.layers.1.mlp.gate_proj.weight, ..."
+    )
+
+
 @pytest.mark.parametrize("case", DIRECTORIES)
 def test_model_directories(whole, tmp_path, case):
     damage, problem = DIRECTORIES[case]
