@@ -174,11 +174,12 @@ def compile(  # noqa: A001
     The caller's model is never changed unless ``consume`` is true. Raises ``SpecError`` and ``GraphError``.
     """
     parsed = load_spec(cast(Any, spec), dialect)
-    _check_algorithms(parsed, algorithm)
+    if algorithm is not None and algorithm not in ALGORITHMS:
+        raise SpecError(f"algorithm: {algorithm!r} is not one of {', '.join(ALGORITHMS)}")
     if not isinstance(cast(object, seed), int) or not -(1 << 63) <= seed < 1 << 64:
         raise SpecError(f"seed: {seed} is not an integer from -2^63 to 2^64 - 1")
-    if parsed.cache is not None:
-        raise SpecError(f"cache: {parsed.cache}: graphq cannot quantize the KV cache yet; leave it out of the spec")
+    if problems := refusals(parsed, algorithm):
+        raise SpecError(problems)
     gm = capture(model, inputs, dtype, cache=cache)
     theirs = _storages(gm) if isinstance(model, nn.Module) and not consume else set[int]()
     resolved, notes = decide(gm, parsed)
@@ -197,18 +198,17 @@ def compile(  # noqa: A001
     return Compiled(gm, parsed, report, seed)
 
 
-def _check_algorithms(spec: Spec, algorithm: str | None) -> None:
-    if algorithm is not None and algorithm not in ALGORITHMS:
-        raise SpecError(f"algorithm: {algorithm!r} is not one of {', '.join(ALGORITHMS)}")
-    if algorithm is None:
-        problems = [
-            f"{a.source + ': ' if a.source else ''}graphq has no {a.name} yet;"
-            " compile with algorithm rtn to round to nearest"
-            for a in spec.algorithms
-            if a.name not in ALGORITHMS
-        ]
-        if problems:
-            raise SpecError(problems)
+def refusals(spec: Spec, algorithm: str | None = None) -> list[str]:
+    """A line for each thing that the spec asks for and ``compile`` cannot do; ``algorithm`` as it takes it."""
+    problems = [
+        f"{a.source + ': ' if a.source else ''}graphq has no {a.name} yet;"
+        " compile with algorithm rtn to round to nearest"
+        for a in spec.algorithms
+        if algorithm is None and a.name not in ALGORITHMS
+    ]
+    if spec.cache is not None:
+        problems.append(f"cache: {spec.cache}: graphq cannot quantize the KV cache yet; leave it out of the spec")
+    return problems
 
 
 def _check_calibration(resolved: Mapping[str, Resolved], calibration: Iterable[object] | None) -> None:
@@ -295,14 +295,18 @@ def explain(
     inputs: Inputs | None = None,
     dialect: str | None = None,
 ) -> Report:
-    """What ``compile`` would do with each layer, and by which rule. A directory's weights are not read."""
+    """What ``compile`` would do with each layer, and by which rule. A directory's weights are not read.
+
+    What ``compile`` would refuse is a note that says so.
+    """
     parsed = load_spec(cast(Any, spec), dialect)
     gm = capture(model, inputs, weights=False)
     resolved, notes = decide(gm, parsed)
     source = source_of(gm)
     asked = [f"algorithm: {a.name}" for a in parsed.algorithms]
     asked += [f"cache: {parsed.cache}"] if parsed.cache else []
-    return make_report(resolved, [*source.notes, *notes, *asked], source.dtype.itemsize * 8)
+    refused = [f"compile refuses: {problem}" for problem in refusals(parsed)]
+    return make_report(resolved, [*source.notes, *notes, *asked, *refused], source.dtype.itemsize * 8)
 
 
 def graph_after(

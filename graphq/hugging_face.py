@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graphq.errors import GraphError
 from graphq.export import FlatModel, export_flat
+from graphq.files import MANIFEST
 from graphq.source import BATCH, KEY, PAST, SEQUENCE, TOTAL, Source, TensorInput
 
 if TYPE_CHECKING:
@@ -200,6 +201,8 @@ def read_config(path: Path) -> "PreTrainedConfig":
     """The configuration in a model directory. Raises ``GraphError`` naming what is missing or wrong."""
     if not path.is_dir():
         raise GraphError(f"{path}: no such model directory")
+    if (path / MANIFEST).is_file():
+        raise GraphError(f"{path}: a graphq artifact, which is quantized already; graphq compiles float models")
     if not (path / "config.json").is_file():
         raise GraphError(f"{path}: not a Hugging Face model directory: config.json is missing")
     from transformers import AutoConfig

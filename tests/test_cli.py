@@ -97,7 +97,7 @@ def test_explain_reads_the_configuration_alone(model, spec, tmp_path):
     ]
     weight = {"format": "int4", "symmetric": False, "granularity": "group", "group_size": 16, "dynamic": False}
     for layer in found[1:-1]:
-        assert layer["weight"] == weight | {"divisor": None}
+        assert layer["weight"] == layer["weight"] | weight | {"divisor": None}
         assert (layer["input"], layer["rule"], layer["source"]) == (None, "blocks", "weight (line 2)")
     for layer in (found[0], found[-1]):
         assert (layer["weight"], layer["input"], layer["rule"]) == (None, None, "")
@@ -107,6 +107,33 @@ def test_explain_as_a_table(model, spec):
     lines = graphq_("explain", model, "--spec", spec, "--dialect", "native").stdout.splitlines()
     assert lines[0].split() == ["layer", "weight", "input", "rule", "bytes", "why", "float"]
     assert lines[2].split()[:3] == ["model.layers.0.self_attn.q_proj", "int4/asym/g16", "float"]
+
+
+def test_explain_says_what_compile_refuses(model, spec):
+    spec.write_text("graphq: 1\nweight: int8/channel\ncache: int8/token/dynamic\nalgorithms: [awq]\n")
+    cannot = "graphq cannot quantize the KV cache yet"
+    refused = [
+        "note: compile refuses: algorithms[0] (line 4): graphq has no awq yet; compile with algorithm rtn to round to nearest",
+        f"note: compile refuses: cache: int8/token/dynamic: {cannot}; leave it out of the spec",
+    ]
+    assert graphq_("explain", model, "--spec", spec).stdout.splitlines()[-2:] == refused
+    shown = graphq_("explain", model, "--spec", spec, "--json")
+    assert shown.stderr.splitlines()[-2:] == refused
+    assert isinstance(json.loads(shown.stdout), list)
+    command = ("compile", model, "--spec", spec, "--target", "torch", "--out", spec.parent / "o")
+    stderr = graphq_(*command, status=1).stderr
+    assert stderr.splitlines() == [line.removeprefix("note: compile refuses: ") for line in refused]
+    with_rtn = graphq_(*command, "--algorithm", "rtn", status=1).stderr
+    assert with_rtn == refused[1].removeprefix("note: compile refuses: ") + "\n"
+
+
+def test_an_artifact_is_no_model(artifacts, spec):
+    for target in ("torch", "onnx"):
+        place = artifacts / target
+        message = f"{place}: a graphq artifact, which is quantized already; graphq compiles float models\n"
+        assert graphq_("explain", place, "--spec", spec, status=1).stderr == message
+        command = ("compile", place, "--spec", spec, "--target", "torch", "--out", spec.parent / "o")
+        assert graphq_(*command, status=1).stderr == message
 
 
 def test_explain_in_a_terminal(model, spec, monkeypatch):

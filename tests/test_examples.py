@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from graphq.compiler import refusals
 from graphq.frontends import load_spec, print_spec
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -44,6 +45,18 @@ def test_configs(path: Path) -> None:
     spec = load_spec(path)
     assert (spec.dialect, spec.notes) == (path.parent.name, ())
     assert any("weight: int" in line for line in print_spec(spec).splitlines())
+
+
+@pytest.mark.parametrize(
+    "path", sorted(EXAMPLES.glob("configs/*/*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}"
+)
+def test_configs_say_what_compile_refuses(path: Path) -> None:
+    spec = load_spec(path)
+    comments = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    expected = ["# For `graphq explain`: "] if refusals(spec) else []
+    if refusals(spec, "rtn"):
+        expected = ["# For `graphq explain` alone: "]
+    assert [line[: line.index(":") + 2] for line in comments if "`graphq explain`" in line] == expected
 
 
 def check_demo(printed: str) -> dict[str, tuple[float, float]]:
