@@ -35,6 +35,8 @@ def _impossible(found: Resolved) -> str | None:
 
 
 def _reason(layer: Layer, plan: Plan) -> str | None:
+    if 0 in layer.shape:
+        return f"{plan}: a weight of shape {list(layer.shape)} has no elements to quantize; keep it float"
     for role, quant in (("weight", plan.weight), ("input", plan.input)):
         if quant is not None and isinstance(quant.method, Ofmr) and layer.kind in ("embedding", "expert"):
             return f"{role} {quant}: ofmr measures a layer's own output, which an {layer.kind} here does not have"

@@ -139,6 +139,18 @@ def test_groups_of_a_depthwise_convolution() -> None:
     assert annotate(gm, spec(conv="int8/g2", depthwise=W8)) == 2
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize(("wide", "narrow"), [(4, 0), (0, 8)])
+def test_a_weight_without_elements(wide: int, narrow: int) -> None:
+    model = nn.Sequential(nn.Linear(8, narrow), nn.Linear(narrow, wide), nn.Linear(wide, 8))
+    gm = capture(model, torch.ones(3, 8))
+    with pytest.raises(SpecError) as caught:
+        decide(gm, spec(**{"1": "int8/channel"}))
+    assert str(caught.value) == (
+        f"1: weight int8/channel: a weight of shape [{wide}, {narrow}] has no elements to quantize; keep it float"
+    )
+
+
 def test_all_problems_at_once() -> None:
     class Both(nn.Module):
         def __init__(self) -> None:
