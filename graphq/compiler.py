@@ -36,6 +36,10 @@ from graphq.views import Param, ops_of
 ALGORITHMS: Final = ("rtn",)
 TARGETS: Final = ("torch", "onnx")
 QUANTIZABLE: Final = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+OPTIONS: Final[dict[str, dict[str, type]]] = {
+    "torch": {"overwrite": bool},
+    "onnx": {"overwrite": bool, "cache": bool, "opset": int, "bfloat16": bool},
+}
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
 
@@ -90,9 +94,11 @@ class Compiled:
     def emit(self, target: str, path: str | os.PathLike[str], **options: Any) -> None:
         """Write the artifact for ``target`` (``"torch"``, ``"onnx"``) into the directory ``path``, whole or not at all.
 
-        ``overwrite=True`` replaces an existing directory. ONNX takes ``opset`` (as low as the types allow). Raises
-        ``TargetError`` for a layer that the target cannot hold, and for an existing ``path``.
+        ``overwrite=True`` replaces an existing artifact. ONNX takes ``opset`` (13 by default; the types may ask for
+        more), ``cache=False`` and ``bfloat16=True``, without which a bfloat16 model is refused. Raises ``TargetError``
+        for a layer that the target cannot hold, for an option that it does not have, and for an existing ``path``.
         """
+        _check_options(target, options)
         made_from = {
             "spec": print_spec(self.spec),
             "algorithm": "rtn",
@@ -105,7 +111,7 @@ class Compiled:
             case "onnx":
                 from graphq.lowering.onnx import emit
             case _:
-                raise TargetError(f"{target}: no such target; there are {', '.join(TARGETS)}")
+                raise AssertionError(target)
         emit(self.graph, Path(path), made_from, **options)
 
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
@@ -196,6 +202,18 @@ def compile(  # noqa: A001
     _own_tensors(gm, theirs)
     report = make_report(resolved, [*source.notes, *notes], source.dtype.itemsize * 8, sqnr)
     return Compiled(gm, parsed, report, seed)
+
+
+def _check_options(target: str, options: Mapping[str, object]) -> None:
+    if target not in OPTIONS:
+        raise TargetError(f"{target}: no such target; there are {', '.join(TARGETS)}")
+    known = OPTIONS[target]
+    for name, value in options.items():
+        if name not in known:
+            raise TargetError(f"{target}: no option {name}; there are {', '.join(known)}")
+        if type(value) is not known[name]:
+            wanted = "true or false" if known[name] is bool else "a whole number"
+            raise TargetError(f"{target}: {name}: {value!r} is not {wanted}")
 
 
 def refusals(spec: Spec, algorithm: str | None = None) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, fx
+from torch._ops import OpOverload
 
 from graphq import numerics
 from graphq.errors import TargetError
@@ -25,7 +26,7 @@ from graphq.lowering.onnx_form import onnx_form
 from graphq.lowering.onnx_names import check_names, name_outputs, restore_names
 from graphq.lowering.onnx_tensors import NAME, initializers
 from graphq.source import PAST, SEQUENCE, TOTAL, Source, source_of
-from graphq.views import Dequantize, Op, view
+from graphq.views import Dequantize, Op, ops_of, view
 
 _DATA: Final = "model.onnx.data"
 _INLINE_BYTES: Final = 1 << 30  # protobuf ends at 2 GiB
@@ -33,6 +34,8 @@ _SAMPLE: Final = {SEQUENCE: 3, PAST: 5, TOTAL: 8}
 
 
 def _refuses(op: Op) -> str | None:
+    if rate := _dropped(op):
+        return f"{op.node.target} drops {rate:g} of its input at random in evaluation, too, which is not exported"
     if not isinstance(op, Dequantize):
         return None
     if op.scale.val.dtype == torch.float64:
@@ -42,6 +45,19 @@ def _refuses(op: Op) -> str | None:
             return None
         case format:
             return f"{format}: this target holds integers, float8_e4m3fn and float8_e5m2"
+
+
+def _dropped(op: Op) -> float:
+    """The share of elements that an op sets to 0 at random."""
+    target = op.node.target
+    if not isinstance(target, OpOverload):
+        return 0.0
+    names = {argument.name for argument in target._schema.arguments}  # pyright: ignore[reportPrivateUsage]
+    if "dropout_p" in names:
+        return float(op.argument("dropout_p"))
+    if "dropout" not in str(target) or not {"p", "train"} <= names or not op.argument("train"):
+        return 0.0
+    return float(op.argument("p"))
 
 
 LIMITS: Final = Limits("onnx", _refuses)
@@ -54,12 +70,14 @@ def emit(
     overwrite: bool = False,
     cache: bool = True,
     opset: int = 13,
+    bfloat16: bool = False,
 ) -> None:
     """The QDQ form ``gm`` as ``model.onnx`` in the directory ``path``, written whole or not at all.
 
     ``cache=False`` leaves the key/value cache out of a causal language model. ``opset``: the lowest to use; types may
-    ask for more. Large models keep their tensors in ``model.onnx.data``. Raises ``TargetError`` naming op and layer for
-    what ONNX cannot hold, and for an existing ``path``.
+    ask for more. A model that computes in bfloat16 is refused unless ``bfloat16``. Large models keep their tensors in
+    ``model.onnx.data``. Raises ``TargetError`` naming op and layer for what ONNX cannot hold, and for an existing
+    ``path``.
     """
     import onnx
     import onnx_ir as ir
@@ -68,6 +86,8 @@ def emit(
     from graphq.lowering.onnx_opset import lower_opset
 
     legalize(gm, LIMITS)
+    if not bfloat16:
+        _refuse_bfloat16(gm)
     prepared = onnx_form(gm, cache)
     check_names(prepared)
     model = _export(prepared)
@@ -85,6 +105,17 @@ def emit(
         ir.save(model, directory / NAME, external_data=_DATA if size > _INLINE_BYTES else None)
         onnx.checker.check_model(str(directory / NAME), full_check=True)
         manifest.write(directory, prepared, "onnx", made_from, initializers(directory))
+
+
+def _refuse_bfloat16(gm: fx.GraphModule) -> None:
+    """Raises ``TargetError`` naming the first layer that computes in bfloat16, for which runtimes lack kernels."""
+    for op in ops_of(gm):
+        val = op.node.meta.get("val")
+        if isinstance(val, Tensor) and val.dtype == torch.bfloat16 and op.node.op == "call_function":
+            raise TargetError(
+                f"onnx: {where(op)}: computes in bfloat16, which ONNX Runtime has no kernels for on the CPU; compile"
+                " with dtype=torch.float32, or pass bfloat16=True for a runtime that has them"
+            )
 
 
 def _samples(source: Source) -> tuple[Tensor, ...]:

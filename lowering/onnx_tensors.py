@@ -37,7 +37,7 @@ def _tensor(value: Any) -> Tensor:
         case ir.DataType.INT4:
             return torch.from_numpy(array.astype("int8"))
         case ir.DataType.UINT4:
-            return torch.from_numpy(array.astype("int8") - 8)
+            return torch.from_numpy(array.astype("int8")) - 8
         case ir.DataType.FLOAT8E4M3FN | ir.DataType.FLOAT8E5M2:
             return torch.from_numpy(array.view("uint8").copy())
         case ir.DataType.BFLOAT16:

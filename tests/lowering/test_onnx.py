@@ -9,6 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+import torch.nn.functional as F
 from onnx import numpy_helper
 from torch import Tensor, nn
 
@@ -389,7 +390,14 @@ def test_bfloat16_in_onnx_own_reference(tmp_path: Path) -> None:
     from onnx.reference import ReferenceEvaluator
 
     made = compiled(MLP().to(torch.bfloat16), X.to(torch.bfloat16), weight="int8/channel")
-    model = emitted(made, tmp_path / "a", opset=21)
+    with pytest.raises(TargetError) as caught:
+        made.emit("onnx", tmp_path / "refused", opset=21)
+    assert str(caught.value) == (
+        "onnx: up: computes in bfloat16, which ONNX Runtime has no kernels for on the CPU; compile with"
+        " dtype=torch.float32, or pass bfloat16=True for a runtime that has them"
+    )
+    model = emitted(made, tmp_path / "a", opset=21, bfloat16=True)
+    assert graphq.verify(tmp_path / "a").ok
     assert initializers(model)["up.bias"] == ("BFLOAT16", [12])
     x = X.to(torch.bfloat16)
     found: Any = ReferenceEvaluator(model).run(None, {"x": x.float().numpy().astype(ml_dtypes.bfloat16)})
@@ -443,6 +451,45 @@ def test_an_op_that_onnx_lacks_names_layer_and_op(function: Any, op: str, tmp_pa
     with pytest.raises(TargetError) as caught:
         made.emit("onnx", tmp_path / "a")
     assert str(caught.value) == f"onnx: inner.deep: torch's exporter cannot translate {op}"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("function", "share"),
+    [
+        (lambda x: F.dropout(x, 0.5), 0.5),
+        (lambda x: F.alpha_dropout(x, 0.25, training=True), 0.25),
+        (lambda x: F.dropout(x, 0.0), None),
+        (lambda x: F.dropout(x, 0.5, training=False), None),
+    ],
+)
+def test_what_is_dropped_at_random(function: Any, share: float | None, tmp_path: Path) -> None:
+    made = compiled(Deep(function), weight="int8/channel")
+    if share is None:
+        emitted(made, tmp_path / "a")
+        return
+    with pytest.raises(
+        TargetError, match=rf"^onnx: inner\.deep: aten\.\w*dropout\.default drops {share} of its input at"
+    ):
+        made.emit("onnx", tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "problem"),
+    [
+        ("onnx", {"opset": "17"}, "onnx: opset: '17' is not a whole number"),
+        ("onnx", {"opset": True}, "onnx: opset: True is not a whole number"),
+        ("onnx", {"cache": 0}, "onnx: cache: 0 is not true or false"),
+        ("onnx", {"op_set": 17}, "onnx: no option op_set; there are overwrite, cache, opset, bfloat16"),
+        ("torch", {"opset": 3}, "torch: no option opset; there are overwrite"),
+        ("torch", {"overwrite": "yes"}, "torch: overwrite: 'yes' is not true or false"),
+    ],
+)
+def test_options_that_do_not_exist(target: str, options: dict[str, Any], problem: str, tmp_path: Path) -> None:
+    with pytest.raises(TargetError) as caught:
+        compiled(MLP(), weight="int8/channel").emit(target, tmp_path / "a", **options)
+    assert str(caught.value) == problem
     assert list(tmp_path.iterdir()) == []
 
 
