@@ -12,6 +12,7 @@ from graphq import hugging_face
 from graphq.batches import complete_all
 from graphq.capture import capture_module, unwrapped
 from graphq.errors import GraphError, SpecError, TargetError
+from graphq.files import check_place
 from graphq.frontends import load_spec
 from graphq.frontends.native import print_spec
 from graphq.layers import sites
@@ -99,6 +100,8 @@ class Compiled:
         for a layer that the target cannot hold, for an option that it does not have, and for an existing ``path``.
         """
         _check_options(target, options)
+        files = source_of(self.graph).files
+        check_place(path, options.get("overwrite", False), [files] if files is not None else [])
         made_from = {
             "spec": print_spec(self.spec),
             "algorithm": "rtn",

@@ -17,7 +17,7 @@ class OnnxSession:
     """``model.onnx`` behind the source's inputs and outputs. Masks, positions and empty caches may be left out."""
 
     def __init__(self, file: Path, source: Source) -> None:
-        """Raises ``TargetError`` for a file that ONNX Runtime cannot load, or with other inputs than ``source``."""
+        """Raises ``TargetError`` for a file that ONNX Runtime cannot load, or whose inputs or outputs are not ``source``'s."""
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -29,6 +29,9 @@ class OnnxSession:
         taken, declared = [i.name for i in self._session.get_inputs()], [i.name for i in source.inputs]
         if taken != declared:
             raise TargetError(f"{file}: takes {', '.join(taken)}; the manifest says {', '.join(declared)}")
+        given, promised = [o.name for o in self._session.get_outputs()], list(source.outputs)
+        if given != promised:
+            raise TargetError(f"{file}: gives {', '.join(given)}; the manifest says {', '.join(promised)}")
         self.source = source
 
     def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor | tuple[Tensor, ...] | dict[str, Tensor]:

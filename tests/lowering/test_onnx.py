@@ -1,6 +1,7 @@
 """The ONNX artifact: its opset, the types and names of what it holds, its caches, its files, and what it refuses."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -507,6 +508,22 @@ def test_a_file_of_another_model(tmp_path: Path) -> None:
     with pytest.raises(TargetError) as caught:
         OnnxSession(tmp_path / "a" / "model.onnx", source_of(other.graph))
     assert str(caught.value) == f"{tmp_path / 'a' / 'model.onnx'}: takes x; the manifest says tokens"
+
+
+def test_a_file_with_other_outputs(tmp_path: Path) -> None:
+    made = compiled(MLP(), weight="int8/channel")
+    made.emit("onnx", tmp_path / "a")
+    source = replace(source_of(made.graph), outputs=("output", "more"))
+    with pytest.raises(TargetError) as caught:
+        OnnxSession(tmp_path / "a" / "model.onnx", source)
+    assert str(caught.value) == f"{tmp_path / 'a' / 'model.onnx'}: gives output; the manifest says output, more"
+
+
+def test_the_place_is_looked_at_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target, "_export", lambda _: pytest.fail("exported"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TargetError, match=r"file is not a directory$"):
+        compiled(MLP(), weight="int8/channel").emit("onnx", tmp_path / "file" / "a")
 
 
 @pytest.mark.slow
