@@ -190,7 +190,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
         last = len(x.shape) - 1
         wide, narrow = (int(size) for size in weight.shape)
         rows, source = x, x.producer()
-        if last != 1 and source is not None and source.op_type == "DequantizeLinear":
+        if last != 1 and source is not None and source.op_type == "DequantizeLinear" and source.inputs[0].producer():
             # Codes are reshaped: ONNX Runtime 1.31 copies a DequantizeLinear behind a Reshape that follows it, with a
             # QuantizeLinear to uint8 before that, which cuts off negative codes, or from opset 21 on cannot be loaded.
             x = source.inputs[0]

@@ -17,7 +17,7 @@ class OnnxSession:
     """``model.onnx`` behind the source's inputs and outputs. Masks, positions and empty caches may be left out."""
 
     def __init__(self, file: Path, source: Source) -> None:
-        """Raises ``TargetError`` for a file that ONNX Runtime cannot load, or whose inputs or outputs are not ``source``'s."""
+        """Raises ``TargetError`` for a file that ONNX Runtime cannot load, or with other inputs or outputs."""
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
