@@ -204,7 +204,9 @@ def test_a_bias_of_another_name_alone_is_the_products() -> None:
 @pytest.mark.parametrize("name", ["weight_scale", "weight_zero_point", "weight_global_scale"])
 def test_a_name_that_a_quantized_weight_needs_is_refused(name: str) -> None:
     model = Beside(name, child=False)
-    message = rf"^l\.{name}: the model has a tensor of this name, which graphq gives to the quantized weight of l; rename it$"
+    message = (
+        rf"^l\.{name}: the model has a tensor of this name, which graphq gives to the quantized weight of l; rename it$"
+    )
     with pytest.raises(GraphError, match=message):
         graphq.compile(model, W8, inputs=X)
     keep: dict[str, Any] = {"graphq": 1, "rules": [{"match": "*", "float": True}]}
