@@ -122,10 +122,11 @@ def test_the_plan_in_words():
 @pytest.mark.parametrize("target", ["torch", "onnx"])
 def test_json_without_infinite_numbers(target, tmp_path):
     """A weight that its codes represent exactly has no noise, which JSON has no number for."""
-    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    first, second = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+    model = torch.nn.Sequential(first, second)
     with torch.no_grad():
-        model[0].weight.zero_()
-        model[1].weight.copy_(torch.eye(8) * 127)
+        first.weight.zero_()
+        second.weight.copy_(torch.eye(8) * 127)
     spec = {"graphq": 1, "rules": [{"match": "*", "weight": "int8/channel"}]}
     made = graphq.compile(model, spec, inputs=torch.ones(2, 8))
     assert [row["sqnr_db"] for row in made.report.to_json()] == [None, None]

@@ -225,16 +225,19 @@ def _describe(x: Tensor) -> str:
 
 def _check_settings(path: str, module: PackedWeight | Int8Linear) -> None:
     """Raises ``TargetError`` for settings that fit no weight, whatever tensors there are."""
-    if not isinstance(cast(object, module.dtype), torch.dtype) or not module.dtype.is_floating_point:
-        raise TargetError(f"graph.json: {path}: dtype: {module.dtype} is not one of floating-point numbers")
+    settings = settings_of(module)
+    dtype, shape = settings["dtype"], settings["shape"]
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TargetError(f"graph.json: {path}: dtype: {dtype} is not one of floating-point numbers")
     if isinstance(module, Int8Linear):
-        if len(module.shape) != 2:
-            raise TargetError(f"graph.json: {path}: shape: {module.shape} is not that of a linear")
+        if len(shape) != 2:
+            raise TargetError(f"graph.json: {path}: shape: {shape} is not that of a linear")
         return
-    if sorted(module.rows_first) != list(range(len(module.shape))):
-        raise TargetError(f"graph.json: {path}: row_axes: {module.row_axes} are not axes of {module.shape}")
-    if len(module.block) != len(module.shape) or not all(b == -1 or b > 0 for b in module.block):
-        raise TargetError(f"graph.json: {path}: block: {module.block} does not divide {module.shape}")
+    row_axes, block = settings["row_axes"], settings["block"]
+    if len(set(row_axes)) != len(row_axes) or not set(row_axes) <= set(range(len(shape))):
+        raise TargetError(f"graph.json: {path}: row_axes: {row_axes} are not axes of {shape}")
+    if len(block) != len(shape) or not all(b == -1 or b > 0 for b in block):
+        raise TargetError(f"graph.json: {path}: block: {block} does not divide {shape}")
 
 
 def _check_arguments(name: str, target: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

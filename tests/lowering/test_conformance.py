@@ -262,7 +262,7 @@ def test_the_artifacts_hold_the_integers_of_the_qdq_form(family: str, tmp_path: 
     assert held.keys() == expected.keys()
     for path, tensor in expected.items():
         assert held[path].codes is None or torch.equal(held[path].codes, tensor.codes)  # type: ignore[arg-type]
-        assert torch.equal(held[path].scale, tensor.scale)
+        assert torch.equal(held[path].scale, tensor.scale)  # type: ignore[arg-type]
         assert torch.equal(held[path].zero_point, tensor.zero_point)  # type: ignore[arg-type]
     onnx.emit(gm, tmp_path / "onnx", {})
     assert verify(tmp_path / "onnx").differences == ()

@@ -32,6 +32,8 @@ class InputReturned(Layer):
 
 
 class BufferReturned(Layer):
+    table: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("table", torch.arange(8.0))
