@@ -88,8 +88,8 @@ def emit(
     legalize(gm, LIMITS)
     if not bfloat16:
         _refuse_bfloat16(gm)
+    check_names(gm)
     prepared = onnx_form(gm, cache)
-    check_names(prepared)
     model = _export(prepared)
     restore_names(model, prepared)
     _share_tied(model, prepared)

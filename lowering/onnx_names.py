@@ -27,7 +27,7 @@ def check_names(gm: fx.GraphModule) -> None:
 
 def restore_names(model: Any, gm: fx.GraphModule) -> None:
     """Inputs and held tensors of a fresh export have their own names again, where they are outputs, too; other values
-    have names that are free. A float tensor gives way to an input or output of its name.
+    have names that are free. ``onnx_form`` has seen to it that no held tensor has the name of an input or output.
     """
     source = source_of(gm)
     for value, declared in zip(model.graph.inputs, source.inputs, strict=True):
@@ -36,9 +36,6 @@ def restore_names(model: Any, gm: fx.GraphModule) -> None:
     for value, node in zip(model.graph.outputs, returned, strict=True):
         if node.op == "get_attr":
             _rename(model, value, str(node.target))
-    public = {i.name for i in source.inputs} | set(source.outputs)
-    for name in sorted(public & model.graph.initializers.keys()):
-        _rename(model, model.graph.initializers[name], _free(f"{name}.tensor", public | _held(model)))
     free_names(model)
 
 
