@@ -7,12 +7,13 @@ from torch import Tensor, fx, nn
 
 from graphq import edit
 from graphq.layers import BY, LAYER
-from graphq.passes.observe import Observe, input_quants, observer_on, observers
+from graphq.passes.observe import Observe, input_quants, observer_on, observers, weight_observer_on
+from graphq.passes.observers import OfmrObserver, OfmrWeightObserver
 from graphq.pipeline import Pipeline
 from graphq.plan import KeepFloat, PerExpert
 from graphq.quant import parse_quant
 from graphq.text import dump
-from graphq.views import ops_of
+from graphq.views import Linear, ops_of
 from tests.graphs import annotated, assert_vals, plan, run
 from tests.models import MLP, Attention, Blocks, MoE, Twice, capture
 
@@ -149,3 +150,15 @@ def test_input_quants() -> None:
     assert input_quants(KeepFloat("x")) == (None,)
     assert input_quants(None) == (None,)
     assert input_quants(PerExpert((STATIC, plan("int8/channel"), KeepFloat("x")))) == (QUANT, None, None)
+
+
+def test_the_same_format_for_weight_and_input_has_an_observer_each() -> None:
+    both = plan("hifloat8/tensor/ofmr", "hifloat8/tensor/ofmr")
+    gm = annotated(capture(MLP(), torch.ones(2, 8)), up=both)
+    assert Pipeline([Observe()], strict=True).run(gm) == {"observe": 2}
+    assert {type(seen) for _, seen in observers(gm)} == {OfmrObserver, OfmrWeightObserver}
+    assert Pipeline([Observe()], strict=True).run(gm) == {"observe": 0}
+    up = next(op for op in ops_of(gm) if isinstance(op, Linear) and op.node.meta[LAYER] == "up")
+    assert both.input is not None
+    assert isinstance(observer_on(gm, up.input_op, both.input), OfmrObserver)
+    assert isinstance(weight_observer_on(gm, up), OfmrWeightObserver)
