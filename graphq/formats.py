@@ -2,7 +2,7 @@
 
 Text forms, which ``parse_format`` and ``str`` take to each other:
 
-- ``int<bits>[/asym][/half|by_sign]``, ``uint8``, ``uint16``: integers;
+- ``int<bits>[/asym[/joint]|/half|/by_sign]``, ``uint8``, ``uint16`` ``[/joint]``: integers;
 - ``float8_e4m3fn``, ``float8_e5m2``, ``float6_e2m3``, ``float6_e3m2``, ``float4_e2m1``, ``float4_e1m2``, each
   ``[/pow2]``, and ``hifloat8[/to15|/pow2]``: floating-point numbers with a scale;
 - ``mxfp8_e4m3``, ``mxfp8_e5m2``, ``mxfp6_e2m3``, ``mxfp6_e3m2``, ``mxfp4``, ``mxint8``, each ``[/<exponent rule>]``:
@@ -36,13 +36,16 @@ class Int:
 
     ``divisor`` gives a symmetric scale: absmax / (2^(bits-1)-1) for ``max``, absmax / ((2^bits-1)/2) for ``half`` (as
     compressed-tensors does), and AMCT's sign-dependent rule for ``by_sign`` (2^(bits-1) where the extreme is negative).
-    Unsigned codes, of 8 or 16 bits, go from 0 to 2^bits-1 and are asymmetric.
+    Unsigned codes, of 8 or 16 bits, go from 0 to 2^bits-1 and are asymmetric. ``joint``: the zero point is added before
+    rounding, round(x / scale + zero_point), as AMCT, msModelSlim and compressed-tensors do; ONNX adds it afterwards,
+    and so does graphq. The two differ for halves where the zero point is odd.
     """
 
     bits: int
     symmetric: bool = True
     divisor: Divisor = "max"
     signed: bool = True
+    joint: bool = False
 
     def __post_init__(self) -> None:
         if type(self.bits) is not int or not (MIN_BITS <= self.bits <= 8 or self.bits == 16):  # bool is an int too
@@ -53,15 +56,19 @@ class Int:
             raise SpecError(f"divisor: {self.divisor!r} is not one of max, half, by_sign")
         if self.divisor != "max" and not self.symmetric:
             raise SpecError(f"divisor: {self.divisor} is a rule for symmetric scales; this format is asymmetric")
+        if self.joint and self.symmetric:
+            raise SpecError("joint: says how a zero point is added; this format is symmetric")
         if not self.signed and (self.symmetric or self.bits not in (8, 16)):
             raise SpecError(f"unsigned: uint{self.bits} is not one of uint8 and uint16, which are asymmetric")
 
     def __str__(self) -> str:
         if not self.signed:
-            return f"uint{self.bits}"
+            return f"uint{self.bits}" + ("/joint" if self.joint else "")
         parts = [f"int{self.bits}"]
         if not self.symmetric:
             parts.append("asym")
+        if self.joint:
+            parts.append("joint")
         if self.divisor != "max":
             parts.append(self.divisor)
         return "/".join(parts)
@@ -189,11 +196,11 @@ def has_global_scale(format: Format) -> bool:
     return isinstance(format, Nvfp4 | TwoLevel)
 
 
-_INT: Final = re.compile(r"int(?P<bits>\d{1,3})(?P<asym>/asym)?(/(?P<divisor>half|by_sign))?")
+_INT: Final = re.compile(r"int(?P<bits>\d{1,3})(?P<asym>/asym)?(?P<joint>/joint)?(/(?P<divisor>half|by_sign))?")
 _OTHERS: Final[dict[str, Format]] = {
     str(format): format
     for format in (
-        *(Int(bits, symmetric=False, signed=False) for bits in (8, 16)),
+        *(Int(bits, symmetric=False, signed=False, joint=joint) for bits in (8, 16) for joint in (False, True)),
         *(Float(layout, scale) for layout in get_args(FloatLayout) for scale in ("max", "pow2")),
         Float("hifloat8", "to15"),
         *(Mx(element, rule) for element in get_args(MxElement) for rule in get_args(ExponentRule)),
@@ -216,7 +223,7 @@ def find_format(text: str) -> Format | None:
         divisor = "half"
     elif found["divisor"] == "by_sign":
         divisor = "by_sign"
-    return Int(int(found["bits"]), not found["asym"], divisor)
+    return Int(int(found["bits"]), not found["asym"], divisor, joint=bool(found["joint"]))
 
 
 def parse_format(text: str) -> Format:
@@ -224,5 +231,5 @@ def parse_format(text: str) -> Format:
     found = find_format(text)
     if found is None:
         names = ", ".join(name for name in _OTHERS if "/" not in name or "/over_" in name)
-        raise SpecError(f"{text!r} is not a format; write int<bits>[/asym][/half|by_sign], or one of {names}")
+        raise SpecError(f"{text!r} is not a format; write int<bits>[/asym[/joint]|/half|/by_sign], or one of {names}")
     return found

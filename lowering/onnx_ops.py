@@ -103,14 +103,18 @@ def translations() -> dict[Any, Callable[..., Any]]:
             return op18.Cast(op18.Clip(y, constant(-end), constant(end)), to=_onnx_dtype(parsed))
         assert isinstance(parsed, Int), "legalized"
         lowest, highest = numerics.code_range(parsed)
-        if _is_static(scale) and parsed.bits in (8, 16):
+        if _is_static(scale) and parsed.bits in (8, 16) and not parsed.joint:
             zero = (
                 zero_point if zero_point is not None else op18.Cast(op18.Constant(value_int=0), to=_onnx_dtype(parsed))
             )
             return op18.QuantizeLinear(x, scale, zero)
-        rounded = op18.Round(op18.Div(x, spread(scale, block, last)))
+        rounded = op18.Div(x, spread(scale, block, last))
+        if zero_point is None or not parsed.joint:
+            rounded = op18.Round(rounded)
         if zero_point is not None:
             rounded = op18.Add(rounded, spread(op18.Cast(zero_point, to=_FLOAT), block, last))
+        if parsed.joint:
+            rounded = op18.Round(rounded)
         return op18.Cast(op18.Clip(rounded, constant(lowest), constant(highest)), to=_onnx_dtype(parsed))
 
     def float_scale(extreme: Any, format: Float) -> Any:

@@ -10,7 +10,7 @@ from graphq.runtime.modules import Int8Linear, PackedWeight, hold_linear, hold_w
 from graphq.state import put_input, put_tensor, tensor_of
 from graphq.views import Dequantize, Linear, Op, Param, Quantize, TransposedLinear, Weighted, ops_of, view
 
-_INT8: Final = ("int8", "int8/asym", "int8/half", "int8/by_sign")
+_INT8: Final = ("int8", "int8/asym", "int8/asym/joint", "int8/half", "int8/by_sign")
 
 
 def pack(gm: fx.GraphModule) -> fx.GraphModule:

@@ -47,8 +47,8 @@ from graphq.quant import (
 
 FORMATS: list[Format] = [
     *(Int(bits, divisor=divisor) for bits in (*range(2, 9), 16) for divisor in get_args(Divisor)),
-    *(Int(bits, symmetric=False) for bits in (*range(2, 9), 16)),
-    *(Int(bits, symmetric=False, signed=False) for bits in (8, 16)),
+    *(Int(bits, symmetric=False, joint=joint) for bits in (*range(2, 9), 16) for joint in (False, True)),
+    *(Int(bits, symmetric=False, signed=False, joint=joint) for bits in (8, 16) for joint in (False, True)),
     *(
         Float(layout, scale)
         for layout in get_args(FloatLayout)
@@ -154,6 +154,7 @@ def test_plans(weight: str | None, input: str | None, problem: str | None) -> No
 def test_illegal_formats() -> None:
     no: Any = str  # what type checkers would refuse, written through it
     for make, problem in (
+        (lambda: Int(8, joint=True), "joint: says how a zero point is added; this format is symmetric"),
         (lambda: Int(8, signed=False), "uint8 is not one of uint8 and uint16, which are asymmetric"),
         (lambda: Int(4, symmetric=False, signed=False), "unsigned: uint4 is not one of"),
         (lambda: Float(no("float8")), "layout: 'float8' is not one of"),

@@ -28,7 +28,7 @@ from graphq.numerics.scales import (
 def quantize(
     x: Float[Tensor, "*shape"], scales: Scales, format: Format, block: Sequence[int]
 ) -> Shaped[Tensor, "*shape"]:
-    """Codes of ``x``, in ``code_dtype(format)``: of integers clamp(round(x / scale) + zero_point)."""
+    """Codes of ``x``, in ``code_dtype(format)``: of integers clamp(round(x / scale) + zero_point); ``Int.joint``."""
     x = computed(x)
     y, zero_point = _scaled(x, scales, format, block)
     return _codes(y, zero_point, format).view(x.shape)
@@ -113,18 +113,24 @@ def _scaled(x: Tensor, scales: Scales, format: Format, block: Sequence[int]) -> 
     return y / divisor, zero_point
 
 
-def _integers(y: Tensor, zero_point: Tensor | None, lowest: int, highest: int) -> Tensor:
-    """clamp(round(y) + zero_point), in place."""
-    y = y.round_()
-    return (y if zero_point is None else y.add_(zero_point)).clamp_(lowest, highest)
+def _integers(y: Tensor, zero_point: Tensor | None, format: Format) -> Tensor:
+    """clamp(round(y) + zero_point), or clamp(round(y + zero_point)) for joint formats, in place."""
+    lowest, highest = code_range(format) if isinstance(format, Int) else (-8, 7)
+    if zero_point is None:
+        y = y.round_()
+    elif isinstance(format, Int) and format.joint:
+        y = y.add_(zero_point).round_()
+    else:
+        y = y.round_().add_(zero_point)
+    return y.clamp_(lowest, highest)
 
 
 def _codes(y: Tensor, zero_point: Tensor | None, format: Format) -> Tensor:
     match format:
         case Int():
-            return _integers(y, zero_point, *code_range(format)).to(code_dtype(format))
+            return _integers(y, zero_point, format).to(code_dtype(format))
         case TwoLevel("int4"):
-            return _integers(y, None, -8, 7).to(torch.int8)
+            return _integers(y, None, format).to(torch.int8)
         case Mx("int8"):
             return _int8_steps(y, format).nan_to_num_(0.0).to(torch.int8)
         case formats.Float():
@@ -141,9 +147,9 @@ def _rounded(y: Tensor, zero_point: Tensor | None, format: Format) -> Tensor:
     """The values of ``_codes``, without them."""
     match format:
         case Int():
-            return _integers(y, zero_point, *code_range(format))
+            return _integers(y, zero_point, format)
         case TwoLevel("int4"):
-            return _integers(y, None, -8, 7)
+            return _integers(y, None, format)
         case Mx("int8"):
             return _int8_steps(y, format).mul_(mx.INT8_UNIT)
         case formats.Float():

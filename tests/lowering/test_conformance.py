@@ -63,6 +63,8 @@ FLOATS = (
     ("float8_e4m3fn/16x24", None),
     ("uint8/channel", "uint8/tensor"),
     ("int8/channel", "uint8/tensor/percentile99"),
+    ("int8/asym/joint/channel", "int8/asym/joint/tensor"),
+    ("int8/channel", "int8/asym/joint/token/dynamic"),
     ("int4/channel/ssz", "int8/asym/tensor/entropy"),
     ("float8_e4m3fn/channel/mse", "float8_e4m3fn/tensor"),
     ("float8_e4m3fn/tensor", "float8_e4m3fn/token/dynamic"),
@@ -242,7 +244,13 @@ def test_every_code_of_an_activation_is_the_same(tmp_path: Path) -> None:
     with torch.no_grad():
         layer.weight.copy_(torch.eye(64))
     x = torch.cat([torch.arange(-320, 320).view(10, 64) / 10.0, torch.randn(50, 64) * 40])
-    for activation in ("int8/tensor", "int8/asym/tensor", "int8/asym/token/dynamic", "int4/token/dynamic"):
+    for activation in (
+        "int8/tensor",
+        "int8/asym/tensor",
+        "int8/asym/joint/tensor",
+        "int8/asym/token/dynamic",
+        "int4/token/dynamic",
+    ):
         gm = qdq(capture(layer, x[:10]), "int8/tensor", activation, (x[:10],))
         with torch.no_grad():
             expected = gm(x)[0]

@@ -141,10 +141,10 @@ def test_smooth_quant_scales_of_an_asymmetric_input() -> None:
     assert numerics.choose_scale(W * s, BY_SIGN[8], [-1, -1]).scale.item() == pytest.approx(0.022668421, rel=2e-7)
     w = graphq.fake_quantize(W * s, "int8/by_sign/tensor")
     x = graphq.fake_quantize(X / s, "int8/asym/tensor/dynamic")
-    # AMCT rounds x / s + offset, graphq (as ONNX) x / s: with an odd offset halves go the other way.
-    amct = ((X / s / scale_d + offset).round().clamp(-128, 127) - offset) * scale_d
+    amct = graphq.fake_quantize(X / s, "int8/asym/joint/tensor/dynamic")
+    assert torch.equal(amct, ((X / s / scale_d + offset).round().clamp(-128, 127) - offset) * scale_d)
     assert output_error(w, amct) == pytest.approx(2.7886e-4, abs=5e-9)  # printed in five digits
-    moved = x != amct
+    moved = x != amct  # AMCT rounds x / s + offset, ONNX x / s: with an odd offset halves go the other way
     assert moved.any()
     assert ((X / s / scale_d)[moved] % 1 == 0.5).all()
 
