@@ -106,7 +106,6 @@ def scale_from_extremes(
             assert global_scale is not None, "chosen first"
             return _nvfp4_scale(extreme, global_scale), None
         case TwoLevel():
-            assert format.element == "int4" or format.element == "float4_e2m1"
             return _divisible(extreme / (7.0 if format.element == "int4" else 6.0), extreme), None
         case _:
             assert_never(format)
@@ -199,15 +198,18 @@ def effective_scale(scales: Scales, format: Format, dtype: torch.dtype = torch.f
     return scale / upper if isinstance(format, Nvfp4) else scale * upper
 
 
-def empty_scales(shape: Sequence[int], block: Sequence[int], format: Format) -> Scales:
-    """Scales of the right shapes and dtypes for a float32 tensor of this shape, with undefined values."""
+def empty_scales(shape: Sequence[int], block: Sequence[int], format: Format, own_axes: Sequence[int] = ()) -> Scales:
+    """Scales of the right shapes and dtypes for a float32 tensor of this shape, with undefined values.
+
+    ``own_axes``: those whose indices have a global scale each (experts).
+    """
     sizes = scale_shape(shape, block)
     zero_point = None
     if isinstance(format, Int) and not format.symmetric:
         zero_point = torch.empty(sizes, dtype=code_dtype(format))
     upper = None
     if isinstance(format, Nvfp4):
-        upper = torch.empty([1] * len(sizes))
+        upper = torch.empty([size if axis in own_axes else 1 for axis, size in enumerate(shape)])
     elif isinstance(format, TwoLevel):
         upper = torch.empty(scale_shape(shape, channel_block(block)))
     return Scales(torch.empty(sizes, dtype=scale_dtype(format)), zero_point, upper)

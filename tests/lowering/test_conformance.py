@@ -319,6 +319,18 @@ EXPERTS = {
 }
 
 
+@pytest.mark.parametrize("weight", ["nvfp4", "mxfp4", "int4/over_int8/g8", "hifloat8/channel"])
+def test_experts_in_formats_of_the_torch_target(weight: str, tmp_path: Path) -> None:
+    x = torch.randn(30, 40, generator=torch.Generator().manual_seed(7))
+    gm = capture(Experts(), x)
+    rules = (Rule(Blocks(), Plan(parse_quant(weight))), Rule(Name("experts.2"), Plan(parse_quant("int8/channel"))))
+    Pipeline(passes_for(Spec(rules))).run(gm, [(x,)])
+    run = through_torch(gm, tmp_path / "artifact")
+    with torch.no_grad():
+        assert relative(run([x]), gm(x)) <= 1e-6  # the same float32 products of the same weights
+    assert verify(tmp_path / "artifact").differences == ()
+
+
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("plans", EXPERTS)
 def test_experts_agree_on_their_own_input(plans: str, target: str, tmp_path: Path) -> None:
