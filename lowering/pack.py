@@ -2,6 +2,7 @@
 
 from typing import Final, cast
 
+import torch
 from torch import Tensor, fx, nn
 
 from graphq import edit
@@ -58,6 +59,7 @@ def _is_int8(op: Op, weight: Op) -> bool:
     return (
         isinstance(weight, Dequantize)
         and isinstance(weight.codes, Param)
+        and op.val.dtype != torch.float64  # whose products float32 does not hold
         and weight.format in _INT8
         and all(b == (1 if axis == op.out_axis else -1) for axis, b in enumerate(weight.block) if b != -1)
         and isinstance(x, Dequantize)

@@ -273,7 +273,7 @@ class OfmrWeightObserver(Observer):
         super().__init__(quant, layers)
         self.output = output
         found = weight_scales(output.weight, quant.format, output.block, MinMax()).scale
-        self.shape = found.shape
+        self.like = torch.ones_like(found)
         self.by_channel = isinstance(quant.granularity, PerChannel)
         self.register_buffer("losses", torch.zeros(2 * ofmr.AROUND + 1, found.numel(), dtype=torch.float32))
 
@@ -281,7 +281,7 @@ class OfmrWeightObserver(Observer):
         assert isinstance(self.quant.method, Ofmr)
         low, high = block_extremes(self.output.weight, self.output.block)
         exponents = ofmr.candidates(low.float(), high.float(), self.quant.format, self.quant.method.relative)
-        return [Scales(torch.ldexp(torch.ones(self.shape), exponent)) for exponent in exponents]
+        return [Scales(torch.ldexp(self.like, exponent)) for exponent in exponents]
 
     def see(self, x: Tensor, low: Tensor, high: Tensor) -> None:
         w, axis = self.output.weight, self.output.channel_axis if self.by_channel else None
@@ -299,7 +299,7 @@ class OfmrWeightObserver(Observer):
         if not self.losses.gather(0, least[None]).isfinite().all():
             raise SpecError(f"{self.layers[0]}: {self.quant}: no scale gives a finite error of the layer's output")
         found = torch.stack([scales.scale for scales in self._candidates()]).flatten(1)
-        return Scales(found.gather(0, least[None]).view(self.shape))
+        return Scales(found.gather(0, least[None]).view_as(self.like))
 
 
 def observer_for(quant: Quant, layers: tuple[str, ...], maps: Callable[[], Sequence[OutputMap]]) -> Observer:

@@ -198,8 +198,14 @@ def effective_scale(scales: Scales, format: Format, dtype: torch.dtype = torch.f
     return scale / upper if isinstance(format, Nvfp4) else scale * upper
 
 
-def empty_scales(shape: Sequence[int], block: Sequence[int], format: Format, own_axes: Sequence[int] = ()) -> Scales:
-    """Scales of the right shapes and dtypes for a float32 tensor of this shape, with undefined values.
+def empty_scales(
+    shape: Sequence[int],
+    block: Sequence[int],
+    format: Format,
+    own_axes: Sequence[int] = (),
+    dtype: torch.dtype = torch.float32,
+) -> Scales:
+    """Scales of the right shapes and dtypes for a tensor of this shape and ``dtype``, with undefined values.
 
     ``own_axes``: those whose indices have a global scale each (experts).
     """
@@ -211,5 +217,5 @@ def empty_scales(shape: Sequence[int], block: Sequence[int], format: Format, own
     if isinstance(format, Nvfp4):
         upper = torch.empty([size if axis in own_axes else 1 for axis, size in enumerate(shape)])
     elif isinstance(format, TwoLevel):
-        upper = torch.empty(scale_shape(shape, channel_block(block)))
-    return Scales(torch.empty(sizes, dtype=scale_dtype(format)), zero_point, upper)
+        upper = torch.empty(scale_shape(shape, channel_block(block)), dtype=scale_dtype(format, dtype))
+    return Scales(torch.empty(sizes, dtype=scale_dtype(format, dtype)), zero_point, upper)

@@ -86,7 +86,7 @@ class PackedWeight(_FixedDtypes):
         settings |= {"row_axes": list(row_axes), "dtype": dtype}
         self.graphq_form = _Packing(settings, parsed, list(block), list(shape), rows_first, columns, bits, dtype)
         self.register_buffer("weight", torch.empty(rows, packing.packed_size(columns, bits), dtype=torch.uint8))
-        _register(self, numerics.empty_scales(shape, block, parsed, row_axes[:-1]))
+        _register(self, numerics.empty_scales(shape, block, parsed, row_axes[:-1], dtype))
 
     def forward(self) -> Tensor:
         it = self.graphq_form

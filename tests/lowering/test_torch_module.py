@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from graphq.compiler import Compiled
 from graphq.errors import TargetError
 from graphq.lowering.manifest import quantized_tensors
 from graphq.lowering.torch_module import load, stored_codes, weight_nbytes
+from graphq.lowering.verify import verify
 from graphq.source import source_of
 from tests.compiled import compile_captured
 from tests.models import MLP, ConvBnRelu, MoE, Tied, random_inputs
@@ -378,3 +379,21 @@ def test_targets_that_do_not_exist(tmp_path: Path) -> None:
     with pytest.raises(TargetError) as caught:
         made.emit("tflite", tmp_path / "a")
     assert str(caught.value) == "tflite: no such target; there are torch, onnx"
+
+
+@pytest.mark.parametrize(
+    "weight", ["int8/channel", "int4/asym/g4", "hifloat8/channel/ofmr", "nvfp4", "int4/over_int8/g4"]
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_models_of_other_dtypes_are_loaded_as_they_were(weight: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(10, 6), nn.ReLU(), nn.Linear(6, 4)).to(dtype)
+    x = torch.randn(3, 10, dtype=dtype)
+    rule = {"match": "*", "weight": weight, "input": "int8/asym/token/dynamic"}
+    compiled = graphq.compile(model, {"graphq": 1, "rules": [rule]}, inputs=x, calibration=[x])
+    compiled.save(tmp_path / "a")
+    found: Any = load(tmp_path / "a")(x)
+    assert torch.equal(found, cast(Tensor, compiled(x)))
+    expected = compiled.graph(x)[0]
+    # sums in another order; bfloat16 rounds each layer's result, which a last bit moves by 2^-8
+    assert (found - expected).abs().max() <= (1e-12 if dtype == torch.float64 else 2**-7) * expected.abs().max()
+    assert verify(tmp_path / "a").ok
