@@ -170,8 +170,12 @@ def _build(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> fx.GraphMo
     for path, described in data["modules"].items():
         if described["class"] not in _MODULES:
             raise TargetError(f"graph.json: {described['class']} is not a class of modules that artifacts may hold")
+        settings = {k: _from_json(v, {}) for k, v in described["settings"].items()}
+        dtype = settings.get("dtype")
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TargetError(f"graph.json: {path}: dtype: {dtype} is not one of floating-point numbers")
         with torch.device("meta"):  # the tensors are at hand; whatever sizes the settings ask for, none is made
-            made = _MODULES[described["class"]](**{k: _from_json(v, {}) for k, v in described["settings"].items()})
+            made = _MODULES[described["class"]](**settings)
         _check_settings(path, made)
         for name, wanted in made.named_buffers(prefix=path):
             if name not in tensors:
@@ -226,9 +230,7 @@ def _describe(x: Tensor) -> str:
 def _check_settings(path: str, module: PackedWeight | Int8Linear) -> None:
     """Raises ``TargetError`` for settings that fit no weight, whatever tensors there are."""
     settings = settings_of(module)
-    dtype, shape = settings["dtype"], settings["shape"]
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise TargetError(f"graph.json: {path}: dtype: {dtype} is not one of floating-point numbers")
+    shape = settings["shape"]
     if isinstance(module, Int8Linear):
         if len(shape) != 2:
             raise TargetError(f"graph.json: {path}: shape: {shape} is not that of a linear")
