@@ -171,7 +171,7 @@ def _build(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> fx.GraphMo
         if described["class"] not in _MODULES:
             raise TargetError(f"graph.json: {described['class']} is not a class of modules that artifacts may hold")
         settings = {k: _from_json(v, {}) for k, v in described["settings"].items()}
-        dtype = settings.get("dtype")
+        dtype = settings.get("dtype", torch.float32)  # without one, the module refuses by itself
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise TargetError(f"graph.json: {path}: dtype: {dtype} is not one of floating-point numbers")
         with torch.device("meta"):  # the tensors are at hand; whatever sizes the settings ask for, none is made
