@@ -35,7 +35,8 @@ class Int:
     """Two's-complement integer codes from -2^(bits-1) to 2^(bits-1)-1, asymmetric ones with a zero point in that range.
 
     ``divisor`` gives a symmetric scale: absmax / (2^(bits-1)-1) for ``max``, absmax / ((2^bits-1)/2) for ``half`` (as
-    compressed-tensors does), and AMCT's sign-dependent rule for ``by_sign`` (2^(bits-1) where the extreme is negative).
+    compressed-tensors does), and AMCT's rule for ``by_sign``: by 2^(bits-1) where the extreme is negative, else as
+    ``max``, and 1 where that is below 2^-23.
     Unsigned codes, of 8 or 16 bits, go from 0 to 2^bits-1 and are asymmetric. ``joint``: the zero point is added before
     rounding, round(x / scale + zero_point), as AMCT, msModelSlim and compressed-tensors do; ONNX adds it afterwards,
     and so does graphq. The two differ for halves where the zero point is odd.

@@ -14,6 +14,7 @@ import torch
 from graphq import numerics
 from graphq.formats import Float, Format, Int
 from graphq.lowering.onnx_form import expert_linears, onnx_block
+from graphq.numerics.scales import BY_SIGN_SMALLEST
 from graphq.runtime import ops
 
 op18: Any = onnxscript.opset18  # untyped: its annotations are those of eager tensors
@@ -152,6 +153,8 @@ def translations() -> dict[Any, Callable[..., Any]]:
         else:
             low, high = op18.Min(low, zero), op18.Max(high, zero)
             scale = op18.Div(op18.Sub(high, low), constant(highest - lowest))
+        if parsed.divisor == "by_sign":
+            scale = op18.Where(op18.Less(scale, constant(BY_SIGN_SMALLEST)), constant(1.0), scale)
         scale = op18.Where(op18.Greater(scale, zero), op18.Max(scale, constant(_TINY)), constant(1.0))
         if parsed.symmetric:
             zero_point = op18.Mul(scale, zero)

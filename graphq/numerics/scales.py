@@ -17,6 +17,7 @@ from graphq.numerics import elements, mx
 from graphq.numerics.blocks import block_extremes, channel_block, expand_scale, scale_shape
 
 _AT_A_TIME: Final = 1 << 18  # elements that are rounded at once: temporary copies stay small
+BY_SIGN_SMALLEST: Final = 2.0**-23  # AMCT makes a smaller scale 1
 _NVFP4_SMALLEST: Final = 0.125  # compressed-tensors' scale of a block that is too small for one
 
 
@@ -96,6 +97,9 @@ def scale_from_extremes(
         return _asymmetric(low, high, format)
     extreme = torch.maximum(low.abs(), high.abs())
     match format:
+        case Int(divisor="by_sign"):
+            scale = extreme / _divisor(low, high, format)
+            return torch.where(scale < BY_SIGN_SMALLEST, 1.0, scale), None
         case Int():
             return _divisible(extreme / _divisor(low, high, format), extreme), None
         case Float():

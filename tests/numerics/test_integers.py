@@ -231,7 +231,19 @@ def test_blocks_of_zeros(format: Int) -> None:
     assert torch.equal(numerics.dequantize(codes, Scales(scale, zero_point), format, [1, -1]), torch.zeros(2, 3))
 
 
-@pytest.mark.parametrize("format", FORMATS, ids=str)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_by_sign_takes_no_scale_below_2_to_the_minus_23(bits: int) -> None:
+    """AMCT's rule: a smaller scale is 1, whose codes of so small a block are 0."""
+    format, steps = Int(bits, divisor="by_sign"), 2 ** (bits - 1) - 1
+    for magnitude in (1e-45, 1e-38, 1e-8, 2.0**-24 * steps):
+        x = torch.tensor([[0.0, magnitude]])
+        scales = numerics.choose_scale(x, format, [1, -1])
+        assert scales.scale.item() == 1
+        assert numerics.quantize(x, scales, format, [1, -1]).tolist() == [[0, 0]]
+    assert numerics.choose_scale(torch.tensor([2.0**-23 * steps]), format, [-1]).scale.item() == 2.0**-23
+
+
+@pytest.mark.parametrize("format", [f for f in FORMATS if f.divisor != "by_sign"], ids=str)
 @pytest.mark.parametrize("magnitude", [1e-45, 1e-40, 1e-38, 2e38], ids=str)
 def test_denormal_and_huge_values(format: Int, magnitude: float) -> None:
     x = torch.tensor([[-magnitude, magnitude / 2, 0.0, magnitude]])
