@@ -57,11 +57,6 @@ def weight_quants(decision: object) -> tuple[Quant | None, ...]:
     return tuple(d.weight if isinstance(d, Plan) else None for d in decisions)
 
 
-def is_calibrated(quant: Quant) -> bool:
-    """Whether an activation's scale, or nvfp4's global one, is found from calibration data."""
-    return not quant.dynamic
-
-
 def output_map(gm: fx.GraphModule, op: Weighted, quant: Quant) -> OutputMap:
     """What a linear or a convolution makes of its input, without its bias."""
     weight = op.weight_op
@@ -95,7 +90,7 @@ class Observe(Pass):
         wanted: dict[tuple[Op, Quant], list[Weighted]] = {}
         for op, quants in to_quantize(gm):
             for quant in dict.fromkeys(quants):
-                if quant is not None and is_calibrated(quant) and observer_on(gm, op.input_op, quant) is None:
+                if quant is not None and not quant.dynamic and observer_on(gm, op.input_op, quant) is None:
                     wanted.setdefault((op.input_op, quant), []).append(op)
         made: list[tuple[Op, Observer, Weighted]] = []
         for (x, quant), readers in wanted.items():

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from graphq import edit, numerics
 from graphq.formats import has_global_scale, is_asymmetric
 from graphq.layers import LAYER
-from graphq.passes.observe import is_calibrated, observer_on, observers, to_quantize
+from graphq.passes.observe import observer_on, observers, to_quantize
 from graphq.pipeline import Batches, Invariant, Pass
 from graphq.quant import Quant
 from graphq.runtime import ops
@@ -19,7 +19,7 @@ from graphq.views import Op, Weighted, view
 def _uncalibrated(gm: fx.GraphModule) -> str | None:
     for op, quants in to_quantize(gm):
         for quant in quants:
-            if quant is not None and is_calibrated(quant):
+            if quant is not None and not quant.dynamic:
                 observer = observer_on(gm, op.input_op, quant)
                 if observer is None or not observer.has_seen:
                     return f"no data was seen of the input of {op.node.meta[LAYER]}"
@@ -77,7 +77,7 @@ class QuantizeActivations(Pass):
         scale: Op | None = None
         zero_point: Op | None = None
         global_scale: Op | None = None
-        if is_calibrated(quant):
+        if not quant.dynamic:
             observer = observer_on(gm, x, quant)
             assert observer is not None, "calibrated"
             fixed, zero, _ = observer.scales()

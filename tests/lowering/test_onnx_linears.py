@@ -88,3 +88,20 @@ def test_one_layer_of_4_bits_changes_no_other(tmp_path: Path) -> None:
     (found,) = session.run(None, {"input": x.numpy()})
     expected = made.graph(x)[0]
     assert (torch.from_numpy(found) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_small_scales_by_sign(tmp_path: Path) -> None:
+    # AMCT takes a scale below 2^-23 as 1, so that a token of small numbers is lost; the file computes the same.
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)) * torch.tensor([[1.0], [1e-6], [1e-4]])
+    made = graphq.compile(
+        nn.Linear(64, 32, bias=False),
+        {"graphq": 1, "rules": [{"match": "*", "weight": "int8/channel", "input": "int8/by_sign/token/dynamic"}]},
+        inputs={"input": x},
+    )
+    made.emit("onnx", tmp_path / "a")
+    (found,) = onnxruntime.InferenceSession(tmp_path / "a" / "model.onnx").run(None, {"input": x.numpy()})
+    expected = made.graph(x)[0]
+    assert expected[1].eq(0).all()
+    assert expected[2].ne(0).all()
+    # 1e-5 of each token's largest: float32 sums of 64 products in another order.
+    assert (abs(found - expected.numpy()) <= 1e-5 * abs(expected.numpy()).max(-1, keepdims=True)).all()
