@@ -9,7 +9,8 @@ from torch import Tensor, fx
 
 from graphq import edit, numerics
 from graphq.layers import LAYER, PLAN
-from graphq.passes.observers import Observer, OfmrWeightObserver, OutputMap, observer_for
+from graphq.passes.observer import Observer
+from graphq.passes.observers import OfmrWeightObserver, OutputMap, RangeObserver, observer_for
 from graphq.pipeline import Batches, Pass
 from graphq.plan import PerExpert, Plan
 from graphq.quant import Ofmr, Quant
@@ -121,11 +122,11 @@ def observer_of(gm: fx.GraphModule, op: Op) -> Observer | None:
     return module if isinstance(module, Observer) else None
 
 
-def observer_on(gm: fx.GraphModule, x: Op, quant: Quant) -> Observer | None:
+def observer_on(gm: fx.GraphModule, x: Op, quant: Quant) -> RangeObserver | None:
     """The observer of ``x`` as an activation of this format."""
     for user in x.users:
         found = observer_of(gm, user)
-        if found is not None and found.quant == quant and not isinstance(found, OfmrWeightObserver):
+        if isinstance(found, RangeObserver) and not isinstance(found, OfmrWeightObserver) and found.quant == quant:
             return found
     return None
 

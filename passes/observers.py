@@ -1,16 +1,11 @@
-"""Observers: modules that hand an activation on and keep what its scale will follow from.
+"""Observers of ranges: they keep what an activation's scale, or a weight's, will follow from."""
 
-What an observer keeps does not grow with the number of batches. ``merge`` takes in what another saw of later batches;
-the result is what one observer of all batches would hold. Statistics stay in float32 or wider under ``.to(dtype)``.
-"""
-
-from abc import ABC
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Final, assert_never, final
+from typing import assert_never, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from graphq.errors import PassError, SpecError
 from graphq.formats import Int, Nvfp4
@@ -25,6 +20,7 @@ from graphq.numerics import (
 )
 from graphq.numerics import scale_from_extremes as from_extremes
 from graphq.numerics.ranges import weight_scales
+from graphq.passes.observer import Observer
 from graphq.quant import (
     Entropy,
     Histogram,
@@ -39,67 +35,47 @@ from graphq.quant import (
 )
 
 
-class Observer(nn.Module, ABC):
-    """Hands its input on and keeps statistics of it. ``layers``: the layers that read this activation.
-
-    ``looks``: how often the batches have to come by; ``look`` counts them. An element that is NaN or infinite raises
+class RangeObserver(Observer):
+    """The extremes of an activation, which its fixed scale follows from. An element that is NaN or infinite raises
     ``SpecError``.
     """
 
     low: Tensor
     high: Tensor
-    batches: Tensor
-    looks: ClassVar[int] = 1
-    _is_impure: Final = True  # torch.fx: nothing needs to read its output
 
     def __init__(self, quant: Quant, layers: tuple[str, ...]) -> None:
-        super().__init__()
+        super().__init__(layers)
         self.quant = quant
-        self.layers = layers
-        self.look = 0
         self.register_buffer("low", torch.tensor(torch.inf, dtype=torch.float32))
         self.register_buffer("high", torch.tensor(-torch.inf, dtype=torch.float32))
-        self.register_buffer("batches", torch.tensor(0))
 
     @property
     def has_seen(self) -> bool:
-        """Whether any element came by."""
         return bool(self.low <= self.high)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.look:
-            self.see_again(x)
-            return x
-        if x.numel():
-            low, high = x.amin().float(), x.amax().float()
-            if not (torch.isfinite(low) and torch.isfinite(high)):
-                raise SpecError(
-                    f"calibration: batch {int(self.batches)}: the input of {self.layers[0]} holds NaN or Inf"
-                )
-            self.see(x, low, high)
-            # In place: tensors made in inference mode could not be loaded into later.
-            self.low.copy_(torch.minimum(self.low, low))
-            self.high.copy_(torch.maximum(self.high, high))
-        self.batches += 1
-        return x
+    def settings(self) -> tuple[object, ...]:
+        return (self.quant,)
 
-    def see(self, x: Tensor, low: Tensor, high: Tensor) -> None:
+    def see(self, x: Tensor) -> None:
+        low, high = x.amin().float(), x.amax().float()
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            raise self.refuse()
+        self.see_within(x, low, high)
+        # In place: tensors made in inference mode could not be loaded into later.
+        self.low.copy_(torch.minimum(self.low, low))
+        self.high.copy_(torch.maximum(self.high, high))
+
+    def see_within(self, x: Tensor, low: Tensor, high: Tensor) -> None:
         """Take in a batch with these extremes, before they are taken in."""
 
-    def see_again(self, x: Tensor) -> None:
-        """Take in a batch on a further look."""
-
-    def merge(self, later: "Observer") -> None:
-        """Take in what ``later`` saw, of batches that came after these. Raises ``PassError`` for another kind."""
-        if type(later) is not type(self) or later.quant != self.quant or later.look != self.look:
-            raise PassError(f"observers of {self.quant} and {later.quant} cannot be merged")
-        self.take(later)
+    def take(self, later: Observer) -> None:
+        assert isinstance(later, RangeObserver)
+        self.take_within(later)
         self.low.copy_(torch.minimum(self.low, later.low))
         self.high.copy_(torch.maximum(self.high, later.high))
-        self.batches += later.batches
 
-    def take(self, later: "Observer") -> None:
-        """What ``merge`` does besides the extremes and the count of batches, before these."""
+    def take_within(self, later: "RangeObserver") -> None:
+        """What ``take`` does besides the extremes, before these."""
 
     def extremes(self) -> tuple[Tensor, Tensor]:
         """The range that the scale has to hold."""
@@ -112,20 +88,14 @@ class Observer(nn.Module, ABC):
             return Scales(nvfp4_global_scale(torch.maximum(low.abs(), high.abs())))
         return Scales(*from_extremes(low, high, self.quant.format))
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Observer":
-        # A change of the model's dtype leaves the precision of statistics alone; only the device follows.
-        for name, buffer in self.named_buffers(recurse=False):
-            setattr(self, name, buffer.to(fn(torch.empty(0, dtype=buffer.dtype, device=buffer.device)).device))
-        return self
-
 
 @final
-class MinMaxObserver(Observer):
+class MinMaxObserver(RangeObserver):
     """The smallest and the largest element seen."""
 
 
 @final
-class MovingAverageObserver(Observer):
+class MovingAverageObserver(RangeObserver):
     """The moving average of the batches' extremes: the first batch's, then old * (1 - constant) + new * constant."""
 
     first: Tensor
@@ -140,14 +110,14 @@ class MovingAverageObserver(Observer):
         self.register_buffer("rest", torch.zeros(2, dtype=torch.float64))
         self.register_buffer("share", torch.ones((), dtype=torch.float64))
 
-    def see(self, x: Tensor, low: Tensor, high: Tensor) -> None:
+    def see_within(self, x: Tensor, low: Tensor, high: Tensor) -> None:
         ends = torch.stack([low, high]).double()
         if not self.has_seen:
             self.first.copy_(ends)
         self.rest.mul_(1 - self.constant).add_(self.constant * ends)
         self.share.mul_(1 - self.constant)
 
-    def take(self, later: Observer) -> None:
+    def take_within(self, later: "RangeObserver") -> None:
         assert isinstance(later, MovingAverageObserver)
         if not self.has_seen:
             self.first.copy_(later.first)
@@ -160,7 +130,7 @@ class MovingAverageObserver(Observer):
 
 
 @final
-class HistogramObserver(Observer):
+class HistogramObserver(RangeObserver):
     """A histogram of all elements, from which the format's range is found by the quant's method."""
 
     counts: Tensor
@@ -175,12 +145,12 @@ class HistogramObserver(Observer):
         self.counts.copy_(histogram.widen(self.counts, exponent - int(self.exponent)))
         self.exponent.fill_(exponent)
 
-    def see(self, x: Tensor, low: Tensor, high: Tensor) -> None:
+    def see_within(self, x: Tensor, low: Tensor, high: Tensor) -> None:
         exponent = max(int(self.exponent), histogram.width_exponent(max(abs(float(low)), abs(float(high)))))
         self._widen(exponent)
         self.counts += histogram.count(x, exponent)
 
-    def take(self, later: Observer) -> None:
+    def take_within(self, later: "RangeObserver") -> None:
         assert isinstance(later, HistogramObserver)
         exponent = max(int(self.exponent), int(later.exponent))
         self._widen(exponent)
@@ -219,7 +189,7 @@ class OutputMap:
 
 
 @final
-class OfmrObserver(Observer):
+class OfmrObserver(RangeObserver):
     """The output errors of the layers that read an activation, for each of eleven scales of it (``Ofmr``).
 
     The first look finds the range around which the scales lie, the second measures. Layers that share an activation
@@ -251,7 +221,7 @@ class OfmrObserver(Observer):
             for output, y in zip(self.maps, wanted, strict=True):
                 self.losses[number] += ofmr.loss(output.apply(back, output.weight) - y, None)
 
-    def take(self, later: Observer) -> None:
+    def take_within(self, later: "RangeObserver") -> None:
         assert isinstance(later, OfmrObserver)
         self.losses += later.losses
 
@@ -262,7 +232,7 @@ class OfmrObserver(Observer):
 
 
 @final
-class OfmrWeightObserver(Observer):
+class OfmrWeightObserver(RangeObserver):
     """The output errors of a layer for each of eleven scales of its weight, by output channel where these have scales
     of their own.
     """
@@ -283,14 +253,14 @@ class OfmrWeightObserver(Observer):
         exponents = ofmr.candidates(low.float(), high.float(), self.quant.format, self.quant.method.relative)
         return [Scales(torch.ldexp(self.like, exponent)) for exponent in exponents]
 
-    def see(self, x: Tensor, low: Tensor, high: Tensor) -> None:
+    def see_within(self, x: Tensor, low: Tensor, high: Tensor) -> None:
         w, axis = self.output.weight, self.output.channel_axis if self.by_channel else None
         wanted = self.output.apply(x, w)
         for number, scales in enumerate(self._candidates()):
             back = fake_quantize(w, scales, self.quant.format, self.output.block)
             self.losses[number] += ofmr.loss(self.output.apply(x, back) - wanted, axis)
 
-    def take(self, later: Observer) -> None:
+    def take_within(self, later: "RangeObserver") -> None:
         assert isinstance(later, OfmrWeightObserver)
         self.losses += later.losses
 
@@ -302,7 +272,7 @@ class OfmrWeightObserver(Observer):
         return Scales(found.gather(0, least[None]).view_as(self.like))
 
 
-def observer_for(quant: Quant, layers: tuple[str, ...], maps: Callable[[], Sequence[OutputMap]]) -> Observer:
+def observer_for(quant: Quant, layers: tuple[str, ...], maps: Callable[[], Sequence[OutputMap]]) -> RangeObserver:
     """A new observer of an activation; ``maps``: the outputs of the layers that read it."""
     match quant.method:
         case MinMax():

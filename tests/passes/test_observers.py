@@ -16,10 +16,10 @@ from graphq.passes.observers import (
     HistogramObserver,
     MinMaxObserver,
     MovingAverageObserver,
-    Observer,
     OfmrObserver,
     OfmrWeightObserver,
     OutputMap,
+    RangeObserver,
     observer_for,
 )
 from graphq.quant import parse_quant
@@ -134,7 +134,7 @@ KINDS = [
 ]
 
 
-def observer(text: str) -> Observer:
+def observer(text: str) -> RangeObserver:
     return observer_for(parse_quant(text), ("a.b",), lambda: [LINEAR])
 
 
@@ -142,7 +142,7 @@ def weight_observer(text: str) -> OfmrWeightObserver:
     return OfmrWeightObserver(parse_quant(text), ("a.b",), LINEAR)
 
 
-def look_at(seen: Observer, batches: list[Tensor]) -> Observer:
+def look_at(seen: RangeObserver, batches: list[Tensor]) -> RangeObserver:
     """As ``Calibrate`` does."""
     for look in range(seen.looks):
         seen.look = look
@@ -151,7 +151,7 @@ def look_at(seen: Observer, batches: list[Tensor]) -> Observer:
     return seen
 
 
-def assert_equal_states(first: Observer, second: Observer, exactly: bool) -> None:
+def assert_equal_states(first: RangeObserver, second: RangeObserver, exactly: bool) -> None:
     ours, theirs = first.state_dict(), second.state_dict()
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
@@ -226,7 +226,7 @@ def test_state_does_not_grow_and_survives_copies(text: str) -> None:
 
 
 def test_other_kinds_are_not_merged() -> None:
-    with pytest.raises(PassError, match="observers of int8/tensor and int4/tensor cannot be merged"):
+    with pytest.raises(PassError, match="the observers of a.b and a.b differ, they cannot be merged"):
         observer("int8/tensor").merge(observer("int4/tensor"))
     with pytest.raises(PassError, match="cannot be merged"):
         observer("int8/tensor").merge(observer("int8/tensor/entropy"))

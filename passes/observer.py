@@ -1,0 +1,77 @@
+"""What every observer is: a module that hands an activation on and keeps what a pass will need to know of it.
+
+What an observer keeps does not grow with the number of batches. ``merge`` takes in what another saw of later batches;
+the result is what one observer of all batches would hold. Statistics stay in float32 or wider under ``.to(dtype)``.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar, Final
+
+import torch
+from torch import Tensor, nn
+
+from graphq.errors import PassError, SpecError
+
+
+class Observer(nn.Module, ABC):
+    """Hands its input on and keeps statistics of it. ``layers``: the layers that read this activation.
+
+    ``looks``: how often the batches have to come by; ``look`` counts them.
+    """
+
+    batches: Tensor
+    looks: ClassVar[int] = 1
+    _is_impure: Final = True  # torch.fx: nothing needs to read its output
+
+    def __init__(self, layers: tuple[str, ...]) -> None:
+        super().__init__()
+        self.layers = layers
+        self.look = 0
+        self.register_buffer("batches", torch.tensor(0))
+
+    @property
+    @abstractmethod
+    def has_seen(self) -> bool:
+        """Whether any element came by."""
+
+    @abstractmethod
+    def see(self, x: Tensor) -> None:
+        """Take in a batch."""
+
+    def see_again(self, x: Tensor) -> None:
+        """Take in a batch on a further look."""
+
+    @abstractmethod
+    def take(self, later: "Observer") -> None:
+        """Take in what ``later``, of the same settings, saw of batches that came after these."""
+
+    def settings(self) -> tuple[object, ...]:
+        """What observers agree on that can be merged."""
+        return ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.look:
+            self.see_again(x)
+        else:
+            if x.numel():
+                self.see(x)
+            self.batches += 1
+        return x
+
+    def refuse(self) -> SpecError:
+        """The error for the present batch, which holds NaN or Inf."""
+        return SpecError(f"calibration: batch {int(self.batches)}: the input of {self.layers[0]} holds NaN or Inf")
+
+    def merge(self, later: "Observer") -> None:
+        """Take in what ``later`` saw, of batches that came after these. Raises ``PassError`` for another kind."""
+        if not isinstance(later, type(self)) or later.settings() != self.settings() or later.look != self.look:
+            raise PassError(f"the observers of {self.layers[0]} and {later.layers[0]} differ, they cannot be merged")
+        self.take(later)
+        self.batches += later.batches
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Observer":
+        # A change of the model's dtype leaves the precision of statistics alone; only the device follows.
+        for name, buffer in self.named_buffers(recurse=False):
+            setattr(self, name, buffer.to(fn(torch.empty(0, dtype=buffer.dtype, device=buffer.device)).device))
+        return self
