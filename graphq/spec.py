@@ -16,6 +16,8 @@ from graphq.plan import Decision, KeepFloat
 from graphq.quant import Quant
 
 MAX_BLOCK: Final = 9999
+Order = Literal["sequential", "independent"]
+Prefix = Literal["quantized", "float"]
 LayerKind = Literal["linear", "conv1d", "conv2d", "embedding", "expert"]
 
 
@@ -200,17 +202,23 @@ class Rule:
 @final
 @dataclass(frozen=True)
 class Algorithm:
-    """A calibration algorithm the spec asks for, by its canonical name (``rtn``, ``awq``, ...), with its options."""
+    """An algorithm the spec asks for, by its canonical name (``rtn``, ``awq``, ...), with its options.
+
+    ``match``: the layers it is for, those that any of these matches; none: every layer that is quantized.
+    """
 
     name: str
     options: tuple[tuple[str, str | int | float | bool | None], ...] = ()
     source: str = field(default="", compare=False)
+    match: tuple[Match, ...] = ()
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z][a-z0-9_-]*", self.name):
             raise SpecError(f"{self.name!r} is not an algorithm's name: write lower-case letters, such as awq")
         if len(dict(self.options)) < len(self.options):
             raise SpecError(f"{self.name}: an option is given twice")
+        if "match" in dict(self.options):
+            raise SpecError(f"{self.name}: match is no option; give the layers as Algorithm(..., match=...)")
         for option, value in self.options:
             if isinstance(value, float) and not math.isfinite(value):
                 raise SpecError(f"{self.name}: {option}: {value} is not a finite number")
@@ -221,12 +229,16 @@ class Algorithm:
 class Spec:
     """Ordered rules (the last that matches a layer wins, whole), the algorithms, and the KV cache's format.
 
-    ``dialect``: the one it was read from. ``notes``: what the frontend read and has no use for, for the report.
+    ``pipeline``: ``sequential`` runs all algorithms on a block before the next block is calibrated, ``independent`` runs
+    one after the other over all blocks. ``prefix``: a block is calibrated on what the blocks in front of it give as
+    they are now, ``quantized``, or as they were, ``float``. ``dialect``: the one it was read from. ``notes``: what the frontend read and has no use for, for the report.
     """
 
     rules: tuple[Rule, ...]
     algorithms: tuple[Algorithm, ...] = ()
     cache: Quant | None = None
+    pipeline: Order = "sequential"
+    prefix: Prefix = "quantized"
     dialect: str = field(default="native", compare=False)
     notes: tuple[str, ...] = field(default=(), compare=False)
 

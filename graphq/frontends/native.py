@@ -1,17 +1,20 @@
 """The native YAML form, in both directions: ``parse`` inverts ``print_spec``. docs/specs.md has the grammar."""
 
-from typing import Final, assert_never, final
+from typing import Final, TypeVar, assert_never, final
 
 import yaml
 
 from graphq.frontends.document import Document, Plain, Section, show
 from graphq.plan import Decision, KeepFloat, Plan
 from graphq.quant import parse_quant
-from graphq.spec import Algorithm, Blocks, Glob, Match, Rule, Spec, parse_match
+from graphq.spec import Algorithm, Blocks, Glob, Match, Order, Prefix, Rule, Spec, parse_match
 
 SIGN: Final = "a top-level key graphq"
 VERSION: Final = 1
 KEPT_BY_RULE: Final = "a rule keeps it float"
+_ORDERS: Final[tuple[Order, ...]] = ("sequential", "independent")
+_PREFIXES: Final[tuple[Prefix, ...]] = ("quantized", "float")
+_Word = TypeVar("_Word", Order, Prefix)
 
 
 def recognises(document: Document) -> bool:
@@ -22,7 +25,7 @@ def recognises(document: Document) -> bool:
 def parse(document: Document) -> Spec:
     """The spec that the document writes. Raises ``SpecError`` with everything that is wrong with it."""
     top = Section(document, document.root)
-    top.only(("graphq", "weight", "input", "rules", "algorithms", "cache"))
+    top.only(("graphq", "weight", "input", "rules", "algorithms", "pipeline", "prefix", "cache"))
     version = top.integer("graphq", required=True)
     if version not in (None, VERSION):
         top.report(f"{version} is not a version of the form that this graphq reads: write {VERSION}", "graphq")
@@ -43,8 +46,18 @@ def parse(document: Document) -> Spec:
     cache = None if text is None else top.made(lambda: parse_quant(text), "cache")
     if top.values.get("rules") == [] and not rules:
         top.report("is empty: the spec quantizes nothing", "rules")
+    pipeline = _one_of(top, "pipeline", _ORDERS)
+    prefix = _one_of(top, "prefix", _PREFIXES)
     document.finish()
-    return Spec(tuple(rules), tuple(filter(None, algorithms)), cache)
+    return Spec(tuple(rules), tuple(filter(None, algorithms)), cache, pipeline=pipeline, prefix=prefix)
+
+
+def _one_of(section: Section, key: str, words: tuple[_Word, ...]) -> _Word:
+    """The word under ``key``; the first of ``words`` where it is not given."""
+    text = section.text(key)
+    if text is not None and text not in words:
+        section.report(f"{text!r} is not one of {', '.join(words)}", key)
+    return next((word for word in words if word == text), words[0])
 
 
 def _read_rule(document: Document, item: Plain, index: int) -> Rule | None:
@@ -116,15 +129,35 @@ def _read_algorithm(document: Document, item: Plain, index: int) -> Algorithm | 
             if options is None:
                 return None
             scalars: list[tuple[str, str | int | float | bool | None]] = []
+            match = _read_matches(options)
             for option, value in options.values.items():
+                if option == "match":
+                    continue
                 if isinstance(value, list | dict):
                     options.report(f"{show(value)} is not a single value", option)
                 else:
                     scalars.append((option, value))
-            return section.made(lambda: Algorithm(name, tuple(scalars), source), name)
+            return section.made(lambda: Algorithm(name, tuple(scalars), source, match), name)
         case _:
             section.report(f"{show(item)} is neither a name nor a mapping of one name to its options")
             return None
+
+
+def _read_matches(options: Section) -> tuple[Match, ...]:
+    """The layers that an algorithm is for: one match, or a list of them."""
+    given = options.values.get("match")
+    if "match" not in options.values:
+        return ()
+    found: list[Match] = []
+    for text in given if isinstance(given, list) else [given]:
+        if not isinstance(text, str):
+            options.report(f"{show(text)} is not a match, such as self_attn", "match")
+            continue
+        match = options.made(lambda text=text: parse_match(text), "match")
+        found += [match] if match is not None else []
+    if given == []:
+        options.report("is empty: leave it out for every layer that is quantized", "match")
+    return tuple(found)
 
 
 def print_spec(spec: Spec) -> str:
@@ -132,6 +165,10 @@ def print_spec(spec: Spec) -> str:
     top: dict[str, Plain] = {"graphq": VERSION, "rules": [_rule(rule) for rule in spec.rules]}
     if spec.algorithms:
         top["algorithms"] = [_algorithm(algorithm) for algorithm in spec.algorithms]
+    if spec.pipeline != "sequential":
+        top["pipeline"] = spec.pipeline
+    if spec.prefix != "quantized":
+        top["prefix"] = spec.prefix
     if spec.cache is not None:
         top["cache"] = str(spec.cache)
     return yaml.dump(top, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6)
@@ -157,7 +194,10 @@ def _rule(rule: Rule) -> dict[str, Plain]:
 
 
 def _algorithm(algorithm: Algorithm) -> Plain:
-    return {algorithm.name: dict(algorithm.options)} if algorithm.options else algorithm.name
+    items: dict[str, Plain] = dict(algorithm.options)
+    if algorithm.match:
+        items["match"] = str(algorithm.match[0]) if len(algorithm.match) == 1 else [str(m) for m in algorithm.match]
+    return {algorithm.name: items} if items else algorithm.name
 
 
 @final

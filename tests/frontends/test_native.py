@@ -62,13 +62,18 @@ SCALARS = (
 ALGORITHMS = st.builds(
     Algorithm,
     st.from_regex(r"[a-z][a-z0-9_-]*", fullmatch=True),
-    st.dictionaries(st.text(), SCALARS, max_size=3).map(lambda options: tuple(options.items())),
+    st.dictionaries(st.text().filter(lambda name: name != "match"), SCALARS, max_size=3).map(
+        lambda options: tuple(options.items())
+    ),
+    match=st.lists(MATCHES, max_size=3).map(tuple),
 )
 SPECS = st.builds(
     Spec,
     st.lists(RULES, min_size=1, max_size=4).map(tuple),
     st.lists(ALGORITHMS, max_size=2).map(tuple),
     st.none() | WEIGHTS | INPUTS,
+    pipeline=st.sampled_from(["sequential", "independent"]),
+    prefix=st.sampled_from(["quantized", "float"]),
 )
 
 
@@ -147,8 +152,11 @@ rules:
     may_match_nothing: true
   - {match: b, input: int8/tensor, exclusive: pair}
 algorithms:
-  - smoothquant: {alpha: 0.5, on: true}
-  - gptq
+  - smoothquant: {alpha: 0.5, match: [self_attn, '*.up'], on: true}
+  - gptq: {match: mlp#0}
+  - awq
+pipeline: independent
+prefix: float
 """
     spec = parse(text.replace("on:", "'on':"))
     assert spec == Spec(
@@ -158,12 +166,18 @@ algorithms:
             Rule(Name("q_proj"), KeepFloat("by hand"), may_match_nothing=True),
             Rule(Name("b"), Plan(input=parse_quant("int8/tensor")), exclusive="pair"),
         ),
-        (Algorithm("smoothquant", (("alpha", 0.5), ("on", True))), Algorithm("gptq")),
+        (
+            Algorithm("smoothquant", (("alpha", 0.5), ("on", True)), match=(Name("self_attn"), Glob("*.up"))),
+            Algorithm("gptq", match=(Name("mlp", (0,)),)),
+            Algorithm("awq"),
+        ),
+        pipeline="independent",
+        prefix="float",
     )
     assert [rule.source for rule in spec.rules] == [
         *("weight (line 2)", "rules[0] (line 4)", "rules[1] (line 7)", "rules[2] (line 10)")
     ]
-    assert [algorithm.source for algorithm in spec.algorithms] == ["algorithms[0] (line 12)", "algorithms[1] (line 13)"]
+    assert [algorithm.source for algorithm in spec.algorithms] == [f"algorithms[{i}] (line {12 + i})" for i in range(3)]
     assert load_spec({"graphq": 1, "input": "int8/tensor"}).rules[0].source == "input"
 
 
