@@ -12,6 +12,7 @@ from torch import fx
 from graphq.errors import PassError
 
 KEY: Final = "graphq.source"
+SHARED: Final = "graphq.shared"  # of a part of a graph: the names of parameters that other parts hold, too
 BATCH: Final = "batch"
 SEQUENCE: Final = "sequence"
 PAST: Final = "past_sequence"

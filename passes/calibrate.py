@@ -1,10 +1,10 @@
 """Calibration: the observers see the activations of the user's data."""
 
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from graphq.errors import GraphqError, SpecError
 from graphq.passes.observe import observers
@@ -32,7 +32,7 @@ class Calibrate(Pass):
                 observer.look = look
             with torch.inference_mode():
                 for number, batch in enumerate(batches or ()):
-                    _see(gm, batch, number)
+                    see_batch(gm, batch, number)
                     count += 1
         if count == 0:
             raise SpecError("calibration: no batches; static scales need at least one")
@@ -43,10 +43,13 @@ class Calibrate(Pass):
         return len(watching)
 
 
-def _see(gm: fx.GraphModule, batch: tuple[Tensor, ...], number: int) -> None:
-    """Raises ``SpecError`` for a batch on which the model fails, such as token ids beyond its vocabulary."""
+def see_batch(gm: fx.GraphModule, batch: tuple[Any, ...], number: int) -> tuple[Any, ...]:
+    """What the graph gives for a batch.
+
+    Raises ``SpecError`` for one on which the model fails, such as token ids beyond its vocabulary.
+    """
     try:
-        gm.forward(*batch)  # a call would print where in the graph it failed
+        return gm.forward(*batch)  # a call would print where in the graph it failed
     except GraphqError:
         raise
     except Exception as error:  # whatever the ops say

@@ -12,10 +12,12 @@ from graphq.state import put_tensor, tensor_of
 def lifted(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy of ``gm`` whose parameters, buffers, constants and casts of floats are all float64."""
     made = copy.deepcopy(gm)
+    wide: dict[tuple[object, ...], Tensor] = {}  # tied tensors stay tied
     for name in list(made.state_dict(keep_vars=True)):
         tensor = tensor_of(made, name)
         if tensor.is_floating_point():
-            new = tensor.detach().double()
+            place = (tensor.data_ptr(), tensor.shape, tensor.stride())
+            new = wide.setdefault(place, tensor.detach().double())
             put_tensor(made, name, torch.nn.Parameter(new, False) if isinstance(tensor, torch.nn.Parameter) else new)
     for node in made.graph.nodes:
         node.args = tuple(_wide(a) for a in node.args)
