@@ -1,7 +1,7 @@
 """The ways to change a graph. Each keeps ``val`` true and notes in ``graphq.by`` which passes made or moved a node."""
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -140,13 +140,17 @@ def add_tensor(gm: fx.GraphModule, before: Op, fqn: str, tensor: Tensor, by: str
     return _describe(node, val, like or before, by)
 
 
-def add_observer(gm: fx.GraphModule, x: Op, path: str, module: nn.Module, by: str, like: Op) -> Op:
-    """A new module, which gives what it is given, at ``path``, and a node right after ``x`` that calls it on ``x``."""
+def add_observer(
+    gm: fx.GraphModule, x: Op, path: str, module: nn.Module, by: str, like: Op, rest: Sequence[Op] = ()
+) -> Op:
+    """A new module, which gives what it is given, at ``path``, and a node right after ``x`` that calls it on ``x``; with
+    ``rest`` as its further arguments right before ``like``, which has them, too.
+    """
     if has_tensor(gm, path):
         raise PassError(f"{by}: the graph has a module {path} already")
     gm.add_submodule(path, module)
-    with gm.graph.inserting_before(following(x).node):
-        node = gm.graph.call_module(path, (x.node,))
+    with gm.graph.inserting_before((like if rest else following(x)).node):
+        node = gm.graph.call_module(path, (x.node, *(op.node for op in rest)))
     return _describe(node, x.val, like, by)
 
 

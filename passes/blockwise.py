@@ -21,7 +21,6 @@ from graphq.source import KEY, SHARED, source_of
 from graphq.spec import Prefix
 from graphq.state import put_input, put_tensor, remove_tensor, tensor_of
 
-
 _OUTPUT: Final = "stage_output"
 
 
@@ -232,5 +231,3 @@ def merge(gm: fx.GraphModule, stage: Sequence[fx.Node], part: Part) -> dict[str,
     for node in (*reversed(stage), *reads):
         gm.graph.erase_node(node)
     return names
-
-

@@ -49,7 +49,13 @@ _SHAPES: Final = frozenset(
 _EVEN: Final = frozenset(
     {
         *(aten.relu.default, aten.leaky_relu.default, aten.neg.default, aten.abs.default, aten.clone.default),
-        *(aten.contiguous.default, aten.alias.default, aten.detach.default, aten._to_copy.default, aten.dropout.default),
+        *(
+            aten.contiguous.default,
+            aten.alias.default,
+            aten.detach.default,
+            aten._to_copy.default,
+            aten.dropout.default,
+        ),
         *(aten.to.dtype, aten.prelu.default),
     }
 )
@@ -226,7 +232,9 @@ def _rows_of(gm: fx.GraphModule, op: Weighted) -> tuple[tuple[Part, ...], int] |
     count = int(shape[op.out_axis])
     labels = torch.arange(count).view([count if axis == op.out_axis else 1 for axis in range(len(shape))])
     parts = [Part(param.fqn, labels.expand(shape))]
-    bias = None if isinstance(op, GroupedLinear) else op.argument("self" if isinstance(op, TransposedLinear) else "bias")
+    bias = (
+        None if isinstance(op, GroupedLinear) else op.argument("self" if isinstance(op, TransposedLinear) else "bias")
+    )
     if bias is not None:
         held = view(bias)
         if not isinstance(held, Param) or not _is_own(gm, held) or tuple(held.val.shape) != (count,):
@@ -538,4 +546,3 @@ class _Sizes:
 
     def of(self, value: Tensor) -> list[int]:
         return [self.number(size) for size in value.shape]
-

@@ -1,9 +1,9 @@
 """Observers on the activations that scales have to be calibrated for."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count, islice
-from typing import ClassVar, cast, final
+from typing import ClassVar, Protocol, cast, final
 
 from torch import Tensor, fx
 
@@ -78,40 +78,69 @@ def output_map(gm: fx.GraphModule, op: Weighted, quant: Quant) -> OutputMap:
 
 @final
 @dataclass(frozen=True)
+class Wanted:
+    """An observer of ``x`` that a pass asks for. ``like``: a layer that reads it; ``rest``: what it sees besides."""
+
+    x: Op
+    observer: Observer
+    like: Weighted
+    rest: tuple[Op, ...] = ()
+
+
+class Asking(Protocol):
+    """A pass that needs statistics."""
+
+    def wanted(self, gm: fx.GraphModule) -> Iterable[Wanted]:
+        """The observers that are not there yet."""
+        ...
+
+
+@final
+@dataclass(frozen=True)
 class Observe(Pass):
     """Every activation with a static scale is watched by one observer, which all layers that agree on it share.
 
     The experts of a stack that have the same format share a scale: they read rows of one tensor. A layer whose weight's
     scale depends on its output has an observer of its own for that.
+
+    passes: those whose statistics are watched, too. ranges: whether static scales are.
     """
 
+    passes: tuple[Asking, ...] = ()
+    ranges: bool = True
     name: ClassVar[str] = "observe"
 
     def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
+        made = [found for step in self.passes for found in step.wanted(gm)]
+        if self.ranges:
+            made += self._ranges(gm)
+        free = (path for i in count() if not edit.has_tensor(gm, path := f"observers.{i}"))
+        paths = list(islice(free, len(made)))
+        for found, path in reversed(list(zip(made, paths, strict=True))):
+            # Each stands right after x: in order at last.
+            edit.add_observer(gm, found.x, path, found.observer, self.name, found.like, found.rest)
+        return len(made)
+
+    def _ranges(self, gm: fx.GraphModule) -> list[Wanted]:
         wanted: dict[tuple[Op, Quant], list[Weighted]] = {}
         for op, quants in to_quantize(gm):
             for quant in dict.fromkeys(quants):
                 if quant is not None and not quant.dynamic and observer_on(gm, op.input_op, quant) is None:
                     wanted.setdefault((op.input_op, quant), []).append(op)
-        made: list[tuple[Op, Observer, Weighted]] = []
+        made: list[Wanted] = []
         for (x, quant), readers in wanted.items():
             layers = tuple(dict.fromkeys(str(op.node.meta[LAYER]) for op in readers))
             maps = [(op, quant) for op in readers]
             observer = observer_for(quant, layers, lambda maps=maps: [output_map(gm, op, q) for op, q in maps])
-            made.append((x, observer, readers[0]))
+            made.append(Wanted(x, observer, readers[0]))
         for op in ops_of(gm):
             quant = weight_quants(op.node.meta.get(PLAN))[0] if isinstance(op, Weighted) else None
             if quant is None or not isinstance(quant.method, Ofmr) or not isinstance(op, Weighted):
                 continue
             if isinstance(op.weight_op, Param) and weight_observer_on(gm, op) is None:
                 layer = str(op.node.meta[LAYER])
-                made.append((op.input_op, OfmrWeightObserver(quant, (layer,), output_map(gm, op, quant)), op))
-        free = (path for i in count() if not edit.has_tensor(gm, path := f"observers.{i}"))
-        paths = list(islice(free, len(made)))
-        for (x, observer, reader), path in reversed(list(zip(made, paths, strict=True))):
-            # Each stands right after x: in order at last.
-            edit.add_observer(gm, x, path, observer, by=self.name, like=reader)
-        return len(made)
+                made.append(Wanted(op.input_op, OfmrWeightObserver(quant, (layer,), output_map(gm, op, quant)), op))
+        return made
 
 
 def observer_of(gm: fx.GraphModule, op: Op) -> Observer | None:

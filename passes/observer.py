@@ -36,8 +36,8 @@ class Observer(nn.Module, ABC):
         """Whether any element came by."""
 
     @abstractmethod
-    def see(self, x: Tensor) -> None:
-        """Take in a batch."""
+    def see(self, x: Tensor, *rest: Tensor) -> None:
+        """Take in a batch; ``rest``: what else the observer is given."""
 
     def see_again(self, x: Tensor) -> None:
         """Take in a batch on a further look."""
@@ -50,12 +50,12 @@ class Observer(nn.Module, ABC):
         """What observers agree on that can be merged."""
         return ()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *rest: Tensor) -> Tensor:
         if self.look:
             self.see_again(x)
         else:
             if x.numel():
-                self.see(x)
+                self.see(x, *rest)
             self.batches += 1
         return x
 

@@ -56,7 +56,7 @@ class RangeObserver(Observer):
     def settings(self) -> tuple[object, ...]:
         return (self.quant,)
 
-    def see(self, x: Tensor) -> None:
+    def see(self, x: Tensor, *rest: Tensor) -> None:
         low, high = x.amin().float(), x.amax().float()
         if not (torch.isfinite(low) and torch.isfinite(high)):
             raise self.refuse()

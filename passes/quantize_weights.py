@@ -1,6 +1,6 @@
 """Weights as codes, by round-to-nearest."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
 
@@ -17,6 +17,7 @@ from graphq.passes.annotate import annotated
 from graphq.passes.observe import weight_observer_on, weight_quants
 from graphq.pipeline import Batches, Invariant, Pass
 from graphq.quant import Ofmr, Quant
+from graphq.source import SHARED
 from graphq.state import remove_tensor, tensor_of
 from graphq.views import Dequantize, Op, Param, ops_of
 
@@ -60,63 +61,112 @@ class QuantizeWeights(Pass):
     requires: ClassVar[tuple[Invariant, ...]] = (annotated, with_weights)
 
     def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
-        layers: dict[str, Site] = {}
-        for site in sites(gm):
-            layers.setdefault(site.param.fqn, site)
-        reads: dict[str, list[Param]] = {}
-        for op in ops_of(gm):
-            if isinstance(op, Param):
-                reads.setdefault(op.fqn, []).append(op)
         count = 0
-        amax = _fused_extremes(gm, layers.values())
-        for fqn, site in layers.items():
-            quants = weight_quants(site.op.node.meta[PLAN])
-            if any(quant is not None for quant in quants):
-                self._quantize(gm, site, quants, reads[fqn], amax.get(fqn))
-                count += 1
+        for layer in planned_weights(gm):
+            made = [part.quant and quantize_weight(part.w, part.quant, part.block, part.scales) for part in layer.parts]
+            replace_weight(gm, layer, made, self.name, self.record)
+            count += 1
         edit.drop_unused(gm)
         return count
 
-    def _quantize(
-        self,
-        gm: fx.GraphModule,
-        site: Site,
-        quants: Sequence[Quant | None],
-        reads: Sequence[Param],
-        amax: Tensor | None,
-    ) -> None:
-        w = tensor_of(gm, site.param.fqn).detach()
-        check_finite(w, site)
-        first = min((user for read in reads for user in read.users), key=lambda op: op.node)  # in graph order
-        remove_tensor(gm, site.param.fqn)
-        plans: dict[Quant | None, list[int]] = {}
-        for index, quant in enumerate(quants):
-            plans.setdefault(quant, []).append(index)
-        parts: list[Op] = []
-        for number, (quant, members) in enumerate(plans.items()):
-            path = site.path if len(plans) == 1 else f"{site.path}.part{number}"
-            part = w if len(plans) == 1 else w[members]  # a copy: only stacks have several plans
-            if quant is None:
-                kept = torch.nn.Parameter(part, requires_grad=False)
-                parts.append(edit.add_tensor(gm, first, f"{path}.weight", kept, by=self.name, like=site.op))
-                continue
-            op = site.op
-            block = numerics.weight_block(quant.granularity, w.dim(), op.out_axis, op.in_axis, op.own_axes)
-            own = amax if amax is None or len(plans) == 1 else amax[members]
-            made = quantize_weight(part, quant, block, _given_scales(gm, site, quant, part, block, own))
-            parts.append(hold_codes(gm, first, path, quant, made, w.dtype, site.op, self.name))
-            self._report(site, members, part, made, quant)
-        whole = parts[0] if len(parts) == 1 else _join(gm, first, site, list(plans.values()), parts, self.name)
-        for read in reads:
-            edit.bypass(gm, read, whole)
 
-    def _report(self, site: Site, members: Sequence[int], w: Tensor, made: QuantizedWeight, quant: Quant) -> None:
-        if self.record is None:
-            return
-        approximation = numerics.dequantize(made.codes, made.scales, quant.format, made.block)
-        for position, member in enumerate(members):
-            pick = position if site.is_stack else ...
-            self.record(site.fqns[member], numerics.sqnr_db(w[pick], approximation[pick]))
+@final
+@dataclass(frozen=True)
+class WeightPart:
+    """The members of a stack that have one plan, or a whole weight. ``quant`` is None for those that stay float.
+
+    ``scales``: those that do not follow from the weight alone.
+    """
+
+    members: tuple[int, ...]
+    quant: Quant | None
+    w: Tensor
+    block: list[int]
+    scales: Scales | None
+
+
+@final
+@dataclass(frozen=True)
+class PlannedWeight:
+    """A weight that is to be quantized: its first use, the nodes that read it, and its parts."""
+
+    site: Site
+    reads: tuple[Param, ...]
+    parts: tuple[WeightPart, ...]
+
+
+def planned_weights(gm: fx.GraphModule, only: frozenset[str] | None = None) -> Iterator[PlannedWeight]:
+    """The weights with a plan that are held as floats, in graph order; ``only``: those of these layers.
+
+    A parameter that other parts of a model hold, too, is left to the whole.
+    """
+    layers: dict[str, Site] = {}
+    for site in sites(gm):
+        if site.param.fqn not in gm.meta.get(SHARED, ()):
+            layers.setdefault(site.param.fqn, site)
+    reads: dict[str, list[Param]] = {}
+    for op in ops_of(gm):
+        if isinstance(op, Param):
+            reads.setdefault(op.fqn, []).append(op)
+    amax = _fused_extremes(gm, layers.values())
+    for fqn, site in layers.items():
+        quants = weight_quants(site.op.node.meta.get(PLAN))
+        chosen = only is None or not only.isdisjoint(site.fqns)
+        if chosen and any(quant is not None for quant in quants):
+            w = tensor_of(gm, fqn).detach()
+            check_finite(w, site)
+            yield PlannedWeight(site, tuple(reads[fqn]), tuple(_parts(gm, site, quants, w, amax.get(fqn))))
+
+
+def _parts(
+    gm: fx.GraphModule, site: Site, quants: Sequence[Quant | None], w: Tensor, amax: Tensor | None
+) -> Iterator[WeightPart]:
+    plans: dict[Quant | None, list[int]] = {}
+    for index, quant in enumerate(quants):
+        plans.setdefault(quant, []).append(index)
+    op = site.op
+    for quant, members in plans.items():
+        part = w if len(plans) == 1 else w[members]  # a copy: only stacks have several plans
+        if quant is None:
+            yield WeightPart(tuple(members), None, part, [], None)
+            continue
+        block = numerics.weight_block(quant.granularity, w.dim(), op.out_axis, op.in_axis, op.own_axes)
+        own = amax if amax is None or len(plans) == 1 else amax[members]
+        yield WeightPart(tuple(members), quant, part, block, _given_scales(gm, site, quant, part, block, own))
+
+
+def replace_weight(
+    gm: fx.GraphModule,
+    layer: PlannedWeight,
+    made: Sequence[QuantizedWeight | None],
+    by: str,
+    record: Callable[[str, float], None] | None = None,
+) -> None:
+    """The layer reads the codes ``made`` of its parts (None: the part stays float), and its float weight is gone."""
+    site = layer.site
+    first = min((user for read in layer.reads for user in read.users), key=lambda op: op.node)  # in graph order
+    remove_tensor(gm, site.param.fqn)
+    parts: list[Op] = []
+    for number, (part, codes) in enumerate(zip(layer.parts, made, strict=True)):
+        path = site.path if len(layer.parts) == 1 else f"{site.path}.part{number}"
+        if codes is None or part.quant is None:
+            kept = torch.nn.Parameter(part.w, requires_grad=False)
+            parts.append(edit.add_tensor(gm, first, f"{path}.weight", kept, by=by, like=site.op))
+            continue
+        parts.append(hold_codes(gm, first, path, part.quant, codes, part.w.dtype, site.op, by))
+        if record is not None:
+            _report(record, site, part, codes)
+    whole = parts[0] if len(parts) == 1 else _join(gm, first, site, [p.members for p in layer.parts], parts, by)
+    for read in layer.reads:
+        edit.bypass(gm, read, whole)
+
+
+def _report(record: Callable[[str, float], None], site: Site, part: WeightPart, made: QuantizedWeight) -> None:
+    assert part.quant is not None
+    approximation = numerics.dequantize(made.codes, made.scales, part.quant.format, made.block)
+    for position, member in enumerate(part.members):
+        pick = position if site.is_stack else ...
+        record(site.fqns[member], numerics.sqnr_db(part.w[pick], approximation[pick]))
 
 
 def hold_codes(
@@ -154,7 +204,7 @@ def _fused_extremes(gm: fx.GraphModule, layers: Iterable[Site]) -> dict[str, Ten
     """
     groups: dict[Op, list[Site]] = {}
     for site in layers:
-        if any(q is not None and isinstance(q.format, Nvfp4) for q in weight_quants(site.op.node.meta[PLAN])):
+        if any(q is not None and isinstance(q.format, Nvfp4) for q in weight_quants(site.op.node.meta.get(PLAN))):
             groups.setdefault(site.op.input_op, []).append(site)
     found: dict[str, Tensor] = {}
     for fused in groups.values():
@@ -191,7 +241,7 @@ def check_finite(w: Tensor, site: Site) -> None:
         raise GraphError(f"{wrong[0]}: the weight holds NaN or Inf")
 
 
-def _join(gm: fx.GraphModule, before: Op, site: Site, plans: list[list[int]], parts: list[Op], by: str) -> Op:
+def _join(gm: fx.GraphModule, before: Op, site: Site, plans: Sequence[Sequence[int]], parts: list[Op], by: str) -> Op:
     """The experts of all parts in their own order."""
     joined = edit.insert(gm, before, torch.ops.aten.cat.default, parts, 0, by=by, like=site.op)
     order = [expert for members in plans for expert in members]

@@ -56,7 +56,7 @@ def fake_quantize(
         part, own = _rows(x, scales, block, first, step)
         out_part = out if part is x else out[first : first + step]
         y, zero_point = _scaled(computed(part), own, format, block)
-        values = _rounded(y, zero_point, format)
+        values = round_scaled(y, zero_point, format)
         _, (scale,) = beside_scales(part, (effective_scale(own, format, values.dtype),), block)
         assert scale is not None
         values = values.mul_(scale) if zero_point is None else values.sub_(zero_point).mul_(scale)
@@ -143,8 +143,8 @@ def _codes(y: Tensor, zero_point: Tensor | None, format: Format) -> Tensor:
             assert_never(format)
 
 
-def _rounded(y: Tensor, zero_point: Tensor | None, format: Format) -> Tensor:
-    """The values of ``_codes``, without them."""
+def round_scaled(y: Tensor, zero_point: Tensor | None, format: Format) -> Tensor:
+    """What the codes of ``y``, in units of its scales, stand for before scales and zero points. ``y`` is used up."""
     match format:
         case Int():
             return _integers(y, zero_point, format)

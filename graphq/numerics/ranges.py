@@ -4,17 +4,19 @@ A weight is at hand as a whole, so each block's scale is found by trying. All ar
 """
 
 from collections.abc import Callable, Sequence
-from typing import assert_never
+from typing import Final, assert_never
 
 import torch
 from torch import Tensor
 
 from graphq.errors import PassError
-from graphq.formats import Format, Int
+from graphq.formats import Float, Format, Int
 from graphq.numerics.blocks import block_extremes, expand_scale, scale_shape, split_blocks
-from graphq.numerics.codes import dequantize, quantize
+from graphq.numerics.codes import fake_quantize
 from graphq.numerics.scales import Scales, choose_scale, code_range, computed, scale_from_extremes
 from graphq.quant import Entropy, Histogram, MinMax, MovingAverage, Mse, Ofmr, Percentile, RangeMethod, Ssz
+
+_SEARCH: Final = Mse(norm=2.0, grid=20, shrink=0.6, patience=20)  # 1, 0.95, ... 0.45
 
 
 def weight_scales(w: Tensor, format: Format, block: Sequence[int], method: RangeMethod) -> Scales:
@@ -50,17 +52,37 @@ def block_sum(x: Tensor, block: Sequence[int]) -> Tensor:
     return split.sum(inner).view(shape) if inner else x
 
 
+def searched_scales(
+    w: Tensor, importance: Tensor, format: Format, block: Sequence[int], method: RangeMethod
+) -> Scales | None:
+    """The scales of the blocks of ``w`` for which sum importance * (w - w_q)^2 is least, of extremes shrunk step by step.
+
+    ``importance``: broadcast to ``w``, such as each input's mean square. None for other methods than min-max, and for
+    formats whose scales do not follow from extremes.
+    """
+    if not isinstance(method, MinMax) or not isinstance(format, Int | Float):
+        return None
+    return Scales(*scale_from_extremes(*mse_extremes(w, format, block, _SEARCH, importance), format))
+
+
 def _error(w: Tensor, scales: Scales, format: Format, block: Sequence[int], f: Callable[[Tensor], Tensor]) -> Tensor:
-    back = dequantize(quantize(w, scales, format, block), scales, format, block)
+    back = fake_quantize(w, scales, format, block)
     return block_sum(f(back.sub_(w).abs_()), block)
 
 
-def mse_extremes(w: Tensor, format: Format, block: Sequence[int], method: Mse) -> tuple[Tensor, Tensor]:
-    """Each block's extremes, shrunk to where sum |w - w_q|^norm is least; of equal ones the widest.
+def mse_extremes(
+    w: Tensor, format: Format, block: Sequence[int], method: Mse, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Each block's extremes, shrunk to where sum importance |w - w_q|^norm is least; of equal ones the widest.
 
     As llm-compressor's ``memoryless_mse`` observer: candidates 1 - i / grid, given up for all blocks when no block was
     improved ``patience`` times in turn.
     """
+
+    def power(e: Tensor) -> Tensor:
+        e = e.square_() if method.norm == 2 else e.pow_(method.norm)
+        return e if importance is None else e.mul_(importance)
+
     w = computed(w)
     low, high = block_extremes(w, block)
     best = torch.full(low.shape, torch.inf, dtype=w.dtype, device=w.device)
@@ -70,7 +92,7 @@ def mse_extremes(w: Tensor, format: Format, block: Sequence[int], method: Mse) -
         share = 1 - step / method.grid
         tried_low, tried_high = low * share, high * share
         scales = Scales(*scale_from_extremes(tried_low, tried_high, format))
-        error = _error(w, scales, format, block, lambda e: e.pow_(method.norm))
+        error = _error(w, scales, format, block, power)
         better = error < best
         if better.any():
             best = torch.where(better, error, best)

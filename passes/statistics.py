@@ -1,0 +1,199 @@
+"""Observers of what algorithms need to know of a layer's input: extremes by channel, and second moments."""
+
+from collections.abc import Callable, Iterable
+from typing import cast, final
+
+import torch
+from torch import Tensor, fx
+
+from graphq.errors import PassError
+from graphq.passes.observer import Observer
+from graphq.views import Conv1d, Conv1dPadding, Conv2d, Conv2dPadding, GroupedLinear, Op, Weighted, view
+
+CONVOLUTIONS = (Conv1d, Conv1dPadding, Conv2d, Conv2dPadding)
+Samples = Callable[..., Iterable[tuple[int, Tensor]]]
+
+
+def channel_axis(op: Weighted) -> int:
+    """The axis of channels in an op's input."""
+    return 1 if isinstance(op, CONVOLUTIONS) else -1
+
+
+@final
+class ChannelObserver(Observer):
+    """The smallest and largest element, and the sum of magnitudes, of each channel of an activation."""
+
+    low: Tensor
+    high: Tensor
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, layers: tuple[str, ...], channels: int, axis: int) -> None:
+        super().__init__(layers)
+        self.axis = axis
+        self.register_buffer("low", torch.full((channels,), torch.inf))
+        self.register_buffer("high", torch.full((channels,), -torch.inf))
+        self.register_buffer("total", torch.zeros(channels, dtype=torch.float64))
+        self.register_buffer("count", torch.tensor(0))
+
+    @property
+    def has_seen(self) -> bool:
+        return bool(self.count)
+
+    def settings(self) -> tuple[object, ...]:
+        return self.low.shape, self.axis
+
+    def see(self, x: Tensor, *rest: Tensor) -> None:
+        rows = x.movedim(self.axis, -1).flatten(0, -2)
+        total = rows.abs().sum(0, dtype=torch.float64)
+        if not torch.isfinite(total).all():
+            raise self.refuse()
+        self.low.copy_(torch.minimum(self.low, rows.amin(0)))
+        self.high.copy_(torch.maximum(self.high, rows.amax(0)))
+        self.total += total
+        self.count += rows.shape[0]
+
+    def take(self, later: Observer) -> None:
+        assert isinstance(later, ChannelObserver)
+        self.low.copy_(torch.minimum(self.low, later.low))
+        self.high.copy_(torch.maximum(self.high, later.high))
+        self.total += later.total
+        self.count += later.count
+
+    @property
+    def magnitude(self) -> Tensor:
+        """The largest magnitude of each channel."""
+        return torch.maximum(self.low.abs(), self.high.abs())
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean magnitude of each channel."""
+        return (self.total / self.count).float()
+
+
+@final
+class HessianObserver(Observer):
+    """The sum of x xT over the vectors x that a weight multiplies, ``sums`` [B, K, K], and how many there were, ``counts``
+    [B]: B experts, or groups of a convolution; 1 for a linear.
+
+    ``samples`` gives, for what the observer is called with, each of them that has vectors, and these [rows, K].
+    """
+
+    sums: Tensor
+    counts: Tensor
+
+    def __init__(self, layers: tuple[str, ...], shape: tuple[int, int], samples: Samples) -> None:
+        super().__init__(layers)
+        self.samples = samples
+        self.register_buffer("sums", torch.zeros(shape[0], shape[1], shape[1]))
+        self.register_buffer("counts", torch.zeros(shape[0], dtype=torch.int64))
+
+    @property
+    def has_seen(self) -> bool:
+        return bool(self.counts.any())
+
+    def settings(self) -> tuple[object, ...]:
+        return (self.sums.shape,)
+
+    def see(self, x: Tensor, *rest: Tensor) -> None:
+        for index, rows in self.samples(x, *rest):
+            if rows.shape[0]:
+                rows = rows if rows.dtype == torch.float64 else rows.float()
+                self.sums[index].addmm_(rows.T.to(self.sums.dtype), rows.to(self.sums.dtype))
+                self.counts[index] += rows.shape[0]
+        if not torch.isfinite(self.sums.diagonal(dim1=-2, dim2=-1)).all():
+            raise self.refuse()
+
+    def take(self, later: Observer) -> None:
+        assert isinstance(later, HessianObserver)
+        self.sums += later.sums
+        self.counts += later.counts
+
+    def mean(self) -> Tensor:
+        """The mean of x xT [B, K, K]; 0 where nothing was seen."""
+        return self.sums / self.counts.clamp(min=1)[:, None, None]
+
+
+def samples_of(op: Weighted) -> tuple[Samples, tuple[Op, ...]]:
+    """The vectors that an op's weight multiplies, as a function of its input and of the further ops given."""
+    if isinstance(op, GroupedLinear):
+        return _by_expert, (view(op.argument("offsets")),)
+    if isinstance(op, CONVOLUTIONS):
+        return _patches(op), ()
+    return _rows, ()
+
+
+def _rows(x: Tensor) -> Iterable[tuple[int, Tensor]]:
+    return [(0, x.reshape(-1, x.shape[-1]))]
+
+
+def _by_expert(x: Tensor, offsets: Tensor) -> Iterable[tuple[int, Tensor]]:
+    start = 0
+    for expert, end in enumerate(offsets.tolist()):
+        yield expert, x[start:end]
+        start = end
+
+
+def _patches(op: Weighted) -> Samples:
+    """The patches of a convolution's input, by its groups; their elements in the order of its weight's."""
+    rank = op.weight_op.val.dim() - 2
+    kernel = [int(size) for size in op.weight_op.val.shape[2:]]
+    stride, dilation = (_each(op.argument(name), rank) for name in ("stride", "dilation"))
+    padding = op.argument("padding")
+    groups = int(op.argument("groups"))
+    if isinstance(padding, str):
+        totals = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
+        pads = [(total // 2, total - total // 2) for total in totals]
+    else:
+        pads = [(p, p) for p in _each(padding, rank)]
+
+    def patches(x: Tensor) -> Iterable[tuple[int, Tensor]]:
+        x = torch.nn.functional.pad(x, [p for pair in reversed(pads) for p in pair])
+        for axis, (size, step, apart) in enumerate(zip(kernel, stride, dilation, strict=True)):
+            x = x.unfold(2 + axis, (size - 1) * apart + 1, step)[..., ::apart]  # [B, C, places..., taps...]
+        split = x.unflatten(1, (groups, -1))  # [B, G, C / G, places..., taps...]
+        places = list(range(3, 3 + rank))
+        taps = list(range(3 + rank, 3 + 2 * rank))
+        rows = split.permute(1, 0, *places, 2, *taps).flatten(1, 1 + rank).flatten(2)  # [G, rows, K]
+        return list(enumerate(rows))
+
+    return patches
+
+
+def _each(value: object, rank: int) -> list[int]:
+    sizes = [int(v) for v in cast(list[int], value)]
+    return sizes * rank if len(sizes) == 1 else sizes
+
+
+def as_problems(w: Tensor, op: Weighted) -> Tensor:
+    """A weight as [B, N, K], alike to the vectors of ``samples_of``: N outputs of each of B experts or groups."""
+    if isinstance(op, GroupedLinear):
+        return w
+    if isinstance(op, CONVOLUTIONS):
+        groups = int(op.argument("groups"))
+        return w.reshape(groups, w.shape[0] // groups, -1)
+    return (w if op.out_axis == 0 else w.T)[None]
+
+
+def as_weight(problems: Tensor, op: Weighted, like: Tensor) -> Tensor:
+    """The inverse of ``as_problems``, in the shape of ``like``."""
+    if isinstance(op, GroupedLinear) or isinstance(op, CONVOLUTIONS):
+        return problems.reshape(like.shape)
+    return problems[0] if op.out_axis == 0 else problems[0].T
+
+
+def statistic_on(gm: fx.GraphModule, op: Weighted, kind: type[Observer]) -> Observer | None:
+    """The observer of this kind of the input of ``op``."""
+    for user in op.input_op.users:
+        found = gm.get_submodule(str(user.node.target)) if user.node.op == "call_module" else None
+        if isinstance(found, kind) and str(op.node.meta.get("graphq.layer")) in found.layers:
+            return found
+    return None
+
+
+def seen_by(gm: fx.GraphModule, op: Weighted, kind: type[Observer], by: str) -> Observer:
+    """The same, which has seen data. Raises ``PassError`` where there is none."""
+    found = statistic_on(gm, op, kind)
+    if found is None or not found.has_seen:
+        raise PassError(f"{by}: no data was seen of the input of {op.node.meta.get('graphq.layer')}")
+    return found
