@@ -143,8 +143,9 @@ def add_tensor(gm: fx.GraphModule, before: Op, fqn: str, tensor: Tensor, by: str
 def add_observer(
     gm: fx.GraphModule, x: Op, path: str, module: nn.Module, by: str, like: Op, rest: Sequence[Op] = ()
 ) -> Op:
-    """A new module, which gives what it is given, at ``path``, and a node right after ``x`` that calls it on ``x``; with
-    ``rest`` as its further arguments right before ``like``, which has them, too.
+    """A new module, which gives what it is given, at ``path``, and a node right after ``x`` that calls it on ``x``.
+
+    With ``rest`` as further arguments it stands right before ``like``, which has them, too.
     """
     if has_tensor(gm, path):
         raise PassError(f"{by}: the graph has a module {path} already")

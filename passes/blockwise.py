@@ -5,6 +5,7 @@ activations between parts are kept, and what stands behind the last layer with a
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, cast, final
@@ -128,7 +129,7 @@ def cut(gm: fx.GraphModule) -> list[list[fx.Node]]:
     order = list(dict.fromkeys(block for block in blocks if block is not None))
     first = {block: blocks.index(block) for block in order}
     last = {block: len(blocks) - 1 - blocks[::-1].index(block) for block in order}
-    if not order or any(last[a] >= first[b] for a, b in zip(order, order[1:], strict=False)):
+    if not order or any(last[a] >= first[b] for a, b in itertools.pairwise(order)):
         return [nodes]
     ends = [*(first[block] for block in order), last[order[-1]] + 1, len(nodes)]
     starts = [0, *ends[:-1]]

@@ -1,8 +1,8 @@
 """Where a tensor's channels come from and go to: what a positive factor for each channel can move through.
 
-``labels`` number the channels of a producer; ``Flow`` follows them through the graph, forward, by running its shape ops
-on small tensors of labels, so that views, transposes, splits, repeats of heads and attention need no rules of their own.
-A label goes no further where an op would not commute with a factor; all paths of what is left end in weights that can
+Labels number the channels of a producer. A ``Flow`` follows them forward through the graph by running its shape ops on
+small tensors of labels, so that views, transposes, splits, repeats of heads and attention need no rules of their own. A
+label goes no further where an op would not commute with a factor; all paths of what is left end in weights that can
 take the factor up. -1 labels what has no factor.
 """
 
@@ -13,6 +13,7 @@ from typing import Any, Final, cast, final
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 
 from graphq import edit
 from graphq.layers import weight_param
@@ -49,14 +50,8 @@ _SHAPES: Final = frozenset(
 _EVEN: Final = frozenset(
     {
         *(aten.relu.default, aten.leaky_relu.default, aten.neg.default, aten.abs.default, aten.clone.default),
-        *(
-            aten.contiguous.default,
-            aten.alias.default,
-            aten.detach.default,
-            aten._to_copy.default,
-            aten.dropout.default,
-        ),
-        *(aten.to.dtype, aten.prelu.default),
+        *(aten.contiguous.default, aten.alias.default, aten.detach.default, aten._to_copy.default, aten.to.dtype),
+        *(aten.dropout.default, aten.prelu.default),
     }
 )
 _FIRST: Final = frozenset(
@@ -232,8 +227,8 @@ def _rows_of(gm: fx.GraphModule, op: Weighted) -> tuple[tuple[Part, ...], int] |
     count = int(shape[op.out_axis])
     labels = torch.arange(count).view([count if axis == op.out_axis else 1 for axis in range(len(shape))])
     parts = [Part(param.fqn, labels.expand(shape))]
-    bias = (
-        None if isinstance(op, GroupedLinear) else op.argument("self" if isinstance(op, TransposedLinear) else "bias")
+    name = "self" if isinstance(op, TransposedLinear) else "bias"
+    bias = None if isinstance(op, GroupedLinear) else op.argument(name)
     )
     if bias is not None:
         held = view(bias)
@@ -406,9 +401,8 @@ class _Walk:
         return f"{name} reads it"
 
     def _run(self, op: Op) -> Any:
-        concrete: Callable[[Any], Any] = lambda a: self._concrete(a)  # noqa: E731
-        args = fx.node.map_arg(op.node.args, concrete)
-        kwargs = fx.node.map_arg(op.node.kwargs, concrete)
+        args = map_arg(op.node.args, self._concrete)
+        kwargs = map_arg(op.node.kwargs, self._concrete)
         target = cast(Callable[..., Any], op.node.target)
         try:
             return target(*args, **cast(Mapping[str, Any], kwargs))

@@ -39,9 +39,9 @@ class Rows:
 def factor(hessian: Tensor, dampening: float) -> tuple[Tensor, Tensor]:
     """The upper factor U [B, K, K] of the inverse of the dampened Hessian, H^-1 = UT U, and the dampening [B] it took.
 
-    ``dampening`` times the mean of H's diagonal is added to the diagonal; ten times more, up to the mean itself, while H
-    is not positive definite. Where that does not help, U is the diagonal that makes GPTQ round to nearest, and the
-    dampening is infinite. Columns that no input reaches have a diagonal of 0 and are left alone: U is 1 there.
+    ``dampening`` times the mean of H's diagonal is added to the diagonal; ten times more, up to the mean itself, while
+    H is not positive definite. Where that does not help, U is the identity, with which GPTQ rounds to nearest, and the
+    dampening is infinite. Columns that no input reaches, with a diagonal of 0, neither give nor take errors.
     """
     h = hessian.double()
     diagonal = h.diagonal(dim1=-2, dim2=-1)

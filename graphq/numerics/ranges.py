@@ -55,7 +55,7 @@ def block_sum(x: Tensor, block: Sequence[int]) -> Tensor:
 def searched_scales(
     w: Tensor, importance: Tensor, format: Format, block: Sequence[int], method: RangeMethod
 ) -> Scales | None:
-    """The scales of the blocks of ``w`` for which sum importance * (w - w_q)^2 is least, of extremes shrunk step by step.
+    """The scales of the blocks of ``w`` for which sum importance * (w - w_q)^2 is least, of extremes shrunk in steps.
 
     ``importance``: broadcast to ``w``, such as each input's mean square. None for other methods than min-max, and for
     formats whose scales do not follow from extremes.
