@@ -1,6 +1,7 @@
 # Needs Python 3.11 and make; everything else is installed into $(VENV).
 PYTHON ?= python3.11
 VENV ?= .venv
+PEERS_VENV ?= .venv-peers
 JOBS ?= 2
 
 BIN := $(VENV)/bin
@@ -11,7 +12,7 @@ SOURCES := graphq passes lowering tests examples benchmarks
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-all check lint types golden fmt clean
+.PHONY: help venv demo test test-all check lint types golden bench-peers fmt clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -48,10 +49,19 @@ golden: $(STAMP) ## rewrite the expected texts in tests; read the diff before yo
 	EXPECTTEST_ACCEPT=1 $(PYTEST) --numprocesses 0 -m 'slow or not slow'
 	-@git diff --stat -- tests
 
+# Not a part of check: it installs the peer (1.5 GB) and takes the whole machine for long. PEERS_ARGS are the script's own.
+bench-peers: $(STAMP) $(PEERS_VENV)/.installed ## quality, time and memory beside llm-compressor, in an environment of its own
+	$(BIN)/python benchmarks/vs_llm_compressor.py --peer $(PEERS_VENV)/bin/python $(PEERS_ARGS)
+
+$(PEERS_VENV)/.installed: benchmarks/peers.txt
+	$(PYTHON) -m venv --clear $(PEERS_VENV)
+	$(PEERS_VENV)/bin/python -m pip install --quiet --constraint benchmarks/peers.txt llmcompressor
+	@touch $@
+
 fmt: $(STAMP) ## format the sources and fix what can be fixed
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
 clean: ## remove what make made
-	rm -rf $(VENV) build dist graphq.egg-info .hypothesis .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS_VENV) build dist graphq.egg-info .hypothesis .pytest_cache .ruff_cache
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
