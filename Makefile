@@ -15,7 +15,7 @@ SOURCES := graphq passes lowering tests examples benchmarks
 .PHONY: help venv demo test test-all check lint types golden bench-peers fmt clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 venv: $(STAMP) ## a virtual environment with graphq and its tests' tools, made anew when its versions change
 
@@ -49,7 +49,7 @@ golden: $(STAMP) ## rewrite the expected texts in tests; read the diff before yo
 	EXPECTTEST_ACCEPT=1 $(PYTEST) --numprocesses 0 -m 'slow or not slow'
 	-@git diff --stat -- tests
 
-# Not a part of check: it installs the peer (1.5 GB) and takes the whole machine for long. PEERS_ARGS are the script's own.
+# No part of check: it installs 1.5 GB and needs the machine for itself. PEERS_ARGS are the script's arguments.
 bench-peers: $(STAMP) $(PEERS_VENV)/.installed ## quality, time and memory beside llm-compressor, in an environment of its own
 	$(BIN)/python benchmarks/vs_llm_compressor.py --peer $(PEERS_VENV)/bin/python $(PEERS_ARGS)
 

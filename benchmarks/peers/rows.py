@@ -17,12 +17,15 @@ TENSOR: Final = {"num_bits": 8, "strategy": "tensor", "dynamic": False, "observe
 @final
 @dataclass(frozen=True)
 class Row:
-    """One comparison. ``time``: graphq's seconds may be this multiple of the peer's."""
+    """One comparison. ``time``: graphq's seconds may be this multiple of the peer's.
+
+    ``None``: a control. Both round to nearest and must give the same, which shows that the schemes are the same.
+    """
 
     name: str
     spec: dict[str, Any]
     recipe: list[tuple[str, dict[str, Any]]]
-    time: float
+    time: float | None
 
 
 def _spec(rules: dict[str, str], *algorithms: str | dict[str, Any]) -> dict[str, Any]:
@@ -49,6 +52,14 @@ W8A8_STATIC: Final = {
     "input_activations": TENSOR,
 }
 ROWS: Final = (
+    Row("RTN W4A16 g128", _spec({"blocks": "int4/half/g128"}), [_on_linears("QuantizationModifier", "W4A16")], None),
+    Row(
+        "RTN W4A16 asym g128",
+        _spec({"blocks": "int4/asym/joint/g128"}),
+        [_on_linears("QuantizationModifier", "W4A16_ASYM")],
+        None,
+    ),
+    Row("RTN W8A8", _spec({"blocks": W8A8}), [_on_linears("QuantizationModifier", "W8A8")], None),
     Row(
         "GPTQ W4A16 g128",
         _spec({"blocks": "int4/half/g128"}, "gptq"),

@@ -116,6 +116,8 @@ def answer(tool: str, folder: str, tokens: dict[str, Tensor], request: dict[str,
         try:
             found, finish = _measure(TOOLS[tool](folder, request["task"], batches))
         except SpecError as error:
+            if "graphq has no " not in str(error):
+                raise
             return {"refused": str(error)}
         model = finish()
     if request["evaluate"]:
