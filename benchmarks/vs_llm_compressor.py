@@ -9,7 +9,8 @@ transformers model; imports, loading, saving and one run to warm up are not. Per
 ``graphq.evaluate.perplexity`` in both processes, of each tool's own result, quantized activations included.
 
 Exits 1 where graphq's perplexity is worse by more than 0.2 %, its time more than the row's share of the peer's, or its
-peak of memory higher. Rows that round to nearest are controls: both tools must give the same. ``--available`` leaves the rows out whose algorithms graphq does not have.
+peak of memory higher. Rows that round to nearest are controls: both tools must give the same. ``--available`` prints
+the rows whose algorithms graphq does not have as such, with the peer's numbers, instead of ending there.
 """
 
 import argparse
@@ -177,7 +178,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rows", default="", help="words, one of which a row's name must hold")
-    parser.add_argument("--available", action="store_true", help="leave out what graphq does not have yet")
+    parser.add_argument("--available", action="store_true", help="print what graphq does not have yet as such")
     return parser.parse_args()
 
 
