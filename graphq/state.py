@@ -46,6 +46,17 @@ def remove_tensor(module: nn.Module, fqn: str) -> None:
     delattr(module.get_submodule(path), name)
 
 
+def is_tied(module: nn.Module, fqn: str) -> bool:
+    """Whether ``module`` holds the tensor of this name under another one, too; parts of one storage are not tied."""
+    tensors = module.state_dict(keep_vars=True)
+    return any(name != fqn and _place(tensor) == _place(tensors[fqn]) for name, tensor in tensors.items())
+
+
+def _place(tensor: Tensor) -> tuple[int, int]:
+    # Storages' own addresses: those of their data are all 0 on fake tensors.
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())  # pyright: ignore[reportPrivateUsage]
+
+
 def nbytes(tensor: Tensor) -> int:
     """The size of a tensor's elements in bytes."""
     return tensor.numel() * tensor.dtype.itemsize

@@ -225,6 +225,51 @@ class GroupedLinear(Weighted, target=ops.grouped_linear):
 
 
 @final
+class ConvTranspose1d(Op, target=aten.conv_transpose1d.default):
+    """Its weight is ``[in, out / groups, ...]``; no layer that a rule can name."""
+
+    input: Op
+    weight: Op
+    bias: Op | None
+    groups: int
+
+
+@final
+class ConvTranspose2d(Op, target=aten.conv_transpose2d.input):
+    """Its weight is ``[in, out / groups, ...]``; no layer that a rule can name."""
+
+    input: Op
+    weight: Op
+    bias: Op | None
+    groups: int
+
+
+@final
+class BatchNorm(Op, target=aten.batch_norm.default):
+    """The channels are axis 1, whatever the rank."""
+
+    input: Op
+    weight: Op | None
+    bias: Op | None
+    running_mean: Op | None
+    running_var: Op | None
+    training: bool
+    eps: float
+
+
+@final
+class InferenceBatchNorm(Op, target=aten._native_batch_norm_legit_no_training.default):
+    """As ``BatchNorm`` when it is not training; the first of three outputs is the normalized input."""
+
+    input: Op
+    weight: Op | None
+    bias: Op | None
+    running_mean: Op
+    running_var: Op
+    eps: float
+
+
+@final
 class Dequantize(Op, target=ops.dequantize):
     codes: Op
     scale: Op

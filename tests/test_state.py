@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from graphq.state import nbytes, put_tensor, remove_tensor, tensor_of
+from graphq.state import is_tied, nbytes, put_tensor, remove_tensor, tensor_of
 
 
 def test_tensor_of() -> None:
@@ -78,3 +78,20 @@ def test_nbytes() -> None:
     assert nbytes(torch.empty(0, 5)) == 0
     assert nbytes(torch.empty(1, 5).expand(3, 5)) == 60  # elements, however they are stored
     assert nbytes(FakeTensorMode().from_tensor(torch.empty(3, 5))) == 60
+
+
+def test_is_tied() -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(2, 4))
+    assert not is_tied(module, "0.weight")
+    module[1].weight = module[0].weight
+    assert is_tied(module, "0.weight")
+    assert is_tied(module, "1.weight")
+    assert not is_tied(module, "0.bias")
+    top, bottom = tensor_of(module, "0.bias").detach().chunk(2)  # parts of one storage
+    module.register_buffer("top", top)
+    module.register_buffer("bottom", bottom)
+    assert (is_tied(module, "top"), is_tied(module, "bottom")) == (True, False)
+    with FakeTensorMode():
+        fake = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        fake[1].bias = fake[0].bias
+    assert [is_tied(fake, name) for name in ("0.weight", "1.weight", "1.bias")] == [False, False, True]

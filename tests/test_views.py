@@ -105,6 +105,27 @@ def test_argument_self_is_read_as_self_() -> None:
             pytest.fail("the pattern does not match")
 
 
+def test_batch_norms_and_transposed_convolutions() -> None:
+    match view(graph_of(aten.batch_norm.default, "x", "w", None, "w", "w", False, 0.1, 1e-5, True)):
+        case views.BatchNorm(Input(), Param(), None, Param(), Param(), False, 1e-5):
+            pass
+        case _:
+            pytest.fail("the pattern does not match")
+    match view(graph_of(aten._native_batch_norm_legit_no_training.default, "x", None, "w", "w", "w", 0.1, 1e-5)):
+        case views.InferenceBatchNorm(Input(), None, Param(), Param(), Param(), 1e-5):
+            pass
+        case _:
+            pytest.fail("the pattern does not match")
+    for target, kind in (
+        (aten.conv_transpose1d.default, views.ConvTranspose1d),
+        (aten.conv_transpose2d.input, views.ConvTranspose2d),
+    ):
+        op = view(graph_of(target, "x", "w", groups=2))
+        assert isinstance(op, kind)
+        assert (op.bias, op.groups) == (None, 2)
+        assert not isinstance(op, Weighted)  # no layer that a rule can name
+
+
 @pytest.mark.parametrize(
     "node",
     [
