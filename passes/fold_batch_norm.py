@@ -1,0 +1,117 @@
+"""Batch norms of inference in the weights and biases of the linears and convolutions before them.
+
+A batch norm takes y to (y - mean) f + beta with f = gamma / sqrt(var + eps) for each channel (Ioffe and Szegedy, arXiv
+1502.03167, algorithm 2). Of y = W x + b that makes (f W) x + (b - mean) f + beta, as Jacob et al. have it (arXiv
+1712.05877, section 3.2).
+"""
+
+import operator
+from dataclasses import dataclass
+from typing import ClassVar, cast, final
+
+import torch
+from torch import Tensor, fx
+
+from graphq import edit
+from graphq.biases import Biased, bias_of, set_bias, weight_of, why_no_bias
+from graphq.pipeline import Batches, Pass
+from graphq.state import is_tied, tensor_of
+from graphq.views import (
+    BatchNorm,
+    ConvTranspose1d,
+    ConvTranspose2d,
+    InferenceBatchNorm,
+    Op,
+    Param,
+    TransposedLinear,
+    ops_of,
+)
+
+
+@final
+@dataclass(frozen=True)
+class FoldBatchNorm(Pass):
+    """A linear or convolution whose output a batch norm of inference alone reads does what both did.
+
+    Numbers are computed in float64 and kept in the weight's dtype. A layer without a bias gets one, ``<layer>.bias``.
+    Layers whose weight or bias is computed, or read elsewhere, too, keep their batch norms.
+    """
+
+    name: ClassVar[str] = "fold-batch-norm"
+
+    def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
+        count = 0
+        for op in ops_of(gm):
+            match op:
+                case BatchNorm(x, gamma, beta, Param() as mean, Param() as var, False, eps):
+                    results: list[Op] = [op]
+                case InferenceBatchNorm(x, gamma, beta, Param() as mean, Param() as var, eps):
+                    results = op.users
+                    if any(r.node.target is not operator.getitem or r.node.args[1] != 0 for r in results):
+                        continue  # the statistics, which only training gives
+                case _:
+                    continue
+            parts = (gamma, beta, mean, var)
+            if not isinstance(x, Biased) or x.users != [op] or not _is_foldable(gm, x, parts):
+                continue
+            tensors = (tensor_of(gm, p.fqn).detach() if isinstance(p, Param) else None for p in parts)
+            made = self._fold(gm, x, *_affine(*tensors, eps=eps))
+            for result in results:
+                edit.bypass(gm, result, made)
+            count += 1
+        if count:
+            edit.drop_unused(gm)
+        return count
+
+    def _fold(self, gm: fx.GraphModule, op: Biased, factor: Tensor, shift: Tensor) -> Op:
+        """``op`` gives ``factor`` times its output plus ``shift``, by channel."""
+        weight, bias = cast(Param, weight_of(op)), bias_of(op)
+        w = tensor_of(gm, weight.fqn).detach()
+        if bias is not None:
+            shift = shift + tensor_of(gm, cast(Param, bias).fqn).detach() * factor
+        axis = 1 if isinstance(op, TransposedLinear | ConvTranspose1d | ConvTranspose2d) else 0
+        groups = op.groups if isinstance(op, ConvTranspose1d | ConvTranspose2d) else 1
+        scaled = scale_channels(w, factor, axis, groups).to(w.dtype)
+        (made,) = set_bias(gm, [op], _bias_name(weight.fqn), shift.to(w.dtype), by=self.name)
+        edit.set_param(gm, weight.fqn, lambda _: scaled, by=self.name)
+        return made
+
+
+def _is_foldable(gm: fx.GraphModule, x: Biased, affine: tuple[Op | None, ...]) -> bool:
+    """Whether axis 1, which a batch norm scales, is that of the channels of ``x``, and all its numbers are its own."""
+    weight = weight_of(x)
+    if not isinstance(weight, Param) or x.val.dim() != weight.val.dim():
+        return False
+    is_own = [user for n in gm.graph.find_nodes(op="get_attr", target=weight.fqn) for user in n.users] == [x.node]
+    known = all(part is None or isinstance(part, Param) for part in affine)
+    return is_own and known and not is_tied(gm, weight.fqn) and why_no_bias(gm, [x]) is None
+
+
+def _bias_name(weight: str) -> str:
+    """``<layer>.bias``; beside a weight that is itself called as a layer is, ``<weight>_bias``."""
+    return f"{weight.removesuffix('.weight')}.bias" if weight.endswith(".weight") else f"{weight}_bias"
+
+
+def _affine(
+    gamma: Tensor | None, beta: Tensor | None, mean: Tensor | None, var: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """A batch norm as ``y * factor + shift`` for each channel, in float64."""
+    assert mean is not None
+    assert var is not None
+    factor = (var.double() + eps).rsqrt()
+    if gamma is not None:
+        factor = factor * gamma.double()
+    shift = -mean.double() * factor
+    return factor, shift if beta is None else shift + beta.double()
+
+
+def scale_channels(w: Tensor, factor: Tensor, axis: int, groups: int) -> Tensor:
+    """``w`` with each output channel times its ``factor[N]``, in float64.
+
+    ``axis``: that of the channels. With ``groups`` it holds those of one group, and axis 0 the groups one after
+    another: the weight of a transposed convolution.
+    """
+    shape = [1] * w.dim()
+    shape[axis] = -1
+    parts = zip(w.double().chunk(groups), factor.chunk(groups), strict=True)
+    return torch.cat([part * own.view(shape) for part, own in parts])
