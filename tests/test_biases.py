@@ -111,7 +111,8 @@ def test_a_new_bias_is_added_by_every_use() -> None:
     assert_vals(gm, x)
 
 
-def test_other_arguments_stay_however_they_were_given() -> None:
+@pytest.mark.parametrize("by_keyword", [True, False])
+def test_other_arguments_stay_however_they_were_given(by_keyword: bool) -> None:
     def call(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
         return F.conv1d(x, w, None, stride=2, padding=1, groups=2) + b.sum()
 
@@ -121,7 +122,8 @@ def test_other_arguments_stay_however_they_were_given() -> None:
     node = op.node
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
     values = {name: op.argument(name) for name in names}
-    node.args, node.kwargs = (values["input"],), {n: values[n] for n in ("weight", "stride", "padding", "groups")}
+    if by_keyword:
+        node.args, node.kwargs = (values["input"],), {n: values[n] for n in ("weight", "stride", "padding", "groups")}
     assert torch.equal(run(gm, x), before)
     (made,) = set_bias(gm, [op], "c.bias", torch.ones(6), by="test")
     assert torch.allclose(run(gm, x), before + 1, rtol=0, atol=1e-5)  # float32 sums of magnitude 10

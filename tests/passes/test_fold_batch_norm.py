@@ -255,6 +255,13 @@ def test_near_misses(use: Any) -> None:
     assert dump(gm) == before
 
 
+def test_training() -> None:
+    gm = captured_of(Use(plain), torch.ones(2, 4))
+    norm = next(op for op in ops_of(gm) if isinstance(op, BatchNorm)).node
+    norm.args = (*norm.args[:5], True, *norm.args[6:])
+    assert FoldBatchNorm().run(gm) == 0
+
+
 def test_what_the_near_misses_miss() -> None:
     assert_folds(captured_of(Use(plain), torch.ones(2, 4)), 1, torch.randn(5, 4))
 
