@@ -230,8 +230,8 @@ class Spec:
     """Ordered rules (the last that matches a layer wins, whole), the algorithms, and the KV cache's format.
 
     ``pipeline``: ``sequential`` runs all algorithms on a block before the next block is calibrated, ``independent``
-    runs one after the other over all blocks. ``prefix``: a block is calibrated on what the blocks in front of it give as
-    they are by then, ``quantized``, or as they were, ``float``. ``dialect``: the one it was read from. ``notes``: what
+    runs one after the other over all blocks. ``prefix``: a block is calibrated on what the blocks in front of it give
+    as they are by then, ``quantized``, or as they were, ``float``. ``dialect``: the one it was read from. ``notes``: what
     the frontend read and has no use for, for the report.
     """
 

@@ -229,7 +229,6 @@ def _rows_of(gm: fx.GraphModule, op: Weighted) -> tuple[tuple[Part, ...], int] |
     parts = [Part(param.fqn, labels.expand(shape))]
     name = "self" if isinstance(op, TransposedLinear) else "bias"
     bias = None if isinstance(op, GroupedLinear) else op.argument(name)
-    )
     if bias is not None:
         held = view(bias)
         if not isinstance(held, Param) or not _is_own(gm, held) or tuple(held.val.shape) != (count,):

@@ -39,7 +39,7 @@ class GPTQ(Pass):
     block_size: columns that are rounded before the others take up their error; it changes the speed alone.
     act_order: ``static`` rounds the columns of the largest activations first, with the scales of their own groups
         (compressed-tensors' ``weight``); ``none`` keeps their order.
-    dampening: what is added to the Hessian's diagonal, in means of it; ten times more where it is not positive definite.
+    dampening: what is added to the Hessian's diagonal, in means of it; ten times more where it is not definite.
     scales: ``plan`` takes the range that the format's own method gives, ``search`` the one whose error, weighted by the
         activations' second moments, is least, where the method is min-max.
     min_samples: an expert that fewer tokens reached is rounded to nearest, which is noted.

@@ -1,6 +1,6 @@
 """Observers on the activations that scales have to be calibrated for."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
 from typing import ClassVar, Protocol, cast, final
@@ -114,11 +114,7 @@ class Observe(Pass):
         made = [found for step in self.passes for found in step.wanted(gm)]
         if self.ranges:
             made += self._ranges(gm)
-        free = (path for i in count() if not edit.has_tensor(gm, path := f"observers.{i}"))
-        paths = list(islice(free, len(made)))
-        for found, path in reversed(list(zip(made, paths, strict=True))):
-            # Each stands right after x: in order at last.
-            edit.add_observer(gm, found.x, path, found.observer, self.name, found.like, found.rest)
+        add_observers(gm, made, by=self.name)
         return len(made)
 
     def _ranges(self, gm: fx.GraphModule) -> list[Wanted]:
@@ -141,6 +137,15 @@ class Observe(Pass):
                 layer = str(op.node.meta[LAYER])
                 made.append(Wanted(op.input_op, OfmrWeightObserver(quant, (layer,), output_map(gm, op, quant)), op))
         return made
+
+
+def add_observers(gm: fx.GraphModule, made: Sequence[Wanted], by: str) -> None:
+    """Every activation is watched by the observer that is wanted; names are given in this order."""
+    free = (path for i in count() if not edit.has_tensor(gm, path := f"observers.{i}"))
+    paths = list(islice(free, len(made)))
+    for found, path in reversed(list(zip(made, paths, strict=True))):
+        # Each stands right after x: in order at last.
+        edit.add_observer(gm, found.x, path, found.observer, by, found.like, found.rest)
 
 
 def observer_of(gm: fx.GraphModule, op: Op) -> Observer | None:

@@ -22,6 +22,7 @@ class Observer(nn.Module, ABC):
 
     batches: Tensor
     looks: ClassVar[int] = 1
+    role: str = "input"  # what of its layers it sees
     _is_impure: Final = True  # torch.fx: nothing needs to read its output
 
     def __init__(self, layers: tuple[str, ...]) -> None:
@@ -61,7 +62,9 @@ class Observer(nn.Module, ABC):
 
     def refuse(self) -> SpecError:
         """The error for the present batch, which holds NaN or Inf."""
-        return SpecError(f"calibration: batch {int(self.batches)}: the input of {self.layers[0]} holds NaN or Inf")
+        return SpecError(
+            f"calibration: batch {int(self.batches)}: the {self.role} of {self.layers[0]} holds NaN or Inf"
+        )
 
     def merge(self, later: "Observer") -> None:
         """Take in what ``later`` saw, of batches that came after these. Raises ``PassError`` for another kind."""

@@ -1,12 +1,13 @@
 """Observers of what algorithms need to know of a layer's input: extremes by channel, and second moments."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import cast, final
 
 import torch
 from torch import Tensor, fx
 
 from graphq.errors import PassError
+from graphq.numerics.taps import Window, tap_sums
 from graphq.passes.observer import Observer
 from graphq.views import Conv1d, Conv1dPadding, Conv2d, Conv2dPadding, GroupedLinear, Op, Weighted, view
 
@@ -72,9 +73,51 @@ class ChannelObserver(Observer):
 
 
 @final
+class MeanObserver(Observer):
+    """The mean of what comes by, in float64: of each index of an axis, or of each tap of a convolution (``Window``).
+
+    The mean product of any weight with that input is the weight's product with the mean.
+    """
+
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, layers: tuple[str, ...], of: int | Window, shape: Sequence[int], role: str = "input") -> None:
+        super().__init__(layers)
+        self.of = of
+        self.role = role
+        self.register_buffer("total", torch.zeros(*shape, dtype=torch.float64))
+        self.register_buffer("count", torch.tensor(0))
+
+    @property
+    def has_seen(self) -> bool:
+        return bool(self.count)
+
+    def settings(self) -> tuple[object, ...]:
+        return self.of, self.total.shape, self.role
+
+    def see(self, x: Tensor, *rest: Tensor) -> None:
+        if isinstance(self.of, int):
+            total = x.movedim(self.of, -1).flatten(0, -2).sum(0, dtype=torch.float64)
+            count = x.numel() // x.shape[self.of]
+        else:
+            total, count = tap_sums(x, self.of)
+        if not torch.isfinite(total).all():
+            raise self.refuse()
+        self.total += total
+        self.count += count
+
+    def take(self, later: Observer) -> None:
+        assert isinstance(later, MeanObserver)
+        self.total += later.total
+        self.count += later.count
+
+
+@final
 class HessianObserver(Observer):
-    """The sum of x xT over the vectors x that a weight multiplies, ``sums`` [B, K, K], and how many there were, ``counts``
-    [B]: B experts, or groups of a convolution; 1 for a linear.
+    """The sum of x xT over the vectors x that a weight multiplies, ``sums`` [B, K, K], and their number, ``counts`` [B].
+
+    B counts experts, or groups of a convolution; 1 for a linear.
 
     ``samples`` gives, for what the observer is called with, each of them that has vectors, and these [rows, K].
     """

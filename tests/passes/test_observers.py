@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from graphq.errors import PassError, SpecError
 from graphq.numerics import histogram
+from graphq.numerics.taps import Window, window
 from graphq.passes.observers import (
     HistogramObserver,
     MinMaxObserver,
@@ -22,6 +23,7 @@ from graphq.passes.observers import (
     RangeObserver,
     observer_for,
 )
+from graphq.passes.statistics import MeanObserver
 from graphq.quant import parse_quant
 
 QUANT = parse_quant("int8/tensor")
@@ -358,3 +360,38 @@ def test_ofmr_finds_its_range_whatever_the_magnitude() -> None:
     absolute = look_at(OfmrObserver(parse_quant("hifloat8/tensor/ofmr_absolute"), ("layer",), [output]), [x]).scales()
     assert absolute.scale.item() == 2.0**5  # the end of its range, at which everything saturates
     assert 2.0**30 < relative.scale.item() < 2.0**42
+
+
+def test_means_of_halves_merge_into_the_whole() -> None:
+    data = [torch.randn(3, 4, 9) * 10**n for n in range(4)]
+
+    def seeing(of: int | Window, shape: list[int], batches: list[Tensor]) -> MeanObserver:
+        seen = MeanObserver(("a",), of, shape)
+        for x in batches:
+            assert seen(x) is x
+        return seen
+
+    for of, shape in ((-1, [9]), (-2, [4]), (window([3], [2], [1], [1]), [4, 3])):
+        whole, first, second = (seeing(of, shape, part) for part in (data, data[:2], data[2:]))
+        first.merge(second)
+        assert torch.allclose(first.total, whole.total, rtol=1e-14, atol=0)
+        assert (first.count, first.batches) == (whole.count, whole.batches)
+        first.half()
+        assert first.total.dtype == torch.float64
+        assert torch.equal(copy.deepcopy(whole).total, whole.total)
+    seen = seeing(-2, [4], data)
+    assert torch.allclose(seen.total, torch.stack(data).double().sum((0, 1, 3)), rtol=1e-14, atol=0)
+    assert int(seen.count) == 4 * 27
+
+
+def test_means_name_what_holds_nan() -> None:
+    for role in ("input", "output"):
+        seen = MeanObserver(("a.b",), -1, [2], role)
+        seen(torch.ones(3, 2))
+        with pytest.raises(SpecError) as error:
+            seen(torch.tensor([[1.0, torch.nan]]))
+        assert str(error.value) == f"calibration: batch 1: the {role} of a.b holds NaN or Inf"
+        assert int(seen.count) == 3
+    empty = MeanObserver(("a.b",), -1, [2])
+    empty(torch.ones(0, 2))
+    assert not empty.has_seen

@@ -1,0 +1,111 @@
+"""Observers of mean inputs and outputs, for layers whose biases will make up for the rounding of their weights."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Final, final
+
+from torch import fx
+
+from graphq.biases import channel_axis, channels_of, why_no_bias
+from graphq.layers import LAYER, PLAN
+from graphq.numerics.taps import Window, window
+from graphq.passes.annotate import annotated
+from graphq.passes.observe import Wanted, add_observers, observer_of, weight_quants
+from graphq.passes.statistics import MeanObserver
+from graphq.pipeline import Batches, Invariant, Pass
+from graphq.views import (
+    Cast,
+    Conv1d,
+    Conv1dPadding,
+    Conv2d,
+    Conv2dPadding,
+    Linear,
+    Op,
+    Param,
+    TransposedLinear,
+    Weighted,
+    ops_of,
+)
+
+Correctable = Linear | TransposedLinear | Conv1d | Conv1dPadding | Conv2d | Conv2dPadding
+
+
+@final
+@dataclass(frozen=True)
+class ObserveMeans(Pass):
+    """The mean input and the mean output of every layer with a planned weight that can be given another bias are
+    observed, while the weight is float. Layers that read one input alike share its observer.
+    """
+
+    name: ClassVar[str] = "observe-means"
+    requires: ClassVar[tuple[Invariant, ...]] = (annotated,)
+
+    def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
+        wanted: dict[tuple[Op, int | Window], list[Correctable]] = {}
+        for uses in planned_layers(gm):
+            if why_uncorrectable(gm, uses) is None:
+                for op in uses:
+                    assert isinstance(op, Correctable), "asked for"
+                    wanted.setdefault((op.input_op, read_by(op)), []).append(op)
+                    wanted.setdefault((op, channel_axis(op)), []).append(op)
+        made: list[Wanted] = []
+        for (x, of), readers in wanted.items():
+            if mean_of(gm, x, of) is not None:
+                continue
+            layers = tuple(dict.fromkeys(str(op.node.meta[LAYER]) for op in readers))
+            role = "output" if x == readers[0] else "input"
+            observer = MeanObserver(layers, of, _shape(readers[0], of, role), role)
+            made.append(Wanted(x, observer, readers[0]))
+        add_observers(gm, made, by=self.name)
+        return len(made)
+
+
+def planned_layers(gm: fx.GraphModule) -> list[list[Weighted]]:
+    """The uses of each layer with a planned weight, whether it is quantized already or not."""
+    found: dict[Op | str, list[Weighted]] = {}
+    for op in ops_of(gm):
+        if isinstance(op, Weighted) and any(weight_quants(op.node.meta.get(PLAN))):
+            weight = stored_weight(op)
+            found.setdefault(weight.fqn if isinstance(weight, Param) else weight, []).append(op)
+    return list(found.values())
+
+
+def stored_weight(op: Weighted) -> Op:
+    """The weight that an op multiplies by, seen through casts."""
+    weight = op.weight_op
+    while isinstance(weight, Cast):
+        weight = weight.self_
+    return weight
+
+
+_ADDS_NONE: Final = "it adds no bias"
+
+
+def why_uncorrectable(gm: fx.GraphModule, uses: Sequence[Weighted]) -> str | None:
+    """None where a layer with these uses can be given another bias, else the reason."""
+    biased = [op for op in uses if isinstance(op, Correctable)]
+    return why_no_bias(gm, biased) if len(biased) == len(uses) else _ADDS_NONE
+
+
+def read_by(op: Correctable) -> int | Window:
+    """What of its input decides a layer's mean output: the mean of each feature, or of each tap of a convolution."""
+    if isinstance(op, Linear | TransposedLinear):
+        return -1
+    stride, padding, dilation = (op.argument(name) for name in ("stride", "padding", "dilation"))
+    return window(op.weight.val.shape[2:], stride, padding, dilation)
+
+
+def mean_of(gm: fx.GraphModule, x: Op, of: int | Window) -> MeanObserver | None:
+    """The observer of this mean of ``x``."""
+    for user in x.users:
+        found = observer_of(gm, user)
+        if isinstance(found, MeanObserver) and found.of == of:
+            return found
+    return None
+
+
+def _shape(op: Correctable, of: int | Window, role: str) -> list[int]:
+    if role == "output":
+        return [channels_of(op)]
+    channels = int(op.input_op.val.shape[channel_axis(op)])
+    return [channels, *of.kernel] if isinstance(of, Window) else [channels]
