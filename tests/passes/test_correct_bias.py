@@ -74,6 +74,7 @@ return [%5]
 """,
     )
     assert [name for name, _ in gm.named_parameters()] == ["up.bias", "down.bias"]
+    assert not hasattr(gm, "observers")
     assert Pipeline([CorrectBias()], strict=True).run(gm) == {"correct-bias": 0}
 
 
