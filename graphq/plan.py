@@ -8,6 +8,7 @@ from graphq.formats import Int, Nvfp4, TwoLevel
 from graphq.quant import (
     Entropy,
     Histogram,
+    Hqq,
     MovingAverage,
     Ofmr,
     PerBlock,
@@ -55,7 +56,7 @@ def _check_weight(quant: Quant) -> None:
     if isinstance(quant.method, MovingAverage | Histogram | Entropy):
         raise SpecError(
             f"weight: {quant}: {quant.method} is for activations, seen batch by batch; a weight takes minmax,"
-            " percentile, mse, ofmr or ssz"
+            " percentile, mse, ofmr, ssz or hqq"
         )
 
 
@@ -66,8 +67,10 @@ def _check_input(quant: Quant) -> None:
         raise SpecError(f"input: {quant}: one scale per group exists only at run time; write {quant}/dynamic")
     if isinstance(quant.format, Int) and quant.format.bits not in ACTIVATION_BITS:
         raise SpecError(f"input: {quant} has {quant.format.bits} bits; activations hold 4, 6, 8 or 16")
-    if isinstance(quant.method, Ssz):
-        raise SpecError(f"input: {quant}: ssz fits a weight's scales to its codes; an activation's codes are not known")
+    if isinstance(quant.method, Ssz | Hqq):
+        raise SpecError(
+            f"input: {quant}: {quant.method} fits a weight's scales to its codes; an activation's codes are not known"
+        )
 
 
 @final

@@ -4,7 +4,7 @@ Text form of a ``Quant``: ``<format>[/<granularity>][/dynamic | /<method>]``; ``
 Granularities: ``tensor``, ``channel``, ``token``, ``g<N>`` (groups of N), ``<R>x<C>`` (blocks of R rows by C columns).
 Formats that come with a granularity, the mx formats and nvfp4, are written without one. Methods: ``ema[<c>]``,
 ``percentile[<p>]``, ``histogram``, ``entropy``, ``mse[<shrink>:<grid>:<norm>:<patience>]``, ``ofmr[_absolute]``,
-``ssz[<steps>]``; none is written for min-max.
+``ssz[<steps>]``, ``hqq[<norm>:<beta>:<growth>:<steps>]``; none is written for min-max.
 """
 
 import re
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, assert_never, final
 
 from graphq.errors import SpecError
-from graphq.formats import MX_BLOCK, NVFP4_BLOCK, Format, Int, Mx, Nvfp4, TwoLevel, find_format
+from graphq.formats import MX_BLOCK, NVFP4_BLOCK, Float, Format, Int, Mx, Nvfp4, TwoLevel, find_format
 
 MAX_GROUP_SIZE: Final = 10**9 - 1  # what the text form writes, in nine digits
 
@@ -201,7 +201,32 @@ class Ssz:
         return f"ssz{_number(self.steps, 50)}"
 
 
-RangeMethod = MinMax | MovingAverage | Percentile | Histogram | Entropy | Mse | Ofmr | Ssz
+@final
+@dataclass(frozen=True)
+class Hqq:
+    """Zero point and scale where sum |x - x_q|^norm is small, by ``steps`` half-quadratic steps for each.
+
+    ``beta``, the weight of the quadratic part, grows by the factor ``growth`` at each step (``graphq.numerics.hqq``).
+    """
+
+    norm: float = 0.7
+    beta: float = 10.0
+    growth: float = 1.01
+    steps: int = 20
+
+    def __post_init__(self) -> None:
+        _check_share("hqq norm", self.norm, 0, 1)
+        _check_share("hqq beta", self.beta, 0, 1e6)
+        _check_share("hqq growth", self.growth, 0, 10)
+        _check_size(self.steps, "hqq steps")
+
+    def __str__(self) -> str:
+        if self == Hqq():
+            return "hqq"
+        return f"hqq{_text(self.norm)}:{_text(self.beta)}:{_text(self.growth)}:{self.steps}"
+
+
+RangeMethod = MinMax | MovingAverage | Percentile | Histogram | Entropy | Mse | Ofmr | Ssz | Hqq
 
 
 def _text(value: float) -> str:
@@ -245,6 +270,8 @@ class Quant:
             raise SpecError(f"{self}: {self.format} takes its scales from the extremes; leave out {self.method}")
         if isinstance(self.method, Ssz) and not (isinstance(self.format, Int) and self.format.symmetric):
             raise SpecError(f"{self}: ssz fits the scales of symmetric integers")
+        if isinstance(self.method, Hqq) and isinstance(self.format, Float) and self.format.scale == "pow2":
+            raise SpecError(f"{self}: hqq fits scales that may be any number; those of {self.format} are powers of two")
         if isinstance(self.method, Ofmr) and isinstance(self.format, Int) and not self.format.symmetric:
             raise SpecError(f"{self}: ofmr gives powers of two without a zero point; the format is asymmetric")
 
@@ -288,6 +315,10 @@ _METHODS: Final[tuple[tuple[str, Callable[[re.Match[str]], RangeMethod]], ...]] 
     ),
     (r"ofmr(_absolute)?", lambda m: Ofmr(relative=m[1] is None)),
     (r"ssz(\d{1,9})?", lambda m: Ssz(int(m[1])) if m[1] else Ssz()),
+    (
+        rf"hqq(?:({_NUMBER}):({_NUMBER}):({_NUMBER}):(\d{{1,9}}))?",
+        lambda m: Hqq(float(m[1]), float(m[2]), float(m[3]), int(m[4])) if m[1] else Hqq(),
+    ),
 )
 
 

@@ -152,8 +152,8 @@ class GPTQ(Pass):
             return
         for i, _ in places:
             self.note(
-                f"{layers[i].site.path}: its Hessian is not positive definite: dampening {float(damped.max()):g} instead"
-                f" of {self.dampening:g}"
+                f"{layers[i].site.path}: its Hessian is not positive definite: dampening {float(damped.max()):g}"
+                f" instead of {self.dampening:g}"
             )
 
 

@@ -24,6 +24,7 @@ from graphq.passes.observer import Observer
 from graphq.quant import (
     Entropy,
     Histogram,
+    Hqq,
     MinMax,
     MovingAverage,
     Mse,
@@ -283,7 +284,7 @@ def observer_for(quant: Quant, layers: tuple[str, ...], maps: Callable[[], Seque
             return HistogramObserver(quant, layers)
         case Ofmr():
             return OfmrObserver(quant, layers, maps())
-        case Ssz():
-            raise PassError(f"{quant}: ssz is for weights")
+        case Ssz() | Hqq():
+            raise PassError(f"{quant}: {quant.method} is for weights")
         case _:
             assert_never(quant.method)

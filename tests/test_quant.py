@@ -29,6 +29,7 @@ from graphq.plan import Plan
 from graphq.quant import (
     Entropy,
     Histogram,
+    Hqq,
     MinMax,
     MovingAverage,
     Mse,
@@ -70,6 +71,9 @@ METHODS = (
     | st.builds(Mse, SHARES, st.integers(1, 1000), st.floats(0.5, 4), st.integers(1, 100))
     | st.builds(Ofmr, st.booleans())
     | st.builds(Ssz, st.integers(1, 1000))
+    | st.builds(
+        Hqq, SHARES, st.floats(0.1, 1000).map(lambda x: round(x, 6)), SHARES.map(lambda x: 1 + x), st.integers(1, 99)
+    )
 )
 GRANULARITIES = (
     st.sampled_from([PerTensor(), PerChannel(), PerToken()])
@@ -112,6 +116,19 @@ def test_a_quant_reads_as_it_prints(format: Format, granularity: Any, dynamic: b
         ("int8/asym/channel/ssz", "ssz fits the scales of symmetric integers"),
         ("float8_e5m2/channel/ssz", "ssz fits the scales of symmetric integers"),
         ("int8/asym/tensor/ofmr", "ofmr gives powers of two without a zero point; the format is asymmetric"),
+        (
+            "float8_e4m3fn/pow2/channel/hqq",
+            "hqq fits scales that may be any number; those of float8_e4m3fn/pow2 are powers",
+        ),
+        ("mxfp4/hqq", "mxfp4 takes its scales from the extremes; leave out hqq"),
+        ("nvfp4/hqq", "nvfp4 takes its scales from the extremes; leave out hqq"),
+        ("int4/over_int8/g128/hqq", "int4/over_int8 takes its scales from the extremes; leave out hqq"),
+        ("int8/token/dynamic/hqq", "'int8/token/dynamic/hqq' is not a format"),
+        ("int4/g128/hqq0.7:10:1.01", "'int4/g128/hqq0.7:10:1.01' is not a format"),
+        ("int4/g128/hqq1.5:10:1.01:20", "hqq norm: 1.5 is not a number above 0 and up to 1"),
+        ("int4/g128/hqq0.7:0:1.01:20", "hqq beta: 0.0 is not a number above 0 and up to 1e+06"),
+        ("int4/g128/hqq0.7:10:11:20", "hqq growth: 11.0 is not a number above 0 and up to 10"),
+        ("int4/g128/hqq0.7:10:1.01:0", "hqq steps: 0 is not a positive integer"),
         ("int8/tensor/percentile50", "percentile: 50.0 is not a number above 50 and up to 100"),
         ("int8/tensor/ema1.5", "ema: 1.5 is not a number above 0 and up to 1"),
         ("int8/channel/mse0.2:0:2.4:5", "mse grid: 0 is not a positive integer"),
@@ -134,6 +151,10 @@ def test_refused_texts(text: str, problem: str) -> None:
         ("mxfp4/dynamic", None, "weight: mxfp4/dynamic is dynamic"),
         (None, "mxfp4", "one scale per group exists only at run time; write mxfp4/dynamic"),
         (None, "int8/tensor/ssz", "ssz fits a weight's scales to its codes"),
+        (None, "int8/asym/tensor/hqq", "input: int8/asym/tensor/hqq: hqq fits a weight's scales to its codes"),
+        ("int8/channel/histogram", None, "a weight takes minmax, percentile, mse, ofmr, ssz or hqq"),
+        ("int4/asym/g32/hqq", None, None),
+        ("float4_e2m1/128x128/hqq", None, None),
         (None, "int4/over_int8/g32", "activations have one scale per tensor, per token or per group"),
         (None, "uint16/tensor", None),
         (None, "nvfp4", None),
@@ -178,3 +199,10 @@ def test_empty_scales_are_like_chosen_ones(format: Format) -> None:
         assert (ours is None) == (theirs is None)
         if ours is not None and theirs is not None:
             assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+
+
+def test_hqq_as_text() -> None:
+    assert str(parse_quant("int4/asym/g64/hqq").method) == "hqq"
+    assert parse_quant("int4/asym/g64/hqq0.7:10:1.01:20").method == Hqq()
+    assert parse_quant("int4/asym/g64/hqq0.5:100:1.02:7").method == Hqq(0.5, 100, 1.02, 7)
+    assert str(Hqq(0.5, 100.0, 1.02, 7)) == "hqq0.5:100:1.02:7"

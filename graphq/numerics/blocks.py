@@ -94,6 +94,18 @@ def block_extremes(x: Tensor, block: Sequence[int]) -> tuple[Tensor, Tensor]:
     return split.amin(inner).view(shape), split.amax(inner).view(shape)
 
 
+def block_sum(x: Tensor, block: Sequence[int]) -> Tensor:
+    """The sum of each block of ``x``, in the shape of a scale."""
+    pads: list[int] = []
+    for size, b in zip(reversed(x.shape), reversed(block), strict=True):
+        pads += [0, -size % b if 1 < b < size else 0]
+    shape = scale_shape(x.shape, block)
+    if any(pads):
+        x = torch.nn.functional.pad(x, pads)
+    split, inner = split_blocks(x, block)
+    return split.sum(inner).view(shape) if inner else x
+
+
 def beside_scales(
     x: Tensor, scales: Sequence[Tensor | None], block: Sequence[int]
 ) -> tuple[Tensor, list[Tensor | None]]:

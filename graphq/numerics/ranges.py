@@ -1,4 +1,4 @@
-"""Weight ranges that are searched for: percentile, squared error, least squares.
+"""Weight ranges that are searched for: percentile, squared error, least squares; half-quadratic ones are in ``hqq``.
 
 A weight is at hand as a whole, so each block's scale is found by trying. All are free of loops over blocks.
 """
@@ -11,10 +11,11 @@ from torch import Tensor
 
 from graphq.errors import PassError
 from graphq.formats import Float, Format, Int
-from graphq.numerics.blocks import block_extremes, expand_scale, scale_shape, split_blocks
+from graphq.numerics.blocks import block_extremes, block_sum, expand_scale, scale_shape, split_blocks
 from graphq.numerics.codes import fake_quantize
+from graphq.numerics.hqq import hqq_scales
 from graphq.numerics.scales import Scales, choose_scale, code_range, computed, scale_from_extremes
-from graphq.quant import Entropy, Histogram, MinMax, MovingAverage, Mse, Ofmr, Percentile, RangeMethod, Ssz
+from graphq.quant import Entropy, Histogram, Hqq, MinMax, MovingAverage, Mse, Ofmr, Percentile, RangeMethod, Ssz
 
 _SEARCH: Final = Mse(norm=2.0, grid=20, shrink=0.6, patience=20)  # 1, 0.95, ... 0.45
 
@@ -32,24 +33,15 @@ def weight_scales(w: Tensor, format: Format, block: Sequence[int], method: Range
         case Ssz(steps):
             assert isinstance(format, Int)
             return Scales(ssz_scale(w, format, block, steps))
+        case Hqq():
+            assert isinstance(format, Int | Float)
+            return hqq_scales(w, format, block, method)
         case Ofmr():
             raise PassError("ofmr measures the layer's output, which needs calibration")
         case MovingAverage() | Histogram() | Entropy():
             raise PassError(f"{method} is for activations, seen batch by batch")
         case _:
             assert_never(method)
-
-
-def block_sum(x: Tensor, block: Sequence[int]) -> Tensor:
-    """The sum of each block of ``x``, in the shape of a scale."""
-    pads: list[int] = []
-    for size, b in zip(reversed(x.shape), reversed(block), strict=True):
-        pads += [0, -size % b if 1 < b < size else 0]
-    shape = scale_shape(x.shape, block)
-    if any(pads):
-        x = torch.nn.functional.pad(x, pads)
-    split, inner = split_blocks(x, block)
-    return split.sum(inner).view(shape) if inner else x
 
 
 def searched_scales(
