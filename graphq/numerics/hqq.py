@@ -89,7 +89,7 @@ def _loss(error: Tensor, block: Sequence[int], method: Hqq) -> Tensor:
 
 
 def _usable(fitted: Tensor, before: Tensor) -> Tensor:
-    return torch.where(fitted.isfinite() & (fitted >= torch.finfo(fitted.dtype).tiny), fitted, before)
+    return torch.where(fitted >= torch.finfo(fitted.dtype).tiny, fitted, before)  # not where all codes are 0: 0 / 0
 
 
 def _fit(

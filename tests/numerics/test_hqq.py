@@ -114,6 +114,15 @@ def test_it_is_never_worse_for_any_norm(rows: int, columns: int, format: Int | F
         assert (losses(w, found, format, [1, 8], norm) <= least).all()
 
 
+def test_a_zero_point_that_is_worse_is_not_taken_without_its_scale() -> None:
+    # The steps' own zero point of row 1 is -1; every scale that goes with it is worse than min-max's pair.
+    w = torch.randn(6, 8, generator=torch.Generator().manual_seed(45), dtype=torch.float64) + 1
+    found, minmax = (weight_scales(w, Int(2, symmetric=False), [1, -1], method) for method in (Hqq(), MinMax()))
+    assert found.zero_point is not None
+    assert found.zero_point[1].item() == -2
+    assert found.scale[1] == minmax.scale[1]
+
+
 @pytest.mark.parametrize("format", [Int(4, symmetric=False), Int(4), Float("float4_e2m1")], ids=str)
 def test_its_scales_follow_the_weights(format: Int | Float) -> None:
     w = weight(1, 8, 64)
@@ -124,7 +133,7 @@ def test_its_scales_follow_the_weights(format: Int | Float) -> None:
 
 
 @pytest.mark.parametrize("format", [Int(4, symmetric=False), Int(4)], ids=str)
-@pytest.mark.parametrize("block", [[1, -1], [1, 8], [4, 8]], ids=str)
+@pytest.mark.parametrize("block", [[-1, -1], [-1, 8], [1, -1], [1, 8], [4, 8]], ids=str)
 def test_parts_of_a_weight_make_the_whole(format: Int, block: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     w = weight(2, 11, 24)
     whole = hqq_scales(w, format, block, Hqq())
