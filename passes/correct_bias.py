@@ -25,7 +25,7 @@ from graphq.passes.observe_means import (
     stored_weight,
     why_uncorrectable,
 )
-from graphq.passes.observers import MeanObserver
+from graphq.passes.statistics import MeanObserver
 from graphq.pipeline import Batches, Invariant, Pass
 from graphq.state import tensor_of
 from graphq.views import Dequantize, Op, Param, TransposedLinear, view
