@@ -231,8 +231,8 @@ class Spec:
 
     ``pipeline``: ``sequential`` runs all algorithms on a block before the next block is calibrated, ``independent``
     runs one after the other over all blocks. ``prefix``: a block is calibrated on what the blocks in front of it give
-    as they are by then, ``quantized``, or as they were, ``float``. ``dialect``: the one it was read from. ``notes``: what
-    the frontend read and has no use for, for the report.
+    as they are by then, ``quantized``, or as they were, ``float``. ``dialect``: the one it was read from.
+    ``notes``: what the frontend read and has no use for, for the report.
     """
 
     rules: tuple[Rule, ...]

@@ -115,7 +115,7 @@ class MeanObserver(Observer):
 
 @final
 class HessianObserver(Observer):
-    """The sum of x xT over the vectors x that a weight multiplies, ``sums`` [B, K, K], and their number, ``counts`` [B].
+    """``sums`` [B, K, K] of x xT over the vectors x that a weight multiplies, and their number, ``counts`` [B].
 
     B counts experts, or groups of a convolution; 1 for a linear.
 
@@ -220,7 +220,7 @@ def as_problems(w: Tensor, op: Weighted) -> Tensor:
 
 def as_weight(problems: Tensor, op: Weighted, like: Tensor) -> Tensor:
     """The inverse of ``as_problems``, in the shape of ``like``."""
-    if isinstance(op, GroupedLinear) or isinstance(op, CONVOLUTIONS):
+    if isinstance(op, (GroupedLinear, *CONVOLUTIONS)):
         return problems.reshape(like.shape)
     return problems[0] if op.out_axis == 0 else problems[0].T
 

@@ -49,7 +49,7 @@ def parse(document: Document) -> Spec:
     last = [] if ignored is None else list(_read_ignored_layers(ignored))
     document.finish()
     assert base is not None  # else there was a problem
-    return Spec((*base.rules, *last), base.algorithms, base.cache, "llmc", tuple(document.notes))
+    return Spec((*base.rules, *last), base.algorithms, base.cache, dialect="llmc", notes=tuple(document.notes))
 
 
 def _read_quant(quant: Section) -> Spec | None:

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from graphq.errors import SpecError
 from graphq.passes.calibrate import Calibrate
 from graphq.passes.observe import Observe, observers
+from graphq.passes.observers import RangeObserver
 from graphq.pipeline import Pipeline
 from graphq.state import tensor_of
 from tests.graphs import annotated, plan
@@ -29,7 +30,7 @@ def batches(*seeds: int) -> list[tuple[Tensor]]:
 
 
 def extremes(gm: fx.GraphModule) -> list[tuple[float, float]]:
-    return [(seen.low.item(), seen.high.item()) for _, seen in observers(gm)]
+    return [(seen.low.item(), seen.high.item()) for _, seen in observers(gm) if isinstance(seen, RangeObserver)]
 
 
 def test_every_observer_sees_every_batch() -> None:
