@@ -1,7 +1,8 @@
 """``graphq.compile``: the pipeline from a model and a spec to the QDQ form, and what can be done with it."""
 
+import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, cast, final
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphq import hugging_face
+from graphq.algorithms import DATA, Told, preparations, quantization
+from graphq.algorithms import problems as algorithm_problems
 from graphq.batches import complete_all
 from graphq.capture import capture_module, unwrapped
 from graphq.errors import GraphError, SpecError, TargetError
@@ -18,8 +21,6 @@ from graphq.frontends.native import print_spec
 from graphq.layers import sites
 from graphq.passes.annotate import Annotate, decide
 from graphq.passes.calibrate import Calibrate
-from graphq.passes.observe import Observe
-from graphq.passes.quantize_activations import QuantizeActivations
 from graphq.passes.quantize_weights import QuantizeWeights, check_finite
 from graphq.passes.raise_grouped_linear import RaiseGroupedLinear
 from graphq.passes.remove_no_ops import RemoveNoOps
@@ -30,17 +31,17 @@ from graphq.quant import Ofmr
 from graphq.report import Report, make_report
 from graphq.runtime.model import CompiledModel
 from graphq.source import source_of
-from graphq.spec import Resolved, Spec
+from graphq.spec import Layer, Resolved, Spec
 from graphq.state import put_tensor, tensor_of
 from graphq.views import Param, ops_of
 
-ALGORITHMS: Final = ("rtn",)
 TARGETS: Final = ("torch", "onnx")
 QUANTIZABLE: Final = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 OPTIONS: Final[dict[str, dict[str, type]]] = {
     "torch": {"overwrite": bool},
     "onnx": {"overwrite": bool, "cache": bool, "opset": int, "bfloat16": bool},
 }
+_SILENT: Final = Told()
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
 
@@ -49,15 +50,13 @@ def canonical_passes() -> list[Pass]:
     return [RemoveNoOps(), RaiseGroupedLinear(), SplitGateUp()]
 
 
-def passes_for(spec: Spec, record: Callable[[str, float], None] | None = None) -> list[Pass]:
-    """The whole pipeline for a spec, in order."""
+def passes_for(spec: Spec, layers: Mapping[str, Layer], told: Told = _SILENT, blocks: bool = False) -> list[Pass]:
+    """The whole pipeline for a spec and a model of these layers, in order. ``blocks``: block by block."""
     return [
         *canonical_passes(),
+        *preparations(spec),
         Annotate(spec),
-        Observe(),
-        Calibrate(),
-        QuantizeWeights(record),
-        QuantizeActivations(),
+        *quantization(spec, layers, told, blocks),
     ]
 
 
@@ -104,7 +103,7 @@ class Compiled:
         check_place(path, options.get("overwrite", False), [files] if files is not None else [])
         made_from = {
             "spec": print_spec(self.spec),
-            "algorithm": "rtn",
+            "algorithm": "+".join(a.name for a in self.spec.algorithms) or "rtn",
             "seed": self.seed,
             "report": self.report.to_json(),
         }
@@ -183,27 +182,33 @@ def compile(  # noqa: A001
     The caller's model is never changed unless ``consume`` is true. Raises ``SpecError`` and ``GraphError``.
     """
     parsed = load_spec(cast(Any, spec), dialect)
-    if algorithm is not None and algorithm not in ALGORITHMS:
-        raise SpecError(f"algorithm: {algorithm!r} is not one of {', '.join(ALGORITHMS)}")
+    if algorithm is not None:
+        if algorithm != "rtn":
+            raise SpecError(f"algorithm: {algorithm!r} is not rtn; other algorithms stand in the spec")
+        parsed = dataclasses.replace(parsed, algorithms=())
     if not isinstance(cast(object, seed), int) or not -(1 << 63) <= seed < 1 << 64:
         raise SpecError(f"seed: {seed} is not an integer from -2^63 to 2^64 - 1")
-    if problems := refusals(parsed, algorithm):
+    if problems := refusals(parsed):
         raise SpecError(problems)
     gm = capture(model, inputs, dtype, cache=cache)
     theirs = _storages(gm) if isinstance(model, nn.Module) and not consume else set[int]()
     resolved, notes = decide(gm, parsed)
-    _check_calibration(resolved, calibration)
+    _check_calibration(parsed, resolved, calibration)
     _check_tensors(gm, resolved)
     if consume and isinstance(model, nn.Module):
         _release(model)  # now that nothing is left to refuse before the work begins
     source = source_of(gm)
     sqnr: dict[str, float] = {}
+    told: list[str] = []
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         batches = _progress(complete_all(source, calibration), calibration) if calibration is not None else None
-        Pipeline(passes_for(parsed, sqnr.__setitem__)).run(gm, batches)
+        found = {fqn: one.layer for fqn, one in resolved.items()}
+        by_blocks = any(a.name in DATA for a in parsed.algorithms)
+        passes = passes_for(parsed, found, Told(sqnr.__setitem__, told.append), by_blocks)
+        Pipeline(passes).run(gm, batches)
     _own_tensors(gm, theirs)
-    report = make_report(resolved, [*source.notes, *notes], source.dtype.itemsize * 8, sqnr)
+    report = make_report(resolved, [*source.notes, *notes, *told], source.dtype.itemsize * 8, sqnr)
     return Compiled(gm, parsed, report, seed)
 
 
@@ -219,20 +224,18 @@ def _check_options(target: str, options: Mapping[str, object]) -> None:
             raise TargetError(f"{target}: {name}: {value!r} is not {wanted}")
 
 
-def refusals(spec: Spec, algorithm: str | None = None) -> list[str]:
-    """A line for each thing that the spec asks for and ``compile`` cannot do; ``algorithm`` as it takes it."""
-    problems = [
-        f"{a.source + ': ' if a.source else ''}graphq has no {a.name} yet;"
-        " compile with algorithm rtn to round to nearest"
-        for a in spec.algorithms
-        if algorithm is None and a.name not in ALGORITHMS
-    ]
+def refusals(spec: Spec) -> list[str]:
+    """A line for each thing that the spec asks for and ``compile`` cannot do."""
+    problems = algorithm_problems(spec)
     if spec.cache is not None:
         problems.append(f"cache: {spec.cache}: graphq cannot quantize the KV cache yet; leave it out of the spec")
     return problems
 
 
-def _check_calibration(resolved: Mapping[str, Resolved], calibration: Iterable[object] | None) -> None:
+def _check_calibration(spec: Spec, resolved: Mapping[str, Resolved], calibration: Iterable[object] | None) -> None:
+    names = [a.name for a in spec.algorithms if a.name in DATA]
+    if names and calibration is None:
+        raise SpecError(f"calibration: none given, but the spec asks for {' and '.join(names)}")
     asking = [
         fqn for fqn, found in resolved.items() if isinstance(found.decision, Plan) and _is_calibrated(found.decision)
     ]
@@ -342,8 +345,8 @@ def graph_after(
 
     The weights are loaded where a pass up to there needs them. Raises what ``compile`` raises; algorithms are ignored.
     """
-    parsed = load_spec(cast(Any, spec), dialect)
-    passes = passes_for(parsed)
+    parsed = dataclasses.replace(load_spec(cast(Any, spec), dialect), algorithms=())
+    passes = passes_for(parsed, {})
     names = [step.name for step in passes]
     if after is None:
         after = names[-1]
@@ -355,7 +358,7 @@ def graph_after(
     source = source_of(gm)
     if needed:
         Pipeline(canonical_passes()).run(gm)
-        _check_calibration(decide(gm, parsed)[0], calibration)
+        _check_calibration(parsed, decide(gm, parsed)[0], calibration)
     with torch.no_grad():
         Pipeline(passes).run(gm, complete_all(source, calibration) if calibration is not None else None)
     return gm

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphq import edit
+from graphq.errors import SpecError
 from graphq.layers import PLAN
 from graphq.passes.calibrate import see_batch
 from graphq.pipeline import Batches, Pass, Pipeline
@@ -43,6 +44,8 @@ class Blockwise(Pass):
         shared = _shared(gm, stages)
         planned = [i for i, stage in enumerate(stages) if any(_is_planned(node) for node in stage)]
         seen = None if batches is None else [_inputs(gm, batch) for batch in batches]
+        if seen == []:
+            raise SpecError("calibration: no batches; give at least one")
         changes = 0
         for index, stage in enumerate(stages[: planned[-1] + 1] if planned else ()):
             part = extract(gm, stage, stages[index + 1 :], shared)

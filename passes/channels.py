@@ -153,6 +153,17 @@ def flow_from(gm: fx.GraphModule, producer: Op) -> Flow | Blocked:
     return Blocked(reason)
 
 
+def flow_into(gm: fx.GraphModule, op: Weighted) -> Flow | Blocked:
+    """The flow that ends in the weight of ``op``, from the nearest producer whose factors get there."""
+    reasons: list[str] = []
+    for producer in producers_behind(op.input_op):
+        found = flow_from(gm, producer)
+        if isinstance(found, Flow) and any(reader.op == op for reader in found.readers):
+            return found
+        reasons.append(f"{producer.node.name}: {found.reason}" if isinstance(found, Blocked) else producer.node.name)
+    return Blocked("; ".join(reasons) or "no weights stand in front of it")
+
+
 def producers_behind(x: Op) -> list[Op]:
     """The nodes that may have made the channels of ``x``, nearest first."""
     found: list[Op] = []
@@ -202,7 +213,7 @@ def _parts_of(gm: fx.GraphModule, op: Op) -> tuple[tuple[Part, ...], int] | Bloc
         params = [view(op.argument(name)) for name in ("weight", "bias") if op.argument(name) is not None]
         if op.argument("weight") is None:
             return Blocked(f"{op.node.name} has no gain")
-        if not all(isinstance(p, Param) and _is_own(gm, p) for p in params):
+        if not all(isinstance(p, Param) and is_own(gm, p) for p in params):
             return Blocked(f"the gain of {op.node.name} has other readers")
         count = int(params[0].val.numel())
         return tuple(Part(cast(Param, p).fqn, torch.arange(count)) for p in params), count
@@ -210,7 +221,7 @@ def _parts_of(gm: fx.GraphModule, op: Op) -> tuple[tuple[Part, ...], int] | Bloc
     if gain is None:
         return Blocked(f"{op.node.target} has no weights of its own")
     param, plus, way = gain
-    if not all(len(node.users) == 1 for node in way) or not _is_own(gm, param):
+    if not all(len(node.users) == 1 for node in way) or not is_own(gm, param):
         return Blocked(f"{param.fqn} has other readers")
     labels = torch.arange(int(param.val.numel())).view(tuple(param.val.shape))
     return (Part(param.fqn, labels, plus),), labels.numel()
@@ -221,7 +232,7 @@ def _rows_of(gm: fx.GraphModule, op: Weighted) -> tuple[tuple[Part, ...], int] |
     param = op.weight_op
     if not isinstance(param, Param) or op.node.target == aten.embedding.default:
         return Blocked(f"the weight of {op.node.name} is no parameter that it alone has")
-    if not _is_own(gm, param):
+    if not is_own(gm, param):
         return Blocked(f"{param.fqn} has other readers")
     shape = tuple(param.val.shape)
     count = int(shape[op.out_axis])
@@ -231,7 +242,7 @@ def _rows_of(gm: fx.GraphModule, op: Weighted) -> tuple[tuple[Part, ...], int] |
     bias = None if isinstance(op, GroupedLinear) else op.argument(name)
     if bias is not None:
         held = view(bias)
-        if not isinstance(held, Param) or not _is_own(gm, held) or tuple(held.val.shape) != (count,):
+        if not isinstance(held, Param) or not is_own(gm, held) or tuple(held.val.shape) != (count,):
             return Blocked(f"the bias of {op.node.name} is no parameter that it alone has")
         parts.append(Part(held.fqn, torch.arange(count)))
     return tuple(parts), count
@@ -265,7 +276,7 @@ def _runs_along_last(param: Param, op: Op) -> bool:
     return bool(shape) and shape[-1] == op.val.shape[-1] and shape[-1] == param.val.numel() and shape[-1] > 1
 
 
-def _is_own(gm: fx.GraphModule, param: Param) -> bool:
+def is_own(gm: fx.GraphModule, param: Param) -> bool:
     """Whether one node alone reads the parameter, under this name or another."""
     if len(param.users) != 1:
         return False
@@ -433,7 +444,7 @@ class _Walk:
             return labels if same else "it is added to other channels"
         others = [n for n in op.node.all_input_nodes if n not in read]
         param = view(others[0]) if others else None
-        if not isinstance(param, Param) or not _is_own(self.gm, param):
+        if not isinstance(param, Param) or not is_own(self.gm, param):
             return "a sum reads it beside what has no factors"
         own = tuple(param.val.shape)
         line = _along(labels, -1)
@@ -481,7 +492,7 @@ class _Walk:
         if read != [x]:
             return f"{op.node.name} does not read it as its input"
         param = weight_param(op)
-        if param is None or op.weight_op != param or not _is_own(self.gm, param):
+        if param is None or op.weight_op != param or not is_own(self.gm, param):
             return f"the weight of {op.node.name} has other readers"
         labels = self.labels[x]
         axis = 1 if isinstance(op, _CONVOLUTIONS) else -1

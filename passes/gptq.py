@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, fx
 
 from graphq import edit, numerics
-from graphq.layers import LAYER
 from graphq.numerics import gptq
 from graphq.numerics.ranges import searched_scales
 from graphq.numerics.scales import effective_scale
@@ -23,7 +22,7 @@ from graphq.passes.quantize_weights import (
     replace_weight,
     with_weights,
 )
-from graphq.passes.statistics import HessianObserver, as_problems, as_weight, samples_of, seen_by, statistic_on
+from graphq.passes.statistics import HessianObserver, as_problems, as_weight, hessians, seen_by, vectors_of
 from graphq.pipeline import Batches, Pass
 from graphq.views import Embedding, GroupedLinear, Weighted
 
@@ -58,24 +57,14 @@ class GPTQ(Pass):
 
     def wanted(self, gm: fx.GraphModule) -> Iterator[Wanted]:
         """One Hessian for each activation that layers read alike."""
-        made: dict[object, list[Weighted]] = {}
-        for layer in planned_weights(gm, self.only):
-            for op in _uses(gm, layer):
-                if statistic_on(gm, op, HessianObserver) is None:
-                    made.setdefault(_kind(op), []).append(op)
-        for ops in made.values():
-            samples, rest = samples_of(ops[0])
-            names = tuple(dict.fromkeys(str(op.node.meta[LAYER]) for op in ops))
-            problems = as_problems(torch.empty(tuple(ops[0].weight_op.val.shape), device="meta"), ops[0])
-            observer = HessianObserver(names, (problems.shape[0], problems.shape[2]), samples)
-            yield Wanted(ops[0].input_op, observer, ops[0], rest)
+        yield from hessians(gm, [op for layer in planned_weights(gm, self.only) for op in _uses(gm, layer)])
 
     def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
         groups: dict[object, list[PlannedWeight]] = {}
         for layer in planned_weights(gm, self.only):
             uses = _uses(gm, layer)
             if uses:
-                groups.setdefault(tuple(_kind(op) for op in uses), []).append(layer)
+                groups.setdefault(tuple(vectors_of(op) for op in uses), []).append(layer)
         count = 0
         for layers in groups.values():
             hessian, counts = self._hessian(gm, layers[0])
@@ -201,11 +190,3 @@ def _uses(gm: fx.GraphModule, layer: PlannedWeight) -> list[Weighted]:
     if any(isinstance(op, Embedding) or not isinstance(op, Weighted) for op in ops):
         return []
     return [op for op in ops if isinstance(op, Weighted)]
-
-
-def _kind(op: Weighted) -> object:
-    """Equal for ops whose weights multiply the same vectors."""
-    _, rest = samples_of(op)
-    if op.weight_op.val.dim() > 2 and not isinstance(op, GroupedLinear):
-        return op.input_op, op.node.target, op.node.args[3:], str(op.node.kwargs), tuple(op.weight_op.val.shape[1:])
-    return op.input_op, rest, type(op)

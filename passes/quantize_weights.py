@@ -53,16 +53,17 @@ class QuantizeWeights(Pass):
 
     A stack of experts has one ``dequantize`` for each distinct plan. nvfp4 layers that read the same activation, which
     runtimes fuse (q, k and v; gate and up), share their global scale. ``record`` is told each layer's signal to
-    quantization noise ratio in dB. Weights with NaN or Inf raise ``GraphError``.
+    quantization noise ratio in dB; ``only``: the weights of these layers. Weights with NaN or Inf raise ``GraphError``.
     """
 
     record: Callable[[str, float], None] | None = None
+    only: frozenset[str] | None = None
     name: ClassVar[str] = "quantize-weights"
     requires: ClassVar[tuple[Invariant, ...]] = (annotated, with_weights)
 
     def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
         count = 0
-        for layer in planned_weights(gm):
+        for layer in planned_weights(gm, self.only):
             made = [part.quant and quantize_weight(part.w, part.quant, part.block, part.scales) for part in layer.parts]
             replace_weight(gm, layer, made, self.name, self.record)
             count += 1

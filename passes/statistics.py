@@ -1,13 +1,15 @@
 """Observers of what algorithms need to know of a layer's input: extremes by channel, and second moments."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import cast, final
 
 import torch
 from torch import Tensor, fx
 
 from graphq.errors import PassError
+from graphq.layers import LAYER
 from graphq.numerics.taps import Window, tap_sums
+from graphq.passes.observe import Wanted
 from graphq.passes.observer import Observer
 from graphq.views import Conv1d, Conv1dPadding, Conv2d, Conv2dPadding, GroupedLinear, Op, Weighted, view
 
@@ -229,7 +231,7 @@ def statistic_on(gm: fx.GraphModule, op: Weighted, kind: type[Observer]) -> Obse
     """The observer of this kind of the input of ``op``."""
     for user in op.input_op.users:
         found = gm.get_submodule(str(user.node.target)) if user.node.op == "call_module" else None
-        if isinstance(found, kind) and str(op.node.meta.get("graphq.layer")) in found.layers:
+        if isinstance(found, kind) and str(op.node.meta.get(LAYER)) in found.layers:
             return found
     return None
 
@@ -238,5 +240,38 @@ def seen_by(gm: fx.GraphModule, op: Weighted, kind: type[Observer], by: str) -> 
     """The same, which has seen data. Raises ``PassError`` where there is none."""
     found = statistic_on(gm, op, kind)
     if found is None or not found.has_seen:
-        raise PassError(f"{by}: no data was seen of the input of {op.node.meta.get('graphq.layer')}")
+        raise PassError(f"{by}: no data was seen of the input of {op.node.meta.get(LAYER)}")
     return found
+
+
+def vectors_of(op: Weighted) -> object:
+    """Equal for ops whose weights multiply the same vectors."""
+    _, rest = samples_of(op)
+    if isinstance(op, CONVOLUTIONS):
+        return op.input_op, op.node.target, op.node.args[3:], str(op.node.kwargs), tuple(op.weight_op.val.shape[1:])
+    return op.input_op, rest, type(op)
+
+
+def hessians(gm: fx.GraphModule, ops: Iterable[Weighted]) -> Iterator[Wanted]:
+    """One observer of second moments for all of ``ops`` that multiply the same vectors, where there is none."""
+    made: dict[object, list[Weighted]] = {}
+    for op in ops:
+        if statistic_on(gm, op, HessianObserver) is None:
+            made.setdefault(vectors_of(op), []).append(op)
+    for alike in made.values():
+        samples, rest = samples_of(alike[0])
+        names = tuple(dict.fromkeys(str(op.node.meta[LAYER]) for op in alike))
+        problems = as_problems(torch.empty(tuple(alike[0].weight_op.val.shape), device="meta"), alike[0])
+        observer = HessianObserver(names, (problems.shape[0], problems.shape[2]), samples)
+        yield Wanted(alike[0].input_op, observer, alike[0], rest)
+
+
+def channels(gm: fx.GraphModule, ops: Iterable[Weighted]) -> Iterator[Wanted]:
+    """One observer of channels for each input of ``ops``, where there is none."""
+    made: dict[tuple[Op, int], list[Weighted]] = {}
+    for op in ops:
+        if statistic_on(gm, op, ChannelObserver) is None:
+            made.setdefault((op.input_op, channel_axis(op)), []).append(op)
+    for (x, axis), readers in made.items():
+        names = tuple(dict.fromkeys(str(op.node.meta[LAYER]) for op in readers))
+        yield Wanted(x, ChannelObserver(names, int(x.val.shape[axis]), axis), readers[0])

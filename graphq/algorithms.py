@@ -1,0 +1,209 @@
+"""The algorithms that a spec can ask for, as passes in their places. The order is written out here, by hand."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, cast, final
+
+from graphq.errors import SpecError
+from graphq.passes.awq import AWQ
+from graphq.passes.blockwise import Blockwise
+from graphq.passes.calibrate import Calibrate
+from graphq.passes.correct_bias import CorrectBias
+from graphq.passes.equalize import Equalize
+from graphq.passes.fold_batch_norm import FoldBatchNorm
+from graphq.passes.gptq import GPTQ
+from graphq.passes.observe import Asking, Observe
+from graphq.passes.observe_means import ObserveMeans
+from graphq.passes.quantize_activations import QuantizeActivations
+from graphq.passes.quantize_weights import QuantizeWeights
+from graphq.passes.smooth_quant import SmoothQuant
+from graphq.pipeline import Pass
+from graphq.spec import Algorithm, Layer, Spec
+
+Value = str | int | float | bool | None
+Check = Callable[[Any], bool]
+
+
+@final
+@dataclass(frozen=True)
+class Option:
+    """An option of an algorithm: what it may be, in words, and whether a value is that."""
+
+    words: str
+    allows: Check
+
+
+def _one_of(*words: str) -> Option:
+    return Option(f"one of {', '.join(words)}", lambda value: value in words)
+
+
+def _whole(low: int, high: int = 1 << 30) -> Option:
+    return Option(f"a whole number from {low}", lambda value: type(value) is int and low <= value <= high)
+
+
+def _number(low: float, high: float, words: str) -> Option:
+    return Option(words, lambda value: type(value) in (int, float) and low <= value <= high)
+
+
+_FLAG: Final = Option("true or false", lambda value: type(value) is bool)
+_WHERE: Final = _one_of("fold", "fold-or-multiply", "multiply")
+_SHARE: Final = _number(0, 1, "a number from 0 to 1")
+
+# Every algorithm, with its options. Defaults stand in the passes.
+OPTIONS: Final[Mapping[str, Mapping[str, Option]]] = {
+    "rtn": {},
+    "fold-batch-norm": {},
+    "equalize": {"rounds": _whole(1)},
+    "smooth-quant": {
+        "alpha": Option("a number from 0 to 1, or search", lambda v: v == "search" or _SHARE.allows(v)),
+        "statistic": _one_of("magnitude", "range"),
+        "where": _WHERE,
+    },
+    "awq": {
+        "n_grid": _whole(1),
+        "duo": Option("true, false, or null for both", lambda v: v is None or type(v) is bool),
+        "clip": _FLAG,
+        "where": _WHERE,
+    },
+    "gptq": {
+        "block_size": _whole(1),
+        "act_order": _one_of("static", "none"),
+        "dampening": Option("a number above 0, up to 1", lambda v: _SHARE.allows(v) and v > 0),
+        "scales": _one_of("search", "plan"),
+        "min_samples": _whole(0),
+    },
+    "correct-bias": {},
+}
+WHOLE: Final = ("rtn", "fold-batch-norm", "correct-bias")  # of the whole model, not of single layers
+DATA: Final = ("smooth-quant", "awq", "gptq", "correct-bias")
+
+
+def problems(spec: Spec) -> list[str]:
+    """A line for each algorithm and option that there is not."""
+    found: list[str] = []
+    for algorithm in spec.algorithms:
+        where = f"{algorithm.source}: " if algorithm.source else ""
+        known = OPTIONS.get(algorithm.name)
+        if known is None:
+            found.append(f"{where}graphq has no algorithm {algorithm.name}; there are {', '.join(OPTIONS)}")
+            continue
+        if algorithm.match and algorithm.name in WHOLE:
+            found.append(f"{where}{algorithm.name} is for the whole model; leave out its match")
+        for name, value in algorithm.options:
+            option = known.get(name)
+            if option is None:
+                there = f"; there are {', '.join(known)}" if known else ""
+                found.append(f"{where}{algorithm.name} has no option {name}{there}")
+            elif not option.allows(value):
+                found.append(f"{where}{algorithm.name}: {name}: {value!r} is not {option.words}")
+    return found
+
+
+def scope(algorithm: Algorithm, layers: Mapping[str, Layer]) -> frozenset[str] | None:
+    """The layers that an algorithm is for; None for all. Raises ``SpecError`` for a match of none."""
+    if not algorithm.match:
+        return None
+    found: set[str] = set()
+    for match in algorithm.match:
+        hits = {fqn for fqn, layer in layers.items() if match.matches(layer)}
+        if not hits:
+            where = f"{algorithm.source}: " if algorithm.source else ""
+            raise SpecError(f"{where}{algorithm.name}: {match} matches no layer")
+        found |= hits
+    return frozenset(found)
+
+
+@final
+@dataclass(frozen=True)
+class Told:
+    """Whom passes tell: ``record`` each layer's error, ``note`` what the report should say."""
+
+    record: Callable[[str, float], None] | None = None
+    note: Callable[[str], None] | None = None
+
+
+def preparations(spec: Spec) -> list[Pass]:
+    """The passes over the whole graph that come before any decision."""
+    return [FoldBatchNorm()] if any(a.name == "fold-batch-norm" for a in spec.algorithms) else []
+
+
+def quantization(spec: Spec, layers: Mapping[str, Layer], told: Told, blocks: bool) -> list[Pass]:
+    """The passes from decisions to the QDQ form. ``blocks``: block by block, which needs calibration."""
+    passes: list[Pass] = []
+    calibrated: list[tuple[Algorithm, frozenset[str] | None]] = []
+    for algorithm in spec.algorithms:
+        own = scope(algorithm, layers)
+        if algorithm.name == "equalize":
+            passes.append(Equalize(own, note=told.note, **_options(algorithm)))
+        elif algorithm.name in ("smooth-quant", "awq", "gptq"):
+            calibrated.append((algorithm, own))
+    means = any(a.name == "correct-bias" for a in spec.algorithms)
+    one_by_one = spec.pipeline == "independent" and len(calibrated) > 1
+    walks = [[one] for one in calibrated] if one_by_one else [calibrated]
+    for number, walk in enumerate(walks):
+        is_last = number == len(walks) - 1
+        later = [own for other in walks[number + 1 :] for _, own in other]
+        inner = _walk(walk, calibrated, told, means, is_last, _left(walk, later, layers))
+        passes += [Blockwise(tuple(inner), spec.prefix)] if blocks else inner
+    if blocks:  # what several parts share was left to the whole
+        passes += [Observe(), Calibrate(), QuantizeWeights(told.record), QuantizeActivations()]
+    return passes
+
+
+def _walk(
+    walk: Iterable[tuple[Algorithm, frozenset[str] | None]],
+    every: Iterable[tuple[Algorithm, frozenset[str] | None]],
+    told: Told,
+    means: bool,
+    is_last: bool,
+    finished: frozenset[str],
+) -> list[Pass]:
+    """The passes over one part of a model, in one walk over the parts. ``finished``: the layers that no later walk
+    changes, whose weights are quantized now.
+    """
+    unclipped = _union([own for algorithm, own in every if algorithm.name == "gptq"])
+    passes: list[Pass] = []
+    rounding: list[GPTQ] = []
+    for algorithm, own in walk:
+        options = _options(algorithm)
+        match algorithm.name:
+            case "smooth-quant":
+                step: Pass = SmoothQuant(own, note=told.note, **options)
+            case "awq":
+                clip = options.pop("clip", True) and unclipped is not None
+                step = AWQ(own, clip=clip, unclipped=unclipped or frozenset(), note=told.note, **options)
+            case _:
+                rounding.append(GPTQ(own, record=told.record, note=told.note, **options))
+                continue
+        passes += [Observe((cast(Asking, step),), ranges=False), Calibrate(), step]
+    if is_last:
+        passes.append(Observe(tuple(rounding)))
+        passes += [ObserveMeans()] if means else []
+        passes += [Calibrate(), *rounding, QuantizeWeights(told.record)]
+        passes += [CorrectBias(told.note)] if means else []
+        passes.append(QuantizeActivations())
+    elif rounding:
+        passes += [Observe(tuple(rounding), ranges=False), Calibrate(), *rounding]
+    elif finished:
+        passes.append(QuantizeWeights(told.record, finished))
+    return passes
+
+
+def _left(
+    walk: Iterable[tuple[Algorithm, frozenset[str] | None]],
+    later: list[frozenset[str] | None],
+    layers: Mapping[str, Layer],
+) -> frozenset[str]:
+    """The layers of a walk that no later one has."""
+    own = _union([own for _, own in walk])
+    taken = _union(later)
+    return (frozenset(layers) if own is None else own) - (frozenset(layers) if taken is None else taken)
+
+
+def _union(scopes: list[frozenset[str] | None]) -> frozenset[str] | None:
+    """All layers of these scopes; None where one of them has all."""
+    return None if None in scopes else frozenset[str]().union(*(s for s in scopes if s is not None))
+
+
+def _options(algorithm: Algorithm) -> dict[str, Any]:
+    return dict(algorithm.options)

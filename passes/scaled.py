@@ -1,0 +1,153 @@
+"""Groups of layers whose inputs' channels are scaled together, and the two ways to do it: folded, or a product."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, final
+
+import torch
+from torch import Tensor, fx
+
+from graphq import edit
+from graphq.layers import LAYER, PLAN
+from graphq.passes.channels import NONE, Blocked, Flow, Part, Reader, flow_into, is_own, move_factors
+from graphq.passes.observe import weight_quants
+from graphq.passes.statistics import channel_axis
+from graphq.plan import Plan
+from graphq.state import tensor_of
+from graphq.views import Embedding, GroupedLinear, Op, Param, Weighted, ops_of
+
+Where = Literal["fold", "fold-or-multiply", "multiply"]
+
+
+@final
+@dataclass(frozen=True)
+class Group:
+    """Layers whose inputs' channels have factors in common, ``count`` of them.
+
+    ``readers``: all weights that take factors up; ``chosen``: those of them that decide on the factors. ``flow`` is
+    None where the factors are multiplied by at run time.
+    """
+
+    count: int
+    moved: Tensor
+    readers: tuple[Reader, ...]
+    chosen: tuple[Reader, ...]
+    flow: Flow | None
+
+    @property
+    def name(self) -> str:
+        """The layers that decide, for notes."""
+        return ", ".join(str(reader.op.node.meta[LAYER]) for reader in self.chosen)
+
+    def by_label(self, values: Sequence[Tensor], labels: Sequence[Tensor], how: Literal["amax", "mean"]) -> Tensor:
+        """Values of channels, brought together by label; 0 for labels without any."""
+        flat = torch.cat([v.flatten().double() for v in values])
+        where = torch.cat([label.flatten() for label in labels])
+        flat, where = flat[where != NONE], where[where != NONE]
+        return torch.zeros(self.count, dtype=torch.float64).scatter_reduce_(0, where, flat, how, include_self=False)
+
+    def at(self, factors: Tensor, labels: Tensor) -> Tensor:
+        """The factor of each label; 1 where there is none."""
+        return torch.cat([factors.double(), torch.ones(1, dtype=torch.float64)])[labels]
+
+
+def chosen_layers(gm: fx.GraphModule, only: frozenset[str] | None) -> list[Weighted]:
+    """The uses of float weights with a plan, of the layers ``only``, that multiply an activation."""
+    found: list[Weighted] = []
+    for op in ops_of(gm):
+        if not isinstance(op, Weighted) or isinstance(op, Embedding) or not isinstance(op.weight_op, Param):
+            continue
+        decision = op.node.meta.get(PLAN)
+        is_planned = isinstance(decision, Plan) or any(weight_quants(decision))
+        if is_planned and (only is None or not only.isdisjoint(names_of(op))):
+            found.append(op)
+    return found
+
+
+def names_of(op: Weighted) -> list[str]:
+    """The layers that an op uses: each expert of a stack."""
+    path = str(op.node.meta[LAYER])
+    if not isinstance(op, GroupedLinear):
+        return [path]
+    stack, dot, role = path.rpartition(".")
+    return [f"{stack}{dot}{i}.{role}" for i in range(int(op.weight_op.val.shape[0]))]
+
+
+def groups(
+    gm: fx.GraphModule, only: frozenset[str] | None, where: Where, note: Callable[[str], None] | None
+) -> Iterator[Group]:
+    """The groups of the chosen layers, in graph order. A layer in no group is noted with the reason."""
+    chosen = chosen_layers(gm, only)
+    done = set[Op]()
+    for op in chosen:
+        if op in done:
+            continue
+        reason = ""
+        if where != "multiply":
+            flow = flow_into(gm, op)
+            if isinstance(flow, Flow):
+                own = tuple(reader for reader in flow.readers if reader.op in chosen)
+                done |= {reader.op for reader in own}
+                yield Group(flow.count, flow.moved, flow.readers, own, flow)
+                continue
+            reason = flow.reason
+        if where != "fold":
+            group = _multiplied(gm, op, chosen)
+            if isinstance(group, Group):
+                done |= {reader.op for reader in group.readers}
+                yield group
+                continue
+            reason = f"{reason}; {group.reason}" if reason else group.reason
+        done.add(op)
+        if note is not None:
+            note(f"{op.node.meta[LAYER]}: its input's channels keep their scale: {reason}")
+
+
+def _multiplied(gm: fx.GraphModule, op: Weighted, chosen: Sequence[Weighted]) -> Group | Blocked:
+    """The layers among ``chosen`` that read the input of ``op``, as a group of its own."""
+    x = op.input_op
+    count = int(x.val.shape[channel_axis(op)])
+    readers: list[Reader] = []
+    for other in chosen:
+        if other.input_op != x or channel_axis(other) != channel_axis(op):
+            continue
+        param = other.weight_op
+        if not isinstance(param, Param) or not is_own(gm, param):
+            if other == op:
+                return Blocked("its weight has other readers")
+            continue
+        if "groups" in [a.name for a in other.node.target._schema.arguments] and other.argument("groups") != 1:  # type: ignore[union-attr]
+            if other == op:
+                return Blocked("it is a convolution of groups")
+            continue
+        shape = tuple(param.val.shape)
+        line = torch.arange(count)
+        labels = line.view([count if axis == other.in_axis else 1 for axis in range(len(shape))]).expand(shape)
+        readers.append(Reader(other, Part(param.fqn, labels), line))
+    return Group(count, torch.ones(count, dtype=torch.bool), tuple(readers), tuple(readers), None)
+
+
+def scale(gm: fx.GraphModule, group: Group, factors: Tensor, by: str) -> int:
+    """The inputs' channels are divided by ``factors``, and the weights multiplied; how many tensors changed."""
+    factors = torch.where(group.moved, factors.double(), 1.0)
+    if group.flow is not None:
+        return move_factors(gm, group.flow, factors, by)
+    first = group.readers[0].op
+    x = first.input_op
+    axis = channel_axis(first) % x.val.dim()
+    shape = [-1 if a == axis else 1 for a in range(axis, x.val.dim())]
+    held = (1 / factors).to(tensor_of(gm, group.readers[0].weight.fqn).dtype).view(shape)
+    after = edit.following(x)
+    path = f"{first.node.meta[LAYER]}.input_factor"
+    inverse = edit.add_tensor(gm, after, path, held, by=by, like=first)
+    product = edit.insert(gm, after, torch.ops.aten.mul.Tensor, x, inverse, by=by, like=first)
+    for reader in group.readers:
+        edit.set_param(gm, reader.weight.fqn, lambda w, part=reader.weight: part.times(w, factors), by)
+        edit.redirect(reader.op, x, product, by)
+    return 1 + len(group.readers)
+
+
+def column_magnitudes(gm: fx.GraphModule, group: Group) -> Tensor:
+    """The largest magnitude of the weights of each label, over the layers that decide."""
+    weights = [tensor_of(gm, reader.weight.fqn).detach().abs() for reader in group.chosen]
+    return group.by_label(weights, [reader.weight.labels for reader in group.chosen], "amax")

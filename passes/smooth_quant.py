@@ -1,0 +1,125 @@
+"""Activations that are easier to quantize, at the weights' cost.
+
+Xiao et al., SmoothQuant, arXiv 2211.10438, equation 4: each channel j of an input is divided by
+s_j = max|x_j|^alpha / max|w_j|^(1 - alpha), and its weights are multiplied by it.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal, final
+
+import torch
+from torch import Tensor, fx
+
+from graphq.formats import Int
+from graphq.layers import PLAN
+from graphq.numerics import fake_quantize, weight_block
+from graphq.numerics.ranges import weight_scales
+from graphq.passes.annotate import annotated
+from graphq.passes.observe import Wanted, input_quants, weight_quants
+from graphq.passes.quantize_weights import with_weights
+from graphq.passes.scaled import Group, Where, chosen_layers, column_magnitudes, groups, scale
+from graphq.passes.statistics import (
+    ChannelObserver,
+    HessianObserver,
+    as_problems,
+    channels,
+    hessians,
+    seen_by,
+)
+from graphq.pipeline import Batches, Pass
+from graphq.quant import MinMax, PerTensor
+from graphq.state import tensor_of
+
+SMALLEST = 1e-5
+ALPHAS = tuple(i / 20 for i in range(2, 20))
+
+
+@final
+@dataclass(frozen=True)
+class SmoothQuant(Pass):
+    """The inputs of the layers ``only`` (None: of all with a plan) have their channels' magnitudes evened out.
+
+    The factors are folded into what makes the input: a norm's gain, or the rows of a linear or convolution, through
+    attention, gates and repeated heads. All readers of that input share them.
+
+    alpha: how much of the magnitude moves into the weights, from 0 to 1; ``search`` takes for each group the one of the
+        least expected squared error of its outputs, of rounding weights and inputs by their plans.
+    statistic: what stands for a channel: ``magnitude``, its largest; ``range``, its largest less its smallest element,
+        as llm-compressor has it, against twice the weights'.
+    where: ``fold`` leaves a layer alone whose factors nothing can absorb, and notes why; ``fold-or-multiply``
+        multiplies its input by them at run time; ``multiply`` folds nothing (AMCT).
+    """
+
+    only: frozenset[str] | None = None
+    alpha: float | Literal["search"] = 0.5
+    statistic: Literal["magnitude", "range"] = "magnitude"
+    where: Where = "fold"
+    note: Callable[[str], None] | None = None
+    name: ClassVar[str] = "smooth-quant"
+    requires: ClassVar = (annotated, with_weights)
+
+    def wanted(self, gm: fx.GraphModule) -> Iterator[Wanted]:
+        """The extremes of each channel of the inputs, and for a search their second moments."""
+        yield from channels(gm, chosen_layers(gm, self.only))
+        if self.alpha == "search":
+            yield from hessians(gm, chosen_layers(gm, self.only))
+
+    def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
+        count = 0
+        for group in list(groups(gm, self.only, self.where, self.note)):
+            activations = self._activations(gm, group)
+            weights = column_magnitudes(gm, group) * (2 if self.statistic == "range" else 1)
+            if self.alpha == "search":
+                factors = min(
+                    (smoothing(activations, weights, alpha) for alpha in ALPHAS),
+                    key=lambda f: _expected_error(gm, group, f),
+                )
+            else:
+                factors = smoothing(activations, weights, float(self.alpha))
+            count += scale(gm, group, factors, self.name)
+        return count
+
+    def _activations(self, gm: fx.GraphModule, group: Group) -> Tensor:
+        found: list[Tensor] = []
+        for reader in group.chosen:
+            seen = seen_by(gm, reader.op, ChannelObserver, self.name)
+            assert isinstance(seen, ChannelObserver)
+            found.append(seen.magnitude if self.statistic == "magnitude" else seen.high - seen.low)
+        return group.by_label(found, [reader.channels for reader in group.chosen], "amax")
+
+
+def smoothing(activations: Tensor, weights: Tensor, alpha: float) -> Tensor:
+    """max|x|^alpha / max|w|^(1 - alpha) for each channel, at least 1e-5; 1 where either has no magnitude."""
+    found = activations**alpha / weights ** (1 - alpha)
+    usable = (activations > 0) & (weights > 0) & found.isfinite()
+    return torch.where(usable, found.clamp(min=SMALLEST), 1.0)
+
+
+def _expected_error(gm: fx.GraphModule, group: Group, factors: Tensor) -> float:
+    """The mean squared error of the outputs of the layers that decide, from rounding their weights and their inputs.
+
+    That of the weights is tr(D H DT), D the error of the scaled weights and H the second moments of the scaled inputs;
+    an input rounded in steps of d adds d^2 / 12 for each weight squared.
+    """
+    total = 0.0
+    for reader in group.chosen:
+        op = reader.op
+        (weight, *_), (x, *_) = weight_quants(op.node.meta[PLAN]), input_quants(op.node.meta[PLAN])
+        w = tensor_of(gm, reader.weight.fqn).detach()
+        scaled = (w.double() * group.at(factors, reader.weight.labels)).float()
+        seen = seen_by(gm, op, HessianObserver, "smooth-quant")
+        extremes = seen_by(gm, op, ChannelObserver, "smooth-quant")
+        assert isinstance(seen, HessianObserver)
+        assert isinstance(extremes, ChannelObserver)
+        if weight is not None:
+            block = weight_block(weight.granularity, w.dim(), op.out_axis, op.in_axis, op.own_axes)
+            found = weight_scales(scaled, weight.format, block, MinMax())
+            error = fake_quantize(scaled, found, weight.format, block) - scaled
+            error = as_problems(error / group.at(factors, reader.weight.labels).float(), op)
+            total += float(((error @ seen.mean().float()) * error).sum())
+        if x is not None and isinstance(x.format, Int):
+            per_channel = extremes.magnitude if isinstance(x.granularity, PerTensor) else 3 * extremes.mean
+            step = float((per_channel.double() / group.at(factors, reader.channels)).max()) * 2 / (2**x.format.bits - 1)
+            total += step**2 / 12 * float(scaled.square().sum())
+    return total
