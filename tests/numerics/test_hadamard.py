@@ -46,7 +46,9 @@ def test_sylvesters_signs() -> None:
 @pytest.mark.parametrize("n", [16, 24, 36])
 def test_rotations(kind: RotationKind, n: int) -> None:
     q, again, other = rotation(n, kind, 3), rotation(n, kind, 3), rotation(n, kind, 4)
-    assert q is not None and again is not None and other is not None
+    assert q is not None
+    assert again is not None
+    assert other is not None
     assert torch.equal(q, again)
     assert torch.equal(q, other) == (kind == "hadamard")
     torch.testing.assert_close(q @ q.T, torch.eye(n, dtype=torch.float64), rtol=0, atol=1e-14)

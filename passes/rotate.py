@@ -1,0 +1,200 @@
+"""Rotations of the residual stream and of attention heads, in weights (R1, R2) and at run time (R3, R4).
+
+QuaRot (arXiv:2404.00456, section 4) and SpinQuant (arXiv:2405.16406, section 3). A model's function is the same in
+another basis, in which no channel stands out: R1 x -> x Q along the residual stream, with W -> Q^T W for what writes to
+it and W -> W Q for what reads it; R2 the same for the values of each head; R3 q and k times H after the rotary
+embedding, which cancels in their product; R4 x -> x H in front of the linear that ends an MLP, with W -> W H.
+
+A layer norm takes the mean off x, and no Q leaves that alone. Where every norm of a stream is one, what writes to the
+stream is centred, and the layer norms become RMS norms (SliceGPT, arXiv:2401.15024, section 3.1).
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Final, cast, final
+
+import torch
+from torch import Tensor, fx
+
+from graphq import edit
+from graphq.layers import weight_param
+from graphq.numerics.hadamard import RotationKind, centre_axis, hadamard, rotate_axis, rotation
+from graphq.passes.quantize_weights import with_weights
+from graphq.pipeline import Batches, Pass
+from graphq.source import source_of
+from graphq.streams import (
+    ATTENTION,
+    LAYER_NORM,
+    PRODUCTS,
+    SHAPE_ONLY,
+    Stream,
+    moved,
+    place,
+    residual_streams,
+    shared,
+    value_streams,
+    width,
+)
+from graphq.views import Embedding, Input, Op, Weighted, ops_of, view
+
+aten = torch.ops.aten
+_Change = Callable[[Tensor], Tensor]
+_HALVES: Final = (torch.float16, torch.bfloat16)
+
+
+@final
+@dataclass(frozen=True)
+class Rotate(Pass):
+    """Residual streams (``r1``) and values of heads (``r2``) are in another basis; the model's function is the same.
+
+    Cached values are in the new basis, too, and with ``r3`` so are cached keys: a cache is the graph's own. Norms must
+    be folded and heads untied before (``FoldNorms``, ``Untie``). ``kind`` and ``seed`` choose the matrices of R1 and
+    R2; R3 and R4 are plain Hadamard matrices. ``block_size``: R1 and R4 rotate blocks of this size; heads are rotated
+    whole. A size that has no Hadamard matrix is refused: ``orthogonal`` has every size. ``note`` is told what stays as
+    it is, and why.
+    """
+
+    r1: bool = True
+    r2: bool = True
+    r3: bool = False
+    r4: bool = False
+    kind: RotationKind = "random_hadamard"
+    block_size: int | None = None
+    seed: int = 0
+    note: Callable[[str], None] | None = None
+    name: ClassVar[str] = "rotate"
+    requires = (with_weights,)
+
+    def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
+        changes: dict[str, list[_Change]] = {}
+        residual = residual_streams(gm) if self.r1 or self.r4 else []
+        norms: list[Op] = []
+        if self.r1:
+            norms = self._rotate_residual(gm, residual, changes)
+        if self.r2:
+            self._rotate_values(gm, changes)
+        online = self._rotate_keys(gm) if self.r3 else 0
+        online += self._rotate_inputs(gm, residual, changes) if self.r4 else 0
+        for fqn, steps in changes.items():
+            edit.set_param(gm, fqn, partial(_in_float64, steps=tuple(steps)), by=self.name)
+        for norm in norms:
+            self._take_square_mean(gm, norm)
+        edit.drop_unused(gm)
+        return len(changes) + len(norms) + online
+
+    def _say(self, what: str, reasons: Iterable[str]) -> None:
+        for reason in reasons:
+            if self.note is not None:
+                self.note(f"{self.name}: {what}: {reason}")
+
+    def _rotate_residual(
+        self, gm: fx.GraphModule, streams: Sequence[Stream], changes: dict[str, list[_Change]]
+    ) -> list[Op]:
+        """The layer norms that now read centred values."""
+        norms: list[Op] = []
+        if not streams:
+            self._say("r1", ["no linear reads a sum of computed values"])
+        for number, stream in enumerate(streams):
+            size = self.block_size or stream.size
+            q = rotation(size, self.kind, self.seed + number) if stream.size % size == 0 else None
+            reasons = [*stream.blocks, *_ends(gm, stream), *_read_off_centre(stream)]
+            if stream.size % size:
+                reasons.append(f"its {stream.size} channels are no multiple of {size}")
+            elif q is None:
+                reasons.append(_no_matrix(size))
+            self._say("r1", reasons)
+            if q is None or reasons:
+                continue
+            for axis in stream.axes:
+                steps = changes.setdefault(axis.fqn, [])
+                if axis.writes and stream.norms:
+                    steps.append(partial(centre_axis, axis=axis.axis))
+                steps.append(partial(rotate_axis, axis=axis.axis, q=q, part=axis.part))
+            norms += stream.norms
+        return norms
+
+    def _rotate_values(self, gm: fx.GraphModule, changes: dict[str, list[_Change]]) -> None:
+        streams = value_streams(gm)
+        if not streams:
+            self._say("r2", ["no attention is found"])
+        for number, stream in enumerate(streams, start=1):
+            q = rotation(stream.size, self.kind, self.seed + (number << 16))
+            reasons = [*stream.blocks, *_ends(gm, stream, is_cached=True)]
+            reasons += [f"{place(norm)}: a layer norm reads the values" for norm in stream.norms]
+            if not stream.writers or not stream.readers:
+                reasons.append(f"{place(stream.members[-1])}: no linear makes or reads the values")
+            if q is None:
+                reasons.append(_no_matrix(stream.size))
+            self._say("r2", reasons)
+            if q is not None and not reasons:
+                for axis in stream.axes:
+                    change = partial(rotate_axis, axis=axis.axis, q=q, part=axis.part)
+                    changes.setdefault(axis.fqn, []).append(change)
+
+    def _rotate_keys(self, gm: fx.GraphModule) -> int:
+        """q and k are multiplied by one matrix where they are made, in front of the cache and of repeated heads."""
+        attentions = [op for op in ops_of(gm) if op.node.target == ATTENTION]
+        if not attentions:
+            self._say("r3", ["no scaled_dot_product_attention is found"])
+        made: dict[Op, tuple[Op, set[Op]]] = {}
+        return len(made)
+
+    def _rotate_inputs(
+        self, gm: fx.GraphModule, streams: Sequence[Stream], changes: dict[str, list[_Change]]
+    ) -> int:
+        return 0
+
+    def _take_square_mean(self, gm: fx.GraphModule, norm: Op) -> None:
+        """The RMS norm in the place of a layer norm of centred values, in float32 at least."""
+        x, eps, dtype = view(norm.argument("input")), norm.argument("eps"), norm.val.dtype
+        put = partial(edit.insert, gm, norm, by=self.name, like=norm)
+        wide = put(aten.to.dtype, x, torch.float32) if dtype in _HALVES else x
+        mean = put(aten.mean.dim, put(aten.pow.Tensor_Scalar, wide, 2), [-1], True)
+        made = put(aten.mul.Tensor, wide, put(aten.rsqrt.default, put(aten.add.Tensor, mean, eps)))
+        edit.bypass(gm, norm, put(aten.to.dtype, made, dtype) if dtype in _HALVES else made)
+
+
+def _no_matrix(size: int) -> str:
+    return f"graphq knows no Hadamard matrix of size {size}; kind orthogonal, or another block_size, has one"
+
+
+def _ends(gm: fx.GraphModule, stream: Stream, is_cached: bool = False) -> list[str]:
+    """What the graph is given or gives in the stream's basis; caches may be, if they come back in it."""
+    names = dict(zip((view(n) for n in gm.graph.find_nodes(op="placeholder")), source_of(gm).inputs, strict=True))
+    results = gm.graph.output_node().args[0]
+    returned = {
+        name for node, name in zip(cast(Any, results), source_of(gm).outputs, strict=True) if view(node) in stream.outputs
+    }
+    given = {names[op].name for op in stream.inputs}
+    if is_cached and all(names[op].is_cache for op in stream.inputs):
+        given, returned = (
+            {name for name in given if name.replace("past_key_values", "present") not in returned},
+            {name for name in returned if name.replace("present", "past_key_values") not in given},
+        )
+    return [f"{name}: the model's input is in it" for name in sorted(given)] + [
+        f"{name}: the model returns it" for name in sorted(returned)
+    ]
+
+
+def _read_off_centre(stream: Stream) -> list[str]:
+    """What reads a stream of layer norms by something else, and would miss the mean that centring takes off."""
+    if not stream.norms:
+        return []
+    found = [f"{axis.fqn}: only a part of it writes" for axis in stream.axes if axis.writes and axis.part is not None]
+    normed, members = set[Op](), set(stream.members)
+    for op in stream.members:
+        sources = [view(node) for node in op.node.all_input_nodes if view(node) in members]
+        if op.node.target == LAYER_NORM or (sources and all(source in normed for source in sources)):
+            normed.add(op)
+            continue
+        others = [user for user in op.users if user not in members and user.node.target not in SHAPE_ONLY]
+        found += [f"{place(user)}: it reads the stream without a layer norm" for user in others]
+    return found
+
+
+def _in_float64(w: Tensor, steps: Sequence[_Change]) -> Tensor:
+    made = w.double()
+    for step in steps:
+        made = step(made)
+    return made.to(w.dtype)

@@ -1,0 +1,32 @@
+"""Embeddings whose weight is another layer's, too, as two tensors: one can then change without the other."""
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+from torch import fx
+
+from graphq import edit
+from graphq.layers import weight_param
+from graphq.pipeline import Batches, Pass
+from graphq.streams import tied_to
+from graphq.views import Embedding, ops_of
+
+
+@final
+@dataclass(frozen=True)
+class Untie(Pass):
+    """An embedding's weight has its own numbers, equal to those that it shared with other names before.
+
+    A head that was tied to an embedding can then take up the gain of the norm it reads, and be rotated.
+    """
+
+    name: ClassVar[str] = "untie"
+
+    def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
+        count = 0
+        for op in ops_of(gm):
+            param = weight_param(op) if isinstance(op, Embedding) else None
+            if param is not None and tied_to(gm, param.fqn) is not None:
+                edit.set_param(gm, param.fqn, lambda t: t.clone(), by=self.name)
+                count += 1
+        return count
