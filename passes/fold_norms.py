@@ -18,7 +18,8 @@ from graphq.layers import layer_path, weight_param
 from graphq.passes.quantize_weights import with_weights
 from graphq.pipeline import Batches, Pass
 from graphq.state import tensor_of
-from graphq.streams import LAYER_NORM, NORMS, SHAPE_ONLY, constant, gain_of, is_normalized, moved, place, shared, width
+from graphq.streams import shared
+from graphq.vectors import LAYER_NORM, NORMS, SHAPE_ONLY, constant, gain_of, is_normalized, moved, place, width
 from graphq.views import Cast, GroupedLinear, Linear, Op, Param, TransposedLinear, Weighted, ops_of, view
 
 aten = torch.ops.aten
@@ -185,13 +186,11 @@ def _bias(reader: Weighted) -> Any:
             return None
 
 
-def scale_axis(
-    w: Float[Tensor, "*shape"], axis: int, gain: Float[Tensor, " n"]
-) -> Float[Tensor, "*shape"]:
+def scale_axis(w: Float[Tensor, "*shape"], axis: int, gain: Float[Tensor, " n"]) -> Float[Tensor, "*shape"]:
     """``w`` times ``gain`` along ``axis``."""
     return (w.double().movedim(axis, -1) * gain.double()).movedim(-1, axis).contiguous().to(w.dtype)
 
 
 def bias_through(w: Float[Tensor, "a b"], axis: int, bias: Float[Tensor, " n"]) -> Float[Tensor, " m"]:
     """What a layer of weight ``w`` makes of ``bias``, a vector along its input axis; in float64."""
-    return torch.tensordot(w.double(), bias.double(), ([axis], [0]))
+    return w.double().movedim(axis, -1) @ bias.double()

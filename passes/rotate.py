@@ -12,34 +12,22 @@ stream is centred, and the layer norms become RMS norms (SliceGPT, arXiv:2401.15
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Final, cast, final
+from typing import ClassVar, Final, final
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphq import edit
-from graphq.layers import weight_param
-from graphq.numerics.hadamard import RotationKind, centre_axis, hadamard, rotate_axis, rotation
+from graphq.numerics.hadamard import RotationKind, centre_axis, rotate_axis, rotation
 from graphq.passes.quantize_weights import with_weights
+from graphq.passes.rotate_online import Change, no_matrix, not_caches, rotate_inputs, rotate_keys
 from graphq.pipeline import Batches, Pass
-from graphq.source import source_of
-from graphq.streams import (
-    ATTENTION,
-    LAYER_NORM,
-    PRODUCTS,
-    SHAPE_ONLY,
-    Stream,
-    moved,
-    place,
-    residual_streams,
-    shared,
-    value_streams,
-    width,
-)
-from graphq.views import Embedding, Input, Op, Weighted, ops_of, view
+from graphq.streams import Stream, residual_streams, value_streams
+from graphq.vectors import LAYER_NORM, SHAPE_ONLY, place
+from graphq.views import Op, view
 
 aten = torch.ops.aten
-_Change = Callable[[Tensor], Tensor]
 _HALVES: Final = (torch.float16, torch.bfloat16)
 
 
@@ -67,15 +55,17 @@ class Rotate(Pass):
     requires = (with_weights,)
 
     def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
-        changes: dict[str, list[_Change]] = {}
+        changes: dict[str, list[Change]] = {}
         residual = residual_streams(gm) if self.r1 or self.r4 else []
         norms: list[Op] = []
         if self.r1:
             norms = self._rotate_residual(gm, residual, changes)
         if self.r2:
             self._rotate_values(gm, changes)
-        online = self._rotate_keys(gm) if self.r3 else 0
-        online += self._rotate_inputs(gm, residual, changes) if self.r4 else 0
+        online = rotate_keys(gm, self.name, partial(self._say, "r3")) if self.r3 else 0
+        if self.r4:
+            say = partial(self._say, "r4")
+            online += rotate_inputs(gm, residual, self.block_size, changes, self.name, say)
         for fqn, steps in changes.items():
             edit.set_param(gm, fqn, partial(_in_float64, steps=tuple(steps)), by=self.name)
         for norm in norms:
@@ -89,7 +79,7 @@ class Rotate(Pass):
                 self.note(f"{self.name}: {what}: {reason}")
 
     def _rotate_residual(
-        self, gm: fx.GraphModule, streams: Sequence[Stream], changes: dict[str, list[_Change]]
+        self, gm: fx.GraphModule, streams: Sequence[Stream], changes: dict[str, list[Change]]
     ) -> list[Op]:
         """The layer norms that now read centred values."""
         norms: list[Op] = []
@@ -98,11 +88,15 @@ class Rotate(Pass):
         for number, stream in enumerate(streams):
             size = self.block_size or stream.size
             q = rotation(size, self.kind, self.seed + number) if stream.size % size == 0 else None
-            reasons = [*stream.blocks, *_ends(gm, stream), *_read_off_centre(stream)]
+            reasons = [
+                *stream.blocks,
+                *not_caches(gm, stream.inputs, stream.outputs, is_cached=False),
+                *_read_off_centre(stream),
+            ]
             if stream.size % size:
                 reasons.append(f"its {stream.size} channels are no multiple of {size}")
             elif q is None:
-                reasons.append(_no_matrix(size))
+                reasons.append(no_matrix(size))
             self._say("r1", reasons)
             if q is None or reasons:
                 continue
@@ -114,36 +108,23 @@ class Rotate(Pass):
             norms += stream.norms
         return norms
 
-    def _rotate_values(self, gm: fx.GraphModule, changes: dict[str, list[_Change]]) -> None:
+    def _rotate_values(self, gm: fx.GraphModule, changes: dict[str, list[Change]]) -> None:
         streams = value_streams(gm)
         if not streams:
             self._say("r2", ["no attention is found"])
         for number, stream in enumerate(streams, start=1):
             q = rotation(stream.size, self.kind, self.seed + (number << 16))
-            reasons = [*stream.blocks, *_ends(gm, stream, is_cached=True)]
+            reasons = [*stream.blocks, *not_caches(gm, stream.inputs, stream.outputs)]
             reasons += [f"{place(norm)}: a layer norm reads the values" for norm in stream.norms]
             if not stream.writers or not stream.readers:
                 reasons.append(f"{place(stream.members[-1])}: no linear makes or reads the values")
             if q is None:
-                reasons.append(_no_matrix(stream.size))
+                reasons.append(no_matrix(stream.size))
             self._say("r2", reasons)
             if q is not None and not reasons:
                 for axis in stream.axes:
                     change = partial(rotate_axis, axis=axis.axis, q=q, part=axis.part)
                     changes.setdefault(axis.fqn, []).append(change)
-
-    def _rotate_keys(self, gm: fx.GraphModule) -> int:
-        """q and k are multiplied by one matrix where they are made, in front of the cache and of repeated heads."""
-        attentions = [op for op in ops_of(gm) if op.node.target == ATTENTION]
-        if not attentions:
-            self._say("r3", ["no scaled_dot_product_attention is found"])
-        made: dict[Op, tuple[Op, set[Op]]] = {}
-        return len(made)
-
-    def _rotate_inputs(
-        self, gm: fx.GraphModule, streams: Sequence[Stream], changes: dict[str, list[_Change]]
-    ) -> int:
-        return 0
 
     def _take_square_mean(self, gm: fx.GraphModule, norm: Op) -> None:
         """The RMS norm in the place of a layer norm of centred values, in float32 at least."""
@@ -152,29 +133,10 @@ class Rotate(Pass):
         wide = put(aten.to.dtype, x, torch.float32) if dtype in _HALVES else x
         mean = put(aten.mean.dim, put(aten.pow.Tensor_Scalar, wide, 2), [-1], True)
         made = put(aten.mul.Tensor, wide, put(aten.rsqrt.default, put(aten.add.Tensor, mean, eps)))
-        edit.bypass(gm, norm, put(aten.to.dtype, made, dtype) if dtype in _HALVES else made)
-
-
-def _no_matrix(size: int) -> str:
-    return f"graphq knows no Hadamard matrix of size {size}; kind orthogonal, or another block_size, has one"
-
-
-def _ends(gm: fx.GraphModule, stream: Stream, is_cached: bool = False) -> list[str]:
-    """What the graph is given or gives in the stream's basis; caches may be, if they come back in it."""
-    names = dict(zip((view(n) for n in gm.graph.find_nodes(op="placeholder")), source_of(gm).inputs, strict=True))
-    results = gm.graph.output_node().args[0]
-    returned = {
-        name for node, name in zip(cast(Any, results), source_of(gm).outputs, strict=True) if view(node) in stream.outputs
-    }
-    given = {names[op].name for op in stream.inputs}
-    if is_cached and all(names[op].is_cache for op in stream.inputs):
-        given, returned = (
-            {name for name in given if name.replace("past_key_values", "present") not in returned},
-            {name for name in returned if name.replace("present", "past_key_values") not in given},
-        )
-    return [f"{name}: the model's input is in it" for name in sorted(given)] + [
-        f"{name}: the model returns it" for name in sorted(returned)
-    ]
+        made = put(aten.to.dtype, made, dtype) if dtype in _HALVES else made
+        if not all(statically_known_true(a == b) for a, b in zip(made.val.stride(), norm.val.stride(), strict=True)):
+            made = put(aten.contiguous.default, made)  # as a layer norm's output is, for the views behind it
+        edit.bypass(gm, norm, made)
 
 
 def _read_off_centre(stream: Stream) -> list[str]:
@@ -193,7 +155,7 @@ def _read_off_centre(stream: Stream) -> list[str]:
     return found
 
 
-def _in_float64(w: Tensor, steps: Sequence[_Change]) -> Tensor:
+def _in_float64(w: Tensor, steps: Sequence[Change]) -> Tensor:
     made = w.double()
     for step in steps:
         made = step(made)

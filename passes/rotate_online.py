@@ -1,0 +1,197 @@
+"""Rotations at run time: R3 of queries and keys, R4 of what ends an MLP. ``graphq.passes.rotate`` asks for them.
+
+SpinQuant (arXiv:2405.16406, section 3.1, figure 1); QuaRot (arXiv:2404.00456, section 4). They are a plain matmul with
+a constant Hadamard matrix, in blocks where it is smaller than what it rotates.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor, fx
+
+from graphq import edit
+from graphq.layers import weight_param
+from graphq.numerics.hadamard import hadamard, rotate_axis
+from graphq.source import source_of
+from graphq.state import tensor_of
+from graphq.streams import Stream, shared
+from graphq.vectors import ATTENTION, PRODUCTS, SHAPE_ONLY, carried, moved, place, width
+from graphq.views import Input, Op, Param, Weighted, ops_of, view
+
+aten = torch.ops.aten
+Change = Callable[[Tensor], Tensor]
+Say = Callable[[Iterable[str]], None]
+
+
+def rotate_keys(gm: fx.GraphModule, by: str, say: Say) -> int:
+    """Queries and keys are multiplied by one matrix, where they are made: before the cache and repeated heads.
+
+    The number of products put in. ``say`` is told of each attention that is left alone, and why.
+    """
+    attentions = [op for op in ops_of(gm) if op.node.target == ATTENTION]
+    if not attentions:
+        say(["no scaled_dot_product_attention is found"])
+    count = 0
+    for op in attentions:
+        size = width(view(op.argument("query"))) or 0
+        ways = [_way_to(view(op.argument(name)), size) for name in ("query", "key")]
+        matrix = hadamard(size)
+        reasons = [reason for moves, made in ways for reason in _strangers(gm, op, moves, made)]
+        reasons += [no_matrix(size)] if matrix is None else []
+        say(f"{place(op)}: {reason}" for reason in reasons)
+        if matrix is None or reasons:
+            continue
+        for moves, made in ways:
+            for source in made:
+                if not isinstance(source, Input):
+                    readers = [user for user in source.users if user in moves or user == op]
+                    product = multiplied(gm, source, matrix, edit.following(source), by)
+                    for reader in readers:
+                        edit.redirect(reader, source, product, by)
+                    count += 1
+            for move in moves:
+                _reshape(gm, move, by)
+        _reshape_behind(gm, op, by)
+    return count
+
+
+def _reshape(gm: fx.GraphModule, op: Op, by: str) -> None:
+    """A view is a reshape: a product may leave the rows that it is of in memory in another order."""
+    if op.node.target in (aten.view.default, aten._unsafe_view.default):
+        edit.replace(gm, op, aten.reshape.default, view(op.node.all_input_nodes[0]), op.argument("size"), by=by)
+
+
+def _reshape_behind(gm: fx.GraphModule, op: Op, by: str) -> None:
+    """The views of what ``op`` gives, wherever it is moved to, are reshapes."""
+    for user in op.users:
+        if moved(user, 1) == op:
+            _reshape_behind(gm, user, by)
+            _reshape(gm, user, by)
+
+
+def _way_to(x: Op, size: int) -> tuple[dict[Op, None], dict[Op, None]]:
+    """The moves and concatenations of vectors of ``size`` that give ``x``, and the ops that make these vectors."""
+    moves, made = dict[Op, None](), dict[Op, None]()
+    pending = [x]
+    while pending:
+        op = pending.pop()
+        sources = carried(op, size) if op.node.target == aten.cat.default else [moved(op, size)]
+        if sources and all(source is not None and width(source) == size for source in sources):
+            moves[op] = None
+            pending += cast(list[Op], sources)
+        else:
+            made[op] = None
+    return moves, made
+
+
+def _strangers(gm: fx.GraphModule, attention: Op, moves: Iterable[Op], made: Iterable[Op]) -> list[str]:
+    """What else reads rotated vectors, and what gives some that are not: anything but a cache, which comes back."""
+    found: list[str] = []
+    returned = set[Op]()
+    for op in moves:
+        for user in op.users:
+            if user.node.op == "output":
+                returned.add(op)
+            elif user not in moves and user != attention and user.node.target not in SHAPE_ONLY:
+                found.append(f"{place(user)}: {user.node.target} reads it, too")
+    found += [f"{place(op)}: a parameter is in it" for op in made if isinstance(op, Param)]
+    value = view(attention.argument("value"))
+    if value in moves or value in made:
+        found.append("its values are its queries or keys")
+    return found + not_caches(gm, [op for op in made if isinstance(op, Input)], returned)
+
+
+def rotate_inputs(
+    gm: fx.GraphModule,
+    streams: Sequence[Stream],
+    block_size: int | None,
+    changes: dict[str, list[Change]],
+    by: str,
+    say: Say,
+) -> int:
+    """Linears that write to a residual stream what an activation gave read it rotated; the number of products put in.
+
+    What their weights become is added to ``changes``.
+    """
+    order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    products: dict[Op, Op] = {}
+    for stream in streams:
+        for op in sorted(stream.writers, key=lambda op: order[op.node]):
+            x, param = op.input_op, weight_param(op)
+            if not _is_activation(x) or x in stream.members:
+                continue
+            channels = width(x) or 0
+            size = block_size or channels
+            matrix = hadamard(size)
+            if param is None:
+                say([f"{place(op)}: its weight is computed"])
+            elif (why := shared(gm, param.fqn, {op.node})) is not None:
+                say([why])
+            elif channels % size:
+                say([f"{place(op)}: its {channels} inputs are no multiple of {size}"])
+            elif matrix is None:
+                say([f"{place(op)}: {no_matrix(size)}"])
+            else:
+                if x not in products:
+                    products[x] = multiplied(gm, x, matrix, op, by)
+                edit.redirect(op, x, products[x], by)
+                change = partial(rotate_axis, axis=op.in_axis, q=matrix / math.sqrt(size))
+                changes.setdefault(param.fqn, []).append(change)
+    return len(products)
+
+
+def _is_activation(x: Op) -> bool:
+    """Whether neither a layer nor an attention nor the caller made ``x``: then some activation did."""
+    if not isinstance(x.val, Tensor) or not x.val.is_floating_point():
+        return False
+    while (source := moved(x, 1)) is not None:
+        x = source
+    return not isinstance(x, Weighted | Input | Param) and x.node.target not in (ATTENTION, *PRODUCTS)
+
+
+def multiplied(gm: fx.GraphModule, x: Op, matrix: Tensor, before: Op, by: str) -> Op:
+    """``x`` times the Hadamard matrix, made orthogonal, in blocks of its size."""
+    size, channels = matrix.shape[0], cast(int, width(x))
+    held = _held(gm, (matrix / math.sqrt(size)).to(x.val.dtype), by)
+    put = partial(edit.insert, gm, before, by=by, like=x)
+    if size == channels:
+        return put(aten.matmul.default, x, held)
+    blocks = put(aten.unflatten.int, x, -1, [channels // size, size])
+    return put(aten.flatten.using_ints, put(aten.matmul.default, blocks, held), -2, -1)
+
+
+def _held(gm: fx.GraphModule, matrix: Tensor, by: str) -> Op:
+    """The node that reads this matrix, the same for all who need it."""
+    name = f"hadamard_{matrix.shape[0]}"
+    while edit.has_tensor(gm, name):
+        own = tensor_of(gm, name)
+        nodes = gm.graph.find_nodes(op="get_attr", target=name)
+        if nodes and own.dtype == matrix.dtype and torch.equal(own, matrix):
+            return view(nodes[0])
+        name += "_"
+    first = next(op for op in ops_of(gm) if not isinstance(op, Input | Param))
+    return edit.add_tensor(gm, first, name, matrix, by=by)
+
+
+def no_matrix(size: int) -> str:
+    """The reason for a size that has no matrix here."""
+    return f"graphq knows no Hadamard matrix of size {size}"
+
+
+def not_caches(gm: fx.GraphModule, inputs: Iterable[Op], outputs: Iterable[Op], is_cached: bool = True) -> list[str]:
+    """What of these the graph is given, or gives, that is no cache: a cache comes back in the basis it was given in."""
+    source = source_of(gm)
+    places = dict(zip(gm.graph.find_nodes(op="placeholder"), source.inputs, strict=True))
+    results = cast(Sequence[fx.Node], gm.graph.output_node().args[0])
+    given = {places[op.node].name for op in inputs}
+    nodes = {op.node for op in outputs}
+    returned = {name for node, name in zip(results, source.outputs, strict=True) if node in nodes}
+    caches = {declared.name for declared in source.inputs if declared.is_cache and is_cached}
+    pairs = {name: name.replace("past_key_values.", "present.") for name in given & caches}
+    pairs = {name: back for name, back in pairs.items() if back in returned}
+    return [f"{name}: the caller gives it" for name in sorted(given - set(pairs))] + [
+        f"{name}: the caller gets it" for name in sorted(returned - set(pairs.values()))
+    ]
