@@ -100,13 +100,14 @@ def _norm(gm: fx.GraphModule, op: Op) -> _Norm | None:
         names = ("weight", "bias") if op.node.target == LAYER_NORM else ("weight",)
         given = {name: view(op.argument(name)) for name in names if op.argument(name) is not None}
         held = {name: constant(gm, factor) for name, factor in given.items()}
-        wanted = {name: _neutral(factor, 1 if name == "weight" else 0) for name, factor in given.items()}
+        wanted = {name: _neutral(factor, 1.0 if name == "weight" else 0.0) for name, factor in given.items()}
         neutral = {param.fqn: value for found in wanted.values() if found is not None for param, value in [found]}
-        why = "its gain or bias is computed" if None in [*held.values(), *wanted.values()] else None
+        is_known = all(found is not None for found in (*held.values(), *wanted.values()))
+        why = None if is_known else "its gain or bias is computed"
         return _Norm(place(op), held.get("weight"), held.get("bias"), neutral, (op,), why)
     match gain_of(gm, op):
         case (x, factor, held) if is_normalized(x):
-            found = _neutral(factor, 1)
+            found = _neutral(factor, 1.0)
             neutral = {} if found is None else {found[0].fqn: found[1]}
             why = "its gain is computed" if found is None else None
             return _Norm(place(op), held.flatten(), None, neutral, (op, factor), why)

@@ -1,0 +1,48 @@
+"""An embedding shares its numbers with no other layer."""
+
+import torch
+from torch import fx, nn
+
+from graphq.passes.untie import Untie
+from graphq.pipeline import Pipeline
+from graphq.state import put_tensor, tensor_of
+from graphq.streams import tied_to
+from tests.graphs import run
+from tests.models import Tied, Twice, capture
+
+TOKENS = torch.tensor([[1, 2, 3], [4, 5, 6]])
+
+
+def tied() -> fx.GraphModule:
+    gm = capture(Tied(), TOKENS)  # whose copy has two tensors
+    shared = tensor_of(gm, "head.weight").detach()
+    put_tensor(gm, "embedding.weight", nn.Parameter(shared, requires_grad=False))
+    return gm
+
+
+def test_untie() -> None:
+    gm = tied()
+    before = run(gm, TOKENS)
+    assert (tied_to(gm, "embedding.weight"), tied_to(gm, "head.weight")) == ("head.weight", "embedding.weight")
+    assert Pipeline([Untie()], strict=True).run(gm) == {"untie": 1}
+    assert tied_to(gm, "embedding.weight") is tied_to(gm, "head.weight") is None
+    assert torch.equal(run(gm, TOKENS), before)
+    assert Pipeline([Untie()], strict=True).run(gm) == {"untie": 0}
+
+
+def test_a_head_that_was_never_tied() -> None:
+    gm = capture(Tied(), TOKENS)
+    assert Untie().run(gm) == 0
+
+
+def test_linears_stay_tied() -> None:
+    gm = capture(Twice(), torch.ones(2, 8))
+    assert Untie().run(gm) == 0
+
+
+def test_parts_of_one_storage_are_not_tied() -> None:
+    gm = tied()
+    whole = torch.randn(32, 8)
+    put_tensor(gm, "embedding.weight", nn.Parameter(whole[:16], requires_grad=False))
+    put_tensor(gm, "head.weight", nn.Parameter(whole[16:], requires_grad=False))
+    assert Untie().run(gm) == 0
