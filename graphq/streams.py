@@ -102,12 +102,12 @@ def trace(gm: fx.GraphModule, seed: Op, size: int) -> Stream:
         joins=tuple(op for op in members if op in walk.joins),
         inputs=tuple(walk.inputs),
         outputs=tuple(walk.outputs),
-        blocks=tuple(walk.blocks),
+        blocks=tuple(sorted(walk.blocks, key=lambda why: order[walk.blocks[why].node])),
     )
 
 
 def residual_streams(gm: fx.GraphModule) -> list[Stream]:
-    """The streams that linears read, and in which computed values are summed."""
+    """The streams that linears write to and read, and in which computed values are summed."""
     found: list[Stream] = []
     seen = set[Op]()
     for op in ops_of(gm):
@@ -116,7 +116,7 @@ def residual_streams(gm: fx.GraphModule) -> list[Stream]:
             if size is not None and size > 1:
                 stream = trace(gm, op.input_op, size)
                 seen.update(stream.members)
-                found += [stream] if stream.joins else []
+                found += [stream] if stream.joins and stream.writers else []
     return found
 
 
@@ -184,10 +184,10 @@ class _Walk:
         self.norms, self.joins = set[Op](), set[Op]()
         self.inputs: list[Input] = []
         self.outputs: list[Op] = []
-        self.blocks: dict[str, None] = {}
+        self.blocks: dict[str, Op] = {}
 
     def block(self, op: Op, why: str) -> None:
-        self.blocks[f"{place(op)}: {why}"] = None
+        self.blocks.setdefault(f"{place(op)}: {why}", op)
 
     def join(self, op: Op) -> None:
         if op not in self.members:
@@ -202,10 +202,10 @@ class _Walk:
                 self.read(op, user)
         for fqn, uses in self.uses.items():
             why = shared(self.gm, fqn, set(uses))
+            if why is None and len({frozenset(axes) for axes in uses.values()}) > 1:
+                why = f"{fqn}: it is read in several ways"
             if why is not None:
-                self.blocks[why] = None
-            elif len({frozenset(axes) for axes in uses.values()}) > 1:
-                self.blocks[f"{fqn}: it is read in several ways"] = None
+                self.blocks[why] = view(next(iter(uses)))
 
     def touch(self, user: Op, param: Op | None, axis: int, writes: bool, part: Part | None = None) -> None:
         """The parameter's axis carries the stream where ``user`` reads it."""

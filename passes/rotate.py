@@ -96,7 +96,7 @@ class Rotate(Pass):
             if stream.size % size:
                 reasons.append(f"its {stream.size} channels are no multiple of {size}")
             elif q is None:
-                reasons.append(no_matrix(size))
+                reasons.append(no_matrix(size) + "; kind orthogonal, or another block_size, has one")
             self._say("r1", reasons)
             if q is None or reasons:
                 continue
@@ -116,10 +116,10 @@ class Rotate(Pass):
             q = rotation(stream.size, self.kind, self.seed + (number << 16))
             reasons = [*stream.blocks, *not_caches(gm, stream.inputs, stream.outputs)]
             reasons += [f"{place(norm)}: a layer norm reads the values" for norm in stream.norms]
-            if not stream.writers or not stream.readers:
+            if not reasons and not (stream.writers and stream.readers):
                 reasons.append(f"{place(stream.members[-1])}: no linear makes or reads the values")
             if q is None:
-                reasons.append(no_matrix(stream.size))
+                reasons.append(no_matrix(stream.size) + "; kind orthogonal has one")
             self._say("r2", reasons)
             if q is not None and not reasons:
                 for axis in stream.axes:

@@ -25,38 +25,50 @@ class RMS(nn.Module):
 class Decoder(nn.Module):
     """Two heads that share one key and value; an MLP with a gate. ``twists``: what is done to a value, by its name.
 
-    ``embedded``, ``normed``, ``value``, ``attended``, ``written``, ``hidden``, ``last`` are these names.
+    ``embedded``, ``normed``, ``query``, ``key``, ``value``, ``attended``, ``written``, ``hidden`` and ``last`` are these
+    names; those in ``returned`` are outputs, too.
     """
 
     def __init__(
-        self, norm: Callable[[int], nn.Module] = RMS, bias: bool = False, hidden: int = 12, **twists: Callable[..., Any]
+        self,
+        norm: Callable[[int], nn.Module] = RMS,
+        bias: bool = False,
+        width: int = 12,
+        returned: tuple[str, ...] = (),
+        **twists: Callable[..., Any],
     ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(16, 8)
         self.norm_1, self.norm_2, self.norm_3 = norm(8), norm(8), norm(8)
         self.q, self.k, self.v = nn.Linear(8, 8, bias=bias), nn.Linear(8, 4, bias=bias), nn.Linear(8, 4, bias=bias)
         self.o = nn.Linear(8, 8, bias=bias)
-        self.gate, self.up = nn.Linear(8, hidden, bias=bias), nn.Linear(8, hidden, bias=bias)
-        self.down = nn.Linear(hidden, 8, bias=bias)
+        self.gate, self.up = nn.Linear(8, width, bias=bias), nn.Linear(8, width, bias=bias)
+        self.down = nn.Linear(width, 8, bias=bias)
         self.head = nn.Linear(8, 16, bias=False)
-        self.twists = twists
+        self.extra, self.extra_2 = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)  # for twists
+        self.table = nn.Parameter(torch.empty(1, 8))
+        self.twists, self.returned = twists, returned
+        self.seen: dict[str, Tensor] = {}
 
     def twist(self, name: str, x: Tensor) -> Any:
-        return self.twists[name](self, x) if name in self.twists else x
+        self.seen[name] = self.twists[name](self, x) if name in self.twists else x
+        return self.seen[name]
 
     def attention(self, h: Tensor) -> Tensor:
         batch, length, _ = h.shape
-        q = self.q(h).view(batch, length, 2, 4).transpose(1, 2)
-        k = self.k(h).view(batch, length, 1, 4).transpose(1, 2)
+        q = self.twist("query", self.q(h).view(batch, length, 2, 4).transpose(1, 2))
+        k = self.twist("key", self.k(h).view(batch, length, 1, 4).transpose(1, 2))
         v = self.twist("value", self.v(h).view(batch, length, 1, 4).transpose(1, 2))
         k, v = (one.expand(batch, 2, length, 4) for one in (k, v))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.twist("attended", y).transpose(1, 2).reshape(batch, length, 8)
 
     def forward(self, tokens: Tensor) -> Any:
+        self.seen_tokens = tokens
         x = self.twist("embedded", self.embedding(tokens))
         x = x + self.twist("written", self.o(self.attention(self.norm_1(x))))
         h = self.twist("normed", self.norm_2(x))
         hidden = self.twist("hidden", F.silu(self.gate(h)) * self.up(h))
         x = self.twist("last", x + self.down(hidden))
-        return self.head(self.norm_3(x))
+        y = self.head(self.norm_3(x))
+        return (y, *(self.seen[name] for name in self.returned)) if self.returned else y

@@ -1,0 +1,259 @@
+"""Queries and keys, and what ends an MLP, are rotated at run time, and the function is the same."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from expecttest import assert_expected_inline
+from torch import nn
+
+from graphq.state import tensor_of
+from graphq.text import dump
+from tests.decoder import TOKENS
+from tests.graphs import assert_vals, run
+from tests.lifted import lifted, run_lifted
+from tests.models import random_inputs
+from tests.passes.test_fold_norms import perturbed
+from tests.passes.test_rotate import assert_same, decoder, logits, rotate
+
+R3: dict[str, Any] = {"r1": False, "r2": False, "r3": True}
+R4: dict[str, Any] = {"r1": False, "r2": False, "r4": True}
+
+
+def test_golden() -> None:
+    gm = decoder(folded=False)
+    before = logits(gm)
+    assert_expected_inline(
+        dump(gm),
+        """\
+%tokens: i64[batch, sequence] = input
+%1: int = aten.sym_size.int(%tokens, 0)
+%2: int = aten.sym_size.int(%tokens, 1)
+%3: f64[batch, sequence, 8] = aten.embedding(@embedding.weight, %tokens)
+%4: f64[batch, sequence, 8] = aten.pow.Tensor_Scalar(%3, 2)
+%5: f64[batch, sequence, 1] = aten.mean.dim(%4, [-1], True)
+%6: f64[batch, sequence, 1] = aten.add.Tensor(%5, 1e-06)
+%7: f64[batch, sequence, 1] = aten.rsqrt(%6)
+%8: f64[batch, sequence, 8] = aten.mul.Tensor(%3, %7)
+%9: f64[batch, sequence, 8] = aten.mul.Tensor(@norm_1.weight, %8)
+%10: f64[batch, sequence, 8] = aten.linear(%9, @q.weight)
+%11: f64[batch, sequence, 2, 4] = aten.view(%10, [%1, %2, 2, 4])
+%12: f64[batch, 2, sequence, 4] = aten.transpose.int(%11, 1, 2)
+%13: f64[batch, sequence, 4] = aten.linear(%9, @k.weight)
+%14: f64[batch, sequence, 1, 4] = aten.view(%13, [%1, %2, 1, 4])
+%15: f64[batch, 1, sequence, 4] = aten.transpose.int(%14, 1, 2)
+%16: f64[batch, sequence, 4] = aten.linear(%9, @v.weight)
+%17: f64[batch, sequence, 1, 4] = aten.view(%16, [%1, %2, 1, 4])
+%18: f64[batch, 1, sequence, 4] = aten.transpose.int(%17, 1, 2)
+%19: f64[batch, 2, sequence, 4] = aten.expand(%15, [%1, 2, %2, 4])
+%20: f64[batch, 2, sequence, 4] = aten.expand(%18, [%1, 2, %2, 4])
+%21: f64[batch, 2, sequence, 4] = aten.scaled_dot_product_attention(%12, %19, %20, None, 0.0, True)
+%22: f64[batch, sequence, 2, 4] = aten.transpose.int(%21, 1, 2)
+%23: f64[batch, sequence, 8] = aten.reshape(%22, [%1, %2, 8])
+%24: f64[batch, sequence, 8] = aten.linear(%23, @o.weight)
+%25: f64[batch, sequence, 8] = aten.add.Tensor(%3, %24)
+%26: f64[batch, sequence, 8] = aten.pow.Tensor_Scalar(%25, 2)
+%27: f64[batch, sequence, 1] = aten.mean.dim(%26, [-1], True)
+%28: f64[batch, sequence, 1] = aten.add.Tensor(%27, 1e-06)
+%29: f64[batch, sequence, 1] = aten.rsqrt(%28)
+%30: f64[batch, sequence, 8] = aten.mul.Tensor(%25, %29)
+%31: f64[batch, sequence, 8] = aten.mul.Tensor(@norm_2.weight, %30)
+%32: f64[batch, sequence, 12] = aten.linear(%31, @gate.weight)
+%33: f64[batch, sequence, 12] = aten.silu(%32)
+%34: f64[batch, sequence, 12] = aten.linear(%31, @up.weight)
+%35: f64[batch, sequence, 12] = aten.mul.Tensor(%33, %34)
+%36: f64[batch, sequence, 8] = aten.linear(%35, @down.weight)
+%37: f64[batch, sequence, 8] = aten.add.Tensor(%25, %36)
+%38: f64[batch, sequence, 8] = aten.pow.Tensor_Scalar(%37, 2)
+%39: f64[batch, sequence, 1] = aten.mean.dim(%38, [-1], True)
+%40: f64[batch, sequence, 1] = aten.add.Tensor(%39, 1e-06)
+%41: f64[batch, sequence, 1] = aten.rsqrt(%40)
+%42: f64[batch, sequence, 8] = aten.mul.Tensor(%37, %41)
+%43: f64[batch, sequence, 8] = aten.mul.Tensor(@norm_3.weight, %42)
+%44: f64[batch, sequence, 16] = aten.linear(%43, @head.weight)
+return [%44]
+""",
+    )
+    assert rotate(gm, r1=False, r2=False, r3=True, r4=True) == (4, [])  # three products, one weight
+    assert_expected_inline(
+        dump(gm),
+        """\
+%tokens: i64[batch, sequence] = input
+%1: int = aten.sym_size.int(%tokens, 0)
+%2: int = aten.sym_size.int(%tokens, 1)
+%3: f64[batch, sequence, 8] = aten.embedding(@embedding.weight, %tokens)
+%4: f64[batch, sequence, 8] = aten.pow.Tensor_Scalar(%3, 2)
+%5: f64[batch, sequence, 1] = aten.mean.dim(%4, [-1], True)
+%6: f64[batch, sequence, 1] = aten.add.Tensor(%5, 1e-06)
+%7: f64[batch, sequence, 1] = aten.rsqrt(%6)
+%8: f64[batch, sequence, 8] = aten.mul.Tensor(%3, %7)
+%9: f64[batch, sequence, 8] = aten.mul.Tensor(@norm_1.weight, %8)
+%10: f64[batch, sequence, 8] = aten.linear(%9, @q.weight)
+%11: f64[batch, sequence, 2, 4] = aten.view(%10, [%1, %2, 2, 4])
+%12: f64[batch, sequence, 2, 4] = aten.matmul(%11, @hadamard_4)
+%13: f64[batch, 2, sequence, 4] = aten.transpose.int(%12, 1, 2)
+%14: f64[batch, sequence, 4] = aten.linear(%9, @k.weight)
+%15: f64[batch, sequence, 4] = aten.matmul(%14, @hadamard_4)
+%16: f64[batch, sequence, 1, 4] = aten.reshape(%15, [%1, %2, 1, 4])
+%17: f64[batch, 1, sequence, 4] = aten.transpose.int(%16, 1, 2)
+%18: f64[batch, sequence, 4] = aten.linear(%9, @v.weight)
+%19: f64[batch, sequence, 1, 4] = aten.view(%18, [%1, %2, 1, 4])
+%20: f64[batch, 1, sequence, 4] = aten.transpose.int(%19, 1, 2)
+%21: f64[batch, 2, sequence, 4] = aten.expand(%17, [%1, 2, %2, 4])
+%22: f64[batch, 2, sequence, 4] = aten.expand(%20, [%1, 2, %2, 4])
+%23: f64[batch, 2, sequence, 4] = aten.scaled_dot_product_attention(%13, %21, %22, None, 0.0, True)
+%24: f64[batch, sequence, 2, 4] = aten.transpose.int(%23, 1, 2)
+%25: f64[batch, sequence, 8] = aten.reshape(%24, [%1, %2, 8])
+%26: f64[batch, sequence, 8] = aten.linear(%25, @o.weight)
+%27: f64[batch, sequence, 8] = aten.add.Tensor(%3, %26)
+%28: f64[batch, sequence, 8] = aten.pow.Tensor_Scalar(%27, 2)
+%29: f64[batch, sequence, 1] = aten.mean.dim(%28, [-1], True)
+%30: f64[batch, sequence, 1] = aten.add.Tensor(%29, 1e-06)
+%31: f64[batch, sequence, 1] = aten.rsqrt(%30)
+%32: f64[batch, sequence, 8] = aten.mul.Tensor(%27, %31)
+%33: f64[batch, sequence, 8] = aten.mul.Tensor(@norm_2.weight, %32)
+%34: f64[batch, sequence, 12] = aten.linear(%33, @gate.weight)
+%35: f64[batch, sequence, 12] = aten.silu(%34)
+%36: f64[batch, sequence, 12] = aten.linear(%33, @up.weight)
+%37: f64[batch, sequence, 12] = aten.mul.Tensor(%35, %36)
+%38: f64[batch, sequence, 12] = aten.matmul(%37, @hadamard_12)
+%39: f64[batch, sequence, 8] = aten.linear(%38, @down.weight)
+%40: f64[batch, sequence, 8] = aten.add.Tensor(%27, %39)
+%41: f64[batch, sequence, 8] = aten.pow.Tensor_Scalar(%40, 2)
+%42: f64[batch, sequence, 1] = aten.mean.dim(%41, [-1], True)
+%43: f64[batch, sequence, 1] = aten.add.Tensor(%42, 1e-06)
+%44: f64[batch, sequence, 1] = aten.rsqrt(%43)
+%45: f64[batch, sequence, 8] = aten.mul.Tensor(%40, %44)
+%46: f64[batch, sequence, 8] = aten.mul.Tensor(@norm_3.weight, %45)
+%47: f64[batch, sequence, 16] = aten.linear(%46, @head.weight)
+return [%47]
+""",
+    )
+    assert_same(logits(gm), before)
+    assert_vals(gm, TOKENS)
+
+
+def test_golden_in_blocks() -> None:
+    gm = decoder(folded=False)
+    before, old = logits(gm), tensor_of(gm, "down.weight").clone()
+    assert rotate(gm, **R4, block_size=4) == (2, [])
+    assert_expected_inline(
+        "".join(line + "\n" for line in dump(gm).splitlines() if "flatten" in line or "hadamard" in line),
+        """\
+%36: f64[batch, sequence, 3, 4] = aten.unflatten.int(%35, -1, [3, 4])
+%37: f64[batch, sequence, 3, 4] = aten.matmul(%36, @hadamard_4)
+%38: f64[batch, sequence, 12] = aten.flatten.using_ints(%37, -2, -1)
+""",
+    )
+    assert_same(logits(gm), before)
+    assert_vals(gm, TOKENS)
+    h = tensor_of(gm, "hadamard_4")
+    assert (h.abs() == 0.5).all()
+    assert not isinstance(h, nn.Parameter)
+    torch.testing.assert_close(tensor_of(gm, "down.weight"), old @ torch.block_diag(h, h, h), rtol=1e-13, atol=1e-13)
+
+
+def test_together_with_what_is_folded() -> None:
+    """One weight that R1, R2 and R4 all change is rounded once."""
+    exact, rounded = decoder(), decoder()
+    before = logits(exact)
+    assert rotate(exact, r3=True, r4=True) == (9 + 3, [])
+    assert_same(logits(exact), before)
+    assert_vals(exact, TOKENS)
+    assert rotate(exact, r3=True, r4=True) == (9 + 3, [])  # once more, with the same two matrices
+    assert_same(logits(exact), before)
+    assert [name for name in exact.state_dict() if "hadamard" in name] == ["hadamard_4", "hadamard_12"]
+    del rounded
+
+
+# Products put in for R3 and R4, and the weights that R4 changes.
+@pytest.mark.parametrize(
+    ("family", "r3", "r4"),
+    [
+        ("llama", 4, 4),
+        ("qwen3", 4, 4),
+        ("mixtral", 4, 4),
+        ("deepseek", 4, 6),  # a dense block; a shared expert besides the others
+        ("gemma3", 4, 4),
+        ("opt", 4, 4),
+        ("gpt2", 4, 4),
+        ("bert", 4, 4),
+        ("vit", 4, 4),
+    ],
+)
+def test_families(family: str, r3: int, r4: int) -> None:
+    before = lifted(perturbed(family))
+    inputs = random_inputs(before)
+    expected = run_lifted(before, inputs)
+    for options, count in ((R3, r3), (R4, r4)):
+        gm = copy.deepcopy(before)
+        assert rotate(gm, **options) == (count, [])
+        made = run_lifted(gm, inputs)
+        assert_same(made[0], expected[0])
+        for old, new in list(zip(expected, made, strict=True))[2::2]:  # values of caches
+            assert_same(new, old)
+
+
+def test_runs_as_captured() -> None:
+    """In float32, where the order of rows in memory is the model's own."""
+    for family in ("mixtral", "deepseek"):
+        gm = perturbed(family)
+        before = run(gm, *random_inputs(gm))
+        rotate(gm, r1=False, r2=False, r3=True, r4=True)
+        assert_vals(gm, *random_inputs(gm))
+        torch.testing.assert_close(run(gm, *random_inputs(gm)), before, rtol=1e-4, atol=1e-4)
+
+
+def test_keys_are_rotated_before_the_cache() -> None:
+    gm = lifted(perturbed("llama"))
+    inputs = random_inputs(gm)
+    before = run_lifted(gm, inputs)
+    rotate(gm, **R3)
+    after = run_lifted(gm, inputs)
+    h = tensor_of(gm, "hadamard_16")
+    assert_same(after[1], before[1] @ h)
+    assert (after[1] - before[1]).abs().max() > 0.1
+
+
+KEYS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "returned": ({"returned": ("key",)}, []),
+    "queries returned": ({"returned": ("query",)}, []),
+    "read elsewhere": ({"attended": lambda m, x: x + m.seen["key"].transpose(1, 2).sum()}, []),
+    "a parameter": ({"key": lambda m, x: m.table[:, None, None, :4].expand(x.shape)}, []),
+    "keys are values": ({"value": lambda m, x: m.seen["key"]}, []),
+}
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_near_misses_of_keys(name: str) -> None:
+    options, reasons = KEYS[name]
+    assert rotate(decoder(**options), **R3) == (0, [f"r3: {reason}" for reason in reasons])
+
+
+INPUTS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
+    "a width without a matrix": ({"width": 6}, {}, []),
+    "blocks that do not fit": ({}, {"block_size": 8}, []),
+    "blocks without a matrix": ({}, {"block_size": 6}, []),
+    "a weight that something else reads": ({"embedded": lambda m, x: x * m.down.weight.sum()}, {}, []),
+    "a computed weight": ({"last": lambda m, x: x + F.linear(F.silu(m.extra(x)), m.extra_2.weight * 2)}, {}, []),
+}
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_near_misses_of_inputs(name: str) -> None:
+    decoded, options, reasons = INPUTS[name]
+    count = 2 if name == "a computed weight" else 0  # for the other linear
+    assert rotate(decoder(**decoded), **R4, **options) == (count, [f"r4: {reason}" for reason in reasons])
+
+
+def test_no_activation_in_front() -> None:
+    """Neither what a linear gave, nor what an attention did, is rotated."""
+    gm = decoder(hidden=lambda m, x: m.seen["normed"][..., :1] * 0 + m.up(m.seen["normed"]))
+    assert rotate(gm, **R4)[1] == []
+
+
+def test_two_linears_read_one_product() -> None:
+    gm = decoder(hidden=lambda m, x: x[..., :8], width=12, last=lambda m, x: x)
+    assert rotate(gm, **R4)[1] == []
