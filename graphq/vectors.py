@@ -108,7 +108,7 @@ def carried(op: Op, size: int) -> list[Op] | None:
     elif target == ATTENTION:
         found = [view(op.argument("value"))]
     elif target in PRODUCTS:
-        found = [args[1]]
+        found = [args[1]] if args[1].val.dim() > 1 else None
     if found is None or not all(_holds(part, size) for part in [*found, op]):
         return None
     return found

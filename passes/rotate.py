@@ -70,7 +70,8 @@ class Rotate(Pass):
             edit.set_param(gm, fqn, partial(_in_float64, steps=tuple(steps)), by=self.name)
         for norm in norms:
             self._take_square_mean(gm, norm)
-        edit.drop_unused(gm)
+        if norms:
+            edit.drop_unused(gm)
         return len(changes) + len(norms) + online
 
     def _say(self, what: str, reasons: Iterable[str]) -> None:

@@ -97,7 +97,6 @@ def _strangers(gm: fx.GraphModule, attention: Op, moves: Iterable[Op], made: Ite
                 returned.add(op)
             elif user not in moves and user != attention and user.node.target not in SHAPE_ONLY:
                 found.append(f"{place(user)}: {user.node.target} reads it, too")
-    found += [f"{place(op)}: a parameter is in it" for op in made if isinstance(op, Param)]
     value = view(attention.argument("value"))
     if value in moves or value in made:
         found.append("its values are its queries or keys")

@@ -359,6 +359,7 @@ COMMUTING: dict[str, dict[str, Any]] = {
     "a layer that is used twice alike": {"last": lambda m, x: x + m.extra_2(F.silu(m.extra(x)) + F.silu(m.extra(-x)))},
     "cast": {"last": lambda m, x: x.to(torch.float32).to(torch.float64)},
     "a layer norm's output added to what it reads": layer_norm(last=lambda m, x: x + F.layer_norm(x, [8])),
+    "a linear that reads the stream and writes to it": {"last": lambda m, x: x + m.extra(x)},
     "a linear that reads the stream itself": {"last": lambda m, x: x + m.extra_2(F.silu(m.extra(x)))},
 }
 

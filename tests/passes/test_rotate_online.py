@@ -7,14 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
-from torch import nn
+from torch import Tensor, nn
 
 from graphq.state import tensor_of
 from graphq.text import dump
-from tests.decoder import TOKENS
-from tests.graphs import assert_vals, run
+from tests.decoder import TOKENS, Decoder
+from tests.graphs import assert_vals, run, targets
 from tests.lifted import lifted, run_lifted
-from tests.models import random_inputs
+from tests.models import capture, random_inputs
 from tests.passes.test_fold_norms import perturbed
 from tests.passes.test_rotate import assert_same, decoder, logits, rotate
 
@@ -157,15 +157,14 @@ def test_golden_in_blocks() -> None:
 
 def test_together_with_what_is_folded() -> None:
     """One weight that R1, R2 and R4 all change is rounded once."""
-    exact, rounded = decoder(), decoder()
+    exact = decoder()
     before = logits(exact)
     assert rotate(exact, r3=True, r4=True) == (9 + 3, [])
     assert_same(logits(exact), before)
     assert_vals(exact, TOKENS)
-    assert rotate(exact, r3=True, r4=True) == (9 + 3, [])  # once more, with the same two matrices
+    assert rotate(exact, r3=True, r4=True) == (9 + 2, [])  # with the same matrix; a product is no activation
     assert_same(logits(exact), before)
     assert [name for name in exact.state_dict() if "hadamard" in name] == ["hadamard_4", "hadamard_12"]
-    del rounded
 
 
 # Products put in for R3 and R4, and the weights that R4 changes.
@@ -218,11 +217,16 @@ def test_keys_are_rotated_before_the_cache() -> None:
 
 
 KEYS: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "returned": ({"returned": ("key",)}, []),
-    "queries returned": ({"returned": ("query",)}, []),
-    "read elsewhere": ({"attended": lambda m, x: x + m.seen["key"].transpose(1, 2).sum()}, []),
-    "a parameter": ({"key": lambda m, x: m.table[:, None, None, :4].expand(x.shape)}, []),
-    "keys are values": ({"value": lambda m, x: m.seen["key"]}, []),
+    "returned": ({"returned": ("key",)}, ["scaled_dot_product_attention: output_1: the caller gets it"]),
+    "queries returned": ({"returned": ("query",)}, ["scaled_dot_product_attention: output_1: the caller gets it"]),
+    "read elsewhere": (
+        {"attended": lambda m, x: x + m.seen["key"].transpose(1, 2).sum()},
+        ["scaled_dot_product_attention: transpose_3: aten.transpose.int reads it, too"],
+    ),
+    "keys are values": (
+        {"value": lambda m, x: m.seen["key"]},
+        ["scaled_dot_product_attention: expand_1: aten.expand.default reads it, too"],
+    ),
 }
 
 
@@ -233,11 +237,19 @@ def test_near_misses_of_keys(name: str) -> None:
 
 
 INPUTS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
-    "a width without a matrix": ({"width": 6}, {}, []),
-    "blocks that do not fit": ({}, {"block_size": 8}, []),
-    "blocks without a matrix": ({}, {"block_size": 6}, []),
-    "a weight that something else reads": ({"embedded": lambda m, x: x * m.down.weight.sum()}, {}, []),
-    "a computed weight": ({"last": lambda m, x: x + F.linear(F.silu(m.extra(x)), m.extra_2.weight * 2)}, {}, []),
+    "a width without a matrix": ({"width": 6}, {}, ["down: graphq knows no Hadamard matrix of size 6"]),
+    "blocks that do not fit": ({}, {"block_size": 8}, ["down: its 12 inputs are no multiple of 8"]),
+    "blocks without a matrix": ({}, {"block_size": 6}, ["down: graphq knows no Hadamard matrix of size 6"]),
+    "a weight that something else reads": (
+        {"embedded": lambda m, x: x * m.down.weight.sum()},
+        {},
+        ["down.weight: sum_1 reads it, too"],
+    ),
+    "a computed weight": (
+        {"last": lambda m, x: x + F.linear(F.silu(m.extra(x)), m.extra_2.weight * 2)},
+        {},
+        ["linear_8: its weight is computed"],
+    ),
 }
 
 
@@ -249,11 +261,31 @@ def test_near_misses_of_inputs(name: str) -> None:
 
 
 def test_no_activation_in_front() -> None:
-    """Neither what a linear gave, nor what an attention did, is rotated."""
-    gm = decoder(hidden=lambda m, x: m.seen["normed"][..., :1] * 0 + m.up(m.seen["normed"]))
-    assert rotate(gm, **R4)[1] == []
+    """What a linear gave, and what an attention gave to the other one, is not rotated."""
+    gm = decoder(hidden=lambda m, x: m.up(m.seen["normed"]))
+    assert rotate(gm, **R4) == (0, [])
 
 
 def test_two_linears_read_one_product() -> None:
-    gm = decoder(hidden=lambda m, x: x[..., :8], width=12, last=lambda m, x: x)
-    assert rotate(gm, **R4)[1] == []
+    def twice(m: Any, x: Tensor) -> Tensor:
+        hidden = F.silu(m.extra(x))
+        return x + m.extra_2(hidden) + F.linear(hidden, m.wide)
+
+    class Twice(Decoder):
+        def __init__(self) -> None:
+            super().__init__(last=twice)
+            self.wide = nn.Parameter(torch.empty(8, 8))
+
+    gm = capture(Twice().double(), TOKENS)
+    before = logits(gm)
+    assert rotate(gm, **R4) == (2 + 3, [])
+    assert_same(logits(gm), before)
+    assert targets(gm).count("aten.matmul") == 2
+
+
+def test_a_key_that_is_a_parameter() -> None:
+    gm = decoder(key=lambda m, x: m.table.view(1, 1, 2, 4)[:, :, :1].expand(x.shape))
+    before = logits(gm)
+    assert rotate(gm, **R3) == (2, [])
+    assert_same(logits(gm), before)
+    assert_vals(gm, TOKENS)

@@ -1,0 +1,146 @@
+"""Which inputs of an op its output's vectors are sums and multiples of."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from graphq.capture import capture_module
+from graphq.vectors import carried, cut_of, moved, place
+from graphq.views import Input, Op, view
+
+
+class Each(nn.Module):
+    """Every function of ``functions`` of x and y, both [2, 5, 8]."""
+
+    def __init__(self, functions: list[Callable[[Tensor, Tensor], Tensor]]) -> None:
+        super().__init__()
+        self.functions = functions
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        return tuple(function(x, y) for function in self.functions)
+
+
+def results(*functions: Callable[[Tensor, Tensor], Tensor]) -> list[Op]:
+    """What each function gives."""
+    x, y = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    gm = capture_module(Each(list(functions)), (x, y))
+    outputs = gm.graph.output_node().args[0]
+    assert isinstance(outputs, list | tuple)
+    return [view(node) for node in outputs if isinstance(node, fx.Node)]
+
+
+def names(op: Op, size: int = 8) -> str | None:
+    """The inputs that are carried, by name; computed ones as a dash."""
+    found = carried(op, size)
+    return None if found is None else "".join(str(o.node.name)[0] if isinstance(o, Input) else "-" for o in found)
+
+
+TABLE: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str | None]] = {
+    "add": (lambda x, y: x + y, "xy"),
+    "sub": (lambda x, y: x - y, "xy"),
+    "add a row scalar": (lambda x, y: x + y.sum(-1, keepdim=True), None),
+    "add a number": (lambda x, y: x + 2, None),
+    "mul": (lambda x, y: x * y, None),
+    "mul a row scalar": (lambda x, y: x * y.sum(-1, keepdim=True), "x"),
+    "a row scalar mul": (lambda x, y: y.sum(-1, keepdim=True) * x, "x"),
+    "mul a number": (lambda x, y: x * 2, "x"),
+    "div by a row scalar": (lambda x, y: x / y.sum(-1, keepdim=True), "x"),
+    "div a row scalar": (lambda x, y: y.sum(-1, keepdim=True) / x, None),
+    "neg": (lambda x, y: -x, "x"),
+    "relu": (lambda x, y: F.relu(x), None),
+    "cast": (lambda x, y: x.to(torch.float64), "x"),
+    "cast to integers": (lambda x, y: x.to(torch.int64), None),
+    "transpose": (lambda x, y: x.transpose(0, 1), "x"),
+    "transpose the last axis": (lambda x, y: x.transpose(-1, 1), None),
+    "transpose the last axis second": (lambda x, y: x.transpose(1, 2), None),
+    "permute": (lambda x, y: x.permute(1, 0, 2), "x"),
+    "permute the last axis": (lambda x, y: x.permute(2, 0, 1), None),
+    "unsqueeze": (lambda x, y: x.unsqueeze(-2), "x"),
+    "unsqueeze the last axis": (lambda x, y: x.unsqueeze(-1), None),
+    "select": (lambda x, y: x.select(1, 0), "x"),
+    "select of the last axis": (lambda x, y: x.select(-1, 0), None),
+    "slice": (lambda x, y: x[:, :1], "x"),
+    "slice of the last axis": (lambda x, y: x[..., :8:1][..., 0:4], None),
+    "index": (lambda x, y: x[:, torch.zeros(3, dtype=torch.int64)], "x"),
+    "index of the last axis": (lambda x, y: x[:, :, torch.zeros(8, dtype=torch.int64)], None),
+    "index_select": (lambda x, y: x.index_select(1, torch.zeros(3, dtype=torch.int64)), "x"),
+    "index_select of the last axis": (lambda x, y: x.index_select(2, torch.zeros(8, dtype=torch.int64)), None),
+    "sum": (lambda x, y: x.sum(1), "x"),
+    "sum of the last axis": (lambda x, y: x.expand(2, -1, 8).sum(-1).unsqueeze(-1).expand(-1, -1, 8), None),
+    "mean": (lambda x, y: x.mean(1), "x"),
+    "cat": (lambda x, y: torch.cat([x, y], 1), "xy"),
+    "cat of the last axis": (lambda x, y: torch.cat([x, y], -1), None),
+    "index_add": (lambda x, y: x.index_add(1, torch.arange(x.shape[1]), y), "xy"),
+    "index_put": (lambda x, y: x.index_put((torch.tensor([0]),), y[0]), "x-"),
+    "index_put of the last axis": (
+        lambda x, y: torch.ops.aten.index_put(x, [None, None, torch.tensor([0])], y[..., :1]),
+        None,
+    ),
+    "index_put of one number": (lambda x, y: x.index_put((torch.tensor([0]),), y[0, :1, :1]), None),
+    "matmul": (lambda x, y: x.transpose(1, 2) @ y, "y"),
+    "matmul by a vector": (lambda x, y: x @ y[0, 0], None),
+    "layer_norm": (lambda x, y: F.layer_norm(x, [8]), "x"),
+    "rms_norm": (lambda x, y: F.rms_norm(x, [8]), "x"),
+    "zeros": (lambda x, y: torch.zeros_like(x), ""),
+    "view": (lambda x, y: x.reshape(-1, 8), "x"),
+    "view into less": (lambda x, y: x.reshape(-1, 2, 4), None),
+    "softmax": (lambda x, y: x.softmax(-1), None),
+}
+
+
+def test_carried() -> None:
+    made = results(*(function for function, _ in TABLE.values()))
+    assert {name: names(op) for name, op in zip(TABLE, made, strict=True)} == {
+        name: expected for name, (_, expected) in TABLE.items()
+    }
+
+
+def test_smaller_vectors() -> None:
+    into, out, uneven = results(
+        lambda x, y: x.reshape(-1, 2, 4), lambda x, y: x.reshape(-1, 4, 2), lambda x, y: x.transpose(0, 1)
+    )
+    assert (names(into, 4), names(out, 4), names(uneven, 4), names(uneven, 3)) == ("x", None, "x", None)
+
+
+def test_moved() -> None:
+    kept = [lambda x, y: x.transpose(0, 1), lambda x, y: x[:, :1], lambda x, y: x.reshape(-1, 8)]
+    changed = [lambda x, y: -x, lambda x, y: x * 2, lambda x, y: x.sum(1), lambda x, y: x + y, lambda x, y: F.relu(x)]
+    assert [op and str(op.node.name) for op in (moved(made, 8) for made in results(*kept))] == ["x"] * 3
+    assert [moved(made, 8) for made in results(*changed)] == [None] * 5
+
+
+@pytest.mark.parametrize(
+    ("function", "offset", "length"),
+    [
+        (lambda x, y: x[..., 2:5], 2, 3),
+        (lambda x, y: x[..., -3:], 5, 3),
+        (lambda x, y: x.split([1, 4, 3], -1)[1], 1, 4),
+        (lambda x, y: x.split(3, -1)[2], 6, 2),
+        (lambda x, y: x.chunk(2, 2)[1], 4, 4),
+    ],
+)
+def test_cuts(function: Callable[[Tensor, Tensor], Tensor], offset: int, length: int) -> None:
+    (made,) = results(function)
+    cut = cut_of(made)
+    assert cut is not None
+    assert (cut[0].node.name, *cut[1:]) == ("x", offset, length)
+
+
+def test_other_ops_are_no_cuts() -> None:
+    made = results(
+        lambda x, y: x[..., ::2],
+        lambda x, y: x[:, :1],
+        lambda x, y: x.split([1, 7], -1)[0].topk(1)[0],
+        lambda x, y: x.sort(-1)[0],
+    )
+    assert [cut_of(op) for op in made] == [None] * 4
+
+
+def test_place() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    gm = capture_module(model, (torch.ones(2, 4),))
+    found = [place(view(node)) for node in gm.graph.nodes if node.op not in ("placeholder", "output")]
+    assert sorted(found) == ["0", "0.bias", "0.weight", "1"]
