@@ -23,6 +23,11 @@ class Each(nn.Module):
         return tuple(function(x, y) for function in self.functions)
 
 
+def square(x: Tensor) -> Tensor:
+    """[batch, sequence, 8, 8]: what takes the last axis for another one still gives vectors of 8."""
+    return x.unsqueeze(-2).expand(-1, -1, 8, -1)
+
+
 def results(*functions: Callable[[Tensor, Tensor], Tensor]) -> list[Op]:
     """What each function gives."""
     x, y = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
@@ -54,14 +59,14 @@ TABLE: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str | None]] = {
     "cast": (lambda x, y: x.to(torch.float64), "x"),
     "cast to integers": (lambda x, y: x.to(torch.int64), None),
     "transpose": (lambda x, y: x.transpose(0, 1), "x"),
-    "transpose the last axis": (lambda x, y: x.transpose(-1, 1), None),
-    "transpose the last axis second": (lambda x, y: x.transpose(1, 2), None),
+    "transpose the last axis": (lambda x, y: square(x).transpose(-1, 2), None),
+    "transpose the last axis second": (lambda x, y: square(x).transpose(2, 3), None),
     "permute": (lambda x, y: x.permute(1, 0, 2), "x"),
-    "permute the last axis": (lambda x, y: x.permute(2, 0, 1), None),
+    "permute the last axis": (lambda x, y: square(x).permute(0, 1, 3, 2), None),
     "unsqueeze": (lambda x, y: x.unsqueeze(-2), "x"),
     "unsqueeze the last axis": (lambda x, y: x.unsqueeze(-1), None),
     "select": (lambda x, y: x.select(1, 0), "x"),
-    "select of the last axis": (lambda x, y: x.select(-1, 0), None),
+    "select of the last axis": (lambda x, y: square(x).select(-1, 0), None),
     "slice": (lambda x, y: x[:, :1], "x"),
     "slice of the last axis": (lambda x, y: x[..., :8:1][..., 0:4], None),
     "index": (lambda x, y: x[:, torch.zeros(3, dtype=torch.int64)], "x"),
@@ -69,7 +74,8 @@ TABLE: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str | None]] = {
     "index_select": (lambda x, y: x.index_select(1, torch.zeros(3, dtype=torch.int64)), "x"),
     "index_select of the last axis": (lambda x, y: x.index_select(2, torch.zeros(8, dtype=torch.int64)), None),
     "sum": (lambda x, y: x.sum(1), "x"),
-    "sum of the last axis": (lambda x, y: x.expand(2, -1, 8).sum(-1).unsqueeze(-1).expand(-1, -1, 8), None),
+    "sum of the last axis": (lambda x, y: square(x).sum(-1), None),
+    "mean of the last axis": (lambda x, y: square(x).mean([1, -1]), None),
     "mean": (lambda x, y: x.mean(1), "x"),
     "cat": (lambda x, y: torch.cat([x, y], 1), "xy"),
     "cat of the last axis": (lambda x, y: torch.cat([x, y], -1), None),
