@@ -6,7 +6,7 @@ a constant Hadamard matrix, in blocks where it is smaller than what it rotates.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import cast
 
 import torch
@@ -34,11 +34,11 @@ def rotate_keys(gm: fx.GraphModule, by: str, say: Say) -> int:
     attentions = [op for op in ops_of(gm) if op.node.target == ATTENTION]
     if not attentions:
         say(["no scaled_dot_product_attention is found"])
-    count = 0
+    count, matrix_of = 0, cache(hadamard)
     for op in attentions:
         size = width(view(op.argument("query"))) or 0
         ways = [_way_to(view(op.argument(name)), size) for name in ("query", "key")]
-        matrix = hadamard(size)
+        matrix = matrix_of(size)
         reasons = [reason for moves, made in ways for reason in _strangers(gm, op, moves, made)]
         reasons += [no_matrix(size)] if matrix is None else []
         say(f"{place(op)}: {reason}" for reason in reasons)
@@ -117,6 +117,7 @@ def rotate_inputs(
     """
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
     products: dict[Op, Op] = {}
+    matrix_of = cache(hadamard)
     for stream in streams:
         for op in sorted(stream.writers, key=lambda op: order[op.node]):
             x, param = op.input_op, weight_param(op)
@@ -124,7 +125,7 @@ def rotate_inputs(
                 continue
             channels = width(x) or 0
             size = block_size or channels
-            matrix = hadamard(size)
+            matrix = matrix_of(size)
             if param is None:
                 say([f"{place(op)}: its weight is computed"])
             elif (why := shared(gm, param.fqn, {op.node})) is not None:

@@ -15,6 +15,7 @@ from graphq.passes.rotate import Rotate
 from graphq.passes.untie import Untie
 from graphq.pipeline import Pipeline
 from graphq.state import put_tensor, tensor_of
+from graphq.views import ops_of
 from tests.decoder import RMS, TOKENS, Decoder
 from tests.graphs import assert_vals, run, targets
 from tests.lifted import assert_same_function, lifted, run_lifted
@@ -190,6 +191,18 @@ def test_norms(options: dict[str, Any]) -> None:
     assert rotate(gm)[1] == []
     assert_same(logits(gm), before)
     assert_vals(gm, TOKENS)
+
+
+def test_layer_norms_of_halves_are_taken_in_float32() -> None:
+    gm = capture(Decoder(norm=nn.LayerNorm).bfloat16(), TOKENS)
+    FoldNorms().run(gm)
+    before = logits(gm)
+    assert rotate(gm) == (9 + 1 + 3, [])  # nine weights, v's new bias, three norms
+    assert [t for t in targets(gm) if t == "aten.rsqrt"] == ["aten.rsqrt"] * 3
+    assert {op.val.dtype for op in ops_of(gm) if op.node.target == torch.ops.aten.rsqrt.default} == {torch.float32}
+    assert_vals(gm, TOKENS)
+    assert logits(gm).dtype == torch.bfloat16
+    assert (logits(gm) - before).abs().max() < 0.1 * before.abs().max()
 
 
 def test_nothing_to_rotate() -> None:
