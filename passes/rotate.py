@@ -105,7 +105,7 @@ class Rotate(Pass):
                 steps = changes.setdefault(axis.fqn, [])
                 if axis.writes and stream.norms:
                     steps.append(partial(centre_axis, axis=axis.axis))
-                steps.append(partial(rotate_axis, axis=axis.axis, q=q, part=axis.part))
+                steps.append(partial(rotate_axis, axis=axis.axis, rotation=q, part=axis.part))
             norms += stream.norms
         return norms
 
@@ -124,7 +124,7 @@ class Rotate(Pass):
             self._say("r2", reasons)
             if q is not None and not reasons:
                 for axis in stream.axes:
-                    change = partial(rotate_axis, axis=axis.axis, q=q, part=axis.part)
+                    change = partial(rotate_axis, axis=axis.axis, rotation=q, part=axis.part)
                     changes.setdefault(axis.fqn, []).append(change)
 
     def _take_square_mean(self, gm: fx.GraphModule, norm: Op) -> None:

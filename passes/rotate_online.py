@@ -4,17 +4,16 @@ SpinQuant (arXiv:2405.16406, section 3.1, figure 1); QuaRot (arXiv:2404.00456, s
 a constant Hadamard matrix, in blocks where it is smaller than what it rotates.
 """
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
-from typing import cast
+from typing import Final, cast
 
 import torch
 from torch import Tensor, fx
 
 from graphq import edit
 from graphq.layers import weight_param
-from graphq.numerics.hadamard import hadamard, rotate_axis
+from graphq.numerics.hadamard import Rotation, rotate_axis, rotation
 from graphq.source import source_of
 from graphq.state import tensor_of
 from graphq.streams import Stream, shared
@@ -24,6 +23,7 @@ from graphq.views import Input, Op, Param, Weighted, ops_of, view
 aten = torch.ops.aten
 Change = Callable[[Tensor], Tensor]
 Say = Callable[[Iterable[str]], None]
+_LARGE: Final = 256  # from here on two small products are cheaper than one
 
 
 def rotate_keys(gm: fx.GraphModule, by: str, say: Say) -> int:
@@ -34,21 +34,21 @@ def rotate_keys(gm: fx.GraphModule, by: str, say: Say) -> int:
     attentions = [op for op in ops_of(gm) if op.node.target == ATTENTION]
     if not attentions:
         say(["no scaled_dot_product_attention is found"])
-    count, matrix_of = 0, cache(hadamard)
+    count, turn_of = 0, cache(partial(rotation, kind="hadamard", seed=0))
     for op in attentions:
         size = width(view(op.argument("query"))) or 0
         ways = [_way_to(view(op.argument(name)), size) for name in ("query", "key")]
-        matrix = matrix_of(size)
+        turn = turn_of(size)
         reasons = [reason for moves, made in ways for reason in _strangers(gm, op, moves, made)]
-        reasons += [no_matrix(size)] if matrix is None else []
+        reasons += [no_matrix(size)] if turn is None else []
         say(f"{place(op)}: {reason}" for reason in reasons)
-        if matrix is None or reasons:
+        if turn is None or reasons:
             continue
         for moves, made in ways:
             for source in made:
                 if not isinstance(source, Input):
                     readers = [user for user in source.users if user in moves or user == op]
-                    product = multiplied(gm, source, matrix, edit.following(source), by)
+                    product = multiplied(gm, source, turn, edit.following(source), by)
                     for reader in readers:
                         edit.redirect(reader, source, product, by)
                     count += 1
@@ -117,7 +117,7 @@ def rotate_inputs(
     """
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
     products: dict[Op, Op] = {}
-    matrix_of = cache(hadamard)
+    turn_of = cache(partial(rotation, kind="hadamard", seed=0))
     for stream in streams:
         for op in sorted(stream.writers, key=lambda op: order[op.node]):
             x, param = op.input_op, weight_param(op)
@@ -125,20 +125,20 @@ def rotate_inputs(
                 continue
             channels = width(x) or 0
             size = block_size or channels
-            matrix = matrix_of(size)
+            turn = turn_of(size)
             if param is None:
                 say([f"{place(op)}: its weight is computed"])
             elif (why := shared(gm, param.fqn, {op.node})) is not None:
                 say([why])
             elif channels % size:
                 say([f"{place(op)}: its {channels} inputs are no multiple of {size}"])
-            elif matrix is None:
+            elif turn is None:
                 say([f"{place(op)}: {no_matrix(size)}"])
             else:
                 if x not in products:
-                    products[x] = multiplied(gm, x, matrix, op, by)
+                    products[x] = multiplied(gm, x, turn, op, by)
                 edit.redirect(op, x, products[x], by)
-                change = partial(rotate_axis, axis=op.in_axis, q=matrix / math.sqrt(size))
+                change = partial(rotate_axis, axis=op.in_axis, rotation=turn)
                 changes.setdefault(param.fqn, []).append(change)
     return len(products)
 
@@ -152,11 +152,16 @@ def _is_activation(x: Op) -> bool:
     return not isinstance(x, Weighted | Input | Param) and x.node.target not in (ATTENTION, *PRODUCTS)
 
 
-def multiplied(gm: fx.GraphModule, x: Op, matrix: Tensor, before: Op, by: str) -> Op:
-    """``x`` times the Hadamard matrix, made orthogonal, in blocks of its size."""
-    size, channels = matrix.shape[0], cast(int, width(x))
-    held = _held(gm, (matrix / math.sqrt(size)).to(x.val.dtype), by)
+def multiplied(gm: fx.GraphModule, x: Op, turn: Rotation, before: Op, by: str) -> Op:
+    """``x`` times the Hadamard matrix, made orthogonal, in blocks of its size; times its factors where it is large."""
+    size, channels, dtype = turn.size, cast(int, width(x)), x.val.dtype
     put = partial(edit.insert, gm, before, by=by, like=x)
+    if size > _LARGE:
+        left, right = (_held(gm, part.to(dtype), by) for part in (turn.left.T.contiguous(), turn.right))
+        blocks = put(aten.unflatten.int, x, -1, [channels // size, turn.left.shape[0], turn.right.shape[0]])
+        product = put(aten.matmul.default, left, put(aten.matmul.default, blocks, right))
+        return put(aten.flatten.using_ints, product, -3, -1)
+    held = _held(gm, turn.matrix().to(dtype), by)
     if size == channels:
         return put(aten.matmul.default, x, held)
     blocks = put(aten.unflatten.int, x, -1, [channels // size, size])

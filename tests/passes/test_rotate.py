@@ -451,8 +451,9 @@ def test_values(options: dict[str, Any]) -> None:
     old = {name: tensor.clone() for name, tensor in gm.state_dict().items()}
     assert rotate(gm, r1=False, seed=5) == (3 if "bias" in options else 2, [])
     assert_same(logits(gm), before)
-    q = rotation(4, "random_hadamard", 5 + (1 << 16))
-    assert q is not None
+    made = rotation(4, "random_hadamard", 5 + (1 << 16))
+    assert made is not None
+    q = made.matrix()
     torch.testing.assert_close(tensor_of(gm, "v.weight"), q.T @ old["v.weight"], rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(
         tensor_of(gm, "o.weight"), old["o.weight"] @ torch.block_diag(q, q), rtol=1e-13, atol=1e-13

@@ -150,9 +150,21 @@ def test_golden_in_blocks() -> None:
     assert_same(logits(gm), before)
     assert_vals(gm, TOKENS)
     h = tensor_of(gm, "hadamard_4")
-    assert (h.abs() == 0.5).all()
+    torch.testing.assert_close(h.abs(), torch.full_like(h, 0.5), rtol=1e-15, atol=0)
     assert not isinstance(h, nn.Parameter)
     torch.testing.assert_close(tensor_of(gm, "down.weight"), old @ torch.block_diag(h, h, h), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize(("width", "block_size"), [(320, None), (512, None), (1024, 512)])
+def test_a_large_matrix_is_two_small_ones(width: int, block_size: int | None) -> None:
+    gm = decoder(width=width)
+    before = logits(gm)
+    assert rotate(gm, **R4, block_size=block_size) == (2, [])
+    assert_same(logits(gm), before)
+    assert_vals(gm, TOKENS)
+    held = {name: t.shape[0] for name, t in gm.state_dict().items() if "hadamard" in name}
+    assert list(held.values()) == [16, 20 if width == 320 else 32]
+    assert targets(gm).count("aten.matmul") == 2
 
 
 def test_together_with_what_is_folded() -> None:
