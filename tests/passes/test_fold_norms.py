@@ -185,6 +185,19 @@ def of_itself(m: Any, h: Tensor, _: Tensor) -> Any:
     return F.linear(h, h)
 
 
+def merged(m: Any, h: Tensor, _: Tensor) -> Any:
+    return F.linear(h.unsqueeze(1).expand(-1, 2, 8).reshape(-1, 16), m.stack[0].repeat(1, 2))
+
+
+def name_taken(m: Any, h: Tensor, x: Tensor) -> Any:
+    return F.linear(h, m.a.weight) + x * m.a.bias
+
+
+def gain_of_two(m: Any, h: Tensor, x: Tensor) -> Any:
+    gain = 1 + m.a.bias
+    return m.b(x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True)) * gain) + x * gain
+
+
 def layer_norm() -> nn.Module:
     return nn.LayerNorm(8)
 
@@ -220,6 +233,9 @@ def test_norms(norm: Any, use: Any, count: int) -> None:
         (lambda: RMS(8), weight_read_twice, "a.weight: a reads it, too"),
         (lambda: RMS(8), same_layer_twice, "a.weight: it is read several times"),
         (lambda: RMS(8), of_itself, "linear: aten.linear.default reads it"),
+        (lambda: RMS(8), merged, "reshape: aten.reshape.default reads it"),
+        (layer_norm, name_taken, "a.bias: the model has a tensor of this name"),
+        (nn.Identity, gain_of_two, "its gain is computed"),
         (lambda: RMS(8), weight_computed, "linear: its weight is computed"),
         (layer_norm, bias_read_twice, "a.bias: add reads it, too"),
         (layer_norm, gain_read_twice, "norm.weight: add reads it, too"),
@@ -235,3 +251,8 @@ def test_near_misses(norm: Any, use: Any, reason: str) -> None:
     assert len(notes) == 1
     assert notes[0].partition(": kept: ")[2].endswith(reason), notes
     assert all(torch.equal(tensor, before[name]) for name, tensor in gm.state_dict().items())
+
+
+def test_a_gain_without_a_norm_is_none() -> None:
+    gm = capture(Near(lambda m, h, x: m.a(h * m.b.bias), nn.Identity()), X[:2].float())
+    assert fold(gm) == (0, [])

@@ -217,6 +217,19 @@ def test_nothing_to_rotate() -> None:
     )
 
 
+def test_a_sum_with_a_parameter_is_no_residual_add() -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.shift = nn.Linear(8, 8), nn.Linear(8, 8), nn.Parameter(torch.empty(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x) + self.shift)
+
+    reason = "r1: no linear reads a sum of computed values"
+    assert rotate(capture(Shifted(), torch.ones(2, 8)), r2=False) == (0, [reason])
+
+
 def test_unfolded_norms() -> None:
     gm = decoder(folded=False)
     assert rotate(gm, r2=False) == (

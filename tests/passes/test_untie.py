@@ -8,7 +8,7 @@ from graphq.pipeline import Pipeline
 from graphq.state import put_tensor, tensor_of
 from graphq.streams import tied_to
 from tests.graphs import run
-from tests.models import Tied, Twice, capture
+from tests.models import Blocks, Tied, capture
 
 TOKENS = torch.tensor([[1, 2, 3], [4, 5, 6]])
 
@@ -36,7 +36,9 @@ def test_a_head_that_was_never_tied() -> None:
 
 
 def test_linears_stay_tied() -> None:
-    gm = capture(Twice(), torch.ones(2, 8))
+    gm = capture(Blocks(), torch.ones(2, 8))
+    put_tensor(gm, "blocks.0.up.weight", nn.Parameter(tensor_of(gm, "blocks.1.up.weight"), requires_grad=False))
+    assert tied_to(gm, "blocks.0.up.weight") == "blocks.1.up.weight"
     assert Untie().run(gm) == 0
 
 
