@@ -11,12 +11,15 @@ from graphq.passes.calibrate import Calibrate
 from graphq.passes.correct_bias import CorrectBias
 from graphq.passes.equalize import Equalize
 from graphq.passes.fold_batch_norm import FoldBatchNorm
+from graphq.passes.fold_norms import FoldNorms
 from graphq.passes.gptq import GPTQ
 from graphq.passes.observe import Asking, Observe
 from graphq.passes.observe_means import ObserveMeans
 from graphq.passes.quantize_activations import QuantizeActivations
 from graphq.passes.quantize_weights import QuantizeWeights
+from graphq.passes.rotate import Rotate
 from graphq.passes.smooth_quant import SmoothQuant
+from graphq.passes.untie import Untie
 from graphq.pipeline import Pass
 from graphq.spec import Algorithm, Layer, Spec
 
@@ -53,6 +56,11 @@ _SHARE: Final = _number(0, 1, "a number from 0 to 1")
 OPTIONS: Final[Mapping[str, Mapping[str, Option]]] = {
     "rtn": {},
     "fold-batch-norm": {},
+    "rotate": {
+        **dict.fromkeys(("r1", "r2", "r3", "r4"), _FLAG),
+        "kind": _one_of("hadamard", "random_hadamard", "orthogonal"),
+        "block_size": Option("a whole number from 1, or null", lambda v: v is None or (type(v) is int and v >= 1)),
+    },
     "equalize": {"rounds": _whole(1)},
     "smooth-quant": {
         "alpha": Option("a number from 0 to 1, or search", lambda v: v == "search" or _SHARE.allows(v)),
@@ -74,7 +82,7 @@ OPTIONS: Final[Mapping[str, Mapping[str, Option]]] = {
     },
     "correct-bias": {},
 }
-WHOLE: Final = ("rtn", "fold-batch-norm", "correct-bias")  # of the whole model, not of single layers
+WHOLE: Final = ("rtn", "fold-batch-norm", "rotate", "correct-bias")  # of the whole model, not of single layers
 DATA: Final = ("smooth-quant", "awq", "gptq", "correct-bias")
 
 
@@ -122,9 +130,15 @@ class Told:
     note: Callable[[str], None] | None = None
 
 
-def preparations(spec: Spec) -> list[Pass]:
+def preparations(spec: Spec, told: Told, seed: int) -> list[Pass]:
     """The passes over the whole graph that come before any decision."""
-    return [FoldBatchNorm()] if any(a.name == "fold-batch-norm" for a in spec.algorithms) else []
+    passes: list[Pass] = []
+    for algorithm in spec.algorithms:
+        if algorithm.name == "fold-batch-norm":
+            passes.append(FoldBatchNorm())
+        elif algorithm.name == "rotate":
+            passes += [Untie(), FoldNorms(told.note), Rotate(seed=seed, note=told.note, **_options(algorithm))]
+    return passes
 
 
 def quantization(spec: Spec, layers: Mapping[str, Layer], told: Told, blocks: bool) -> list[Pass]:

@@ -50,11 +50,13 @@ def canonical_passes() -> list[Pass]:
     return [RemoveNoOps(), RaiseGroupedLinear(), SplitGateUp()]
 
 
-def passes_for(spec: Spec, layers: Mapping[str, Layer], told: Told = _SILENT, blocks: bool = False) -> list[Pass]:
+def passes_for(
+    spec: Spec, layers: Mapping[str, Layer], told: Told = _SILENT, blocks: bool = False, seed: int = 0
+) -> list[Pass]:
     """The whole pipeline for a spec and a model of these layers, in order. ``blocks``: block by block."""
     return [
         *canonical_passes(),
-        *preparations(spec),
+        *preparations(spec, told, seed),
         Annotate(spec),
         *quantization(spec, layers, told, blocks),
     ]
@@ -205,7 +207,7 @@ def compile(  # noqa: A001
         batches = _progress(complete_all(source, calibration), calibration) if calibration is not None else None
         found = {fqn: one.layer for fqn, one in resolved.items()}
         by_blocks = any(a.name in DATA for a in parsed.algorithms)
-        passes = passes_for(parsed, found, Told(sqnr.__setitem__, told.append), by_blocks)
+        passes = passes_for(parsed, found, Told(sqnr.__setitem__, told.append), by_blocks, seed)
         Pipeline(passes).run(gm, batches)
     _own_tensors(gm, theirs)
     report = make_report(resolved, [*source.notes, *notes, *told], source.dtype.itemsize * 8, sqnr)
