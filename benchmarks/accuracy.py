@@ -46,14 +46,14 @@ SCHEMES: Final = {  # (weight, input)
     "nvfp4": ("nvfp4", "nvfp4/dynamic"),
     "mxfp4": ("mxfp4", "mxfp4/dynamic"),
 }
-SMOOTH_QUANT: Final = {"smooth_quant": {"alpha": 0.5}}
+SMOOTH_QUANT: Final = {"smooth-quant": {"alpha": 0.5}}
 ALGORITHMS: Final[dict[str, list[str | dict[str, Any]]]] = {  # as a native spec lists them
     "rtn": [],
-    "smooth_quant": [SMOOTH_QUANT],
+    "smooth-quant": [SMOOTH_QUANT],
     "awq": ["awq"],
     "gptq": ["gptq"],
     "rotate": ["rotate"],
-    "smooth_quant+gptq": [SMOOTH_QUANT, "gptq"],
+    "smooth-quant+gptq": [SMOOTH_QUANT, "gptq"],
     "awq+gptq": ["awq", "gptq"],
     "rotate+gptq": ["rotate", "gptq"],
 }
@@ -115,7 +115,7 @@ def claims(found: Found) -> Iterator[tuple[str, float, Callable[[float, float], 
             claim = f"{model}, {scheme}: {better} below {worse}"
             yield claim, found[model, scheme, better], operator.lt, found[model, scheme, worse]
 
-    limits = {"rtn": (operator.gt, FAR, "above"), "smooth_quant": (operator.le, NEAR, "within")}
+    limits = {"rtn": (operator.gt, FAR, "above"), "smooth-quant": (operator.le, NEAR, "within")}
     for algorithm, (holds, share, word) in limits.items():
         if ("outliers", "w8a8-static", algorithm) in found:
             claim = f"outliers, w8a8-static: {algorithm} {word} {share:.0%} of float"
@@ -146,7 +146,7 @@ def table(folders: Mapping[str, Path], options: argparse.Namespace) -> dict[tupl
     print(line, flush=True)
     for scheme in options.schemes:
         for algorithm in options.algorithms:
-            if SCHEMES[scheme][1] is None and "smooth_quant" in algorithm:
+            if SCHEMES[scheme][1] is None and "smooth-quant" in algorithm:
                 continue  # it makes inputs easier at the cost of weights
             line = f"{scheme:<17}{algorithm:<19}"
             for model, folder in folders.items():

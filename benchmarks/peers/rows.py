@@ -80,13 +80,13 @@ ROWS: Final = (
     ),
     Row(
         "SmoothQuant W8A8",
-        _spec({"blocks": W8A8}, {"smooth_quant": {"alpha": 0.5}}),
+        _spec({"blocks": W8A8}, {"smooth-quant": {"alpha": 0.5}}),
         [("SmoothQuantModifier", {"smoothing_strength": 0.5}), _on_linears("QuantizationModifier", "W8A8")],
         1,
     ),
     Row(
         "SmoothQuant W8A8 static",
-        _spec({"blocks": "int8/half/channel int8/half/tensor"}, {"smooth_quant": {"alpha": 0.5}}),
+        _spec({"blocks": "int8/half/channel int8/half/tensor"}, {"smooth-quant": {"alpha": 0.5}}),
         [
             ("SmoothQuantModifier", {"smoothing_strength": 0.5}),
             ("QuantizationModifier", {"config_groups": {"all": W8A8_STATIC}, "ignore": ["lm_head"]}),

@@ -123,6 +123,49 @@ rules:
 algorithms:
   - rtn
 """,
+    "gptq_w4a16": """\
+graphq: 1
+rules:
+  - match: blocks
+    weight: int4/g128
+algorithms:
+  - gptq
+""",
+    "awq_gptq": """\
+graphq: 1
+rules:
+  - match: blocks
+    weight: int4/asym/g128
+  - match: mlp
+    weight: int8/channel
+algorithms:
+  - awq:
+      match: self_attn
+  - gptq:
+      match: mlp
+""",
+    "smooth_quant_w8a8": """\
+graphq: 1
+rules:
+  - match: blocks
+    weight: int8/channel
+    input: int8/tensor
+algorithms:
+  - smooth-quant:
+      alpha: 0.5
+  - gptq
+""",
+    "rotate_w4a4": """\
+graphq: 1
+rules:
+  - match: blocks
+    weight: int4/channel
+    input: int4/token/dynamic
+algorithms:
+  - rotate:
+      r4: true
+  - gptq
+""",
 }
 
 
