@@ -2,45 +2,36 @@
 
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, cast, final
+from typing import Any, Final, Literal, cast, final
 
 import torch
 from torch import Tensor, fx, nn
 
 from graphq import hugging_face
 from graphq.algorithms import DATA, Told, preparations, quantization
-from graphq.algorithms import problems as algorithm_problems
 from graphq.batches import complete_all
 from graphq.capture import capture_module, unwrapped
-from graphq.errors import GraphError, SpecError, TargetError
+from graphq.checks import check_calibration, check_options, check_tensors, refusals
+from graphq.errors import GraphError, SpecError
 from graphq.files import check_place
 from graphq.frontends import load_spec
 from graphq.frontends.native import print_spec
-from graphq.layers import sites
 from graphq.passes.annotate import Annotate, decide
 from graphq.passes.calibrate import Calibrate
-from graphq.passes.quantize_weights import QuantizeWeights, check_finite
+from graphq.passes.quantize_weights import QuantizeWeights
 from graphq.passes.raise_grouped_linear import RaiseGroupedLinear
 from graphq.passes.remove_no_ops import RemoveNoOps
 from graphq.passes.split_gate_up import SplitGateUp
 from graphq.pipeline import Pass, Pipeline
-from graphq.plan import Plan
-from graphq.quant import Ofmr
 from graphq.report import Report, make_report
 from graphq.runtime.model import CompiledModel
 from graphq.source import source_of
-from graphq.spec import Layer, Resolved, Spec
+from graphq.spec import Layer, Spec
 from graphq.state import put_tensor, tensor_of
-from graphq.views import Param, ops_of
 
-TARGETS: Final = ("torch", "onnx")
-QUANTIZABLE: Final = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-OPTIONS: Final[dict[str, dict[str, type]]] = {
-    "torch": {"overwrite": bool},
-    "onnx": {"overwrite": bool, "cache": bool, "opset": int, "bfloat16": bool},
-}
 _SILENT: Final = Told()
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
@@ -100,7 +91,7 @@ class Compiled:
         more), ``cache=False`` and ``bfloat16=True``, without which a bfloat16 model is refused. Raises ``TargetError``
         for a layer that the target cannot hold, for an option that it does not have, and for an existing ``path``.
         """
-        _check_options(target, options)
+        check_options(target, options)
         files = source_of(self.graph).files
         check_place(path, options.get("overwrite", False), [files] if files is not None else [])
         made_from = {
@@ -171,6 +162,7 @@ def compile(  # noqa: A001
     seed: int = 0,
     dialect: str | None = None,
     cache: bool = True,
+    matmul_precision: Literal["highest", "medium"] = "highest",
 ) -> Compiled:
     """Compile ``model`` as ``spec`` says.
 
@@ -179,6 +171,8 @@ def compile(  # noqa: A001
     spec: a ``Spec``, a dict or a YAML path, in any dialect; ``dialect`` names it where it cannot be recognised.
     calibration: batches (each a tensor, a tuple or a dict) for activations with static scales.
     algorithm: ``"rtn"`` rounds to nearest whatever algorithm the spec names.
+    matmul_precision: how float32 products are computed in calibration, as ``torch.set_float32_matmul_precision`` takes
+        it: ``medium`` rounds their factors to bfloat16, which is several times faster on processors with units for it.
     consume: take the caller's tensors instead of copying those that stay float; the model is unusable afterwards.
 
     The caller's model is never changed unless ``consume`` is true. Raises ``SpecError`` and ``GraphError``.
@@ -190,19 +184,21 @@ def compile(  # noqa: A001
         parsed = dataclasses.replace(parsed, algorithms=())
     if not isinstance(cast(object, seed), int) or not -(1 << 63) <= seed < 1 << 64:
         raise SpecError(f"seed: {seed} is not an integer from -2^63 to 2^64 - 1")
+    if matmul_precision not in ("highest", "medium"):
+        raise SpecError(f"matmul_precision: {matmul_precision!r} is neither highest nor medium")
     if problems := refusals(parsed):
         raise SpecError(problems)
     gm = capture(model, inputs, dtype, cache=cache)
     theirs = _storages(gm) if isinstance(model, nn.Module) and not consume else set[int]()
     resolved, notes = decide(gm, parsed)
-    _check_calibration(parsed, resolved, calibration)
-    _check_tensors(gm, resolved)
+    check_calibration(parsed, resolved, calibration)
+    check_tensors(gm, resolved)
     if consume and isinstance(model, nn.Module):
         _release(model)  # now that nothing is left to refuse before the work begins
     source = source_of(gm)
     sqnr: dict[str, float] = {}
     told: list[str] = []
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), _precision(matmul_precision):
         torch.manual_seed(seed)
         batches = _progress(complete_all(source, calibration), calibration) if calibration is not None else None
         found = {fqn: one.layer for fqn, one in resolved.items()}
@@ -212,67 +208,6 @@ def compile(  # noqa: A001
     _own_tensors(gm, theirs)
     report = make_report(resolved, [*source.notes, *notes, *told], source.dtype.itemsize * 8, sqnr)
     return Compiled(gm, parsed, report, seed)
-
-
-def _check_options(target: str, options: Mapping[str, object]) -> None:
-    if target not in OPTIONS:
-        raise TargetError(f"{target}: no such target; there are {', '.join(TARGETS)}")
-    known = OPTIONS[target]
-    for name, value in options.items():
-        if name not in known:
-            raise TargetError(f"{target}: no option {name}; there are {', '.join(known)}")
-        if type(value) is not known[name]:
-            wanted = "true or false" if known[name] is bool else "a whole number"
-            raise TargetError(f"{target}: {name}: {value!r} is not {wanted}")
-
-
-def refusals(spec: Spec) -> list[str]:
-    """A line for each thing that the spec asks for and ``compile`` cannot do."""
-    problems = algorithm_problems(spec)
-    if spec.cache is not None:
-        problems.append(f"cache: {spec.cache}: graphq cannot quantize the KV cache yet; leave it out of the spec")
-    return problems
-
-
-def _check_calibration(spec: Spec, resolved: Mapping[str, Resolved], calibration: Iterable[object] | None) -> None:
-    names = [a.name for a in spec.algorithms if a.name in DATA]
-    if names and calibration is None:
-        raise SpecError(f"calibration: none given, but the spec asks for {' and '.join(names)}")
-    asking = [
-        fqn for fqn, found in resolved.items() if isinstance(found.decision, Plan) and _is_calibrated(found.decision)
-    ]
-    if asking and calibration is None:
-        shown = ", ".join(asking[:3]) + (f" and {len(asking) - 3} more" if len(asking) > 3 else "")
-        raise SpecError(f"calibration: none given, but {shown} ask for static activation scales")
-
-
-def _is_calibrated(plan: Plan) -> bool:
-    """Whether a scale of the layer follows from calibration data."""
-    static_input = plan.input is not None and not plan.input.dynamic
-    return static_input or (plan.weight is not None and isinstance(plan.weight.method, Ofmr))
-
-
-def _check_tensors(gm: fx.GraphModule, resolved: Mapping[str, Resolved]) -> None:
-    """Raises ``GraphError`` for a parameter with NaN or Inf, and for a weight of a dtype that cannot be quantized.
-
-    Buffers may hold them: masks do.
-    """
-    planned = {
-        site.param.fqn: site
-        for site in sites(gm)
-        if any(isinstance(plan := resolved[fqn].decision, Plan) and plan.weight is not None for fqn in site.fqns)
-    }
-    for fqn in dict.fromkeys(op.fqn for op in ops_of(gm) if isinstance(op, Param)):
-        tensor = tensor_of(gm, fqn).detach()
-        if fqn in planned and tensor.dtype not in QUANTIZABLE:
-            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in QUANTIZABLE)
-            raise GraphError(f"{planned[fqn].fqns[0]}: the weight is {tensor.dtype}; graphq quantizes {names}")
-        if fqn in planned:
-            check_finite(tensor, planned[fqn])
-            continue
-        numbers = tensor.float() if tensor.itemsize == 1 else tensor  # torch has no isfinite of float8
-        if isinstance(tensor_of(gm, fqn), nn.Parameter) and not torch.isfinite(numbers).all():
-            raise GraphError(f"{fqn}: the tensor holds NaN or Inf")
 
 
 def _progress(batches: Iterator[tuple[Tensor, ...]], given: Iterable[object]) -> Iterator[tuple[Tensor, ...]]:
@@ -286,6 +221,17 @@ def _progress(batches: Iterator[tuple[Tensor, ...]], given: Iterable[object]) ->
 
     total = len(cast(Any, given)) if hasattr(given, "__len__") else None
     return iter(track(batches, "calibrating", total=total, console=Console(stderr=True), transient=True))
+
+
+@contextmanager
+def _precision(matmul_precision: str) -> Generator[None]:
+    """Float32 products are computed so while it lasts."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(matmul_precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _release(model: nn.Module) -> None:
@@ -360,7 +306,7 @@ def graph_after(
     source = source_of(gm)
     if needed:
         Pipeline(canonical_passes()).run(gm)
-        _check_calibration(parsed, decide(gm, parsed)[0], calibration)
+        check_calibration(parsed, decide(gm, parsed)[0], calibration)
     with torch.no_grad():
         Pipeline(passes).run(gm, complete_all(source, calibration) if calibration is not None else None)
     return gm

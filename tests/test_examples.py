@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from graphq.compiler import refusals
+from graphq.checks import refusals
 from graphq.frontends import load_spec, print_spec
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -1,0 +1,88 @@
+"""What ``graphq.compile`` refuses before the work begins."""
+
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+import torch
+from torch import fx, nn
+
+from graphq.algorithms import DATA
+from graphq.algorithms import problems as algorithm_problems
+from graphq.errors import GraphError, SpecError, TargetError
+from graphq.layers import sites
+from graphq.passes.quantize_weights import check_finite
+from graphq.plan import Plan
+from graphq.quant import Ofmr
+from graphq.spec import Resolved, Spec
+from graphq.state import tensor_of
+from graphq.views import Param, ops_of
+
+TARGETS: Final = ("torch", "onnx")
+QUANTIZABLE: Final = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+OPTIONS: Final[dict[str, dict[str, type]]] = {
+    "torch": {"overwrite": bool},
+    "onnx": {"overwrite": bool, "cache": bool, "opset": int, "bfloat16": bool},
+}
+
+
+def check_options(target: str, options: Mapping[str, object]) -> None:
+    """Raises ``TargetError`` for a target or an option that there is not."""
+    if target not in OPTIONS:
+        raise TargetError(f"{target}: no such target; there are {', '.join(TARGETS)}")
+    known = OPTIONS[target]
+    for name, value in options.items():
+        if name not in known:
+            raise TargetError(f"{target}: no option {name}; there are {', '.join(known)}")
+        if type(value) is not known[name]:
+            wanted = "true or false" if known[name] is bool else "a whole number"
+            raise TargetError(f"{target}: {name}: {value!r} is not {wanted}")
+
+
+def refusals(spec: Spec) -> list[str]:
+    """A line for each thing that the spec asks for and ``compile`` cannot do."""
+    problems = algorithm_problems(spec)
+    if spec.cache is not None:
+        problems.append(f"cache: {spec.cache}: graphq cannot quantize the KV cache yet; leave it out of the spec")
+    return problems
+
+
+def check_calibration(spec: Spec, resolved: Mapping[str, Resolved], calibration: Iterable[object] | None) -> None:
+    """Raises ``SpecError`` where the spec needs data and none is given."""
+    names = [a.name for a in spec.algorithms if a.name in DATA]
+    if names and calibration is None:
+        raise SpecError(f"calibration: none given, but the spec asks for {' and '.join(names)}")
+    asking = [
+        fqn for fqn, found in resolved.items() if isinstance(found.decision, Plan) and is_calibrated(found.decision)
+    ]
+    if asking and calibration is None:
+        shown = ", ".join(asking[:3]) + (f" and {len(asking) - 3} more" if len(asking) > 3 else "")
+        raise SpecError(f"calibration: none given, but {shown} ask for static activation scales")
+
+
+def is_calibrated(plan: Plan) -> bool:
+    """Whether a scale of the layer follows from calibration data."""
+    static_input = plan.input is not None and not plan.input.dynamic
+    return static_input or (plan.weight is not None and isinstance(plan.weight.method, Ofmr))
+
+
+def check_tensors(gm: fx.GraphModule, resolved: Mapping[str, Resolved]) -> None:
+    """Raises ``GraphError`` for a parameter with NaN or Inf, and for a weight of a dtype that cannot be quantized.
+
+    Buffers may hold them: masks do.
+    """
+    planned = {
+        site.param.fqn: site
+        for site in sites(gm)
+        if any(isinstance(plan := resolved[fqn].decision, Plan) and plan.weight is not None for fqn in site.fqns)
+    }
+    for fqn in dict.fromkeys(op.fqn for op in ops_of(gm) if isinstance(op, Param)):
+        tensor = tensor_of(gm, fqn).detach()
+        if fqn in planned and tensor.dtype not in QUANTIZABLE:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in QUANTIZABLE)
+            raise GraphError(f"{planned[fqn].fqns[0]}: the weight is {tensor.dtype}; graphq quantizes {names}")
+        if fqn in planned:
+            check_finite(tensor, planned[fqn])
+            continue
+        numbers = tensor.float() if tensor.itemsize == 1 else tensor  # torch has no isfinite of float8
+        if isinstance(tensor_of(gm, fqn), nn.Parameter) and not torch.isfinite(numbers).all():
+            raise GraphError(f"{fqn}: the tensor holds NaN or Inf")
