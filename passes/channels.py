@@ -18,7 +18,7 @@ from torch.fx.node import map_arg
 from graphq import edit
 from graphq.layers import weight_param
 from graphq.source import SHARED, source_of
-from graphq.state import tensor_of
+from graphq.state import is_tied
 from graphq.views import (
     Cast,
     Conv1d,
@@ -215,6 +215,8 @@ def _parts_of(gm: fx.GraphModule, op: Op) -> tuple[tuple[Part, ...], int] | Bloc
             return Blocked(f"{op.node.name} has no gain")
         if not all(isinstance(p, Param) and is_own(gm, p) for p in params):
             return Blocked(f"the gain of {op.node.name} has other readers")
+        if params[0].val.dim() != 1:
+            return Blocked(f"{op.node.name} has no gain by channel")
         count = int(params[0].val.numel())
         return tuple(Part(cast(Param, p).fqn, torch.arange(count)) for p in params), count
     gain = _gain_of(op)
@@ -278,17 +280,10 @@ def _runs_along_last(param: Param, op: Op) -> bool:
 
 def is_own(gm: fx.GraphModule, param: Param) -> bool:
     """Whether one node alone reads the parameter, under this name or another."""
-    if len(param.users) != 1:
+    reads = gm.graph.find_nodes(op="get_attr", target=param.fqn)
+    if sum(len(node.users) for node in reads) != 1 or param.fqn in gm.meta.get(SHARED, ()):
         return False
-    if param.fqn in gm.meta.get(SHARED, ()):
-        return False
-    storage = _storage(tensor_of(gm, param.fqn))
-    same = [n for n in gm.graph.nodes if n.op == "get_attr" and _storage(tensor_of(gm, str(n.target))) == storage]
-    return len(same) == 1
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
+    return not is_tied(gm, param.fqn)  # experts' gate and up are parts of one storage
 
 
 def move_factors(gm: fx.GraphModule, flow: Flow, factors: Tensor, by: str) -> int:
@@ -372,6 +367,8 @@ class _Walk:
         if target in _SHAPES:
             return self._run(op)
         if target in _EVEN:
+            if not op.val.is_floating_point():
+                return f"{target} makes it {op.val.dtype}"
             if target == aten.prelu.default and op.node.args[0] is not read[0]:
                 return f"{target} reads it"
             return here[read[0]]
@@ -390,8 +387,9 @@ class _Walk:
             return self._sum(op, read)
         if target == _SDPA:
             value = op.argument("value")
-            for node in {op.argument("query"), op.argument("key")} & set(read):
-                self._stop(node, "attention compares it")
+            for name in ("query", "key", "attn_mask"):
+                if op.argument(name) in read:
+                    self._stop(op.argument(name), "attention compares it")
             return self._contracted(op, value) if value in read else None
         if target in (aten.matmul.default, aten.bmm.default):
             if len(read) != 1 or op.node.args[1] is not read[0] or op.node.args[0] is read[0]:
@@ -402,7 +400,7 @@ class _Walk:
         if target in (aten.index.Tensor, aten.index_select.default):
             if op.node.args[0] is not read[0] or len(read) != 1:
                 return "it is an index"
-            line = _along(here[read[0]], -1)
+            line = None if _picks_last(op) else _along(here[read[0]], -1)
             return "rows are picked across its channels" if line is None else self._spread(line, op, -1)
         if target == aten.constant_pad_nd.default and float(op.argument("value")) == 0.0:
             pads = [self.sizes.number(p) for p in cast(Iterable[Any], op.argument("pad"))]
@@ -459,6 +457,8 @@ class _Walk:
         if labels.numel() == 0 or not torch.equal(first.expand_as(labels), labels):
             return "a product mixes its channels"
         shape = self.sizes.of(op.val)
+        if op.node.target == _SDPA and first.shape[-3] > 1:  # several query heads may share a head of values
+            first = first.repeat_interleave(shape[-3] // first.shape[-3], -3)
         return first.expand(shape)
 
     def _joined(self, op: Op, read: list[fx.Node]) -> Tensor | str:
@@ -495,7 +495,7 @@ class _Walk:
         if param is None or op.weight_op != param or not is_own(self.gm, param):
             return f"the weight of {op.node.name} has other readers"
         labels = self.labels[x]
-        axis = 1 if isinstance(op, _CONVOLUTIONS) else -1
+        axis = _channel_axis(op)
         line = _along(labels, axis)
         if line is None:
             return f"the channels of {op.node.name} are mixed"
@@ -529,8 +529,20 @@ def _relabel(labels: Tensor, keep: Tensor) -> Tensor:
     return torch.cat([keep, keep.new_full((1,), NONE)])[labels]
 
 
+def _picks_last(op: Op) -> bool:
+    """Whether an index runs along the last axis of what it picks from."""
+    rank = view(op.node.all_input_nodes[0]).val.dim()
+    if op.node.target == aten.index_select.default:
+        return int(op.argument("dim")) % rank == rank - 1
+    indices = cast(list[fx.Node | None], op.argument("indices"))
+    return len(indices) == rank and indices[-1] is not None
+
+
 def _channel_axis(op: Op) -> int:
-    return 1 if isinstance(op, _CONVOLUTIONS) else _NORMS.get(op.node.target, -1)
+    """The axis of channels; a convolution may be without batches."""
+    if isinstance(op, _CONVOLUTIONS):
+        return 1 - op.weight_op.val.dim()
+    return _NORMS.get(op.node.target, -1)
 
 
 @final

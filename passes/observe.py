@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
-from typing import ClassVar, Protocol, cast, final
+from typing import ClassVar, Protocol, cast, final, runtime_checkable
 
 from torch import Tensor, fx
 
@@ -87,6 +87,7 @@ class Wanted:
     rest: tuple[Op, ...] = ()
 
 
+@runtime_checkable  # tests check types as they run
 class Asking(Protocol):
     """A pass that needs statistics."""
 

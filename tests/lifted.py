@@ -12,9 +12,9 @@ from graphq.state import put_tensor, tensor_of
 def lifted(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy of ``gm`` whose parameters, buffers, constants and casts of floats are all float64."""
     made = copy.deepcopy(gm)
-    wide: dict[tuple[object, ...], Tensor] = {}  # tied tensors stay tied
+    wide: dict[tuple[object, ...], Tensor] = {}  # tied tensors stay tied, which they do not in a copy
     for name in list(made.state_dict(keep_vars=True)):
-        tensor = tensor_of(made, name)
+        tensor = tensor_of(gm, name)
         if tensor.is_floating_point():
             place = (tensor.data_ptr(), tensor.shape, tensor.stride())
             new = wide.setdefault(place, tensor.detach().double())
