@@ -54,9 +54,8 @@ _EVEN: Final = frozenset(
         *(aten.dropout.default, aten.prelu.default),
     }
 )
-_FIRST: Final = frozenset(
-    {aten.div.Tensor, aten.index.Tensor, aten.index_select.default, aten.mean.dim, aten.constant_pad_nd.default}
-)
+_PADS: Final = (aten.constant_pad_nd.default, aten.pad.default)
+_FIRST: Final = frozenset({aten.div.Tensor, aten.index.Tensor, aten.index_select.default, aten.mean.dim, *_PADS})
 _POOLS: Final = frozenset(
     {aten.max_pool2d.default, aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default, aten.max_pool1d.default}
 )
@@ -402,7 +401,7 @@ class _Walk:
                 return "it is an index"
             line = None if _picks_last(op) else _along(here[read[0]], -1)
             return "rows are picked across its channels" if line is None else self._spread(line, op, -1)
-        if target == aten.constant_pad_nd.default and float(op.argument("value")) == 0.0:
+        if target in _PADS and _pads_with_zeros(op):
             pads = [self.sizes.number(p) for p in cast(Iterable[Any], op.argument("pad"))]
             return torch.nn.functional.pad(here[read[0]], pads, value=NONE)
         name = str(target)
@@ -527,6 +526,12 @@ def _along(labels: Tensor, axis: int) -> Tensor | None:
 def _relabel(labels: Tensor, keep: Tensor) -> Tensor:
     """``labels`` with those that have no factor as -1."""
     return torch.cat([keep, keep.new_full((1,), NONE)])[labels]
+
+
+def _pads_with_zeros(op: Op) -> bool:
+    if op.node.target == aten.pad.default and op.argument("mode") != "constant":
+        return False
+    return not op.argument("value")  # None is 0
 
 
 def _picks_last(op: Op) -> bool:

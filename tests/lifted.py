@@ -23,11 +23,16 @@ def lifted(gm: fx.GraphModule) -> fx.GraphModule:
         node.args = tuple(_wide(a) for a in node.args)
         node.kwargs = {key: _wide(value) for key, value in node.kwargs.items()}
         val = node.meta.get("val")
-        if isinstance(val, Tensor) and val.is_floating_point():
-            with val.fake_mode:  # type: ignore[attr-defined]
-                node.meta["val"] = val.double()
+        node.meta["val"] = type(val)(map(_double, val)) if isinstance(val, list | tuple) else _double(val)
     made.recompile()
     return made
+
+
+def _double(val: Any) -> Any:
+    if not isinstance(val, Tensor) or not val.is_floating_point():
+        return val
+    with val.fake_mode:  # type: ignore[attr-defined]
+        return val.double()
 
 
 def _wide(value: Any) -> Any:
