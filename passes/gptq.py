@@ -17,6 +17,7 @@ from graphq.passes.quantize_weights import (
     PlannedWeight,
     QuantizedWeight,
     WeightPart,
+    planned_reads,
     planned_weights,
     quantize_weight,
     replace_weight,
@@ -24,7 +25,7 @@ from graphq.passes.quantize_weights import (
 )
 from graphq.passes.statistics import HessianObserver, as_problems, as_weight, hessians, seen_by, vectors_of
 from graphq.pipeline import Batches, Pass
-from graphq.views import Embedding, GroupedLinear, Weighted
+from graphq.views import Embedding, GroupedLinear, Param, Weighted
 
 
 @final
@@ -57,12 +58,12 @@ class GPTQ(Pass):
 
     def wanted(self, gm: fx.GraphModule) -> Iterator[Wanted]:
         """One Hessian for each activation that layers read alike."""
-        yield from hessians(gm, [op for layer in planned_weights(gm, self.only) for op in _uses(gm, layer)])
+        yield from hessians(gm, [op for reads in planned_reads(gm, self.only) for op in _uses(reads)])
 
     def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
         groups: dict[object, list[PlannedWeight]] = {}
         for layer in planned_weights(gm, self.only):
-            uses = _uses(gm, layer)
+            uses = _uses(layer.reads)
             if uses:
                 groups.setdefault(tuple(vectors_of(op) for op in uses), []).append(layer)
         count = 0
@@ -77,7 +78,7 @@ class GPTQ(Pass):
 
     def _hessian(self, gm: fx.GraphModule, layer: PlannedWeight) -> tuple[Tensor, Tensor]:
         """The mean of x xT over all uses of a layer, and how many vectors there were."""
-        seen = [seen_by(gm, op, HessianObserver, self.name) for op in _uses(gm, layer)]
+        seen = [seen_by(gm, op, HessianObserver, self.name) for op in _uses(layer.reads)]
         distinct = list({id(s): s for s in seen if isinstance(s, HessianObserver)}.values())
         sums, counts = sum(s.sums for s in distinct), sum(s.counts for s in distinct)
         assert isinstance(sums, Tensor)
@@ -184,9 +185,9 @@ class _Piece:
         return quantize_weight(whole.contiguous(), self.quant, self.part.block, self.scales)
 
 
-def _uses(gm: fx.GraphModule, layer: PlannedWeight) -> list[Weighted]:
+def _uses(reads: Sequence[Param]) -> list[Weighted]:
     """The ops that multiply by a layer's weight; none where one of them looks rows up."""
-    ops = [user for read in layer.reads for user in read.users]
+    ops = [user for read in reads for user in read.users]
     if any(isinstance(op, Embedding) or not isinstance(op, Weighted) for op in ops):
         return []
     return [op for op in ops if isinstance(op, Weighted)]

@@ -64,10 +64,11 @@ class QuantizeActivations(Pass):
                 read = edit.insert(gm, op, ops.select_rows, candidates, offsets, choice, by=self.name)
             edit.redirect(op, x, read, by=self.name)
             changes += 1
-        for op, _ in observers(gm):
+        left = observers(gm)
+        for op, _ in left:
             edit.bypass(gm, op, view(op.node.all_input_nodes[0]))
         edit.drop_unused(gm)
-        return changes
+        return changes or len(left)
 
     def _quantize(self, gm: fx.GraphModule, x: Op, quant: Quant, reader: Weighted) -> Op:
         """``x`` quantized and dequantized, right after ``x``, for ``reader`` and all that agree with it."""

@@ -101,22 +101,46 @@ def planned_weights(gm: fx.GraphModule, only: frozenset[str] | None = None) -> I
 
     A parameter that other parts of a model hold, too, is left to the whole.
     """
+    layers = _layers(gm)
+    reads = _reads(gm)
+    amax = _fused_extremes(gm, layers.values())
+    for fqn, site in layers.items():
+        if _is_planned(site, only):
+            w = tensor_of(gm, fqn).detach()
+            check_finite(w, site)
+            quants = weight_quants(site.op.node.meta.get(PLAN))
+            yield PlannedWeight(site, tuple(reads[fqn]), tuple(_parts(gm, site, quants, w, amax.get(fqn))))
+
+
+def planned_reads(gm: fx.GraphModule, only: frozenset[str] | None = None) -> Iterator[tuple[Param, ...]]:
+    """The nodes that read each weight of ``planned_weights``, whose scales need not be known yet."""
+    reads = _reads(gm)
+    for fqn, site in _layers(gm).items():
+        if _is_planned(site, only):
+            yield tuple(reads[fqn])
+
+
+def _layers(gm: fx.GraphModule) -> dict[str, Site]:
+    """The first use of each weight that this graph alone holds, by the weight's name."""
     layers: dict[str, Site] = {}
     for site in sites(gm):
         if site.param.fqn not in gm.meta.get(SHARED, ()):
             layers.setdefault(site.param.fqn, site)
+    return layers
+
+
+def _reads(gm: fx.GraphModule) -> dict[str, list[Param]]:
     reads: dict[str, list[Param]] = {}
     for op in ops_of(gm):
         if isinstance(op, Param):
             reads.setdefault(op.fqn, []).append(op)
-    amax = _fused_extremes(gm, layers.values())
-    for fqn, site in layers.items():
-        quants = weight_quants(site.op.node.meta.get(PLAN))
-        chosen = only is None or not only.isdisjoint(site.fqns)
-        if chosen and any(quant is not None for quant in quants):
-            w = tensor_of(gm, fqn).detach()
-            check_finite(w, site)
-            yield PlannedWeight(site, tuple(reads[fqn]), tuple(_parts(gm, site, quants, w, amax.get(fqn))))
+    return reads
+
+
+def _is_planned(site: Site, only: frozenset[str] | None) -> bool:
+    if only is not None and only.isdisjoint(site.fqns):
+        return False
+    return any(quant is not None for quant in weight_quants(site.op.node.meta.get(PLAN)))
 
 
 def _parts(
