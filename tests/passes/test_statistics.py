@@ -1,0 +1,172 @@
+"""Statistics of a layer's input: against all data at once, merged, and refused."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from graphq.errors import PassError, SpecError
+from graphq.passes.statistics import ChannelObserver, HessianObserver, as_problems, as_weight, channel_axis, samples_of
+from graphq.views import Weighted, ops_of
+from tests.models import MoE, capture
+
+
+def numbers(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rows(x: Tensor) -> list[tuple[int, Tensor]]:
+    return [(0, x.flatten(0, -2))]
+
+
+def channels() -> ChannelObserver:
+    return ChannelObserver(("a",), 4, -1)
+
+
+def second_moments() -> HessianObserver:
+    return HessianObserver(("a",), (1, 4), rows)
+
+
+@given(st.integers(0, 5), st.integers(0, 4), st.integers(0, 99))
+def test_two_halves_make_the_whole(first: int, second: int, seed: int) -> None:
+    batches = [numbers(seed + i, 1 + i, 4) for i in range(first + second)]
+    for make in (channels, second_moments):
+        whole, a, b = make(), make(), make()
+        for i, x in enumerate(batches):
+            whole(x)
+            (a if i < first else b)(x)
+        a.merge(b)
+        for (name, x), y in zip(whole.named_buffers(), a.buffers(), strict=True):
+            # sums in another order; the Hessian's are of float32, of 45 terms at most
+            torch.testing.assert_close(
+                y, x, rtol=1e-12 if x.dtype == torch.float64 else 1e-5, atol=1e-5 * (name == "sums")
+            )
+        assert whole.has_seen == bool(batches)
+
+
+def test_channels_by_hand() -> None:
+    seen = ChannelObserver(("a",), 2, 1)
+    x = torch.tensor([[[1.0, -3], [2, 4]], [[0, 1], [5, -6]]])  # [batch, channel, place]
+    assert seen(x) is x
+    seen(torch.zeros(0, 2, 2))
+    seen(-x / 2)
+    assert seen.low.tolist() == [-3, -6]
+    assert seen.high.tolist() == [1.5, 5]
+    assert seen.magnitude.tolist() == [3, 6]
+    assert seen.mean.tolist() == [7.5 / 8, 25.5 / 8]
+    assert int(seen.count) == 8
+
+
+def test_the_hessian_is_that_of_all_vectors() -> None:
+    x = numbers(0, 3, 5, 4)
+    seen = second_moments()
+    for part in x:
+        seen(part)
+    flat = x.flatten(0, 1).double()
+    torch.testing.assert_close(seen.mean()[0].double(), flat.T @ flat / 15, rtol=1e-5, atol=1e-6)  # float32 sums
+    assert seen.counts.tolist() == [15]
+    assert second_moments().mean().tolist() == torch.zeros(1, 4, 4).tolist()
+    assert seen.to(torch.bfloat16).sums.dtype == torch.float32
+    half = second_moments()
+    half(x.bfloat16())
+    assert half.sums.dtype == torch.float32
+
+
+@pytest.mark.parametrize("make", [channels, second_moments])
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
+def test_nan_names_layer_and_batch(make: Any, wrong: float) -> None:
+    seen = make()
+    seen(torch.ones(2, 4))
+    x = torch.ones(2, 4)
+    x[1, 2] = wrong
+    with pytest.raises(SpecError, match="^calibration: batch 1: the input of a holds NaN or Inf$"):
+        seen(x)
+
+
+def test_observers_that_differ_cannot_be_merged() -> None:
+    others = [ChannelObserver(("b",), 5, -1), ChannelObserver(("b",), 4, 1), second_moments()]
+    for other in others:
+        with pytest.raises(PassError, match="cannot be merged"):
+            channels().merge(other)
+    with pytest.raises(PassError, match="cannot be merged"):
+        second_moments().merge(HessianObserver(("b",), (2, 4), rows))
+
+
+# -- the vectors that weights multiply
+
+LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "linear": (nn.Linear(6, 4), (3, 5, 6)),
+    "conv2d": (nn.Conv2d(6, 4, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2)), (2, 6, 8, 9)),
+    "groups": (nn.Conv2d(6, 4, 3, groups=2, padding=1), (2, 6, 8, 9)),
+    "depthwise": (nn.Conv2d(6, 12, 3, groups=6), (2, 6, 8, 9)),
+    "same": (nn.Conv2d(6, 4, (2, 4), padding="same", dilation=(1, 2)), (2, 6, 8, 9)),
+    "valid": (nn.Conv2d(6, 4, 2, padding="valid"), (2, 6, 8, 9)),
+    "conv1d": (nn.Conv1d(6, 4, 3, stride=2, padding=1, groups=2), (2, 6, 9)),
+    "conv1d same": (nn.Conv1d(6, 4, 4, padding="same"), (2, 6, 9)),
+}
+
+
+class One(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+class Call(nn.Module):
+    """GPT-2's linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.empty(6, 4)), nn.Parameter(torch.empty(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x, self.weight)
+
+
+def weighted(model: nn.Module, x: Tensor) -> Weighted:
+    return next(op for op in ops_of(capture(model, x)) if isinstance(op, Weighted))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_products_with_the_samples_are_the_layers_output(name: str) -> None:
+    layer, shape = LAYERS[name]
+    op = weighted(One(layer), torch.ones(shape))
+    samples, rest = samples_of(op)
+    assert rest == ()
+    x, w = numbers(0, *shape).double(), numbers(1, *op.weight_op.val.shape).double()
+    problems = as_problems(w, op)
+    assert torch.equal(as_weight(problems, op, w), w)
+    found = torch.stack([part @ problems[i].T for i, part in samples(x)])  # [B, rows, N]
+    layer.double().weight.data = w
+    with torch.no_grad():
+        y = layer(x) - (layer.bias if channel_axis(op) == -1 else layer.bias.view(-1, *[1] * (x.dim() - 2)))
+    wanted = y.movedim(channel_axis(op), 0).flatten(1).unflatten(0, (len(problems), -1)).mT
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_transposed_weights() -> None:
+    op = weighted(Call(), torch.ones(2, 6))
+    w = numbers(0, 6, 4)
+    assert torch.equal(as_problems(w, op), w.T[None])
+    assert torch.equal(as_weight(as_problems(w, op), op, w), w)
+
+
+def test_experts() -> None:
+    gm = capture(MoE(), torch.ones(2, 8))
+    op = next(op for op in ops_of(gm) if isinstance(op, Weighted) and op.own_axes)
+    samples, rest = samples_of(op)
+    assert rest == (next(o for o in ops_of(gm) if o.node is op.argument("offsets")),)
+    x = numbers(0, 7, 8)
+    seen = HessianObserver(("a",), (4, 8), samples)
+    seen(x, torch.tensor([2, 2, 6, 7]))
+    assert seen.counts.tolist() == [2, 0, 4, 1]
+    for i, part in enumerate(x.split([2, 0, 4, 1])):
+        torch.testing.assert_close(seen.sums[i], part.T @ part, rtol=1e-5, atol=1e-6)  # float32
+    assert F.relu(seen.mean()[1]).sum() == 0
