@@ -49,14 +49,14 @@ class Blockwise(Pass):
         changes = 0
         for index, stage in enumerate(stages[: planned[-1] + 1] if planned else ()):
             part = extract(gm, stage, stages[index + 1 :], shared)
-            later = part.carried
+            later = part.carried and index < planned[-1]
             after: list[dict[str, Any]] | None = None
             if seen is not None and later and (self.prefix == "float" or index not in planned):
                 after = _run(part, seen)
             if index in planned:
                 inputs = None if seen is None else _Replay(part, seen)
                 count = sum(Pipeline(self.passes).run(part.gm, inputs).values())
-                if seen is not None and later and after is None and index < planned[-1]:
+                if seen is not None and later and after is None:
                     after = _run(part, seen)
                 if count:
                     names = merge(gm, stage, part)
