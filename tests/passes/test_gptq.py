@@ -23,7 +23,7 @@ from graphq.quant import Quant, parse_quant
 from graphq.state import put_tensor, tensor_of
 from graphq.text import dump
 from graphq.views import Dequantize, ops_of
-from tests.graphs import annotated, assert_vals, plan, run
+from tests.graphs import annotated, assert_vals, run
 from tests.models import MLP, Attention, MoE, Tied, Twice, capture
 from tests.numerics.test_gptq import CODES, MSE, W, X
 
@@ -132,7 +132,7 @@ def test_embeddings_are_left_to_others() -> None:
 
 def test_without_data() -> None:
     gm = annotated(capture(MLP(), torch.ones(2, 8)), blocks="int4/channel")
-    with pytest.raises(PassError, match="^gptq: no data was seen of the input of up$"):
+    with pytest.raises(PassError, match=r"^gptq: no data was seen of the input of up$"):
         GPTQ().run(gm)
     with pytest.raises(SpecError, match="no batches"):
         gptq(gm, [])
