@@ -20,7 +20,7 @@ from graphq.state import tensor_of
 from graphq.views import Embedding, Op, Weighted, ops_of, view
 from tests.graphs import assert_vals
 from tests.lifted import assert_same_function, lifted
-from tests.models import FAMILIES, MoE, capture, random_inputs, tiny
+from tests.models import FAMILIES, capture, random_inputs, tiny
 
 aten = torch.ops.aten
 FUNCTION = 1e-12  # of the largest output, in float64
@@ -293,54 +293,7 @@ def norm(**more: Any) -> dict[str, Any]:
     return {"norm": nn.LayerNorm(8), "down": nn.Linear(8, 6)} | more
 
 
-def between(f: Callable[..., Any], **more: Any) -> Net:
-    """``f`` between two linears."""
-    return Net(lambda m, x: m.down(f(m.up(x))), **up(**more))
-
-
 BOTH = "down.weight <- up.weight up.bias"
-
-
-@pytest.mark.parametrize(
-    ("f", "expected"),
-    [
-        (F.relu, BOTH),
-        (lambda h: -F.leaky_relu(h) / 3, BOTH),
-        (lambda h: h.abs() * h.shape[1], BOTH),
-        (lambda h: F.pad(h, (0, 0, 1, 1)), "the channels of linear_1 are mixed"),
-        (lambda h: h.flip(1), "aten.flip.default reads it"),
-        (lambda h: h.mean(1), BOTH),
-        (lambda h: h.transpose(1, 2).unflatten(1, (3, 4)).flatten(1, 2).transpose(1, 2), BOTH),
-        (lambda h: h + h * 2, BOTH),
-        (lambda h: F.pad(h, (0, 0, 1, 1), mode="replicate"), "aten.pad.default reads it"),
-        (lambda h: h.double().float(), BOTH),
-        (F.silu, "aten.silu.default reads it"),
-        (F.gelu, "aten.gelu.default reads it"),
-        (torch.square, "aten.square.default reads it"),
-        (lambda h: h * h, "it is multiplied by itself"),
-        (lambda h: h * -h, "it is multiplied by itself"),
-        (lambda h: 1 / h.abs(), "aten.reciprocal.default reads it"),
-        (lambda h: torch.ones_like(h) / h, "it is a divisor"),
-        (lambda h: h + 1, "a sum reads it beside what has no factors"),
-        (lambda h: h.int().float(), "aten._to_copy.default makes it torch.int32"),
-        (lambda h: h * h.mean(-1, keepdim=True), "a mean mixes its channels"),
-        (lambda h: F.pad(h, (0, 0, 1, 1), value=1.0), "aten.pad.default reads it"),
-        (lambda h: torch.cat([h[..., 6:], h[..., :6]], -1), BOTH),
-        (lambda h: h + h.flip(-1).flip(-1)[..., :12], "aten.flip.default reads it"),
-        (lambda h: h + torch.cat([h[..., 6:], h[..., :6]], -1), "it is added to other channels"),
-        (lambda h: h.repeat(1, 2, 1), BOTH),
-        (lambda h: F.max_pool1d(h, 3, 1, 1), "aten.max_pool1d.default mixes its channels"),
-        (lambda h: h.softmax(-1), "aten.softmax.int reads it"),
-        (lambda h: h.softmax(1) @ torch.ones(12, 12), "aten.softmax.int reads it"),
-        (lambda h: h @ torch.ones(12, 12), "it is multiplied by what is no weight"),
-        (lambda h: h.transpose(1, 2) @ h, "it is multiplied by what is no weight"),
-    ],
-)
-def test_between_two_linears(f: Callable[..., Any], expected: str) -> None:
-    assert check(between(f), torch.ones(2, 5, 8)) == expected
-
-
-HALF = "down.weight <- up.weight up.bias 6/12"
 SUM = "a sum reads it beside what has no factors"
 SHARED_READER = "the weight of linear_1 has other readers"
 
@@ -351,71 +304,6 @@ def extra(*shape: int) -> nn.Parameter:
 
 def linears(f: Callable[..., Any], **more: Any) -> Net:
     return Net(f, **up(**more))
-
-
-def gated(m: Any, x: Tensor) -> Tensor:
-    gate, up = m.up(x).chunk(2, -1)
-    return m.down(F.silu(gate) * up)
-
-
-def gated_alone(m: Any, x: Tensor) -> Tensor:
-    return m.down(F.silu(m.gate(x)) * m.up(x))
-
-
-@pytest.mark.parametrize(
-    ("net", "expected"),
-    [
-        # some of the labels
-        (linears(gated, down=nn.Linear(6, 8)), HALF),
-        (linears(gated_alone, gate=nn.Linear(8, 12)), BOTH),
-        (between(lambda h: F.pad(h[..., :6], (0, 6))), HALF),
-        (between(lambda h: h[..., :6].repeat(1, 1, 2)), HALF),
-        (between(lambda h: h[..., :6].repeat_interleave(2, -1)), HALF),
-        (between(lambda h: torch.cat([h[..., :6].relu(), h[..., 6:].sigmoid()], -1)), HALF),
-        # products
-        (linears(lambda m, x: m.down(m.mix(x).mT.softmax(-1) @ m.up(x)), mix=nn.Linear(8, 7)), BOTH),
-        # other readers
-        (linears(lambda m, x: (m.down(h := m.up(x)), h)), "it is an output of the model"),
-        (linears(lambda m, x: (m.down(h := m.up(x)), h[..., 6:])), HALF),
-        (linears(lambda m, x: m.up(x)), "it is an output of the model"),
-        (linears(lambda m, x: m.down(m.up(x)) + m.up.weight.sum()), "up.weight has other readers"),
-        (
-            linears(lambda m, x: m.down(m.up(x)) + m.up.bias.sum()),
-            "the bias of linear is no parameter that it alone has",
-        ),
-        (linears(lambda m, x: m.down(m.up(x)) + m.down.weight.sum()), SHARED_READER),
-        (linears(lambda m, x: m.down(m.up(x)) + m.down.bias.sum()), "down.weight <- up.weight up.bias"),
-        (linears(lambda m, x: m.down(m.down(m.up(x))), up=nn.Linear(8, 8), down=nn.Linear(8, 8)), SHARED_READER),
-        (
-            linears(lambda m, x: m.down(m.up(m.up(x))), up=nn.Linear(8, 8), down=nn.Linear(8, 8)),
-            "up.weight has other readers",
-        ),
-        (linears(lambda m, x: m.down(x) + m.up(m.down(x)), up=nn.Linear(8, 8), down=nn.Linear(8, 8)), SUM),
-        # weights that are computed
-        (linears(lambda m, x: F.linear(m.up(x), m.down.weight * 2)), SHARED_READER),
-        (linears(lambda m, x: m.down(F.linear(x, m.up.weight * 2))), "aten.mul.Tensor has no weights of its own"),
-        # parameters on the way
-        (linears(lambda m, x: m.down(m.up(x) + m.extra), extra=extra(12)), f"{BOTH} extra"),
-        (linears(lambda m, x: m.down(m.up(x) - m.extra), extra=extra(12)), "aten.sub.Tensor reads it"),
-        (linears(lambda m, x: m.down(m.up(x) + m.extra) + m.extra.sum(), extra=extra(12)), SUM),
-        (linears(lambda m, x: m.down(m.up(x) + m.extra), extra=extra(1)), SUM),
-        (linears(lambda m, x: m.down(m.up(x) + m.extra), extra=extra(5, 12)), SUM),
-        (linears(lambda m, x: m.down(m.up(x) * m.extra), extra=extra(12)), BOTH),
-        (linears(lambda m, x: m.down(m.up(x) + m.other(x)), other=nn.Linear(8, 12)), SUM),
-        (
-            linears(
-                lambda m, x: m.down(torch.cat([m.up(x), m.other(x)], -1)), other=nn.Linear(8, 4), down=nn.Linear(16, 8)
-            ),
-            BOTH,
-        ),
-        (
-            linears(lambda m, x: m.down(torch.cat([m.up(x), m.other(x)], 1)), other=nn.Linear(8, 12)),
-            "the channels of linear_2 are mixed",
-        ),
-    ],
-)
-def test_two_linears(net: Net, expected: str) -> None:
-    assert check(net, X) == expected
 
 
 GAIN = "down.weight <- norm.weight norm.bias"
@@ -472,149 +360,6 @@ def test_a_norm_without_gain() -> None:
     op = next(op for op in ops_of(gm) if op.node.target == aten.layer_norm.default)
     assert flow_from(gm, op) == Blocked("layer_norm has no gain")
     assert producers_behind(next(op for op in ops_of(gm) if isinstance(op, Weighted)).input_op) == [op]
-
-
-def attention(f: Callable[..., Tensor], heads: int = 4, **more: Any) -> Net:
-    """``f`` of query, key and value with ``heads`` heads of keys and values, and 4 of queries."""
-
-    def forward(m: Any, x: Tensor) -> Tensor:
-        q, k, v = (p(x).unflatten(-1, (-1, 4)).transpose(1, 2) for p in (m.q, m.k, m.v))
-        return m.down(f(q, k, v).transpose(1, 2).flatten(2))
-
-    parts = {"q": nn.Linear(8, 16), "k": nn.Linear(8, heads * 4), "v": nn.Linear(8, heads * 4)}
-    return Net(forward, **(parts | {"down": nn.Linear(16, 8)} | more))
-
-
-def by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return (q @ k.transpose(2, 3)).softmax(-1) @ v
-
-
-def repeated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1))
-
-
-def grouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-
-
-def fused(m: Any, x: Tensor) -> Tensor:
-    q, k, v = (p.unflatten(-1, (2, 4)).transpose(1, 2) for p in m.qkv(x).split(8, -1))
-    return m.down(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-VALUES = "down.weight <- v.weight v.bias"
-COMPARED = "attention compares it"
-
-
-@pytest.mark.parametrize(
-    ("net", "name", "expected"),
-    [
-        (attention(F.scaled_dot_product_attention), "v.weight", VALUES),
-        (attention(F.scaled_dot_product_attention), "q.weight", COMPARED),
-        (attention(F.scaled_dot_product_attention), "k.weight", COMPARED),
-        (attention(lambda q, k, v: F.scaled_dot_product_attention(q, v, v)), "v.weight", COMPARED),
-        (attention(lambda q, k, v: F.scaled_dot_product_attention(q, q, v, k @ k.mT)), "v.weight", VALUES),
-        (attention(lambda q, k, v: F.scaled_dot_product_attention(q, q, v, k[..., :1])), "k.weight", COMPARED),
-        (attention(by_hand), "v.weight", VALUES),
-        (attention(by_hand), "k.weight", "a product mixes its channels"),
-        (attention(by_hand), "q.weight", "it is multiplied by what is no weight"),
-        (attention(repeated, 2), "v.weight", VALUES),
-        (attention(grouped, 2), "v.weight", VALUES),
-        (attention(grouped, 1), "v.weight", VALUES),
-        (
-            Net(fused, qkv=nn.Linear(8, 24), down=nn.Linear(8, 6)),
-            "qkv.weight",
-            "down.weight <- qkv.weight qkv.bias 8/24",
-        ),
-    ],
-)
-def test_attention(net: Net, name: str, expected: str) -> None:
-    assert check(net, X, name) == expected
-
-
-def test_heads_that_share_values_share_factors() -> None:
-    for f in (repeated, grouped):
-        gm = capture(attention(f, 2), X)
-        found = flow_from(gm, producer(gm, "v.weight"))
-        assert isinstance(found, Flow)
-        assert found.readers[0].channels.tolist() == [*range(4)] * 2 + [*range(4, 8)] * 2
-
-
-def convolutions(f: Callable[..., Any], first: int = 1, second: int = 1, **more: Any) -> Net:
-    """``f`` between two convolutions of so many groups."""
-    parts = {
-        "up": nn.Conv2d(4, 8, 3, groups=first),
-        "down": nn.Conv2d(8, 6 if second < 8 else 8, 3, padding=1, groups=second),
-    }
-    return Net(lambda m, x: m.down(f(m.up(x))), **(parts | more))
-
-
-@pytest.mark.parametrize(
-    ("net", "expected"),
-    [
-        (convolutions(F.relu), BOTH),
-        (convolutions(lambda h: F.max_pool2d(h.relu(), 3, 1, 1)), BOTH),
-        (convolutions(lambda h: F.avg_pool2d(h, 2)), BOTH),
-        (convolutions(F.relu, 2, 2), BOTH),
-        (convolutions(F.relu, 4, 8), BOTH),
-        (convolutions(F.relu6), "aten.relu6.default reads it"),
-        (convolutions(F.relu, down=nn.Conv2d(8, 6, 3, padding="same", bias=False)), BOTH),
-        (convolutions(lambda h: F.adaptive_avg_pool2d(h, 1).flatten(1), down=nn.Linear(8, 3)), BOTH),
-        (convolutions(lambda h: h.mean((2, 3)), down=nn.Linear(8, 3)), BOTH),
-        (convolutions(lambda h: h.relu().flatten(1), down=nn.Linear(128, 3)), BOTH),
-        (convolutions(lambda h: h, down=nn.Linear(4, 3)), "the channels of linear are mixed"),
-        (convolutions(lambda h: h.transpose(1, 2), down=nn.Conv2d(4, 3, 1)), "the channels of conv2d_1 are mixed"),
-        (convolutions(lambda h: F.conv_transpose2d(h, torch.ones(8, 8, 1, 1))), "aten.conv_transpose2d.input reads it"),
-    ],
-)
-def test_convolutions(net: Net, expected: str) -> None:
-    assert check(net, IMAGE) == expected
-
-
-def test_a_batch_norm() -> None:
-    net = convolutions(F.relu, 1, 8, norm=nn.BatchNorm2d(8))
-    net.run = lambda m, x: m.down(F.relu(m.norm(m.up(x))))
-    assert check(net, IMAGE, "norm.weight") == "down.weight <- norm.weight norm.bias"
-    assert check(net, IMAGE) == "aten.batch_norm.default reads it"
-
-
-@pytest.mark.parametrize("net", [convolutions(F.relu), convolutions(F.relu, 2, 2)])
-def test_one_image_without_batches(net: Net) -> None:
-    forward = net.run
-    net.run = lambda m, x: forward(m, x[0])
-    assert check(net, torch.ones(2, 4, 10, 10)) == BOTH  # as many rows as channels between them
-
-
-def test_convolutions_of_one_axis() -> None:
-    parts = {"up": nn.Conv1d(4, 6, 3), "down": nn.Conv1d(6, 4, 3, padding="same", groups=2)}
-    assert check(Net(lambda m, x: m.down(m.up(x).relu()), **parts), torch.ones(2, 4, 8)) == BOTH
-
-
-ORDER = torch.tensor([3, 1, 0, 2, 7, 6, 5, 4])
-
-
-@pytest.mark.parametrize(
-    ("f", "expected"),
-    [
-        (lambda h: h[ORDER], BOTH),
-        (lambda h: h[:, ORDER], "rows are picked across its channels"),
-        (lambda h: h[ORDER, ORDER][:, None] * torch.ones(1, 8), "rows are picked across its channels"),
-        (lambda h: h.index_select(0, ORDER), BOTH),
-        (lambda h: h.index_select(1, ORDER), "rows are picked across its channels"),
-        (lambda h: h.index_select(-1, ORDER), "rows are picked across its channels"),
-        (lambda h: h[h.argsort(0)[:, 0]], "aten.argsort.default reads it"),
-        (lambda h: torch.ones(9, 8)[h[:, 0].to(torch.int64).clamp(0, 8)], "aten._to_copy.default makes it torch.int64"),
-    ],
-)
-def test_rows(f: Callable[..., Any], expected: str) -> None:
-    net = between(f, up=nn.Linear(8, 8), down=nn.Linear(8, 8))
-    assert check(net, torch.ones(8, 8)) == expected
-
-
-def test_experts() -> None:
-    net = MoE()
-    net.__class__ = type("Experts", (MoE,), {})  # no copy
-    assert check(net, torch.ones(5, 8), "experts.gate_up_proj") == "experts.down_proj <- experts.gate_up_proj 6/12"
 
 
 def test_parameters_that_other_parts_of_the_model_hold() -> None:
