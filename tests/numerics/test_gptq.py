@@ -87,6 +87,8 @@ def test_nothing_was_seen() -> None:
 def test_order_is_stable() -> None:
     h = torch.diag_embed(torch.tensor([[1.0, 3, 1, 3, 2], [0, 0, 0, 0, 5]]))
     assert order_of(h).tolist() == [[1, 3, 4, 0, 2], [4, 0, 1, 2, 3]]
+    many = torch.diag_embed(torch.arange(400)[None] % 2 + 1.0)
+    assert order_of(many).tolist() == [[*range(1, 400, 2), *range(0, 400, 2)]]
 
 
 # -- the columns
