@@ -42,14 +42,14 @@ def canonical_passes() -> list[Pass]:
 
 
 def passes_for(
-    spec: Spec, layers: Mapping[str, Layer], told: Told = _SILENT, blocks: bool = False, seed: int = 0
+    spec: Spec, layers: Mapping[str, Layer] | None = None, told: Told = _SILENT, blocks: bool = False, seed: int = 0
 ) -> list[Pass]:
     """The whole pipeline for a spec and a model of these layers, in order. ``blocks``: block by block."""
     return [
         *canonical_passes(),
         *preparations(spec, told, seed),
         Annotate(spec),
-        *quantization(spec, layers, told, blocks),
+        *quantization(spec, layers or {}, told, blocks),
     ]
 
 
@@ -294,7 +294,7 @@ def graph_after(
     The weights are loaded where a pass up to there needs them. Raises what ``compile`` raises; algorithms are ignored.
     """
     parsed = dataclasses.replace(load_spec(cast(Any, spec), dialect), algorithms=())
-    passes = passes_for(parsed, {})
+    passes = passes_for(parsed)
     names = [step.name for step in passes]
     if after is None:
         after = names[-1]

@@ -18,7 +18,7 @@ from graphq.layers import PLAN
 from graphq.numerics import awq, fake_quantize, weight_block
 from graphq.numerics.ranges import weight_scales
 from graphq.passes.annotate import annotated
-from graphq.passes.channels import Reader, is_own
+from graphq.passes.labels import Reader, is_own
 from graphq.passes.observe import Wanted, weight_quants
 from graphq.passes.quantize_weights import with_weights
 from graphq.passes.scaled import Group, Where, chosen_layers, groups, names_of, scale

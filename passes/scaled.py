@@ -9,7 +9,8 @@ from torch import Tensor, fx
 
 from graphq import edit
 from graphq.layers import LAYER, PLAN
-from graphq.passes.channels import NONE, Blocked, Flow, Part, Reader, flow_into, is_own, move_factors
+from graphq.passes.channels import Blocked, Flow, flow_into, move_factors
+from graphq.passes.labels import NONE, Part, Reader, is_own
 from graphq.passes.observe import weight_quants
 from graphq.passes.statistics import channel_axis
 from graphq.plan import Plan

@@ -228,7 +228,7 @@ def test_state_does_not_grow_and_survives_copies(text: str) -> None:
 
 
 def test_other_kinds_are_not_merged() -> None:
-    with pytest.raises(PassError, match="the observers of a.b and a.b differ, they cannot be merged"):
+    with pytest.raises(PassError, match=r"the observers of a\.b and a\.b differ, they cannot be merged"):
         observer("int8/tensor").merge(observer("int4/tensor"))
     with pytest.raises(PassError, match="cannot be merged"):
         observer("int8/tensor").merge(observer("int8/tensor/entropy"))
