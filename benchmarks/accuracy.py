@@ -46,16 +46,18 @@ SCHEMES: Final = {  # (weight, input)
     "nvfp4": ("nvfp4", "nvfp4/dynamic"),
     "mxfp4": ("mxfp4", "mxfp4/dynamic"),
 }
+ROTATE: Final = {"rotate": {"r4": True}}  # the inputs of o_proj and down_proj at run time, as QuaRot does
 SMOOTH_QUANT: Final = {"smooth-quant": {"alpha": 0.5}}
 ALGORITHMS: Final[dict[str, list[str | dict[str, Any]]]] = {  # as a native spec lists them
     "rtn": [],
     "smooth-quant": [SMOOTH_QUANT],
     "awq": ["awq"],
     "gptq": ["gptq"],
-    "rotate": ["rotate"],
+    "rotate": [ROTATE],
+    "auto-round": ["auto-round"],
     "smooth-quant+gptq": [SMOOTH_QUANT, "gptq"],
     "awq+gptq": ["awq", "gptq"],
-    "rotate+gptq": ["rotate", "gptq"],
+    "rotate+gptq": [ROTATE, "gptq"],
 }
 MODELS: Final = ("plain", "outliers")
 LOW: Final = tuple(name for name in SCHEMES if name.startswith(("w4a16", "w3a16")))
