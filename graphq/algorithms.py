@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Final, cast, final
 
 from graphq.errors import SpecError
+from graphq.passes.auto_round import AutoRound
 from graphq.passes.awq import AWQ
 from graphq.passes.blockwise import Blockwise
 from graphq.passes.calibrate import Calibrate
@@ -80,10 +81,16 @@ OPTIONS: Final[Mapping[str, Mapping[str, Option]]] = {
         "scales": _one_of("search", "plan"),
         "min_samples": _whole(0),
     },
+    "auto-round": {
+        "steps": _whole(1),
+        "lr": Option("a number above 0, up to 1", lambda v: _SHARE.allows(v) and v > 0),
+        "batch_size": _whole(1),
+    },
     "correct-bias": {},
 }
 WHOLE: Final = ("rtn", "fold-batch-norm", "rotate", "correct-bias")  # of the whole model, not of single layers
-DATA: Final = ("smooth-quant", "awq", "gptq", "correct-bias")
+ROUNDING: Final = ("gptq", "auto-round")
+DATA: Final = ("smooth-quant", "awq", "gptq", "auto-round", "correct-bias")
 
 
 def problems(spec: Spec) -> list[str]:
@@ -149,7 +156,7 @@ def quantization(spec: Spec, layers: Mapping[str, Layer], told: Told, blocks: bo
         own = scope(algorithm, layers)
         if algorithm.name == "equalize":
             passes.append(Equalize(own, note=told.note, **_options(algorithm)))
-        elif algorithm.name in ("smooth-quant", "awq", "gptq"):
+        elif algorithm.name in ("smooth-quant", "awq", *ROUNDING):
             calibrated.append((algorithm, own))
     means = any(a.name == "correct-bias" for a in spec.algorithms)
     one_by_one = spec.pipeline == "independent" and len(calibrated) > 1
@@ -175,9 +182,10 @@ def _walk(
     """The passes over one part of a model, in one walk over the parts. ``finished``: the layers that no later walk
     changes, whose weights are quantized now.
     """
-    unclipped = _union([own for algorithm, own in every if algorithm.name == "gptq"])
+    unclipped = _union([own for algorithm, own in every if algorithm.name in ROUNDING])
     passes: list[Pass] = []
-    rounding: list[GPTQ] = []
+    rounding: list[Pass] = []
+    asking: list[Asking] = []  # those of them that need statistics
     for algorithm, own in walk:
         options = _options(algorithm)
         match algorithm.name:
@@ -186,18 +194,23 @@ def _walk(
             case "awq":
                 clip = options.pop("clip", True) and unclipped is not None
                 step = AWQ(own, clip=clip, unclipped=unclipped or frozenset(), note=told.note, **options)
+            case "auto-round":
+                rounding.append(AutoRound(own, record=told.record, note=told.note, **options))
+                continue
             case _:
-                rounding.append(GPTQ(own, record=told.record, note=told.note, **options))
+                gptq = GPTQ(own, record=told.record, note=told.note, **options)
+                rounding.append(gptq)
+                asking.append(gptq)
                 continue
         passes += [Observe((cast(Asking, step),), ranges=False), Calibrate(), step]
     if is_last:
-        passes.append(Observe(tuple(rounding)))
+        passes.append(Observe(tuple(asking)))
         passes += [ObserveMeans()] if means else []
         passes += [Calibrate(), *rounding, QuantizeWeights(told.record)]
         passes += [CorrectBias(told.note)] if means else []
         passes.append(QuantizeActivations())
     elif rounding:
-        passes += [Observe(tuple(rounding), ranges=False), Calibrate(), *rounding]
+        passes += [Observe(tuple(asking), ranges=False), Calibrate(), *rounding]
     elif finished:
         passes.append(QuantizeWeights(told.record, finished))
     return passes
