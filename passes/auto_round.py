@@ -82,6 +82,9 @@ class AutoRound(Pass):
         trained = [[None if part.quant is None else _Learned(part) for part in layer.parts] for layer in layers]
         learned = [one for parts in trained for one in parts if one is not None]
         outputs = _judged(gm, {layer.site.param.fqn for layer in layers})
+        if not outputs:
+            self._tell(layers, trained, in_vain=True)
+            return _codes(trained, _Learned.nearest)
         task = _Task(gm, outputs, pools_of(gm, seen, [node for _, node in outputs]), self.batch_size)
         generator = torch.Generator().manual_seed(self.seed)
         lr = 1 / self.steps if self.lr is None else self.lr
@@ -110,7 +113,7 @@ class AutoRound(Pass):
                 found = task.error(_codes_as_weights(layers, tried))
                 if found < error:
                     best, error = tried, found
-        self._tell(layers, trained, best is nearest)
+        self._tell(layers, trained, in_vain=best is nearest)
         return best
 
     def _tell(
@@ -187,7 +190,7 @@ class _Learned:
         self.part = part
         self.quant = part.quant
         self.format = part.quant.format
-        self.w = part.w.detach().clone()
+        self.w = part.w.clone() if part.w.is_inference() else part.w  # autograd saves no inference tensors
         scales = part.scales
         if scales is None and isinstance(self.quant.method, MinMax):
             self.low, self.high = block_extremes(computed(self.w), part.block)

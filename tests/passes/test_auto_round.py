@@ -132,6 +132,24 @@ def test_it_is_never_worse() -> None:
     }
 
 
+class Choice(nn.Module):
+    """Gives no float."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x).argmax(-1)
+
+
+def test_outputs_without_an_error_to_learn_from() -> None:
+    told: list[str] = []
+    gm = capture(Choice(), torch.ones(2, 32))
+    assert learn(gm, X, AutoRound(note=told.append), head="int4/channel") == 1
+    assert told == ["head: rounded to nearest: auto-round found no smaller error"]
+
+
 def test_codes_move_by_one_and_scales_shrink() -> None:
     gm, nearest = wide(), wide()
     learn(gm, X, AutoRound(steps=20, batch_size=64), up="int4/channel")
