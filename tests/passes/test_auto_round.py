@@ -1,6 +1,7 @@
 """Learned rounding: less error than rounding to nearest, for the layers it is for, the same each time."""
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,9 +13,11 @@ from torch import Tensor, fx, nn
 
 import graphq
 from graphq import numerics
+from graphq.algorithms import Told, quantization
 from graphq.errors import SpecError
 from graphq.layers import LAYER, PLAN, layers
 from graphq.passes.auto_round import AutoRound
+from graphq.passes.awq import AWQ
 from graphq.passes.blockwise import Blockwise
 from graphq.passes.calibrate import Calibrate
 from graphq.passes.observe import Observe, observers
@@ -24,9 +27,10 @@ from graphq.passes.split_gate_up import SplitGateUp
 from graphq.pipeline import Pass, Pipeline, fingerprint
 from graphq.plan import Decision
 from graphq.source import SHARED
+from graphq.spec import Algorithm, parse_match
 from graphq.state import tensor_of
 from graphq.text import dump
-from tests.graphs import annotated, assert_vals, plan, run, targets
+from tests.graphs import annotated, assert_vals, plan, run, spec, targets
 from tests.models import MLP, Blocks, ConvBnRelu, MoE, Tied, Twice, capture, captured, random_inputs
 
 Data = Sequence[tuple[Tensor, ...]]
@@ -395,8 +399,25 @@ def test_errors_of_layers_are_recorded() -> None:
     assert found == {"up": numerics.sqnr_db(w, state["up.weight"] * state["up.weight_scale"])}
 
 
+def test_awq_leaves_ranges_to_it() -> None:
+    gm = wide()
+    own = Algorithm("auto-round", match=(parse_match("up"),))
+    for algorithms, clip, unclipped in (
+        ((Algorithm("awq"), own), True, {"up"}),
+        ((Algorithm("awq"), Algorithm("auto-round")), False, set[str]()),
+    ):
+        asked = dataclasses.replace(spec(up="int4/channel"), algorithms=algorithms)
+        (step, *_) = quantization(asked, layers(gm), Told(), blocks=True)
+        assert isinstance(step, Blockwise)
+        (awq,) = (one for one in step.passes if isinstance(one, AWQ))
+        assert (awq.clip, awq.unclipped) == (clip, unclipped)
+        assert [one.name for one in step.passes][-4:] == [
+            "calibrate", "auto-round", "quantize-weights", "quantize-activations",
+        ]  # fmt: skip
+
+
 def test_a_spec_asks_for_it() -> None:
-    spec: dict[str, Any] = {
+    asked: dict[str, Any] = {
         "graphq": 1,
         "rules": [{"match": name, "weight": "int3/asym/g16"} for name in ("up", "down")],
         "algorithms": [
@@ -405,7 +426,7 @@ def test_a_spec_asks_for_it() -> None:
         ],
     }
     model = MLP(32, 48)
-    made = graphq.compile(model, spec, inputs=torch.ones(2, 32), calibration=[x for (x,) in X])
+    made = graphq.compile(model, asked, inputs=torch.ones(2, 32), calibration=[x for (x,) in X])
     passes = {
         n.meta["graphq.layer"]: n.meta["graphq.by"]
         for n in made.graph.graph.nodes
@@ -414,7 +435,7 @@ def test_a_spec_asks_for_it() -> None:
     assert passes == {"up": ("auto-round",), "down": ("quantize-weights",)}
     with pytest.raises(SpecError, match="auto-round: steps: 0 is not a whole number from 1"):
         graphq.compile(
-            model, {**spec, "algorithms": [{"auto-round": {"steps": 0}}]}, inputs=torch.ones(2, 32), calibration=X
+            model, {**asked, "algorithms": [{"auto-round": {"steps": 0}}]}, inputs=torch.ones(2, 32), calibration=X
         )
     with pytest.raises(SpecError, match="calibration: none given, but the spec asks for auto-round"):
-        graphq.compile(model, {**spec, "algorithms": ["auto-round"]}, inputs=torch.ones(2, 32))
+        graphq.compile(model, {**asked, "algorithms": ["auto-round"]}, inputs=torch.ones(2, 32))
