@@ -20,6 +20,7 @@ from graphq.passes.quantize_activations import QuantizeActivations
 from graphq.passes.quantize_weights import QuantizeWeights
 from graphq.passes.rotate import Rotate
 from graphq.passes.smooth_quant import SmoothQuant
+from graphq.passes.stop_observing import StopObserving
 from graphq.passes.untie import Untie
 from graphq.pipeline import Pass
 from graphq.spec import Algorithm, Layer, Spec
@@ -202,7 +203,7 @@ def _walk(
                 rounding.append(gptq)
                 asking.append(gptq)
                 continue
-        passes += [Observe((cast(Asking, step),), ranges=False), Calibrate(), step]
+        passes += [Observe((cast(Asking, step),), ranges=False), Calibrate(), step, StopObserving()]
     if is_last:
         passes.append(Observe(tuple(asking)))
         passes += [ObserveMeans()] if means else []
@@ -210,7 +211,7 @@ def _walk(
         passes += [CorrectBias(told.note)] if means else []
         passes.append(QuantizeActivations())
     elif rounding:
-        passes += [Observe(tuple(asking), ranges=False), Calibrate(), *rounding]
+        passes += [Observe(tuple(asking), ranges=False), Calibrate(), *rounding, StopObserving()]
     elif finished:
         passes.append(QuantizeWeights(told.record, finished))
     return passes

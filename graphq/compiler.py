@@ -25,7 +25,7 @@ from graphq.passes.quantize_weights import QuantizeWeights
 from graphq.passes.raise_grouped_linear import RaiseGroupedLinear
 from graphq.passes.remove_no_ops import RemoveNoOps
 from graphq.passes.split_gate_up import SplitGateUp
-from graphq.pipeline import Pass, Pipeline
+from graphq.pipeline import Batches, Pass, Pipeline
 from graphq.report import Report, make_report
 from graphq.runtime.model import CompiledModel
 from graphq.source import source_of
@@ -200,9 +200,13 @@ def compile(  # noqa: A001
     told: list[str] = []
     with torch.random.fork_rng(devices=[]), torch.no_grad(), _precision(matmul_precision):
         torch.manual_seed(seed)
-        batches = _progress(complete_all(source, calibration), calibration) if calibration is not None else None
+        batches: Batches | None = None
+        if calibration is not None:
+            batches = _progress(complete_all(source, calibration), calibration)
         found = {fqn: one.layer for fqn, one in resolved.items()}
         by_blocks = any(a.name in DATA for a in parsed.algorithms)
+        if by_blocks and batches is not None:
+            batches = list(batches)  # several walks over the blocks, and what they leave to the whole, read them
         passes = passes_for(parsed, found, Told(sqnr.__setitem__, told.append), by_blocks, seed)
         Pipeline(passes).run(gm, batches)
     _own_tensors(gm, theirs)

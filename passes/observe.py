@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import chain, count, islice
 from typing import ClassVar, Protocol, cast, final, runtime_checkable
 
 from torch import Tensor, fx
@@ -179,3 +179,16 @@ def observers(gm: fx.GraphModule) -> list[tuple[Op, Observer]]:
     """The nodes that call observers, and the observers."""
     found = ((op, observer_of(gm, op)) for op in ops_of(gm))
     return [(op, observer) for op, observer in found if observer is not None]
+
+
+def free_path(gm: fx.GraphModule, layer: str, names: Sequence[str]) -> str:
+    """Where tensors of these names can be held that belong to the input of ``layer``: there, or under a name made of it
+    where they are held already, and where the layer is itself a float tensor.
+    """
+    parent, _, name = layer.rpartition(".")
+    is_tensor = isinstance(getattr(gm.get_submodule(parent), name, None), Tensor)
+    first = f"{layer}_input" if is_tensor else layer
+    further = (f"{first}.input{number}" for number in count())
+    return next(
+        path for path in chain((first,), further) if not any(edit.has_tensor(gm, f"{path}.{name}") for name in names)
+    )

@@ -1,15 +1,14 @@
 """Activations through ``graphq::quantize`` and ``graphq::dequantize``, with scales from observers or from run time."""
 
 from dataclasses import dataclass
-from itertools import chain, count
 from typing import ClassVar, final
 
-from torch import Tensor, fx
+from torch import fx
 
 from graphq import edit, numerics
 from graphq.formats import has_global_scale, is_asymmetric
 from graphq.layers import LAYER
-from graphq.passes.observe import observer_on, observers, to_quantize
+from graphq.passes.observe import free_path, observer_on, observers, to_quantize
 from graphq.pipeline import Batches, Invariant, Pass
 from graphq.quant import Quant
 from graphq.runtime import ops
@@ -82,7 +81,8 @@ class QuantizeActivations(Pass):
             observer = observer_on(gm, x, quant)
             assert observer is not None, "calibrated"
             fixed, zero, _ = observer.scales()
-            path = _free_path(gm, str(reader.node.meta[LAYER]))
+            names = ("input_scale", "input_zero_point", "input_global_scale")
+            path = free_path(gm, str(reader.node.meta[LAYER]), names)
             name = "input_global_scale" if has_global_scale(quant.format) else "input_scale"
             held = edit.add_tensor(gm, after, f"{path}.{name}", fixed, by=self.name, like=reader)
             if has_global_scale(quant.format):
@@ -101,15 +101,3 @@ class QuantizeActivations(Pass):
         level = (scale, zero_point, global_scale, text, block)
         codes = edit.insert(gm, after, ops.quantize, x, *level, by=self.name, like=reader)
         return edit.insert(gm, after, ops.dequantize, codes, *level, x.val.dtype, by=self.name, like=reader)
-
-
-def _free_path(gm: fx.GraphModule, layer: str) -> str:
-    """``layer``, or a name made of it: for its further static inputs, and where the layer is itself a float tensor."""
-    parent, _, name = layer.rpartition(".")
-    is_tensor = isinstance(getattr(gm.get_submodule(parent), name, None), Tensor)
-    first = f"{layer}_input" if is_tensor else layer
-    further = (f"{first}.input{number}" for number in count())
-    names = ("input_scale", "input_zero_point", "input_global_scale")
-    return next(
-        path for path in chain((first,), further) if not any(edit.has_tensor(gm, f"{path}.{name}") for name in names)
-    )

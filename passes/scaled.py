@@ -11,7 +11,7 @@ from graphq import edit
 from graphq.layers import LAYER, PLAN
 from graphq.passes.channels import Blocked, Flow, flow_into, move_factors
 from graphq.passes.labels import NONE, Part, Reader, is_own
-from graphq.passes.observe import weight_quants
+from graphq.passes.observe import free_path, weight_quants
 from graphq.passes.statistics import channel_axis
 from graphq.plan import Plan
 from graphq.state import tensor_of
@@ -139,8 +139,8 @@ def scale(gm: fx.GraphModule, group: Group, factors: Tensor, by: str) -> int:
     shape = [-1 if a == axis else 1 for a in range(axis, x.val.dim())]
     held = (1 / factors).to(tensor_of(gm, group.readers[0].weight.fqn).dtype).view(shape)
     after = edit.following(x)
-    path = f"{first.node.meta[LAYER]}.input_factor"
-    inverse = edit.add_tensor(gm, after, path, held, by=by, like=first)
+    path = free_path(gm, str(first.node.meta[LAYER]), ["input_factor"])
+    inverse = edit.add_tensor(gm, after, f"{path}.input_factor", held, by=by, like=first)
     product = edit.insert(gm, after, torch.ops.aten.mul.Tensor, x, inverse, by=by, like=first)
     for reader in group.readers:
         edit.set_param(gm, reader.weight.fqn, lambda w, part=reader.weight: part.times(w, factors), by)
