@@ -73,7 +73,7 @@ class SmoothQuant(Pass):
             if self.alpha == "search":
                 factors = min(
                     (smoothing(activations, weights, alpha) for alpha in ALPHAS),
-                    key=lambda f: _expected_error(gm, group, f),
+                    key=lambda f: expected_error(gm, group, f),
                 )
             else:
                 factors = smoothing(activations, weights, float(self.alpha))
@@ -96,7 +96,7 @@ def smoothing(activations: Tensor, weights: Tensor, alpha: float) -> Tensor:
     return torch.where(usable, found.clamp(min=SMALLEST), 1.0)
 
 
-def _expected_error(gm: fx.GraphModule, group: Group, factors: Tensor) -> float:
+def expected_error(gm: fx.GraphModule, group: Group, factors: Tensor) -> float:
     """The mean squared error of the outputs of the layers that decide, from rounding their weights and their inputs.
 
     That of the weights is tr(D H DT), D the error of the scaled weights and H the second moments of the scaled inputs;

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from graphq.batches import complete
+from graphq.source import source_of
 from graphq.state import put_tensor, tensor_of
 
 
@@ -17,8 +19,9 @@ def lifted(gm: fx.GraphModule) -> fx.GraphModule:
         tensor = tensor_of(gm, name)
         if tensor.is_floating_point():
             place = (tensor.data_ptr(), tensor.shape, tensor.stride())
-            new = wide.setdefault(place, tensor.detach().double())
-            put_tensor(made, name, torch.nn.Parameter(new, False) if isinstance(tensor, torch.nn.Parameter) else new)
+            new = tensor.detach().double()
+            kept = torch.nn.Parameter(new, False) if isinstance(tensor, torch.nn.Parameter) else new
+            put_tensor(made, name, wide.setdefault(place, kept))  # one object, so that copies are tied, too
     for node in made.graph.nodes:
         node.args = tuple(_wide(a) for a in node.args)
         node.kwargs = {key: _wide(value) for key, value in node.kwargs.items()}
@@ -44,6 +47,32 @@ def run_lifted(gm: fx.GraphModule, inputs: tuple[Tensor, ...]) -> tuple[Tensor, 
     with torch.no_grad():
         outputs = lifted(gm)(*(x.double() if x.is_floating_point() else x for x in inputs))
     return tuple(y for y in outputs if isinstance(y, Tensor) and y.is_floating_point())
+
+
+def assert_same_answers(before: fx.GraphModule, after: fx.GraphModule, batch: Tensor, tolerance: float) -> None:
+    """As ``assert_same_function``, of the first output alone, and again with a second batch that reads what the first
+    left in each graph's own caches. The caches may differ: a factor of the values is undone where they are read.
+    """
+    first, second = ([_answer(gm, batch, tokens) for gm in (before, after)] for tokens in (False, True))
+    for old, new in (first, second):
+        assert old.dtype == torch.float64
+        error = (new - old).abs().max() / old.abs().max()
+        assert error <= tolerance, float(error)
+
+
+def _answer(gm: fx.GraphModule, batch: Tensor, is_second: bool) -> Tensor:
+    source = source_of(gm)
+    caches = [i.name for i in source.inputs if i.is_cache]
+    run = lifted(gm)
+    with torch.no_grad():
+        outputs = run(*(x.double() if x.is_floating_point() else x for x in complete(source, batch)))
+        if caches and is_second:
+            held = dict(zip(source.outputs, outputs, strict=True))
+            past = {name: held[name.replace("past_key_values", "present")] for name in caches}
+            given = complete(source, {source.inputs[0].name: batch, **{n: t.float() for n, t in past.items()}})
+            wide = [past.get(i.name, x) for i, x in zip(source.inputs, given, strict=True)]
+            outputs = run(*wide)
+    return outputs[0]
 
 
 def assert_same_function(
