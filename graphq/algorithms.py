@@ -72,6 +72,7 @@ OPTIONS: Final[Mapping[str, Mapping[str, Option]]] = {
     "awq": {
         "n_grid": _whole(1),
         "duo": Option("true, false, or null for both", lambda v: v is None or type(v) is bool),
+        "power": Option("2 or 4", lambda v: type(v) is int and v in (2, 4)),
         "clip": _FLAG,
         "where": _WHERE,
     },

@@ -2,34 +2,39 @@
 
 Lin et al., AWQ, arXiv 2306.00978, equations 4 and 5: an input's channels are divided, and its weights multiplied, by
 x^ratio, where x is the channel's mean magnitude, or with ``duo`` by x^ratio / w^(1 - ratio); the ratio is searched for.
-Where the paper runs the model for each candidate, the error on all data follows here from second moments.
+Where the paper runs the model for each candidate, the squared error on all data follows here from second moments. The
+fourth power of the error, which AMCT takes, needs the outputs: the data comes by once more.
 """
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Final, final
+from typing import ClassVar, Final, Literal, final
 
 import torch
 from torch import Tensor, fx
 
 from graphq import edit
 from graphq.formats import Float, Int
-from graphq.layers import PLAN
+from graphq.layers import LAYER, PLAN
 from graphq.numerics import awq, fake_quantize, weight_block
 from graphq.numerics.ranges import weight_scales
 from graphq.passes.annotate import annotated
 from graphq.passes.labels import Reader, is_own
 from graphq.passes.observe import Wanted, weight_quants
+from graphq.passes.observer import Observer
 from graphq.passes.quantize_weights import with_weights
 from graphq.passes.scaled import Group, Where, chosen_layers, groups, names_of, scale
 from graphq.passes.statistics import (
     CONVOLUTIONS,
     ChannelObserver,
     HessianObserver,
+    Samples,
     as_problems,
     as_weight,
     channels,
     hessians,
+    samples_of,
     seen_by,
 )
 from graphq.pipeline import Batches, Pass
@@ -49,6 +54,7 @@ class AWQ(Pass):
     All readers of an input share its factors; each is judged by its own plan, and those that stay float by none.
 
     n_grid: how many ratios from 0 to 1 are tried. duo: with the weights' magnitudes, without, or ``None`` for both.
+    power: of the outputs' errors, which are added: 2, or 4 as AMCT has it.
     clip: whether weights are clamped to the range of the least output error: of layers with min-max ranges by channel
         or group that are not in ``unclipped``.
     where: see ``SmoothQuant``.
@@ -57,6 +63,7 @@ class AWQ(Pass):
     only: frozenset[str] | None = None
     n_grid: int = 20
     duo: bool | None = None
+    power: Literal[2, 4] = 2
     clip: bool = True
     unclipped: frozenset[str] = frozenset()
     where: Where = "fold"
@@ -65,15 +72,31 @@ class AWQ(Pass):
     requires: ClassVar = (annotated, with_weights)
 
     def wanted(self, gm: fx.GraphModule) -> Iterator[Wanted]:
-        """The mean magnitudes of each channel of the inputs, and their second moments."""
+        """The mean magnitudes of each channel of the inputs, and their second moments or the outputs' errors."""
         chosen = chosen_layers(gm, self.only)
         yield from channels(gm, chosen)
-        yield from hessians(gm, chosen)
+        if self.clip or self.power == 2:
+            yield from hessians(gm, chosen)
+        if self.power == 2:
+            return
+        for group in groups(gm, self.only, self.where, None):
+            judged = _judged(gm, group)
+            tried = functools.cache(lambda group=group, judged=judged: self._candidates(gm, group, judged))
+            for one in judged:
+                samples, rest = samples_of(one.op)
+                observer = ErrorObserver((str(one.op.node.meta[LAYER]),), self._count, one, tried, samples, self.power)
+                yield Wanted(one.op.input_op, observer, one.op, rest)
+
+    @property
+    def _count(self) -> int:
+        return 1 + (self.n_grid + 1) * (2 if self.duo is None else 1)
 
     def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
         count = 0
         scaled: dict[Op, Tensor] = {}  # what the channels of a layer's input were divided by
-        moments = {op: self._moments(gm, op) for op in chosen_layers(gm, self.only)}
+        moments = (
+            {op: self._moments(gm, op) for op in chosen_layers(gm, self.only)} if self.clip or self.power == 2 else {}
+        )
         for group in list(groups(gm, self.only, self.where, self.note)):
             found = self._search(gm, group, moments)
             if found is not None:
@@ -92,22 +115,30 @@ class AWQ(Pass):
 
     def _search(self, gm: fx.GraphModule, group: Group, moments: dict[Weighted, Tensor]) -> Tensor | None:
         """The factors of the least error; None where none are better than 1."""
-        judged = [_Judged(gm, group, reader, moments[reader.op]) for reader in group.chosen]
-        judged = [one for one in judged if one.quants]
+        judged = _judged(gm, group)
         if not judged:
             return None
+        tried = self._candidates(gm, group, judged)
+        if self.power == 2:
+            errors = [
+                sum(float(awq.output_error(one.change(f), moments[one.op]).sum()) for one in judged) for f in tried
+            ]
+        else:
+            errors = [float(e) for e in sum(_errors_seen(gm, one.op, self.name) for one in judged)]
+        best = errors.index(min(errors))
+        return tried[best] if best else None
+
+    def _candidates(self, gm: fx.GraphModule, group: Group, judged: "Sequence[_Judged]") -> list[Tensor]:
+        """The factors to try: first 1."""
         labels = [one.reader.channels for one in judged]
         activations = group.by_label([one.activations(gm, self.name) for one in judged], labels, "mean")
         weights = group.by_label([one.columns() for one in judged], labels, "mean")
         activations, weights = (torch.where(group.moved, v, 1.0) for v in (activations, weights))
-        best, least = None, sum(one.error(torch.ones_like(activations)) for one in judged)
+        found = [torch.ones_like(activations)]
         for duo in (False, True) if self.duo is None else (self.duo,):
-            for i in range(self.n_grid + 1):
-                tried = awq.factors(activations, weights if duo else None, i / self.n_grid)
-                error = sum(one.error(tried) for one in judged)
-                if error < least:
-                    best, least = tried, error
-        return best
+            ratios = [i / self.n_grid for i in range(self.n_grid + 1)]
+            found += [awq.factors(activations, weights if duo else None, ratio) for ratio in ratios]
+        return found
 
     def _clip(self, gm: fx.GraphModule, op: Weighted, hessian: Tensor) -> int:
         quants = set(weight_quants(op.node.meta[PLAN]))
@@ -157,11 +188,10 @@ def _per_vector(op: Weighted, values: Tensor) -> Tensor:
 class _Judged:
     """A layer that has a say in a group's factors."""
 
-    def __init__(self, gm: fx.GraphModule, group: Group, reader: Reader, hessian: Tensor) -> None:
+    def __init__(self, gm: fx.GraphModule, group: Group, reader: Reader) -> None:
         self.group = group
         self.reader = reader
         self.op = reader.op
-        self.hessian = hessian
         self.w = tensor_of(gm, reader.weight.fqn).detach().float()
         quants = weight_quants(self.op.node.meta[PLAN])
         members: dict[Quant, list[int]] = {}
@@ -185,19 +215,71 @@ class _Judged:
     def _block(self, quant: Quant) -> list[int]:
         return weight_block(quant.granularity, self.w.dim(), self.op.out_axis, self.op.in_axis, self.op.own_axes)
 
-    def error(self, factors: Tensor) -> float:
-        """The squared output error of rounding the weights multiplied by ``factors``, on the inputs divided by them."""
+    def change(self, factors: Tensor) -> Tensor:
+        """What rounding the weights multiplied by ``factors`` adds to them: [B, N, K], with the inputs as they are."""
         own = self.group.at(factors, self.reader.weight.labels).float()
-        is_stack = isinstance(self.op, GroupedLinear)
-        total = 0.0
+        made = torch.zeros_like(self.w)
         for quant, members in self.quants.items():
-            pick = members if is_stack else slice(None)
-            w, by = self.w[pick], own[pick]
-            scaled = w * by
+            pick = members if isinstance(self.op, GroupedLinear) else slice(None)
+            scaled = self.w[pick] * own[pick]
             block = self._block(quant)
             method = quant.method if isinstance(quant.method, Mse) else RANGE
             found = weight_scales(scaled, quant.format, block, method)
-            back = fake_quantize(scaled, found, quant.format, block)
-            problems = as_problems((back - scaled) / by, self.op)
-            total += float(awq.output_error(problems, self.hessian[pick] if is_stack else self.hessian).sum())
-        return total
+            made[pick] = (fake_quantize(scaled, found, quant.format, block) - scaled) / own[pick]
+        return as_problems(made, self.op)
+
+
+def _judged(gm: fx.GraphModule, group: Group) -> list[_Judged]:
+    judged = [_Judged(gm, group, reader) for reader in group.chosen]
+    return [one for one in judged if one.quants]
+
+
+@final
+class ErrorObserver(Observer):
+    """The sum of a power of a layer's output errors for each candidate, over all data.
+
+    The first look finds what the candidates follow from, the second measures.
+    """
+
+    errors: Tensor
+    looks = 2
+
+    def __init__(
+        self,
+        layers: tuple[str, ...],
+        count: int,
+        judged: _Judged,
+        tried: Callable[[], list[Tensor]],
+        samples: Samples,
+        power: int,
+    ) -> None:
+        super().__init__(layers)
+        self.judged, self.tried, self.samples, self.power = judged, tried, samples, power
+        self.register_buffer("errors", torch.zeros(count, dtype=torch.float64))
+
+    @property
+    def has_seen(self) -> bool:
+        return bool(self.batches)
+
+    def settings(self) -> tuple[object, ...]:
+        return self.errors.shape, self.power
+
+    def see(self, x: Tensor, *rest: Tensor) -> None:
+        pass
+
+    def see_again(self, x: Tensor, *rest: Tensor) -> None:
+        for number, factors in enumerate(self.tried()):
+            change = self.judged.change(factors)
+            for index, rows in self.samples(x, *rest):
+                error = rows.to(change.dtype) @ change[index].T
+                self.errors[number] += error.double().pow(self.power).sum()
+
+    def take(self, later: Observer) -> None:
+        assert isinstance(later, ErrorObserver)
+        self.errors += later.errors
+
+
+def _errors_seen(gm: fx.GraphModule, op: Weighted, by: str) -> Tensor:
+    seen = seen_by(gm, op, ErrorObserver, by)
+    assert isinstance(seen, ErrorObserver)
+    return seen.errors

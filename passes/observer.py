@@ -40,7 +40,7 @@ class Observer(nn.Module, ABC):
     def see(self, x: Tensor, *rest: Tensor) -> None:
         """Take in a batch; ``rest``: what else the observer is given."""
 
-    def see_again(self, x: Tensor) -> None:
+    def see_again(self, x: Tensor, *rest: Tensor) -> None:
         """Take in a batch on a further look."""
 
     @abstractmethod
@@ -53,7 +53,7 @@ class Observer(nn.Module, ABC):
 
     def forward(self, x: Tensor, *rest: Tensor) -> Tensor:
         if self.look:
-            self.see_again(x)
+            self.see_again(x, *rest)
         else:
             if x.numel():
                 self.see(x, *rest)

@@ -212,7 +212,7 @@ class OfmrObserver(RangeObserver):
     def _scale(self, exponent: Tensor) -> Scales:
         return Scales(torch.ldexp(torch.ones((), device=exponent.device), exponent))
 
-    def see_again(self, x: Tensor) -> None:
+    def see_again(self, x: Tensor, *rest: Tensor) -> None:
         if not x.numel():
             return
         block = activation_block(self.quant.granularity, x.dim())

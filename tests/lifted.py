@@ -1,6 +1,7 @@
 """Graphs in float64 throughout, for proofs that a rewriting leaves the function alone."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,17 +12,22 @@ from graphq.source import source_of
 from graphq.state import put_tensor, tensor_of
 
 
-def lifted(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of ``gm`` whose parameters, buffers, constants and casts of floats are all float64."""
+def copied(gm: fx.GraphModule, change: Callable[[Tensor], Tensor] = Tensor.clone) -> fx.GraphModule:
+    """A copy of ``gm`` with each float tensor changed, in which tied tensors stay tied; ``deepcopy`` unties them."""
     made = copy.deepcopy(gm)
-    wide: dict[tuple[object, ...], Tensor] = {}  # tied tensors stay tied, which they do not in a copy
-    for name in list(made.state_dict(keep_vars=True)):
+    new: dict[tuple[object, ...], Tensor] = {}
+    for name in list(gm.state_dict(keep_vars=True)):
         tensor = tensor_of(gm, name)
         if tensor.is_floating_point():
             place = (tensor.data_ptr(), tensor.shape, tensor.stride())
-            new = tensor.detach().double()
-            kept = torch.nn.Parameter(new, False) if isinstance(tensor, torch.nn.Parameter) else new
-            put_tensor(made, name, wide.setdefault(place, kept))  # one object, so that copies are tied, too
+            own = new.setdefault(place, change(tensor.detach()))
+            put_tensor(made, name, torch.nn.Parameter(own, False) if isinstance(tensor, torch.nn.Parameter) else own)
+    return made
+
+
+def lifted(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of ``gm`` whose parameters, buffers, constants and casts of floats are all float64."""
+    made = copied(gm, Tensor.double)
     for node in made.graph.nodes:
         node.args = tuple(_wide(a) for a in node.args)
         node.kwargs = {key: _wide(value) for key, value in node.kwargs.items()}

@@ -10,7 +10,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from graphq.formats import Format
+from graphq.formats import Format, Int
 from graphq.numerics.blocks import beside_scales, block_extremes, expand_scale
 from graphq.numerics.codes import fake_quantize
 from graphq.numerics.scales import Scales, scale_from_extremes
@@ -35,9 +35,8 @@ def factors(activations: Tensor, weights: Tensor | None, ratio: float) -> Tensor
 
 def relative_columns(w: Tensor, block: Sequence[int], in_axis: int) -> Tensor:
     """The mean over all else of each input's weights, as shares of their blocks' largest magnitude: [K]."""
-    low, high = block_extremes(w.abs(), block)
+    _, high = block_extremes(w.abs(), block)
     shares = w.abs() / (expand_scale(high, w, block) + 1e-6)
-    del low
     return shares.movedim(in_axis, -1).flatten(0, -2).mean(0) if w.dim() > 1 else shares
 
 
@@ -50,26 +49,31 @@ def clipped(w: Tensor, hessian: Tensor, format: Format, block: Sequence[int]) ->
     """``w`` [B, N, K] clamped to the range, for each block along its last axis, of the least output error.
 
     The block's own second moments weigh its error. ``block`` is [1, 1, size] or [1, 1, -1]; candidates are the block's
-    extremes times 1, 0.95, ... 0.5.
+    extremes, on both sides the larger one where the format is symmetric, times 1, 0.95, ... 0.5.
     """
     size = w.shape[2] if block[2] < 0 else min(block[2], w.shape[2])
     low, high = block_extremes(w, block)
-    best = torch.full_like(low, torch.inf)
-    best_low, best_high = low.clone(), high.clone()
+    if not (isinstance(format, Int) and not format.symmetric):
+        high = torch.maximum(low.abs(), high.abs())
+        low = -high
+    least, best = torch.full_like(low, torch.inf), torch.ones_like(low)
     for share in SHARES:
-        tried = Scales(*scale_from_extremes(low * share, high * share, format))
-        error = fake_quantize(w, tried, format, block) - w
+        tried = _clamped(w, low * share, high * share, block)
+        scales = Scales(*scale_from_extremes(*block_extremes(tried, block), format))  # as when it is rounded at last
+        error = fake_quantize(tried, scales, format, block) - w
         losses: list[Tensor] = []
         for first in range(0, w.shape[2], size):
             part = error[:, :, first : first + size]
             own = hessian[:, first : first + size, first : first + size].to(part.dtype)
             losses.append(((part @ own) * part).sum(-1))
         loss = torch.stack(losses, -1)
-        better = loss < best
-        best = torch.where(better, loss, best)
-        best_low = torch.where(better, low * share, best_low)
-        best_high = torch.where(better, high * share, best_high)
-    x, (bottom, top) = beside_scales(w, (best_low, best_high), block)
+        best = torch.where(loss < least, share, best)
+        least = torch.minimum(loss, least)
+    return _clamped(w, low * best, high * best, block)
+
+
+def _clamped(w: Tensor, low: Tensor, high: Tensor, block: Sequence[int]) -> Tensor:
+    x, (bottom, top) = beside_scales(w, (low, high), block)
     assert bottom is not None
     assert top is not None
     return torch.maximum(torch.minimum(x, top), bottom).view(w.shape)

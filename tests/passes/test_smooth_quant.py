@@ -29,9 +29,9 @@ from graphq.source import source_of
 from graphq.state import tensor_of
 from graphq.text import dump
 from tests.graphs import annotated, assert_vals, plan, run
-from tests.lifted import assert_same_answers, assert_same_function, lifted
-from tests.models import captured, random_inputs, tiny
+from tests.lifted import assert_same_answers, assert_same_function, copied, lifted
 from tests.models import capture as capture_small
+from tests.models import captured, random_inputs, tiny
 
 W8A8 = plan("int8/channel", "int8/tensor")
 
@@ -61,9 +61,7 @@ class Gated(nn.Module):
 
 
 EXAMPLE = torch.ones(2, 8)
-BATCHES = [
-    (torch.randn(5, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64),) for seed in (1, 2)
-]
+BATCHES = [(torch.randn(5, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64),) for seed in (1, 2)]
 
 
 def capture(model: nn.Module) -> fx.GraphModule:
@@ -75,7 +73,7 @@ def smoothed(
 ) -> tuple[fx.GraphModule, int, list[str]]:
     """A copy of ``gm``, smoothed; the number of changes, and the notes. A second run of the observers finds nothing."""
     notes: list[str] = []
-    made = copy.deepcopy(gm)
+    made = copied(gm)
     step = SmoothQuant(**options, note=notes.append)
     with torch.no_grad():
         counts = Pipeline([Observe((step,), ranges=False), Calibrate(), step, StopObserving()], strict=True).run(
@@ -100,7 +98,9 @@ def test_golden_multiplied() -> None:
     gm = annotated(capture(Gated()), gate=W8A8, up=W8A8, down=W8A8)
     made, count, notes = smoothed(gm, BATCHES, where="multiply")
     assert (count, notes) == (5, [])  # two products; gate, up, down
-    assert_expected_inline(dump(made), """\
+    assert_expected_inline(
+        dump(made),
+        """\
 %x: f64[batch, 8] = input
 %1: f64[batch, 8] = aten.pow.Tensor_Scalar(%x, 2)
 %2: f64[batch, 1] = aten.mean.dim(%1, [-1], True)
@@ -117,7 +117,8 @@ def test_golden_multiplied() -> None:
 %13: f64[batch, 8] = aten.linear(%12, @down.weight)  # down: weight int8/channel, input int8/tensor
 %14: f64[batch, 8] = aten.add.Tensor(%x, %13)
 return [%14]
-""")
+""",
+    )
     assert_same_function(gm, made, BATCHES[0], 1e-12)
     assert_vals(made, *BATCHES[0])
     assert torch.equal(tensor_of(made, "norm.weight"), tensor_of(gm, "norm.weight"))
@@ -302,7 +303,7 @@ KEPT = "its input's channels keep their scale"
         (Sharing, 0, [
             f"gate: {KEPT}: mul_1: the weight of linear has other readers",
             f"up: {KEPT}: mul_1: the weight of linear has other readers",
-            f"down: {KEPT}: linear: gate.weight has other readers; linear_1: up.weight has other readers",
+            f"down: {KEPT}: linear_1: up.weight has other readers; linear: gate.weight has other readers",
         ]),
         (Plain, 0, [f"{name}: {KEPT}: no weights stand in front of it" for name in ("first", "second")]),
         (Gainless, 0, [f"w: {KEPT}: layer_norm: layer_norm has no gain"]),
@@ -495,5 +496,7 @@ def test_amct_s_numbers(
     same("0.input_factor", (1 / torch.tensor(s)).tolist())
     same("0.weight_scale", scale_w)
     same("0.input_scale", [scale_d])
-    assert held["0.input_zero_point"].item() == zero_point if zero_point is not None else "0.input_zero_point" not in held
+    assert (
+        held["0.input_zero_point"].item() == zero_point if zero_point is not None else "0.input_zero_point" not in held
+    )
     assert float((run(made, x) - x @ w.T).square().mean()) == pytest.approx(mse, rel=1e-4)
