@@ -9,10 +9,11 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from graphq.frontends.document import Document, Plain, Section, nearest, show
+from graphq.frontends.llmc_method import read_method
 from graphq.frontends.llmc_tensor import check_quant_type, read_tensor
 from graphq.plan import KeepFloat, Plan
 from graphq.quant import Quant
-from graphq.spec import Algorithm, Blocks, Exact, Name, Rule, Spec, parse_blocks
+from graphq.spec import Blocks, Exact, Name, Prefix, Rule, Spec, parse_blocks
 
 SIGN: Final = "a top-level quant with method or weight, or quant or sparse beside base and model"
 METHODS: Final = (
@@ -49,7 +50,9 @@ def parse(document: Document) -> Spec:
     last = [] if ignored is None else list(_read_ignored_layers(ignored))
     document.finish()
     assert base is not None  # else there was a problem
-    return Spec((*base.rules, *last), base.algorithms, base.cache, dialect="llmc", notes=tuple(document.notes))
+    notes = tuple(document.notes)
+    rules = (*base.rules, *last)
+    return Spec(rules, base.algorithms, base.cache, prefix=base.prefix, dialect="llmc", notes=notes)
 
 
 def _read_quant(quant: Section) -> Spec | None:
@@ -67,43 +70,25 @@ def _read_quant(quant: Section) -> Spec | None:
     act = read_tensor(quant.section("act"), "act", method)
     cache = _read_cache(quant, act, method)
     settings = list(_read_mix_bits(quant, act, method))
-    algorithm = _read_algorithm(quant, method)
-    for key in ("quant_out", "tp"):
-        if key in quant.values:
-            quant.unused(key, "graphq's own way of running holds")
+    algorithm = read_method(quant, method)
+    prefix = _read_prefix(quant, bool(algorithm))
+    if "tp" in quant.values:
+        quant.unused("tp", "graphq's own way of running holds")
     check_quant_type(quant)
     if weight is None:
         return None
     base = Rule(Blocks(), Plan(weight, act), quant.document.origin(("quant",), "quant"))
-    return Spec((base, *settings), algorithm, cache)
+    return Spec((base, *settings), algorithm, cache, prefix=prefix)
 
 
-def _read_algorithm(quant: Section, method: str | None) -> tuple[Algorithm, ...]:
-    special = quant.section("special")
-    options = () if special is None else tuple(_scalars("", dict(special.values)))
-    if method is None:
-        return ()
-    if method == "RTN":
-        for option, value in options:
-            if value not in (False, None):
-                quant.report("RTN has no options", "special", option)
-        return ()
-    source = quant.document.origin(("quant", "method"), "quant.method")
-    algorithm = quant.made(lambda: Algorithm(method.lower(), options, source), "special")
-    return () if algorithm is None else (algorithm,)
-
-
-def _scalars(prefix: str, value: Plain) -> Iterator[tuple[str, str | int | float | bool | None]]:
-    """The single values in ``value``, named by their path: ``scale.bit``, ``n_outs.0``."""
-    match value:
-        case dict():
-            for key, item in value.items():
-                yield from _scalars(f"{prefix}.{key}" if prefix else key, item)
-        case list():
-            for index, item in enumerate(value):
-                yield from _scalars(f"{prefix}.{index}", item)
-        case _:
-            yield prefix, value
+def _read_prefix(quant: Section, has_algorithm: bool) -> Prefix:
+    """What blocks are calibrated on: LLMC's default are the outputs of float blocks."""
+    quantized = quant.boolean("quant_out")
+    if has_algorithm:
+        return "quantized" if quantized else "float"
+    if quantized is not None:
+        quant.unused("quant_out", "graphq's own way of running holds")
+    return "quantized"
 
 
 def _read_cache(quant: Section, act: Quant | None, method: str | None) -> Quant | None:

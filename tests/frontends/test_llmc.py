@@ -37,7 +37,10 @@ rules:
     weight: int8/asym/g128
     exclusive: mix_bits
 algorithms:
-  - awq
+  - awq:
+      duo: false
+      clip: false
+prefix: float
 """,
     "mix_bits_2_blocks": """\
 graphq: 1
@@ -51,7 +54,10 @@ rules:
     float: 'mix_bits.setting_1: do_quant False'
     exclusive: mix_bits
 algorithms:
-  - awq
+  - awq:
+      duo: false
+      clip: false
+prefix: float
 """,
     "mix_bits_3_w4a4_w8a8": """\
 graphq: 1
@@ -64,7 +70,10 @@ rules:
     input: int8/asym/token/dynamic
     exclusive: mix_bits
 algorithms:
-  - awq
+  - awq:
+      duo: false
+      clip: false
+prefix: float
 """,
     "mix_bits_4_everything": """\
 graphq: 1
@@ -90,7 +99,10 @@ rules:
     weight: int4/asym/channel
     exclusive: mix_bits
 algorithms:
-  - awq
+  - awq:
+      duo: false
+      clip: false
+prefix: float
 """,
     "stdlib_llama_w4_mixed": """\
 graphq: 1

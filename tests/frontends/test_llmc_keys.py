@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 
+from graphq.algorithms import problems
 from graphq.errors import SpecError
 from graphq.frontends import load_spec
 from graphq.frontends.llmc import METHODS
-from graphq.spec import Algorithm, Rule
+from graphq.plan import KeepFloat
+from graphq.spec import Algorithm, Rule, Spec, parse_match
 
 WEIGHT = {"bit": 4, "symmetric": False, "granularity": "per_group", "group_size": 128}
 ACT = {"bit": 8, "symmetric": True, "granularity": "per_token"}
@@ -70,14 +72,87 @@ def test_rules(edits, rules):
 
 
 def test_methods_and_their_options():
-    assert [load_spec(edited(("quant.method", method))).algorithms for method in METHODS] == [
-        () if method == "RTN" else (Algorithm(method.lower()),) for method in METHODS
-    ]
-    special = {"actorder": True, "percdamp": 0.01, "n_outs": [6, 2], "scale": {"bit": 3}}
-    spec = load_spec(edited(("quant.method", "GPTQ"), ("quant.special", special)))
-    options = (("actorder", True), ("percdamp", 0.01), ("n_outs.0", 6), ("n_outs.1", 2), ("scale.bit", 3))
-    assert spec.algorithms == (Algorithm("gptq", options),)
+    translated = {
+        "RTN": (),
+        "Awq": (Algorithm("awq", (("duo", False), ("clip", False))),),
+        "GPTQ": (Algorithm("gptq", (("act_order", "none"), ("scales", "plan"))),),
+        "SmoothQuant": (Algorithm("smooth-quant"),),
+    }
+    for method in METHODS:  # those that graphq lacks keep their names, which compile refuses
+        spec = load_spec(edited(("quant.method", method)))
+        assert spec.algorithms == translated.get(method, (Algorithm(method.lower()),))
+        assert spec.prefix == ("quantized" if method == "RTN" else "float")
+    special = {"relative_threshold": 0.2, "n_outs": [6, 2], "scale": {"bit": 3}}
+    spec = load_spec(edited(("quant.method", "SpQR"), ("quant.special", special)))
+    options = (("relative_threshold", 0.2), ("n_outs.0", 6), ("n_outs.1", 2), ("scale.bit", 3))
+    assert spec.algorithms == (Algorithm("spqr", options),)
     assert load_spec(edited(("quant.special.weight_clip", False))).algorithms == ()
+
+
+def test_options_are_translated():
+    def algorithm(method: str, **special: Any) -> Algorithm:
+        (found,) = load_spec(edited(("quant.method", method), ("quant.special", special))).algorithms
+        return found
+
+    assert algorithm("Awq", trans=True, trans_version="v1", weight_clip=True) == Algorithm(
+        "awq", (("duo", True), ("clip", True))
+    )
+    assert algorithm("Awq", trans_version="v2") == Algorithm("awq", (("duo", False), ("clip", False)))
+    given = {"actorder": True, "static_groups": True, "percdamp": 0.02, "blocksize": 64, "true_sequential": True}
+    options = (("act_order", "static"), ("scales", "plan"), ("block_size", 64), ("dampening", 0.02))
+    assert algorithm("GPTQ", **given) == Algorithm("gptq", options)
+    assert algorithm("SmoothQuant", alpha=0.8) == Algorithm("smooth-quant", (("alpha", 0.8),))
+    for translated in (algorithm("Awq"), algorithm("GPTQ", **given), algorithm("SmoothQuant", alpha=1)):
+        assert problems(Spec((Rule(parse_match("blocks"), KeepFloat("x")),), (translated,))) == []
+
+
+def test_blocks_are_calibrated_as_llmc_does():
+    assert load_spec(edited(("quant.method", "Awq"))).prefix == "float"
+    assert load_spec(edited(("quant.method", "Awq"), ("quant.quant_out", False))).prefix == "float"
+    assert load_spec(edited(("quant.method", "Awq"), ("quant.quant_out", True))).prefix == "quantized"
+
+
+def test_options_without_effect_are_noted():
+    special = {
+        "true_sequential": True,
+        "save_scale": True,
+        "clip_sym": True,
+        "static_groups": False,
+        "n_outs": [1],
+        "do_gqa_trans": True,
+    }
+    assert sorted(load_spec(edited(("quant.method", "GPTQ"), ("quant.special", special))).notes) == [
+        "quant.special.clip_sym: ignored: weights are clipped as their format is symmetric",
+        "quant.special.do_gqa_trans: ignored: graphq scales through repeated heads",
+        "quant.special.n_outs: ignored: an option of owq",
+        "quant.special.save_scale: ignored: it steers LLMC's own run",
+        "quant.special.static_groups: ignored: a group's range is that of the weights as they were",
+        "quant.special.true_sequential: ignored: graphq calibrates a block at once",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("method", "special", "problem"),
+    [
+        ("Awq", {"alhpa": 1}, "alhpa: Awq has no such option"),
+        ("SmoothQuant", {"alhpa": 1}, "alhpa: SmoothQuant has no such option; did you mean alpha?"),
+        ("SmoothQuant", {"alpha": "big"}, "alpha: 'big' is not a number"),
+        ("Awq", {"trans": False}, "trans: Awq without its scales is not supported"),
+        ("Awq", {"trans_version": "v3"}, "trans_version: 'v3' is not v1 or v2"),
+        ("Awq", {"clip_version": "v2"}, "clip_version: 'v2' is not supported; write v1"),
+        ("Awq", {"search_clip_init": True}, "search_clip_init: is not supported"),
+        ("GPTQ", {"weight_clip": True}, "weight_clip: is not supported with GPTQ"),
+        ("GPTQ", {"owq": True}, "owq: is not supported"),
+        ("GPTQ", {"actorder": True, "static_groups": False}, "static_groups: with actorder, graphq's groups are static; write True"),
+        ("GPTQ", {"actorder": 1}, "actorder: 1 is not true or false"),
+        ("GPTQ", {"blocksize": 1.5}, "blocksize: 1.5 is not an integer"),
+        ("GPTQ", {"percdamp": True}, "percdamp: True is not a number"),
+    ],
+)  # fmt: skip
+def test_options_that_are_refused(method, special, problem):
+    with pytest.raises(SpecError) as caught:
+        load_spec(edited(("quant.method", method), ("quant.special", special)))
+    assert list(caught.value.problems) == [f"quant.special.{problem}"]
 
 
 def test_what_has_no_effect_is_noted():
@@ -130,7 +205,7 @@ SETTING = "quant.mix_bits.setting_0"
         ([("quant.method", "awq")], ["quant.method: 'awq' is not a method; did you mean Awq?"]),
         ([("quant.method", "GTPQ")], ["quant.method: 'GTPQ' is not a method; did you mean GPTQ?"]),
         ([("quant.special.weight_clip", True)], ["quant.special.weight_clip: RTN has no options"]),
-        ([("quant.method", "Awq"), ("quant.special", {"a": float("inf")})], ["quant.special: awq: a: inf is not a finite number"]),
+        ([("quant.method", "SpQR"), ("quant.special", {"a": float("inf")})], ["quant.special: spqr: a: inf is not a finite number"]),
         # mix_bits
         ([("quant.mix_bits", [])], ["quant.mix_bits: a list is not a mapping"]),
         ([("quant.mix_bits.setting_1", setting("a"))], ["quant.mix_bits: setting_0 is missing: settings are numbered from 0 without a gap"]),

@@ -303,7 +303,7 @@ KEPT = "its input's channels keep their scale"
         (Sharing, 0, [
             f"gate: {KEPT}: mul_1: the weight of linear has other readers",
             f"up: {KEPT}: mul_1: the weight of linear has other readers",
-            f"down: {KEPT}: linear_1: up.weight has other readers; linear: gate.weight has other readers",
+            f"down: {KEPT}: linear_1: up.weight has other readers",
         ]),
         (Plain, 0, [f"{name}: {KEPT}: no weights stand in front of it" for name in ("first", "second")]),
         (Gainless, 0, [f"w: {KEPT}: layer_norm: layer_norm has no gain"]),
