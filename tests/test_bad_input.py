@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import graphq
 from graphq import GraphError, SpecError, TargetError
+from graphq.algorithms import OPTIONS as ALGORITHMS
 from graphq.cli import app
 from tests.models import MLP, Blocks
 
@@ -65,7 +66,8 @@ SPECS: dict[str, tuple[Any, str]] = {
     "native group size": (INT8 | {"weight": "int8/g0"}, "weight: group_size: 0 is not a positive integer"),
     "native group": (INT8 | {"weight": "int8/g-4"}, f"weight: 'int8/g-4' {FORMAT_HINT}"),
     "symmetric text": (llmc({"symmetric": "yes"}), "quant.weight.symmetric: 'yes' is not true or false"),
-    "algorithm": (llmc(method="Awq"), "quant.method: graphq has no awq yet; compile with algorithm rtn to round to nearest"),
+    "algorithm": (llmc(method="OmniQuant"), f"quant.method: graphq has no algorithm omniquant; there are {', '.join(ALGORITHMS)}"),
+    "calibration": (llmc(method="Awq"), "calibration: none given, but the spec asks for awq"),
     "cache": (
         INT8 | {"cache": "int8/token/dynamic"},
         "cache: int8/token/dynamic: graphq cannot quantize the KV cache yet; leave it out of the spec",
@@ -100,7 +102,7 @@ def test_all_problems_at_once():
 def test_options():
     cases: list[tuple[dict[str, Any], str]] = [
         ({"dialect": "llcm"}, "'llcm' is not a dialect; did you mean llmc? (known: native, llmc)"),
-        ({"algorithm": "gptq"}, "algorithm: 'gptq' is not one of rtn"),
+        ({"algorithm": "gptq"}, "algorithm: 'gptq' is not rtn; other algorithms stand in the spec"),
     ]
     for options, problem in cases:
         with pytest.raises(SpecError) as caught:
@@ -109,8 +111,8 @@ def test_options():
 
 
 def test_an_algorithm_that_graphq_lacks_can_be_explained_and_rounded():
-    spec = llmc(method="Awq")
-    assert "algorithm: awq" in graphq.explain(Blocks(), spec, inputs=X).notes
+    spec = llmc(method="OmniQuant")
+    assert "algorithm: omniquant" in graphq.explain(Blocks(), spec, inputs=X).notes
     rounded = graphq.compile(Blocks(), spec, inputs=X, algorithm="rtn")
     assert [bool(layer.weight) for layer in rounded.report.layers] == [True] * 4 + [False]
     assert (
@@ -128,7 +130,7 @@ def run(*args: object) -> Any:
         ("", "{}: the file is empty"),
         ("graphq: 1\nweight: !!python/object/apply:os.system [ls]\n", "{}:2: tags are not read: 'tag:yaml.org,2002:python/object/apply:os.system'\n"),
         ("a: &a [x, x]\n" + "".join(f"{c}: &{c} [{', '.join([f'*{p}'] * 9)}]\n" for p, c in zip("abcdef", "bcdefg", strict=True)), "{}:5:e: more than 10,000 values, aliases expanded\n"),
-        ("quant: {method: Awq, weight: {bit: 8, symmetric: true, granularity: per_channel}}\n", "quant.method (line 1): graphq has no awq yet"),
+        ("quant: {method: HQQ, weight: {bit: 8, symmetric: true, granularity: per_channel}}\n", "quant.method (line 1): graphq has no algorithm hqq; there are rtn"),
         ("graphq: 1\nweight: int8/channel\nbits: 4\n", "{}:3:bits: unknown key"),
     ],
 )  # fmt: skip

@@ -289,15 +289,16 @@ def refusal(model: Any, spec: Any, **options: Any) -> str:
 
 
 def test_algorithms_that_graphq_lacks_are_refused_by_name() -> None:
-    spec = {**W8, "algorithms": ["gptq", "awq"]}
+    spec = {**W8, "algorithms": ["spqr", "awq", "quik"]}
     text = refusal(MLP(), spec, inputs=floats(2, 8))
-    assert [line.rpartition(": ")[2] for line in text.splitlines()] == [
-        "graphq has no gptq yet; compile with algorithm rtn to round to nearest",
-        "graphq has no awq yet; compile with algorithm rtn to round to nearest",
+    assert text.splitlines() == [
+        f"algorithms[{i}]: graphq has no algorithm {name}; there are rtn, fold-batch-norm, equalize, smooth-quant, awq,"
+        " gptq, correct-bias"
+        for i, name in ((0, "spqr"), (2, "quik"))
     ]
     assert graphq.compile(MLP(), spec, inputs=floats(2, 8), algorithm="rtn").report.layers[0].weight is not None
     assert graphq.compile(MLP(), {**W8, "algorithms": ["rtn"]}, inputs=floats(2, 8)).report.layers
-    assert refusal(MLP(), W8, inputs=floats(2, 8), algorithm="awq") == "algorithm: 'awq' is not one of rtn"
+    assert refusal(MLP(), W8, inputs=floats(2, 8), algorithm="awq") == "algorithm: 'awq' is not rtn; other algorithms stand in the spec"
 
 
 def test_a_quantized_cache_is_refused() -> None:
@@ -501,7 +502,7 @@ def test_llmc_mixed_bits(name: str, captured32: fx.GraphModule, monkeypatch: pyt
     outside = [r.layer.fqn for r in explained.layers if r.layer.block is None]
     assert outside == ["model.embed_tokens", "lm_head"]
 
-    assert refusal("a model", config).endswith("graphq has no awq yet; compile with algorithm rtn to round to nearest")
+    assert refusal("a model", config) == "calibration: none given, but the spec asks for awq"
     compiled = graphq.compile("a model", config, algorithm="rtn")
     compiled_plans = {r.layer.fqn: r.plan for r in compiled.report.layers}
     assert compiled_plans == {r.layer.fqn: r.plan for r in explained.layers}
