@@ -1,5 +1,6 @@
 """Ranges evened out between layers, and nothing else changed."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -96,7 +97,7 @@ def test_rows_and_columns_are_even(model: type[nn.Module], x: Tensor, count: int
     made, changed, _ = equalized(gm, rounds=200)
     assert changed == count
     assert_same_function(gm, made, (x,), 1e-12)
-    for first, second in zip(chain, chain[1:], strict=False):
+    for first, second in itertools.pairwise(chain):
         before, after = (_ranges(one, first, second) for one in (gm, made))
         torch.testing.assert_close(after[0], after[1], rtol=5e-3, atol=0)
         assert not torch.allclose(before[0], before[1], rtol=0.1)
