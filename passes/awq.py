@@ -124,7 +124,7 @@ class AWQ(Pass):
                 sum(float(awq.output_error(one.change(f), moments[one.op]).sum()) for one in judged) for f in tried
             ]
         else:
-            errors = [float(e) for e in sum(_errors_seen(gm, one.op, self.name) for one in judged)]
+            errors = torch.stack([_errors_seen(gm, one.op, self.name) for one in judged]).sum(0).tolist()
         best = errors.index(min(errors))
         return tried[best] if best else None
 

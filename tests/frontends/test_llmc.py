@@ -197,11 +197,11 @@ def test_every_decision_names_its_rule():
     resolved, _ = resolve(load_spec(CONFIGS / "mix_bits_4_everything.yaml"), llama(32))
     sources = Counter(one.rule.source if one.rule else "" for one in resolved.values())
     assert sources == {
-        "quant (line 3)": 211,
-        "mix_bits.setting_0 (line 14)": 4,
-        "mix_bits.setting_1 (line 25)": 6,
-        "mix_bits.setting_2 (line 28)": 1,
-        "mix_bits.setting_3 (line 39)": 2,
+        "quant (line 2)": 211,
+        "mix_bits.setting_0 (line 13)": 4,
+        "mix_bits.setting_1 (line 24)": 6,
+        "mix_bits.setting_2 (line 27)": 1,
+        "mix_bits.setting_3 (line 38)": 2,
         "": 2,
     }
 
