@@ -133,20 +133,23 @@ def scope(algorithm: Algorithm, layers: Mapping[str, Layer]) -> frozenset[str] |
 @final
 @dataclass(frozen=True)
 class Told:
-    """Whom passes tell: ``record`` each layer's error, ``note`` what the report should say."""
+    """Whom passes tell: ``record`` each layer's error, ``note`` what the report should say; and the seed of what they
+    draw.
+    """
 
     record: Callable[[str, float], None] | None = None
     note: Callable[[str], None] | None = None
+    seed: int = 0
 
 
-def preparations(spec: Spec, told: Told, seed: int) -> list[Pass]:
+def preparations(spec: Spec, told: Told) -> list[Pass]:
     """The passes over the whole graph that come before any decision."""
     passes: list[Pass] = []
     for algorithm in spec.algorithms:
         if algorithm.name == "fold-batch-norm":
             passes.append(FoldBatchNorm())
         elif algorithm.name == "rotate":
-            passes += [Untie(), FoldNorms(told.note), Rotate(seed=seed, note=told.note, **_options(algorithm))]
+            passes += [Untie(), FoldNorms(told.note), Rotate(seed=told.seed, note=told.note, **_options(algorithm))]
     return passes
 
 
@@ -197,7 +200,7 @@ def _walk(
                 clip = options.pop("clip", True) and unclipped is not None
                 step = AWQ(own, clip=clip, unclipped=unclipped or frozenset(), note=told.note, **options)
             case "auto-round":
-                rounding.append(AutoRound(own, record=told.record, note=told.note, **options))
+                rounding.append(AutoRound(own, seed=told.seed, record=told.record, note=told.note, **options))
                 continue
             case _:
                 gptq = GPTQ(own, record=told.record, note=told.note, **options)

@@ -42,12 +42,12 @@ def canonical_passes() -> list[Pass]:
 
 
 def passes_for(
-    spec: Spec, layers: Mapping[str, Layer] | None = None, told: Told = _SILENT, blocks: bool = False, seed: int = 0
+    spec: Spec, layers: Mapping[str, Layer] | None = None, told: Told = _SILENT, blocks: bool = False
 ) -> list[Pass]:
     """The whole pipeline for a spec and a model of these layers, in order. ``blocks``: block by block."""
     return [
         *canonical_passes(),
-        *preparations(spec, told, seed),
+        *preparations(spec, told),
         Annotate(spec),
         *quantization(spec, layers or {}, told, blocks),
     ]
@@ -207,7 +207,7 @@ def compile(  # noqa: A001
         by_blocks = any(a.name in DATA for a in parsed.algorithms)
         if by_blocks and batches is not None:
             batches = list(batches)  # several walks over the blocks, and what they leave to the whole, read them
-        passes = passes_for(parsed, found, Told(sqnr.__setitem__, told.append), by_blocks, seed)
+        passes = passes_for(parsed, found, Told(sqnr.__setitem__, told.append, seed), by_blocks)
         Pipeline(passes).run(gm, batches)
     _own_tensors(gm, theirs)
     report = make_report(resolved, [*source.notes, *notes, *told], source.dtype.itemsize * 8, sqnr)

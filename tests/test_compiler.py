@@ -298,7 +298,10 @@ def test_algorithms_that_graphq_lacks_are_refused_by_name() -> None:
     ]
     assert graphq.compile(MLP(), spec, inputs=floats(2, 8), algorithm="rtn").report.layers[0].weight is not None
     assert graphq.compile(MLP(), {**W8, "algorithms": ["rtn"]}, inputs=floats(2, 8)).report.layers
-    assert refusal(MLP(), W8, inputs=floats(2, 8), algorithm="awq") == "algorithm: 'awq' is not rtn; other algorithms stand in the spec"
+    assert (
+        refusal(MLP(), W8, inputs=floats(2, 8), algorithm="awq")
+        == "algorithm: 'awq' is not rtn; other algorithms stand in the spec"
+    )
 
 
 def test_a_quantized_cache_is_refused() -> None:

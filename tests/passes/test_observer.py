@@ -29,7 +29,7 @@ class Sum(Observer):
     def see(self, x: Tensor, *rest: Tensor) -> None:
         self.total += x.sum() + sum(part.sum() for part in rest)
 
-    def see_again(self, x: Tensor) -> None:
+    def see_again(self, x: Tensor, *rest: Tensor) -> None:
         self.again += 1
 
     def take(self, later: Observer) -> None:
