@@ -88,8 +88,8 @@ def test_clipping_finds_the_least_of_its_candidates() -> None:
             error = fake_quantize(own, choose_scale(own, INT4, block), INT4, block) - w[:, row : row + 1]
             tried.append((float(((error @ hessian) * error).sum()), share))
         share = min(tried)[1]
-        own = found[0, row].abs().max() / w[0, row].abs().max()
-        assert float(own) == pytest.approx(share, rel=1e-5)
+        bound = w[0, row].abs().max() * share
+        torch.testing.assert_close(found[0, row], w[0, row].clamp(-bound, bound), rtol=1e-5, atol=0)
 
 
 def test_a_ragged_last_block() -> None:
@@ -97,3 +97,10 @@ def test_a_ragged_last_block() -> None:
     found = awq.clipped(w, x.mT @ x, INT4, [1, 1, 4])
     alone = awq.clipped(w[..., 8:], (x.mT @ x)[:, 8:, 8:], INT4, [1, 1, 4])
     assert torch.equal(found[..., 8:], alone)
+
+
+def test_clipping_a_symmetric_range_leaves_the_smaller_side() -> None:
+    w = torch.tensor([[[-8.0, 1.0, 1.0, 1.0]]])
+    found = awq.clipped(w, torch.diag(torch.tensor([1e-4, 1.0, 1.0, 1.0]))[None], INT4, [1, 1, -1])
+    assert found[0, 0, 0] > -8
+    assert found[0, 0, 1:].tolist() == [1.0, 1.0, 1.0]
