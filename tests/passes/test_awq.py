@@ -214,7 +214,7 @@ FAMILIES = ("llama", "qwen3", "gemma3", "mixtral", "deepseek", "opt", "gpt2", "b
 def test_the_function_stays(family: str) -> None:
     gm = canonical(family, "int4/channel")
     made, count, _ = scaled(gm, [doubles(gm)], n_grid=3)
-    assert count >= 6
+    assert count >= 3
     assert_same_answers(gm, made, random_inputs(gm)[0], 1e-12)
 
 
