@@ -200,7 +200,12 @@ def _options() -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--schemes", type=names_from(SCHEMES), default=list(SCHEMES), metavar="NAME,...")
-    parser.add_argument("--algorithms", type=names_from(ALGORITHMS), default=[name for name in ALGORITHMS if name != SLOW], metavar="NAME,...")
+    parser.add_argument(
+        "--algorithms",
+        type=names_from(ALGORITHMS),
+        default=[name for name in ALGORITHMS if name != SLOW],
+        metavar="NAME,...",
+    )
     parser.add_argument("--model", choices=MODELS, help="this one alone")
     parser.add_argument("--windows", type=int, default=64, help="windows to evaluate on")
     parser.add_argument("--available", action="store_true", help="print what graphq does not have yet as such")

@@ -92,7 +92,7 @@ def flow_into(gm: fx.GraphModule, op: Weighted) -> Flow | Blocked:
         if isinstance(found, Flow) and any(reader.op == op for reader in found.readers):
             return found
         reasons.append(f"{producer.node.name}: {found.reason}" if isinstance(found, Blocked) else producer.node.name)
-    return Blocked("; ".join(reasons) or "no weights stand in front of it")
+    return Blocked("; ".join(reasons) or "nothing that makes it has weights a factor could move to")
 
 
 def producers_behind(x: Op) -> list[Op]:

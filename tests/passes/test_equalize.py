@@ -61,7 +61,9 @@ def test_golden() -> None:
     gm = graph(MLP(), X)
     made, count, notes = equalized(gm)
     assert count == 3  # up's rows and bias, down's columns
-    assert notes == ["up: its input's channels keep their scale: no weights stand in front of it"]
+    assert notes == [
+        "up: its input's channels keep their scale: nothing that makes it has weights a factor could move to"
+    ]
     assert_expected_inline(
         dump(made),
         """\

@@ -305,7 +305,7 @@ KEPT = "its input's channels keep their scale"
             f"up: {KEPT}: mul_1: the weight of linear has other readers",
             f"down: {KEPT}: linear_1: up.weight has other readers",
         ]),
-        (Plain, 0, [f"{name}: {KEPT}: no weights stand in front of it" for name in ("first", "second")]),
+        (Plain, 0, [f"{name}: {KEPT}: nothing that makes it has weights a factor could move to" for name in ("first", "second")]),
         (Gainless, 0, [f"w: {KEPT}: layer_norm: layer_norm has no gain"]),
     ],
 )  # fmt: skip
