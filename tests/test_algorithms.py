@@ -23,7 +23,7 @@ from tests.graphs import run
 from tests.models import ConvBnRelu, captured, tiny
 
 TOKENS = [torch.randint(0, 128, (4, 12), generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
-NAMES = "rtn, fold-batch-norm, equalize, smooth-quant, awq, gptq, correct-bias"
+NAMES = "rtn, fold-batch-norm, rotate, equalize, smooth-quant, awq, gptq, auto-round, correct-bias"
 
 
 def spec(*algorithms: Any, weight: str = "int4/channel", input: str | None = None, **others: Any) -> dict[str, Any]:

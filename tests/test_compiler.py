@@ -292,8 +292,8 @@ def test_algorithms_that_graphq_lacks_are_refused_by_name() -> None:
     spec = {**W8, "algorithms": ["spqr", "awq", "quik"]}
     text = refusal(MLP(), spec, inputs=floats(2, 8))
     assert text.splitlines() == [
-        f"algorithms[{i}]: graphq has no algorithm {name}; there are rtn, fold-batch-norm, equalize, smooth-quant, awq,"
-        " gptq, correct-bias"
+        f"algorithms[{i}]: graphq has no algorithm {name}; there are rtn, fold-batch-norm, rotate, equalize, smooth-quant, awq,"
+        " gptq, auto-round, correct-bias"
         for i, name in ((0, "spqr"), (2, "quik"))
     ]
     assert graphq.compile(MLP(), spec, inputs=floats(2, 8), algorithm="rtn").report.layers[0].weight is not None

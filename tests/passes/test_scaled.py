@@ -1,0 +1,73 @@
+"""Groups of layers that share factors: which there are, who decides, and the two ways to scale them."""
+
+import pytest
+import torch
+from torch import nn
+
+from graphq.passes.scaled import chosen_layers, column_magnitudes, groups, names_of, scale
+from graphq.state import tensor_of
+from graphq.views import Linear, ops_of
+from tests.graphs import annotated, run
+from tests.models import MLP, Attention, MoE, capture
+
+
+class Normed(nn.Module):
+    """Two linears behind a norm, one of which has another float reader beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.first = nn.Linear(8, 6)
+        self.second = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.norm(x)
+        return torch.cat([self.first(h), self.second(h)], -1)
+
+
+X = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
+
+
+def test_readers_of_one_input_are_a_group_of_which_planned_ones_decide() -> None:
+    gm = annotated(capture(Normed(), X), first="int8/channel", second="float")
+    (group,) = groups(gm, None, "fold", None)
+    assert [reader.weight.fqn for reader in group.readers] == ["first.weight", "second.weight"]
+    assert [reader.weight.fqn for reader in group.chosen] == ["first.weight"]
+    assert group.name == "first"
+    assert torch.equal(column_magnitudes(gm, group), tensor_of(gm, "first.weight").abs().amax(0).double())
+    before, gain = run(gm, X), tensor_of(gm, "norm.weight").clone()
+    factors = torch.arange(1, 9)
+    assert scale(gm, group, factors, "test") == 4  # gain and bias, and two weights
+    assert torch.equal(tensor_of(gm, "norm.weight"), (gain.double() / factors).float())
+    # 1e-5: float32 products of changed factors.
+    assert torch.allclose(run(gm, X), before, rtol=0, atol=1e-5 * float(before.abs().max()))
+
+
+@pytest.mark.parametrize("where", ["fold", "fold-or-multiply", "multiply"])
+def test_where_nothing_absorbs_factors(where: str) -> None:
+    gm = annotated(capture(Attention(), torch.ones(2, 3, 8)), blocks="int8/channel")
+    notes: list[str] = []
+    found = list(groups(gm, None, where, notes.append))  # type: ignore[arg-type]
+    assert len(notes) == (3 if where == "fold" else 0)
+    assert [len(group.readers) for group in found] == ([] if where == "fold" else [3])
+    if found:
+        before = run(gm, torch.ones(2, 3, 8))
+        assert scale(gm, found[0], torch.arange(1, 9), "test") == 4  # the factors, and three weights
+        after = run(gm, torch.ones(2, 3, 8))
+        assert torch.allclose(after, before, rtol=0, atol=1e-5 * float(before.abs().max() + 1))
+        assert torch.equal(tensor_of(gm, "q_proj.input_factor"), (1 / torch.arange(1, 9).double()).float())
+
+
+def test_chosen_layers() -> None:
+    gm = annotated(capture(MLP(), X), up="int8/channel", down="float")
+    assert [op.node.meta["graphq.layer"] for op in chosen_layers(gm, None)] == ["up"]
+    assert chosen_layers(gm, frozenset({"down"})) == []
+    linears = [op for op in ops_of(gm) if isinstance(op, Linear)]
+    assert [names_of(op) for op in linears] == [["up"], ["down"]]
+
+
+def test_experts_are_named_one_by_one() -> None:
+    gm = annotated(capture(MoE(), X), experts="int8/channel")
+    names = [names_of(op) for op in chosen_layers(gm, None)]
+    assert ["experts.0.down_proj", "experts.1.down_proj", "experts.2.down_proj", "experts.3.down_proj"] in names
+    assert chosen_layers(gm, frozenset({"experts.2.down_proj"})) != []
