@@ -204,6 +204,9 @@ class Conv2dPadding(Weighted, target=aten.conv2d.padding):
     bias: Op | None
 
 
+CONVOLUTIONS: Final = (Conv1d, Conv1dPadding, Conv2d, Conv2dPadding)
+
+
 @final
 class Embedding(Weighted, target=aten.embedding.default):
     weight: Op

@@ -17,16 +17,14 @@ from torch import Tensor, fx
 from graphq import edit
 from graphq.formats import Float, Int
 from graphq.layers import LAYER, PLAN
-from graphq.numerics import awq, fake_quantize, weight_block
-from graphq.numerics.ranges import weight_scales
+from graphq.numerics import awq, weight_block
 from graphq.passes.annotate import annotated
 from graphq.passes.labels import Reader, is_own
 from graphq.passes.observe import Wanted, weight_quants
 from graphq.passes.observer import Observer
 from graphq.passes.quantize_weights import with_weights
-from graphq.passes.scaled import Group, Where, chosen_layers, groups, names_of, scale
+from graphq.passes.scaled import Group, Where, chosen_layers, groups, names_of, rounding_change, scale
 from graphq.passes.statistics import (
-    CONVOLUTIONS,
     ChannelObserver,
     HessianObserver,
     Samples,
@@ -38,9 +36,9 @@ from graphq.passes.statistics import (
     seen_by,
 )
 from graphq.pipeline import Batches, Pass
-from graphq.quant import MinMax, Mse, PerChannel, PerGroup, Quant
+from graphq.quant import MinMax, PerChannel, PerGroup, Quant
 from graphq.state import tensor_of
-from graphq.views import GroupedLinear, Op, Param, Weighted
+from graphq.views import CONVOLUTIONS, Op, Param, Weighted
 
 RANGE: Final = MinMax()
 
@@ -217,16 +215,7 @@ class _Judged:
 
     def change(self, factors: Tensor) -> Tensor:
         """What rounding the weights multiplied by ``factors`` adds to them: [B, N, K], with the inputs as they are."""
-        own = self.group.at(factors, self.reader.weight.labels).float()
-        made = torch.zeros_like(self.w)
-        for quant, members in self.quants.items():
-            pick = members if isinstance(self.op, GroupedLinear) else slice(None)
-            scaled = self.w[pick] * own[pick]
-            block = self._block(quant)
-            method = quant.method if isinstance(quant.method, Mse) else RANGE
-            found = weight_scales(scaled, quant.format, block, method)
-            made[pick] = (fake_quantize(scaled, found, quant.format, block) - scaled) / own[pick]
-        return as_problems(made, self.op)
+        return rounding_change(self.op, self.w, self.group.at(factors, self.reader.weight.labels).float())
 
 
 def _judged(gm: fx.GraphModule, group: Group) -> list[_Judged]:

@@ -18,10 +18,7 @@ from graphq.layers import weight_param
 from graphq.source import SHARED, source_of
 from graphq.state import is_tied
 from graphq.views import (
-    Conv1d,
-    Conv1dPadding,
-    Conv2d,
-    Conv2dPadding,
+    CONVOLUTIONS,
     Op,
     Param,
     Weighted,
@@ -63,7 +60,6 @@ _SIZES: Final = frozenset(
     }
 )
 SDPA: Final = aten.scaled_dot_product_attention.default
-_CONVOLUTIONS: Final = (Conv1d, Conv1dPadding, Conv2d, Conv2dPadding)
 
 
 NORMS: Final[dict[Any, int]] = {
@@ -78,7 +74,8 @@ NORMS: Final[dict[Any, int]] = {
 @final
 @dataclass(frozen=True)
 class Part:
-    """A parameter and the label of each of its elements, broadcast: divided (``Producer``) or multiplied (a reader).
+    """A parameter and the label of each of its elements, in its shape: divided (a producer's) or
+    multiplied (a reader's).
 
     ``plus``: what the graph adds to the parameter before it uses it (Gemma's norms multiply by 1 + weight).
     """
@@ -310,7 +307,7 @@ class Walk:
         if line is None:
             return f"the channels of {op.node.name} are mixed"
         shape = tuple(param.val.shape)
-        if isinstance(op, _CONVOLUTIONS):
+        if isinstance(op, CONVOLUTIONS):
             rows = shape[0] // int(op.argument("groups"))
             by_group = line.view(-1, shape[1])  # of each group
             wide = by_group.repeat_interleave(rows, 0).view(shape[0], shape[1], *[1] * (len(shape) - 2))
@@ -351,7 +348,7 @@ def _picks_last(op: Op) -> bool:
 
 def channel_axis(op: Op) -> int:
     """The axis of channels; a convolution may be without batches."""
-    if isinstance(op, _CONVOLUTIONS):
+    if isinstance(op, CONVOLUTIONS):
         return 1 - op.weight_op.val.dim()
     return NORMS.get(op.node.target, -1)
 

@@ -27,6 +27,7 @@ from graphq.views import (
     TransposedLinear,
     Weighted,
     ops_of,
+    view,
 )
 
 
@@ -147,6 +148,15 @@ def add_observers(gm: fx.GraphModule, made: Sequence[Wanted], by: str) -> None:
     for found, path in reversed(list(zip(made, paths, strict=True))):
         # Each stands right after x: in order at last.
         edit.add_observer(gm, found.x, path, found.observer, by, found.like, found.rest)
+
+
+def remove_observers(gm: fx.GraphModule) -> int:
+    """No observer is left; how many there were."""
+    left = observers(gm)
+    for op, _ in left:
+        edit.bypass(gm, op, view(op.node.all_input_nodes[0]))
+    edit.drop_unused(gm)
+    return len(left)
 
 
 def observer_of(gm: fx.GraphModule, op: Op) -> Observer | None:

@@ -8,7 +8,7 @@ from torch import fx
 from graphq import edit, numerics
 from graphq.formats import has_global_scale, is_asymmetric
 from graphq.layers import LAYER
-from graphq.passes.observe import free_path, observer_on, observers, to_quantize
+from graphq.passes.observe import free_path, observer_on, observers, remove_observers, to_quantize
 from graphq.pipeline import Batches, Invariant, Pass
 from graphq.quant import Quant
 from graphq.runtime import ops
@@ -63,11 +63,8 @@ class QuantizeActivations(Pass):
                 read = edit.insert(gm, op, ops.select_rows, candidates, offsets, choice, by=self.name)
             edit.redirect(op, x, read, by=self.name)
             changes += 1
-        left = observers(gm)
-        for op, _ in left:
-            edit.bypass(gm, op, view(op.node.all_input_nodes[0]))
-        edit.drop_unused(gm)
-        return changes or len(left)
+        left = remove_observers(gm)
+        return changes or left
 
     def _quantize(self, gm: fx.GraphModule, x: Op, quant: Quant, reader: Weighted) -> Op:
         """``x`` quantized and dequantized, right after ``x``, for ``reader`` and all that agree with it."""

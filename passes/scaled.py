@@ -9,13 +9,16 @@ from torch import Tensor, fx
 
 from graphq import edit
 from graphq.layers import LAYER, PLAN
+from graphq.numerics import fake_quantize, weight_block
+from graphq.numerics.ranges import weight_scales
 from graphq.passes.channels import Blocked, Flow, flow_into, move_factors
 from graphq.passes.labels import NONE, Part, Reader, is_own
 from graphq.passes.observe import free_path, weight_quants
-from graphq.passes.statistics import channel_axis
+from graphq.passes.statistics import as_problems, channel_axis
 from graphq.plan import Plan
+from graphq.quant import MinMax, Mse, Quant
 from graphq.state import tensor_of
-from graphq.views import Embedding, GroupedLinear, Op, Param, Weighted, ops_of
+from graphq.views import CONVOLUTIONS, Embedding, GroupedLinear, Op, Param, Weighted, ops_of
 
 Where = Literal["fold", "fold-or-multiply", "multiply"]
 
@@ -34,11 +37,6 @@ class Group:
     readers: tuple[Reader, ...]
     chosen: tuple[Reader, ...]
     flow: Flow | None
-
-    @property
-    def name(self) -> str:
-        """The layers that decide, for notes."""
-        return ", ".join(str(reader.op.node.meta[LAYER]) for reader in self.chosen)
 
     def by_label(self, values: Sequence[Tensor], labels: Sequence[Tensor], how: Literal["amax", "mean"]) -> Tensor:
         """Values of channels, brought together by label; 0 for labels without any."""
@@ -117,7 +115,7 @@ def _multiplied(gm: fx.GraphModule, op: Weighted, chosen: Sequence[Weighted]) ->
             if other == op:
                 return Blocked("its weight has other readers")
             continue
-        if "groups" in [a.name for a in other.node.target._schema.arguments] and other.argument("groups") != 1:  # type: ignore[union-attr]
+        if isinstance(other, CONVOLUTIONS) and other.argument("groups") != 1:
             if other == op:
                 return Blocked("it is a convolution of groups")
             continue
@@ -146,6 +144,25 @@ def scale(gm: fx.GraphModule, group: Group, factors: Tensor, by: str) -> int:
         edit.set_param(gm, reader.weight.fqn, lambda w, part=reader.weight: part.times(w, factors), by)
         edit.redirect(reader.op, x, product, by)
     return 1 + len(group.readers)
+
+
+def rounding_change(op: Weighted, w: Tensor, factors: Tensor) -> Tensor:
+    """What rounding ``w``, multiplied by ``factors`` (of its shape), by its plan adds to it: [B, N, K] as
+    ``as_problems`` has it, in units of ``w`` itself. 0 for experts that stay float.
+    """
+    members: dict[Quant, list[int]] = {}
+    for index, quant in enumerate(weight_quants(op.node.meta[PLAN])):
+        if quant is not None:
+            members.setdefault(quant, []).append(index)
+    made = torch.zeros_like(w)
+    for quant, own in members.items():
+        pick = own if isinstance(op, GroupedLinear) else slice(None)
+        scaled = w[pick] * factors[pick]
+        block = weight_block(quant.granularity, w.dim(), op.out_axis, op.in_axis, op.own_axes)
+        method = quant.method if isinstance(quant.method, Mse) else MinMax()
+        found = weight_scales(scaled, quant.format, block, method)
+        made[pick] = (fake_quantize(scaled, found, quant.format, block) - scaled) / factors[pick]
+    return as_problems(made, op)
 
 
 def column_magnitudes(gm: fx.GraphModule, group: Group) -> Tensor:

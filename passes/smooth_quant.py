@@ -13,22 +13,20 @@ from torch import Tensor, fx
 
 from graphq.formats import Int
 from graphq.layers import PLAN
-from graphq.numerics import fake_quantize, weight_block
-from graphq.numerics.ranges import weight_scales
+from graphq.numerics.awq import output_error
 from graphq.passes.annotate import annotated
-from graphq.passes.observe import Wanted, input_quants, weight_quants
+from graphq.passes.observe import Wanted, input_quants
 from graphq.passes.quantize_weights import with_weights
-from graphq.passes.scaled import Group, Where, chosen_layers, column_magnitudes, groups, scale
+from graphq.passes.scaled import Group, Where, chosen_layers, column_magnitudes, groups, rounding_change, scale
 from graphq.passes.statistics import (
     ChannelObserver,
     HessianObserver,
-    as_problems,
     channels,
     hessians,
     seen_by,
 )
 from graphq.pipeline import Batches, Pass
-from graphq.quant import MinMax, PerTensor
+from graphq.quant import PerTensor
 from graphq.state import tensor_of
 
 SMALLEST = 1e-5
@@ -100,24 +98,21 @@ def expected_error(gm: fx.GraphModule, group: Group, factors: Tensor) -> float:
     """The mean squared error of the outputs of the layers that decide, from rounding their weights and their inputs.
 
     That of the weights is tr(D H DT), D the error of the scaled weights and H the second moments of the scaled inputs;
-    an input rounded in steps of d adds d^2 / 12 for each weight squared.
+    an input rounded in steps of d adds d^2 / 12 for each weight squared. The step of an input with one scale per tensor
+    follows from its largest magnitude; of one with a scale per token, from three times the largest mean of a channel.
     """
     total = 0.0
     for reader in group.chosen:
         op = reader.op
-        (weight, *_), (x, *_) = weight_quants(op.node.meta[PLAN]), input_quants(op.node.meta[PLAN])
+        x = next((quant for quant in input_quants(op.node.meta[PLAN]) if quant is not None), None)
         w = tensor_of(gm, reader.weight.fqn).detach()
         scaled = (w.double() * group.at(factors, reader.weight.labels)).float()
         seen = seen_by(gm, op, HessianObserver, "smooth-quant")
         extremes = seen_by(gm, op, ChannelObserver, "smooth-quant")
         assert isinstance(seen, HessianObserver)
         assert isinstance(extremes, ChannelObserver)
-        if weight is not None:
-            block = weight_block(weight.granularity, w.dim(), op.out_axis, op.in_axis, op.own_axes)
-            found = weight_scales(scaled, weight.format, block, MinMax())
-            error = fake_quantize(scaled, found, weight.format, block) - scaled
-            error = as_problems(error / group.at(factors, reader.weight.labels).float(), op)
-            total += float(((error @ seen.mean().float()) * error).sum())
+        change = rounding_change(op, w.float(), group.at(factors, reader.weight.labels).float())
+        total += float(output_error(change, seen.mean()).sum())
         if x is not None and isinstance(x.format, Int):
             per_channel = extremes.magnitude if isinstance(x.granularity, PerTensor) else 3 * extremes.mean
             step = float((per_channel.double() / group.at(factors, reader.channels)).max()) * 2 / (2**x.format.bits - 1)

@@ -11,9 +11,8 @@ from graphq.layers import LAYER
 from graphq.numerics.taps import Window, tap_sums
 from graphq.passes.observe import Wanted
 from graphq.passes.observer import Observer
-from graphq.views import Conv1d, Conv1dPadding, Conv2d, Conv2dPadding, GroupedLinear, Op, Weighted, view
+from graphq.views import CONVOLUTIONS, GroupedLinear, Op, Weighted, view
 
-CONVOLUTIONS = (Conv1d, Conv1dPadding, Conv2d, Conv2dPadding)
 Samples = Callable[..., Iterable[tuple[int, Tensor]]]
 
 

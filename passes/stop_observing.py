@@ -5,11 +5,9 @@ from typing import ClassVar, final
 
 from torch import fx
 
-from graphq import edit
-from graphq.passes.observe import observers
+from graphq.passes.observe import remove_observers
 from graphq.passes.quantize_activations import no_observers
 from graphq.pipeline import Batches, Invariant, Pass
-from graphq.views import view
 
 
 @final
@@ -21,8 +19,4 @@ class StopObserving(Pass):
     ensures: ClassVar[tuple[Invariant, ...]] = (no_observers,)
 
     def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
-        watching = observers(gm)
-        for op, _ in watching:
-            edit.bypass(gm, op, view(op.node.all_input_nodes[0]))
-        edit.drop_unused(gm)
-        return len(watching)
+        return remove_observers(gm)

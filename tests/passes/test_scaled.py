@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from graphq.passes.scaled import chosen_layers, column_magnitudes, groups, names_of, scale
+from graphq.passes.scaled import chosen_layers, column_magnitudes, groups, names_of, rounding_change, scale
 from graphq.state import tensor_of
 from graphq.views import Linear, ops_of
 from tests.graphs import annotated, run
@@ -33,7 +33,6 @@ def test_readers_of_one_input_are_a_group_of_which_planned_ones_decide() -> None
     (group,) = groups(gm, None, "fold", None)
     assert [reader.weight.fqn for reader in group.readers] == ["first.weight", "second.weight"]
     assert [reader.weight.fqn for reader in group.chosen] == ["first.weight"]
-    assert group.name == "first"
     assert torch.equal(column_magnitudes(gm, group), tensor_of(gm, "first.weight").abs().amax(0).double())
     before, gain = run(gm, X), tensor_of(gm, "norm.weight").clone()
     factors = torch.arange(1, 9)
@@ -71,3 +70,14 @@ def test_experts_are_named_one_by_one() -> None:
     names = [names_of(op) for op in chosen_layers(gm, None)]
     assert ["experts.0.down_proj", "experts.1.down_proj", "experts.2.down_proj", "experts.3.down_proj"] in names
     assert chosen_layers(gm, frozenset({"experts.2.down_proj"})) != []
+
+
+def test_what_rounding_changes_expert_by_expert() -> None:
+    gm = annotated(capture(MoE(), X), experts="int8/channel", experts__0="float")
+    op = next(op for op in chosen_layers(gm, None) if "experts.0.down_proj" in names_of(op))
+    w = tensor_of(gm, "experts.down_proj").detach()
+    change = rounding_change(op, w, torch.ones_like(w))
+    assert change.shape == w.shape
+    assert not change[0].any()
+    assert all(expert.any() for expert in change[1:])
+    assert change.abs().max() <= w.abs().max() / 127 / 2 * 1.001  # half a step of the largest scale
