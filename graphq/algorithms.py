@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, cast, final
 
-from graphq.errors import SpecError
 from graphq.passes.auto_round import AutoRound
 from graphq.passes.awq import AWQ
 from graphq.passes.blockwise import Blockwise
@@ -23,7 +22,7 @@ from graphq.passes.smooth_quant import SmoothQuant
 from graphq.passes.stop_observing import StopObserving
 from graphq.passes.untie import Untie
 from graphq.pipeline import Pass
-from graphq.spec import Algorithm, Layer, Spec
+from graphq.spec import Algorithm, Layer, Spec, nearest_layer
 
 Value = str | int | float | bool | None
 Check = Callable[[Any], bool]
@@ -116,18 +115,25 @@ def problems(spec: Spec) -> list[str]:
     return found
 
 
+def unmatched(spec: Spec, layers: Mapping[str, Layer]) -> list[str]:
+    """A line for each match of an algorithm that no layer of the model has."""
+    found: list[str] = []
+    for algorithm in spec.algorithms:
+        where = f"{algorithm.source}: " if algorithm.source else ""
+        for match in algorithm.match:
+            if not any(match.matches(layer) for layer in layers.values()):
+                name = str(match).lstrip("=").partition("#")[0]
+                near = nearest_layer(name, layers)
+                hint = f"; did you mean {near}?" if near not in (None, name) else ""
+                found.append(f"{where}{algorithm.name}: {match} matches no layer{hint}")
+    return found
+
+
 def scope(algorithm: Algorithm, layers: Mapping[str, Layer]) -> frozenset[str] | None:
-    """The layers that an algorithm is for; None for all. Raises ``SpecError`` for a match of none."""
+    """The layers that an algorithm is for; None for all."""
     if not algorithm.match:
         return None
-    found: set[str] = set()
-    for match in algorithm.match:
-        hits = {fqn for fqn, layer in layers.items() if match.matches(layer)}
-        if not hits:
-            where = f"{algorithm.source}: " if algorithm.source else ""
-            raise SpecError(f"{where}{algorithm.name}: {match} matches no layer")
-        found |= hits
-    return frozenset(found)
+    return frozenset(fqn for fqn, layer in layers.items() if any(match.matches(layer) for match in algorithm.match))
 
 
 @final

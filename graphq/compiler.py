@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphq import hugging_face
-from graphq.algorithms import DATA, Told, preparations, quantization
+from graphq.algorithms import DATA, Told, preparations, quantization, unmatched
 from graphq.batches import complete_all
 from graphq.capture import capture_module, unwrapped
 from graphq.checks import check_calibration, check_options, check_tensors, refusals
@@ -191,6 +191,8 @@ def compile(  # noqa: A001
     gm = capture(model, inputs, dtype, cache=cache)
     theirs = _storages(gm) if isinstance(model, nn.Module) and not consume else set[int]()
     resolved, notes = decide(gm, parsed)
+    if nowhere := unmatched(parsed, {fqn: found.layer for fqn, found in resolved.items()}):
+        raise SpecError(nowhere)
     check_calibration(parsed, resolved, calibration)
     check_tensors(gm, resolved)
     if consume and isinstance(model, nn.Module):
@@ -281,7 +283,8 @@ def explain(
     source = source_of(gm)
     asked = [f"algorithm: {a.name}" for a in parsed.algorithms]
     asked += [f"cache: {parsed.cache}"] if parsed.cache else []
-    refused = [f"compile refuses: {problem}" for problem in refusals(parsed)]
+    nowhere = unmatched(parsed, {fqn: found.layer for fqn, found in resolved.items()})
+    refused = [f"compile refuses: {problem}" for problem in (*refusals(parsed), *nowhere)]
     return make_report(resolved, [*source.notes, *notes, *asked, *refused], source.dtype.itemsize * 8)
 
 

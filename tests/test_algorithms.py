@@ -222,7 +222,14 @@ def test_every_option_is_a_field_of_its_pass() -> None:
 
 
 def test_a_match_of_nothing() -> None:
-    assert refusal({"gptq": {"match": "mpl"}}) == ["algorithms[0]: gptq: mpl matches no layer"]
+    assert refusal({"gptq": {"match": ["mpl", "nothing"]}}, {"awq": {"match": "self_atn"}}) == [
+        "algorithms[0]: gptq: mpl matches no layer; did you mean mlp?",
+        "algorithms[0]: gptq: nothing matches no layer",
+        "algorithms[1]: awq: self_atn matches no layer; did you mean self_attn?",
+    ]
+    spec = {"graphq": 1, "weight": "int8/channel", "algorithms": [{"awq": {"match": "self_atn"}}]}
+    refused = [note for note in graphq.explain(tiny("llama"), spec).notes if note.startswith("compile refuses: ")]
+    assert refused == ["compile refuses: algorithms[0]: awq: self_atn matches no layer; did you mean self_attn?"]
 
 
 def test_calibration() -> None:
