@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, cast, final
 
+from graphq.match import Layer, unmatched_hint
 from graphq.passes.auto_round import AutoRound
 from graphq.passes.awq import AWQ
 from graphq.passes.blockwise import Blockwise
@@ -22,7 +23,7 @@ from graphq.passes.smooth_quant import SmoothQuant
 from graphq.passes.stop_observing import StopObserving
 from graphq.passes.untie import Untie
 from graphq.pipeline import Pass
-from graphq.spec import Algorithm, Layer, Spec, nearest_layer
+from graphq.spec import Algorithm, Spec
 
 Value = str | int | float | bool | None
 Check = Callable[[Any], bool]
@@ -122,9 +123,7 @@ def unmatched(spec: Spec, layers: Mapping[str, Layer]) -> list[str]:
         where = f"{algorithm.source}: " if algorithm.source else ""
         for match in algorithm.match:
             if not any(match.matches(layer) for layer in layers.values()):
-                name = str(match).lstrip("=").partition("#")[0]
-                near = nearest_layer(name, layers)
-                hint = f"; did you mean {near}?" if near not in (None, name) else ""
+                hint = unmatched_hint(match, layers)
                 found.append(f"{where}{algorithm.name}: {match} matches no layer{hint}")
     return found
 

@@ -19,6 +19,7 @@ from graphq.errors import GraphError, SpecError
 from graphq.files import check_place
 from graphq.frontends import load_spec
 from graphq.frontends.native import print_spec
+from graphq.match import Layer
 from graphq.passes.annotate import Annotate, decide
 from graphq.passes.calibrate import Calibrate
 from graphq.passes.quantize_weights import QuantizeWeights
@@ -29,7 +30,7 @@ from graphq.pipeline import Batches, Pass, Pipeline
 from graphq.report import Report, make_report
 from graphq.runtime.model import CompiledModel
 from graphq.source import source_of
-from graphq.spec import Layer, Spec
+from graphq.spec import Spec
 from graphq.state import put_tensor, tensor_of
 
 _SILENT: Final = Told()

@@ -7,9 +7,10 @@ from typing import Any, final
 
 from graphq import numerics, packing
 from graphq.formats import Format, Int, code_bits, element_name, is_asymmetric
+from graphq.match import Layer
 from graphq.plan import Plan
 from graphq.quant import Granularity, PerBlock, PerGroup, Quant, granularity_name
-from graphq.spec import Layer, Resolved
+from graphq.spec import Resolved
 
 
 def quant_json(quant: Quant | None) -> dict[str, Any] | None:

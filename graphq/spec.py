@@ -1,186 +1,21 @@
-"""What the user wants, as data: the layers of a model, ordered rules over them, and what they decide.
+"""What the user wants, as data: ordered rules over a model's layers, and what they decide.
 
 Rules are ordered and flat: the last rule that matches a layer wins, whole.
 """
 
-import difflib
-import fnmatch
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final, Literal, final
+from typing import Literal, final
 
 from graphq.errors import SpecError
+from graphq.match import Exact, Layer, Match, unmatched_hint
 from graphq.plan import Decision, KeepFloat
 from graphq.quant import Quant
 
-MAX_BLOCK: Final = 9999
 Order = Literal["sequential", "independent"]
 Prefix = Literal["quantized", "float"]
-LayerKind = Literal["linear", "conv1d", "conv2d", "embedding", "expert"]
-
-
-@final
-@dataclass(frozen=True)
-class Layer:
-    """A layer that a rule can name. ``block``: its position in the model's list of repeated blocks.
-
-    ``named_only``: why it is quantized only by a rule that names it; empty for the others.
-    ``shape``: the weight's, channels first (an ``[N, K]`` matrix for a linear, whatever the layout it is stored in).
-    """
-
-    fqn: str
-    kind: LayerKind
-    shape: tuple[int, ...]
-    block: int | None = None
-    named_only: Literal["", "embedding", "output head", "router", "outside of the repeated blocks"] = ""
-
-
-@final
-@dataclass(frozen=True)
-class Name:
-    """Matches layers whose path holds ``path`` as a run of whole segments, in these ``blocks`` (None: anywhere).
-
-    Text form: ``mlp.down_proj`` or ``mlp.down_proj#0-1-28..31`` (a list of block indices, ranges inclusive).
-    """
-
-    path: str
-    blocks: tuple[int, ...] | None = None
-
-    def __post_init__(self) -> None:
-        if not re.fullmatch(r"[\w-]+(\.[\w-]+)*", self.path):
-            raise SpecError(f"{self.path!r} is not a layer name: write dotted segments, such as mlp.down_proj")
-        if self.path == "blocks":
-            raise SpecError(
-                "blocks stands for all layers of the repeated blocks; write *.blocks.* for layers below that name"
-            )
-        _check_blocks(self.path, self.blocks)
-
-    def matches(self, layer: Layer) -> bool:
-        if self.blocks is not None and layer.block not in self.blocks:
-            return False
-        if f".{self.path}." not in f".{layer.fqn}.":
-            return False
-        return not layer.named_only or f".{layer.fqn}".endswith(f".{self.path}")
-
-    def __str__(self) -> str:
-        return self.path if self.blocks is None else f"{self.path}#{'-'.join(map(_print_run, _runs(self.blocks)))}"
-
-
-@final
-@dataclass(frozen=True)
-class Exact:
-    """Matches the one layer of this full dotted path."""
-
-    fqn: str
-
-    def __post_init__(self) -> None:
-        if not re.fullmatch(r"[\w-]+(\.[\w-]+)*", self.fqn):
-            raise SpecError(
-                f"{self.fqn!r} is not a layer name: write dotted segments, such as model.layers.0.mlp.down_proj"
-            )
-
-    def matches(self, layer: Layer) -> bool:
-        return layer.fqn == self.fqn
-
-    def __str__(self) -> str:
-        return f"={self.fqn}"
-
-
-@final
-@dataclass(frozen=True)
-class Glob:
-    """Matches full dotted paths by shell wildcards; ``*`` crosses dots."""
-
-    pattern: str
-
-    def __post_init__(self) -> None:
-        if not set(self.pattern) & set("*?["):
-            raise SpecError(f"{self.pattern!r} has no wildcard; write it as a name")
-        if "#" in self.pattern or self.pattern.startswith("="):
-            raise SpecError(
-                f"{self.pattern!r}: a pattern takes neither = nor #blocks; write a name, such as down_proj#0-1"
-            )
-
-    def matches(self, layer: Layer) -> bool:
-        if layer.named_only and layer.fqn.rpartition(".")[2] not in self.pattern:
-            return False
-        return fnmatch.fnmatchcase(layer.fqn, self.pattern)
-
-    def __str__(self) -> str:
-        return self.pattern
-
-
-@final
-@dataclass(frozen=True)
-class Blocks:
-    """Matches what is quantized when no rule names it: every layer in the repeated blocks, or every layer of a model
-    without repeated blocks; but no ``named_only`` one. ``blocks`` restricts it to these indices.
-    """
-
-    blocks: tuple[int, ...] | None = None
-
-    def __post_init__(self) -> None:
-        _check_blocks("blocks", self.blocks)
-
-    def matches(self, layer: Layer) -> bool:
-        return not layer.named_only and (self.blocks is None or layer.block in self.blocks)
-
-    def __str__(self) -> str:
-        return "blocks" if self.blocks is None else f"blocks#{'-'.join(map(_print_run, _runs(self.blocks)))}"
-
-
-Match = Name | Exact | Glob | Blocks
-
-
-def _check_blocks(name: str, blocks: tuple[int, ...] | None) -> None:
-    if blocks is None:
-        return
-    if not blocks or len(set(blocks)) < len(blocks) or not all(type(b) is int and 0 <= b <= MAX_BLOCK for b in blocks):
-        raise SpecError(f"{name}: block indices {blocks} are not a list of different numbers from 0 to {MAX_BLOCK}")
-
-
-def parse_blocks(text: str) -> tuple[int, ...]:
-    """Block indices of ``0-1-28..31``: a list joined by ``-``; ``a..b`` is a range that holds both ends."""
-    blocks: dict[int, None] = {}
-    for item in text.split("-"):
-        found = re.fullmatch(r"(\d{1,4})(\.\.(\d{1,4}))?", item)
-        if not found:
-            raise SpecError(f"#{text}: {item!r} is not a block index; write #2-7 for blocks 2 and 7, #2..7 for 2 to 7")
-        first, last = int(found[1]), int(found[3] or found[1])
-        if last < first:
-            raise SpecError(f"#{text}: the range {item} is empty; write #{last}..{first}")
-        blocks.update(dict.fromkeys(range(first, last + 1)))
-    return tuple(blocks)
-
-
-def _runs(blocks: Iterable[int]) -> list[tuple[int, int]]:
-    runs: list[tuple[int, int]] = []
-    for block in blocks:
-        if runs and block == runs[-1][1] + 1:
-            runs[-1] = (runs[-1][0], block)
-        else:
-            runs.append((block, block))
-    return runs
-
-
-def _print_run(run: tuple[int, int]) -> str:
-    first, last = run
-    return str(first) if first == last else f"{first}-{last}" if last == first + 1 else f"{first}..{last}"
-
-
-def parse_match(text: str) -> Match:
-    """The ``Match`` that ``text`` writes: ``o_proj``, ``o_proj#0-1``, ``=full.name``, ``*.o_proj``, ``blocks``."""
-    name, mark, blocks = text.partition("#")
-    chosen = parse_blocks(blocks) if mark else None
-    if name == "blocks":
-        return Blocks(chosen)
-    if text.startswith("="):
-        return Exact(text[1:])
-    if set(text) & set("*?["):
-        return Glob(text)
-    return Name(name, chosen)
 
 
 @final
@@ -226,13 +61,38 @@ class Algorithm:
 
 @final
 @dataclass(frozen=True)
+class Run:
+    """What a config says about the run, for whoever starts it and says nothing else; empty or None: it does not say.
+
+    ``model``: the directory of the model. ``target``: what to write, by a target's name. ``calibration``: the file or
+    directory of text to calibrate on, ``samples`` windows of ``sequence_length`` tokens of it. ``batches``: how many
+    batches calibrate. ``seed``: of what an algorithm draws.
+    """
+
+    model: str = ""
+    target: str = ""
+    calibration: str = ""
+    samples: int | None = None
+    sequence_length: int | None = None
+    batches: int | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("samples", 1), ("sequence_length", 2), ("batches", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or not least <= value < 1 << 63):
+                raise SpecError(f"{name}: {value!r} is not a whole number from {least}")
+
+
+@final
+@dataclass(frozen=True)
 class Spec:
     """Ordered rules (the last that matches a layer wins, whole), the algorithms, and the KV cache's format.
 
     ``pipeline``: ``sequential`` runs all algorithms on a block before the next block is calibrated, ``independent``
     runs one after the other over all blocks. ``prefix``: a block is calibrated on what the blocks in front of it give
     as they are by then, ``quantized``, or as they were, ``float``. ``dialect``: the one it was read from.
-    ``notes``: what the frontend read and has no use for, for the report.
+    ``run``: what it says about the run itself. ``notes``: what the frontend read and has no use for, for the report.
     """
 
     rules: tuple[Rule, ...]
@@ -240,6 +100,7 @@ class Spec:
     cache: Quant | None = None
     pipeline: Order = "sequential"
     prefix: Prefix = "quantized"
+    run: Run = Run()
     dialect: str = field(default="native", compare=False)
     notes: tuple[str, ...] = field(default=(), compare=False)
 
@@ -267,7 +128,10 @@ def resolve(spec: Spec, layers: Mapping[str, Layer]) -> tuple[dict[str, Resolved
     claimed: dict[tuple[str, str], Rule] = {}
     for rule in spec.rules:
         where = f"{rule.source}: " if rule.source else ""
-        hits = [fqn for fqn, layer in layers.items() if rule.match.matches(layer)]
+        if isinstance(rule.match, Exact):  # a checkpoint's description has one for each of its many layers
+            hits = [rule.match.fqn] if rule.match.fqn in layers else []
+        else:
+            hits = [fqn for fqn, layer in layers.items() if rule.match.matches(layer)]
         for fqn in hits:
             other = claimed.setdefault((rule.exclusive, fqn), rule) if rule.exclusive else rule
             if other is not rule:
@@ -284,15 +148,7 @@ def resolve(spec: Spec, layers: Mapping[str, Layer]) -> tuple[dict[str, Resolved
         elif not hits and rule.may_match_nothing:
             notes.append(f"{where}{rule.match} matches no layer")
         elif not hits:
-            name, _, blocks = str(rule.match).lstrip("=").partition("#")
-            near = nearest_layer(name, layers)
-            if near is None:
-                hint = ""
-            elif blocks and near == name:
-                hint = "; other blocks have it"
-            else:
-                hint = f"; did you mean {near}?"
-            problems.append(f"{where}{rule.match} matches no layer{hint}")
+            problems.append(f"{where}{rule.match} matches no layer{unmatched_hint(rule.match, layers)}")
     if problems:
         raise SpecError(problems)
     resolved: dict[str, Resolved] = {}
@@ -306,15 +162,3 @@ def resolve(spec: Spec, layers: Mapping[str, Layer]) -> tuple[dict[str, Resolved
         else:
             resolved[fqn] = Resolved(layer, rule.decision, rule)
     return resolved, tuple(notes)
-
-
-def nearest_layer(name: str, layers: Iterable[str]) -> str | None:
-    """The run of segments of any layer's path that is spelled most like ``name``; None when none comes close."""
-    width = name.count(".") + 1
-    candidates: dict[str, None] = {}
-    for fqn in layers:
-        segments = fqn.split(".")
-        for start in range(max(1, len(segments) - width + 1)):
-            candidates[".".join(segments[start : start + width])] = None
-    found = difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)
-    return found[0] if found else None

@@ -7,10 +7,11 @@ from torch import fx
 
 from graphq.errors import SpecError
 from graphq.layers import LAYER, PLAN, layers, sites, unnamed
+from graphq.match import Layer
 from graphq.pipeline import Batches, Invariant, Pass
 from graphq.plan import PerExpert, Plan
 from graphq.quant import Ofmr, PerGroup, PerToken
-from graphq.spec import Layer, Resolved, Spec, resolve
+from graphq.spec import Resolved, Spec, resolve
 
 
 def decide(gm: fx.GraphModule, spec: Spec) -> tuple[dict[str, Resolved], tuple[str, ...]]:

@@ -23,6 +23,7 @@ LAYERS = (
     ("graphq.formats",),
     ("graphq.quant",),
     ("graphq.plan",),
+    ("graphq.match",),
     ("graphq.spec",),
     ("graphq.views",),
     ("graphq.edit", "graphq.text"),
@@ -36,7 +37,14 @@ LAYERS = (
 # These import nothing else of graphq.
 LEAVES = {
     "graphq.evaluate": {"graphq.errors"},
-    "graphq.frontends": {"graphq.errors", "graphq.formats", "graphq.quant", "graphq.plan", "graphq.spec"},
+    "graphq.frontends": {
+        "graphq.errors",
+        "graphq.formats",
+        "graphq.quant",
+        "graphq.plan",
+        "graphq.match",
+        "graphq.spec",
+    },
     "graphq.numerics": {"graphq.errors", "graphq.formats", "graphq.quant"},
     "graphq.packing": {"graphq.errors", "graphq.formats"},
 }

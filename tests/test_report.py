@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import graphq
+from graphq.match import Exact, Layer, Name
 from graphq.plan import KeepFloat, Plan
 from graphq.quant import parse_quant
 from graphq.report import Report, make_report, quant_json, stored_nbytes
-from graphq.spec import Exact, Layer, Name, Resolved, Rule
+from graphq.spec import Resolved, Rule
 
 UP = Layer("blocks.0.up", "linear", (12, 8), block=0)
 CONV = Layer("conv", "conv2d", (8, 4, 3, 3))

@@ -10,23 +10,10 @@ from hypothesis import strategies as st
 
 from graphq.errors import SpecError
 from graphq.formats import Int
+from graphq.match import MAX_BLOCK, Blocks, Exact, Glob, Layer, Name, nearest_layer, parse_blocks, parse_match
 from graphq.plan import KeepFloat, Plan
 from graphq.quant import MAX_GROUP_SIZE, PerChannel, PerGroup, PerTensor, PerToken, Quant, parse_quant
-from graphq.spec import (
-    MAX_BLOCK,
-    Algorithm,
-    Blocks,
-    Exact,
-    Glob,
-    Layer,
-    Name,
-    Rule,
-    Spec,
-    nearest_layer,
-    parse_blocks,
-    parse_match,
-    resolve,
-)
+from graphq.spec import Algorithm, Rule, Spec, resolve
 
 BITS = st.sampled_from([2, 3, 4, 5, 6, 7, 8, 16])
 FORMATS = st.builds(Int, BITS, st.just(True), st.sampled_from(["max", "half", "by_sign"])) | st.builds(

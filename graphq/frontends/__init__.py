@@ -1,45 +1,77 @@
-"""The dialects a spec can be written in. ``load_spec`` recognises the dialect; each has a file of its own."""
+"""The dialects a spec can be written in: ``load_spec`` reads them, ``write_spec`` writes them."""
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Final, cast
+from dataclasses import dataclass
+from typing import Final, cast, final
 
 from graphq.errors import SpecError
-from graphq.frontends import llmc, native
+from graphq.frontends import llmc, native, presets
 from graphq.frontends.document import Document, nearest, read_mapping, show
 from graphq.frontends.native import print_spec
-from graphq.frontends.yaml_text import read_file
+from graphq.frontends.yaml_text import read_file, read_text
 from graphq.spec import Spec
 
-__all__ = ["load_spec", "print_spec"]
+__all__ = ["DIALECTS", "load_spec", "print_spec", "write_spec"]
 
-# name, how it is recognised, the same in words, how it is read; the first that recognises a document reads it
-_DIALECTS: Final[tuple[tuple[str, Callable[[Document], bool], str, Callable[[Document], Spec]], ...]] = (
-    ("native", native.recognises, native.SIGN, native.parse),
-    ("llmc", llmc.recognises, llmc.SIGN, llmc.parse),
-)
+
+@final
+@dataclass(frozen=True)
+class _Dialect:
+    """How a dialect is recognised, in code and in words; how it is read, and how a spec is written in it."""
+
+    recognises: Callable[[Document], bool]
+    sign: str
+    parse: Callable[[Document], Spec]
+    write: Callable[[Spec], str]
+
+
+# By name. The first that recognises a document reads it.
+_DIALECTS: Final[Mapping[str, _Dialect]] = {
+    "native": _Dialect(native.recognises, native.SIGN, native.parse, native.print_spec),
+    "llmc": _Dialect(llmc.recognises, llmc.SIGN, llmc.parse, llmc.write),
+}
+DIALECTS: Final = tuple(_DIALECTS)
 
 
 def load_spec(source: str | os.PathLike[str] | Mapping[str, object] | Spec, dialect: str | None = None) -> Spec:
-    """The spec of a YAML file or of a mapping; a ``Spec`` is returned as it is.
+    """The spec of a YAML or JSON file, its text, a mapping, or a preset's name; a ``Spec`` is returned as it is.
 
+    A name such as ``w4a16`` or ``w4a16+gptq`` is a preset's, even beside a file of that name (write ``./w4a16``).
     Raises ``SpecError`` with all problems of the source, a line each: ``path:line:key: message``.
     """
-    names = [name for name, *_ in _DIALECTS]
-    if dialect is not None and dialect not in names:
-        raise SpecError(f"{show(dialect)} is not a dialect{nearest(str(dialect), names)} (known: {', '.join(names)})")
+    if dialect is not None:
+        _check_dialect(dialect)
     if isinstance(source, Spec):
         return source
     match cast("object", source):
         case Mapping() as mapping:
             document = read_mapping(cast("Mapping[object, object]", mapping))
+        case str() as name if dialect in (None, "native") and presets.is_name(name):
+            document = presets.read(name)
+        case str() as text if "\n" in text:
+            document = read_text(text)
         case str() | os.PathLike() as path:
             document = read_file(cast("str | os.PathLike[str]", path))
         case _:
-            raise SpecError(f"a spec is a path, a mapping or a Spec, not {show(source)}")
-    for name, recognises, _, parse in _DIALECTS:
-        if name == dialect or (dialect is None and recognises(document)):
-            return parse(document)
-    looked_for = "; ".join(f"{name}: {sign}" for name, _, sign, _ in _DIALECTS)
+            raise SpecError(f"a spec is a path, a preset's name, a mapping or a Spec, not {show(source)}")
+    for name, known in _DIALECTS.items():
+        if name == dialect or (dialect is None and known.recognises(document)):
+            return known.parse(document)
+    looked_for = "; ".join(f"{name}: {known.sign}" for name, known in _DIALECTS.items())
     document.report((), f"no dialect is recognised; looked for {looked_for}")
     raise SpecError(document.problems)
+
+
+def write_spec(spec: Spec, dialect: str) -> str:
+    """The spec as text in a dialect; reading it gives the same plans and algorithms.
+
+    Raises ``SpecError`` with a line for each thing that the dialect cannot hold: nothing is dropped.
+    """
+    _check_dialect(dialect)
+    return _DIALECTS[dialect].write(spec)
+
+
+def _check_dialect(name: str) -> None:
+    if name not in DIALECTS:
+        raise SpecError(f"{show(name)} is not a dialect{nearest(str(name), DIALECTS)} (known: {', '.join(DIALECTS)})")

@@ -8,12 +8,14 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Final
 
+from graphq.errors import SpecError
 from graphq.frontends.document import Document, Plain, Section, nearest, show
 from graphq.frontends.llmc_method import read_method
 from graphq.frontends.llmc_tensor import check_quant_type, read_tensor
+from graphq.match import Blocks, Exact, Name, parse_blocks
 from graphq.plan import KeepFloat, Plan
 from graphq.quant import Quant
-from graphq.spec import Blocks, Exact, Name, Prefix, Rule, Spec, parse_blocks
+from graphq.spec import Prefix, Rule, Spec
 
 SIGN: Final = "a top-level quant with method or weight, or quant or sparse beside base and model"
 METHODS: Final = (
@@ -53,6 +55,11 @@ def parse(document: Document) -> Spec:
     notes = tuple(document.notes)
     rules = (*base.rules, *last)
     return Spec(rules, base.algorithms, base.cache, prefix=base.prefix, dialect="llmc", notes=notes)
+
+
+def write(spec: Spec) -> str:
+    """Raises ``SpecError``."""
+    raise SpecError(f"llmc: a spec of the dialect {spec.dialect} cannot be written in it")
 
 
 def _read_quant(quant: Section) -> Spec | None:

@@ -1,17 +1,20 @@
 """The native YAML form, in both directions: ``parse`` inverts ``print_spec``. docs/specs.md has the grammar."""
 
+import dataclasses
 from typing import Final, TypeVar, assert_never, final
 
 import yaml
 
 from graphq.frontends.document import Document, Plain, Section, show
+from graphq.match import Blocks, Glob, Match, parse_match
 from graphq.plan import Decision, KeepFloat, Plan
 from graphq.quant import parse_quant
-from graphq.spec import Algorithm, Blocks, Glob, Match, Order, Prefix, Rule, Spec, parse_match
+from graphq.spec import Algorithm, Order, Prefix, Rule, Run, Spec
 
 SIGN: Final = "a top-level key graphq"
 VERSION: Final = 1
 KEPT_BY_RULE: Final = "a rule keeps it float"
+_RUN_TEXTS: Final = ("model", "target", "calibration")
 _ORDERS: Final[tuple[Order, ...]] = ("sequential", "independent")
 _PREFIXES: Final[tuple[Prefix, ...]] = ("quantized", "float")
 _Word = TypeVar("_Word", Order, Prefix)
@@ -25,7 +28,7 @@ def recognises(document: Document) -> bool:
 def parse(document: Document) -> Spec:
     """The spec that the document writes. Raises ``SpecError`` with everything that is wrong with it."""
     top = Section(document, document.root)
-    top.only(("graphq", "weight", "input", "rules", "algorithms", "pipeline", "prefix", "cache"))
+    top.only(("graphq", "weight", "input", "rules", "algorithms", "pipeline", "prefix", "cache", "run"))
     version = top.integer("graphq", required=True)
     if version not in (None, VERSION):
         top.report(f"{version} is not a version of the form that this graphq reads: write {VERSION}", "graphq")
@@ -48,8 +51,24 @@ def parse(document: Document) -> Spec:
         top.report("is empty: the spec quantizes nothing", "rules")
     pipeline = _one_of(top, "pipeline", _ORDERS)
     prefix = _one_of(top, "prefix", _PREFIXES)
+    run = _read_run(top)
     document.finish()
-    return Spec(tuple(rules), tuple(filter(None, algorithms)), cache, pipeline=pipeline, prefix=prefix)
+    return Spec(tuple(rules), tuple(filter(None, algorithms)), cache, pipeline, prefix, run)
+
+
+def _read_run(top: Section) -> Run:
+    section = top.section("run")
+    if section is None:
+        return Run()
+    names = [field.name for field in dataclasses.fields(Run)]
+    section.only(names)
+    values = {name: section.text(name) if name in _RUN_TEXTS else section.integer(name) for name in names}
+    run = Run()
+    for name, value in values.items():
+        if value is not None:
+            changed = section.made(lambda name=name, value=value: dataclasses.replace(Run(), **{name: value}), name)
+            run = dataclasses.replace(run, **{name: value}) if changed is not None else run
+    return run
 
 
 def _one_of(section: Section, key: str, words: tuple[_Word, ...]) -> _Word:
@@ -171,6 +190,9 @@ def print_spec(spec: Spec) -> str:
         top["prefix"] = spec.prefix
     if spec.cache is not None:
         top["cache"] = str(spec.cache)
+    run = {name: value for name, value in dataclasses.asdict(spec.run).items() if value not in ("", None)}
+    if run:
+        top["run"] = run
     return yaml.dump(top, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6)
 
 

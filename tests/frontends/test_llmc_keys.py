@@ -10,8 +10,9 @@ from graphq.algorithms import problems
 from graphq.errors import SpecError
 from graphq.frontends import load_spec
 from graphq.frontends.llmc import METHODS
+from graphq.match import parse_match
 from graphq.plan import KeepFloat
-from graphq.spec import Algorithm, Rule, Spec, parse_match
+from graphq.spec import Algorithm, Rule, Spec
 
 WEIGHT = {"bit": 4, "symmetric": False, "granularity": "per_group", "group_size": 128}
 ACT = {"bit": 8, "symmetric": True, "granularity": "per_token"}

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from graphq.errors import SpecError
 from graphq.frontends import load_spec
 from graphq.frontends.yaml_text import read_file
+from graphq.match import Blocks
 from graphq.plan import Plan
 from graphq.quant import parse_quant
-from graphq.spec import Blocks, Rule, Spec
+from graphq.spec import Rule, Spec
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 
@@ -33,7 +34,7 @@ def test_dialects():
         ({"weight": "int8/channel"}, "native", "graphq: is missing"),
         ({"graphq": 1}, "llm", "'llm' is not a dialect; did you mean llmc? (known: native, llmc)"),
         ({"graphq": 1}, "gguf", "'gguf' is not a dialect (known: native, llmc)"),
-        ([1], None, "a spec is a path, a mapping or a Spec, not a list"),
+        ([1], None, "a spec is a path, a preset's name, a mapping or a Spec, not a list"),
     ]
     for source, dialect, problem in cases:
         with pytest.raises(SpecError) as caught:

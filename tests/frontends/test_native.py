@@ -10,9 +10,10 @@ from graphq.errors import SpecError
 from graphq.formats import Int
 from graphq.frontends import load_spec, native, print_spec
 from graphq.frontends.yaml_text import read_text
+from graphq.match import Blocks, Exact, Glob, Name
 from graphq.plan import ACTIVATION_BITS, KeepFloat, Plan
 from graphq.quant import PerChannel, PerGroup, PerTensor, PerToken, Quant, parse_quant
-from graphq.spec import Algorithm, Blocks, Exact, Glob, Name, Rule, Spec
+from graphq.spec import Algorithm, Rule, Spec
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs" / "native"
 
