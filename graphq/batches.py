@@ -1,5 +1,6 @@
 """Batches of a model's inputs: what the user gives, completed to what the graph takes."""
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from graphq.errors import SpecError
 from graphq.source import PAST, SEQUENCE, TOTAL, Source, TensorInput
+from graphq.spec import Run
 
 
 def complete(source: Source, batch: object, where: str = "inputs") -> tuple[Tensor, ...]:
@@ -107,6 +109,19 @@ def _default(
             raise SpecError(
                 f"{where}: {wanted.name} is missing; the model takes {', '.join(i.name for i in source.inputs)}"
             )
+
+
+def first_batches(batches: Iterator[tuple[Tensor, ...]], run: Run) -> Iterator[tuple[Tensor, ...]]:
+    """As many batches as the spec asks for. Raises ``SpecError`` at their end where there are fewer."""
+    if run.batches is None:
+        yield from batches
+        return
+    taken = 0
+    for batch in itertools.islice(batches, run.batches):
+        taken += 1
+        yield batch
+    if taken < run.batches:
+        raise SpecError(f"calibration: {taken} batches given; the spec asks for {run.batches}")
 
 
 def complete_all(source: Source, batches: Iterable[object], where: str = "calibration") -> Iterator[tuple[Tensor, ...]]:

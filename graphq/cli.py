@@ -1,4 +1,4 @@
-"""The command line: ``compile``, ``explain``, ``dump``, ``eval`` and ``verify``.
+"""The command line: ``compile``, ``explain``, ``spec``, ``dump``, ``eval`` and ``verify``.
 
 Results go to the standard output, everything else to the standard error. Exit status: 0; 1 for errors, a line each;
 2 for wrong usage; 130 when interrupted. Heavy libraries are imported when a command runs: ``--help`` answers at once.
@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NoReturn, Para
 
 import typer
 
-from graphq.errors import GraphError, GraphqError, PassError, SpecError
+from graphq.errors import GraphError, GraphqError, PassError
+from graphq.model_text import calibration_batches, check_fit, file_windows
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from graphq.evaluate import Tokenizer
     from graphq.report import Report
+    from graphq.spec import Run
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -34,14 +35,27 @@ app: Final = typer.Typer(
 )
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="A Hugging Face model directory.")]
-SpecFile = Annotated[Path, typer.Option("--spec", metavar="FILE", help="The spec, a YAML file in any dialect.")]
-Dialect = Annotated[str | None, typer.Option(help="The spec's dialect, where it cannot be recognised: native, llmc.")]
+NamedModel = Annotated[
+    Path | None,
+    typer.Argument(metavar="[MODEL_DIR]", help="A Hugging Face model directory; default: the one that the spec names."),
+]
+SpecFile = Annotated[
+    str,
+    typer.Option("--spec", metavar="FILE|PRESET", help="A file in any dialect, or a preset such as w4a16."),
+]
+Dialect = Annotated[str | None, typer.Option(help="The spec's dialect, where it cannot be recognised, such as llmc.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON: a list with one object for each layer.")]
 Calibration = Annotated[
     Path | None, typer.Option(metavar="FILE|DIR", help="Text to calibrate on: a file, or all files in a directory.")
 ]
-Samples = Annotated[int, typer.Option(min=1, help="Windows of text to calibrate on; fewer if the text ends before.")]
+Samples = Annotated[
+    int | None,
+    typer.Option(min=1, help="Windows of text to calibrate on, fewer if the text ends before; default: 128."),
+]
 Length = Annotated[int, typer.Option("--sequence-length", min=2, help="Tokens in a window.")]
+SpecLength = Annotated[
+    int | None, typer.Option("--sequence-length", min=2, help="Tokens in a window; default: the spec's, or 256.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -112,49 +126,119 @@ def _options(
 @app.command(name="compile")
 @_one_line_errors
 def compile_(
-    model: Model,
     spec: SpecFile,
-    target: Annotated[Literal["torch", "onnx"], typer.Option(help="What to write.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where to write the artifact, a directory.")],
+    model: NamedModel = None,
+    target: Annotated[
+        Literal["torch", "onnx"] | None, typer.Option(help="What to write; default: what the spec names.")
+    ] = None,
     calibration: Calibration = None,
-    samples: Samples = 128,
-    sequence_length: Length = 256,
+    samples: Samples = None,
+    sequence_length: SpecLength = None,
     algorithm: Annotated[
         Literal["rtn"] | None, typer.Option(help="rtn: round to nearest, whatever algorithm the spec names.")
     ] = None,
     dialect: Dialect = None,
-    seed: Annotated[int, typer.Option(help="The seed of what an algorithm draws.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(help="The seed of what an algorithm draws; default: the spec's, or 0.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an artifact that stands in DIR.")] = False,
     as_json: Json = False,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="ONNX without the key/value cache.")] = False,
     debug: Debug = False,
 ) -> None:
     """Quantize a model and write the artifact."""
-    if no_cache and target != "onnx":
+    if no_cache and target == "torch":
         raise typer.BadParameter("only --target onnx can leave the cache out", param_hint="--no-cache")
     from graphq.files import check_place
-
-    check_place(out, overwrite, [model, spec, *([calibration] if calibration else [])])
-    from graphq import compiler
     from graphq.frontends import load_spec
 
     parsed = load_spec(spec, dialect)
-    batches = None if calibration is None else _calibration(model, calibration, samples, sequence_length)
-    made = compiler.compile(model, parsed, calibration=batches, algorithm=algorithm, seed=seed)
+    run = parsed.run
+    model = _model(model, run)
+    target_name = target or run.target
+    if not target_name:
+        raise typer.BadParameter("the spec names no target: say --target torch or onnx", param_hint="--target")
+    calibration = calibration or (Path(run.calibration) if run.calibration else None)
+    check_place(out, overwrite, [model, *([Path(spec)] if Path(spec).exists() else []), *filter(None, [calibration])])
+    from graphq import compiler
+    from graphq.checks import check_options
+
     options: dict[str, Any] = {"cache": False} if no_cache else {}
-    made.emit(target, out, overwrite=overwrite, **options)
+    check_options(target_name, options)
+    batches = _calibration(model, calibration, samples, sequence_length, run)
+    made = compiler.compile(model, parsed, calibration=batches, algorithm=algorithm, seed=seed)
+    made.emit(target_name, out, overwrite=overwrite, **options)
     _print_report(made.report, as_json)
     quantized = sum(layer.weight is not None or layer.input is not None for layer in made.report.layers)
-    typer.echo(f"{out}: {target} artifact, {quantized} of {len(made.report.layers)} layers quantized", err=True)
+    typer.echo(f"{out}: {target_name} artifact, {quantized} of {len(made.report.layers)} layers quantized", err=True)
 
 
 @app.command()
 @_one_line_errors
-def explain(model: Model, spec: SpecFile, as_json: Json = False, dialect: Dialect = None, debug: Debug = False) -> None:
+def explain(
+    spec: SpecFile,
+    model: NamedModel = None,
+    diff: Annotated[
+        str | None, typer.Option(metavar="FILE|PRESET", help="Show what would change with this other spec instead.")
+    ] = None,
+    as_json: Json = False,
+    dialect: Dialect = None,
+    debug: Debug = False,
+) -> None:
     """Show each layer's plan and the rule that decides. Reads the model's configuration, not its weights."""
-    from graphq.compiler import explain
+    from graphq.frontends import load_spec
 
-    _print_report(explain(model, spec, dialect=dialect), as_json)
+    parsed = load_spec(spec, dialect)
+    other = None if diff is None else load_spec(diff)
+    model = _model(model, parsed.run)
+    from graphq.compiler import compare, explain
+
+    if other is None:
+        _print_report(explain(model, parsed), as_json)
+        return
+    changed = compare(model, parsed, other)
+    typer.echo(json.dumps(changed.to_json(), indent=1) if as_json else str(changed))
+
+
+spec_app: Final = typer.Typer(help="Read and write specs.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(spec_app, name="spec")
+
+
+@spec_app.command()
+@_one_line_errors
+def convert(
+    spec: Annotated[str, typer.Argument(metavar="FILE|PRESET", help="A spec, in any dialect, or a preset.")],
+    to: Annotated[str, typer.Option(metavar="DIALECT", help="The dialect to write, such as llmc.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where to write it; default: the standard output.")
+    ] = None,
+    dialect: Dialect = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE if it exists.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Write a spec in another dialect. What that dialect cannot hold is an error that names it."""
+    from graphq.files import write_text
+    from graphq.frontends import load_spec, write_spec
+
+    parsed = load_spec(spec, dialect)
+    text = write_spec(parsed, to)
+    for note in parsed.notes:
+        typer.echo(f"note: {note}", err=True)
+    if out is None:
+        typer.echo(text, nl=False)
+    else:
+        write_text(out, text, overwrite)
+
+
+@spec_app.command()
+@_one_line_errors
+def presets(debug: Debug = False) -> None:
+    """List the presets: name, weight, input."""
+    from graphq.frontends.presets import SCHEMES
+
+    for name, (weight, activation) in SCHEMES.items():
+        typer.echo(f"{name:12}  {weight:22}  {activation or 'float'}")
 
 
 @app.command()
@@ -166,17 +250,19 @@ def dump(
         str | None, typer.Option(metavar="PASS", help="Stop after this pass, such as annotate; default: the last.")
     ] = None,
     calibration: Calibration = None,
-    samples: Samples = 128,
-    sequence_length: Length = 256,
+    samples: Samples = None,
+    sequence_length: SpecLength = None,
     dialect: Dialect = None,
     debug: Debug = False,
 ) -> None:
     """Print the graph, one line a node. Reads weights only where a pass needs them."""
     from graphq.compiler import graph_after
+    from graphq.frontends import load_spec
     from graphq.text import dump
 
-    batches = None if calibration is None else _calibration(model, calibration, samples, sequence_length)
-    typer.echo(dump(graph_after(model, spec, after, calibration=batches, dialect=dialect)), nl=False)
+    parsed = load_spec(spec, dialect)
+    batches = _calibration(model, calibration, samples, sequence_length, parsed.run)
+    typer.echo(dump(graph_after(model, parsed, after, calibration=batches)), nl=False)
 
 
 @app.command(name="eval")
@@ -199,10 +285,10 @@ def eval_(
     call = _language_model(model)
     tokenizer = evaluate.load_tokenizer(model)
     if text:
-        read = _windows(tokenizer, text, sequence_length, windows)
+        read = file_windows(tokenizer, text, sequence_length, windows)
     else:
         read = evaluate.standard_library_windows(tokenizer, count=windows or 320, length=sequence_length)
-    _check_fit(model, read)
+    check_fit(model, read)
     found = evaluate.perplexity(call, read)
     typer.echo(f"perplexity {found:.4f} ({len(read)} windows of {sequence_length} tokens)")
 
@@ -227,6 +313,22 @@ def verify(
     typer.echo(f"{artifact}: {found.compared} tensors of codes, scales and zero points are as they were compiled")
 
 
+def _model(given: Path | None, run: "Run") -> Path:
+    """The directory that was given, or else the one that the spec names."""
+    if given is None and not run.model:
+        raise typer.BadParameter("none is given, and the spec names none", param_hint="MODEL_DIR")
+    return given or Path(run.model)
+
+
+def _calibration(
+    model: Path, place: Path | None, samples: int | None, length: int | None, run: "Run"
+) -> "Sequence[Tensor] | None":
+    """Batches of the text at ``place``, as many and as long as was given, or else as the spec says."""
+    if place is None:
+        return None
+    return calibration_batches(model, place, samples or run.samples or 128, length or run.sequence_length or 256)
+
+
 def _print_report(report: "Report", as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(report.to_json(), indent=1, allow_nan=False))
@@ -247,61 +349,6 @@ def _print_report(report: "Report", as_json: bool) -> None:
             console.print(Text(f"note: {note}"))
     else:
         typer.echo(str(report))
-
-
-def _calibration(model: Path, place: Path, samples: int, length: int) -> "Sequence[Tensor]":
-    """The windows of the text in a file or directory, a batch each."""
-    from graphq.evaluate import load_tokenizer
-
-    files = [place]
-    if place.is_dir():
-        files = sorted(file for file in place.iterdir() if file.is_file() and not file.name.startswith("."))
-        if not files:
-            raise SpecError(f"{place}: holds no files to calibrate on")
-    windows = _windows(load_tokenizer(model), files, length, samples)
-    _check_fit(model, windows)
-    return windows.split(1)
-
-
-def _windows(tokenizer: "Tokenizer", files: Sequence[Path], length: int, most: int | None) -> "Tensor":
-    """The windows of the files' text, ``most`` of them if it holds as many. Raises ``SpecError`` if it fills none."""
-    from graphq.evaluate import text_windows
-
-    texts: list[str] = []
-    held = 0
-    for file in files:
-        texts.append(_read_text(file))
-        held += len(tokenizer.encode(texts[-1]))
-        if most is not None and held >= most * length:
-            break
-    if held < length:
-        raise SpecError(f"{', '.join(map(str, files))}: {held} tokens do not fill a window of {length}")
-    return text_windows(tokenizer, texts, length)[:most]
-
-
-def _check_fit(model: Path, windows: "Tensor") -> None:
-    """Raises ``SpecError`` for windows that are longer, or hold other tokens, than the model's configuration says."""
-    try:
-        config: Any = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return  # whoever reads the model says so
-    longest, words = (config.get(key) for key in ("max_position_embeddings", "vocab_size"))
-    if isinstance(longest, int) and windows.shape[1] > longest:
-        raise SpecError(f"{model}: a window of {windows.shape[1]} tokens is longer than the {longest} that it reads")
-    if isinstance(words, int) and int(windows.max()) >= words:
-        raise SpecError(f"{model}: the tokenizer gives token {int(windows.max())}, the model knows {words}")
-
-
-def _read_text(file: Path) -> str:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise SpecError(f"{file}: not UTF-8 text: {error.reason} at byte {error.start}") from error
-    except OSError as error:
-        raise SpecError(f"{file}: {error.strerror}") from error
-    if not text.strip():
-        raise SpecError(f"{file}: empty")
-    return text
 
 
 def _language_model(path: Path) -> Callable[..., Any]:

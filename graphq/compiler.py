@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from graphq import hugging_face
 from graphq.algorithms import DATA, Told, preparations, quantization, unmatched
-from graphq.batches import complete_all
+from graphq.batches import complete_all, first_batches
 from graphq.capture import capture_module, unwrapped
 from graphq.checks import check_calibration, check_options, check_tensors, refusals
 from graphq.errors import GraphError, SpecError
@@ -27,7 +27,7 @@ from graphq.passes.raise_grouped_linear import RaiseGroupedLinear
 from graphq.passes.remove_no_ops import RemoveNoOps
 from graphq.passes.split_gate_up import SplitGateUp
 from graphq.pipeline import Batches, Pass, Pipeline
-from graphq.report import Report, make_report
+from graphq.report import Difference, Report, difference, make_report, spec_settings
 from graphq.runtime.model import CompiledModel
 from graphq.source import source_of
 from graphq.spec import Spec
@@ -160,7 +160,7 @@ def compile(  # noqa: A001
     algorithm: str | None = None,
     dtype: torch.dtype | None = None,
     consume: bool = False,
-    seed: int = 0,
+    seed: int | None = None,
     dialect: str | None = None,
     cache: bool = True,
     matmul_precision: Literal["highest", "medium"] = "highest",
@@ -169,11 +169,14 @@ def compile(  # noqa: A001
 
     model: a module (with example ``inputs``: a tensor, a tuple, or a dict by argument name), a transformers model, or
         the path of a Hugging Face directory (captured in float32 unless ``dtype`` says otherwise).
-    spec: a ``Spec``, a dict or a YAML path, in any dialect; ``dialect`` names it where it cannot be recognised.
-    calibration: batches (each a tensor, a tuple or a dict) for activations with static scales.
+    spec: a ``Spec``, a dict, a YAML or JSON path, or YAML text, in any dialect, or a preset such as ``w4a16``;
+        ``dialect`` names it where it cannot be recognised.
+    calibration: batches (each a tensor, a tuple or a dict) for activations with static scales, and for algorithms. Of
+        more batches than the spec asks for, the first are taken.
     algorithm: ``"rtn"`` rounds to nearest whatever algorithm the spec names.
     matmul_precision: how float32 products are computed in calibration, as ``torch.set_float32_matmul_precision`` takes
         it: ``medium`` rounds their factors to bfloat16, which is several times faster on processors with units for it.
+    seed: of what an algorithm draws; by default the spec's, or 0.
     consume: take the caller's tensors instead of copying those that stay float; the model is unusable afterwards.
 
     The caller's model is never changed unless ``consume`` is true. Raises ``SpecError`` and ``GraphError``.
@@ -183,6 +186,7 @@ def compile(  # noqa: A001
         if algorithm != "rtn":
             raise SpecError(f"algorithm: {algorithm!r} is not rtn; other algorithms stand in the spec")
         parsed = dataclasses.replace(parsed, algorithms=())
+    seed = (parsed.run.seed or 0) if seed is None else seed
     if not isinstance(cast(object, seed), int) or not -(1 << 63) <= seed < 1 << 64:
         raise SpecError(f"seed: {seed} is not an integer from -2^63 to 2^64 - 1")
     if matmul_precision not in ("highest", "medium"):
@@ -205,7 +209,8 @@ def compile(  # noqa: A001
         torch.manual_seed(seed)
         batches: Batches | None = None
         if calibration is not None:
-            batches = _progress(complete_all(source, calibration), calibration)
+            batches = first_batches(complete_all(source, calibration), parsed.run)
+            batches = _progress(batches, calibration)
         found = {fqn: one.layer for fqn, one in resolved.items()}
         by_blocks = any(a.name in DATA for a in parsed.algorithms)
         if by_blocks and batches is not None:
@@ -213,7 +218,8 @@ def compile(  # noqa: A001
         passes = passes_for(parsed, found, Told(sqnr.__setitem__, told.append, seed), by_blocks)
         Pipeline(passes).run(gm, batches)
     _own_tensors(gm, theirs)
-    report = make_report(resolved, [*source.notes, *notes, *told], source.dtype.itemsize * 8, sqnr)
+    bits = source.dtype.itemsize * 8
+    report = make_report(resolved, [*source.notes, *notes, *told], bits, sqnr, spec_settings(parsed))
     return Compiled(gm, parsed, report, seed)
 
 
@@ -279,14 +285,31 @@ def explain(
     What ``compile`` would refuse is a note that says so.
     """
     parsed = load_spec(cast(Any, spec), dialect)
+    return _explained(capture(model, inputs, weights=False), parsed)
+
+
+def compare(
+    model: nn.Module | str | os.PathLike[str],
+    spec: Spec | Mapping[str, Any] | str | os.PathLike[str],
+    other: Spec | Mapping[str, Any] | str | os.PathLike[str],
+    *,
+    inputs: Inputs | None = None,
+) -> Difference:
+    """What would change for each layer of ``model`` with ``other`` in place of ``spec``. Reads no weights."""
+    before, after = load_spec(cast(Any, spec)), load_spec(cast(Any, other))
     gm = capture(model, inputs, weights=False)
-    resolved, notes = decide(gm, parsed)
+    return difference(_explained(gm, before), _explained(gm, after))
+
+
+def _explained(gm: fx.GraphModule, spec: Spec) -> Report:
+    resolved, notes = decide(gm, spec)
     source = source_of(gm)
-    asked = [f"algorithm: {a.name}" for a in parsed.algorithms]
-    asked += [f"cache: {parsed.cache}"] if parsed.cache else []
-    nowhere = unmatched(parsed, {fqn: found.layer for fqn, found in resolved.items()})
-    refused = [f"compile refuses: {problem}" for problem in (*refusals(parsed), *nowhere)]
-    return make_report(resolved, [*source.notes, *notes, *asked, *refused], source.dtype.itemsize * 8)
+    nowhere = unmatched(spec, {fqn: found.layer for fqn, found in resolved.items()})
+    asked = [f"dialect: {spec.dialect}", *(f"algorithm: {a.name}" for a in spec.algorithms)]
+    asked += [f"cache: {spec.cache}"] if spec.cache else []
+    refused = [f"compile refuses: {problem}" for problem in (*refusals(spec), *nowhere)]
+    bits = source.dtype.itemsize * 8
+    return make_report(resolved, [*source.notes, *notes, *asked, *refused], bits, settings=spec_settings(spec))
 
 
 def graph_after(

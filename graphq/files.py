@@ -1,4 +1,4 @@
-"""Writing a directory whole or not at all."""
+"""Writing a directory, or a file, whole or not at all."""
 
 import contextlib
 import ctypes
@@ -51,6 +51,28 @@ def whole_directory(
     finally:
         if made.exists():
             shutil.rmtree(made)
+
+
+def write_text(path: str | os.PathLike[str], text: str, overwrite: bool) -> None:
+    """The file ``path`` holds ``text``, whole or not at all. Raises ``TargetError`` where it exists, unless
+    ``overwrite``, and where it cannot be written.
+    """
+    final = Path(path)
+    made = final.with_name(f".{final.name}.{secrets.token_hex(4)}.partial")
+    try:
+        try:
+            with made.open("x", encoding="utf-8") as file:
+                file.write(text)
+            if overwrite:
+                made.replace(final)
+            else:
+                os.link(made, final)  # fails where it exists
+        finally:
+            made.unlink(missing_ok=True)
+    except FileExistsError as error:
+        raise TargetError(f"{path}: exists; choose another place, or overwrite it (--overwrite)") from error
+    except OSError as error:
+        raise TargetError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def check_place(path: str | os.PathLike[str], overwrite: bool, keep: Iterable[str | os.PathLike[str]] = ()) -> None:

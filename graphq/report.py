@@ -1,8 +1,10 @@
 """What became of each layer: plan, deciding rule, size, error; and for float layers the reason."""
 
+import dataclasses
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, final
 
 from graphq import numerics, packing
@@ -10,7 +12,7 @@ from graphq.formats import Format, Int, code_bits, element_name, is_asymmetric
 from graphq.match import Layer
 from graphq.plan import Plan
 from graphq.quant import Granularity, PerBlock, PerGroup, Quant, granularity_name
-from graphq.spec import Resolved
+from graphq.spec import Algorithm, Resolved, Spec
 
 
 def quant_json(quant: Quant | None) -> dict[str, Any] | None:
@@ -69,6 +71,7 @@ class LayerReport:
             "input": quant_json(self.input),
             "rule": self.rule,
             "source": self.source,
+            "line": _line(self.source),
             "reason": self.reason,
             "kind": self.layer.kind,
             "shape": list(self.layer.shape),
@@ -78,6 +81,11 @@ class LayerReport:
         }
 
     @property
+    def decided_by(self) -> str:
+        """The rule that decided, and where it stands in the spec."""
+        return " ".join(part for part in (self.source, f"({self.rule})" if self.rule else "") if part)
+
+    @property
     def plan(self) -> str:
         """The plan in words."""
         if self.weight is None and self.input is None:
@@ -85,17 +93,27 @@ class LayerReport:
         return f"{self.weight or 'float'} x {self.input or 'float'}"
 
 
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
 @final
 @dataclass(frozen=True)
 class Report:
-    """All layers that a rule can name, in graph order, and what else the user should know."""
+    """All layers that a rule can name, in graph order, and what else the user should know.
+
+    ``settings``: what the spec says beside its rules, by name.
+    """
 
     layers: tuple[LayerReport, ...]
     notes: tuple[str, ...] = ()
+    settings: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def to_json(self) -> list[dict[str, Any]]:
         """One object a layer."""
-        return [layer.to_json() for layer in self.layers]
+        dialect = self.settings.get("dialect", "")
+        return [layer.to_json() | {"dialect": dialect} for layer in self.layers]
 
     def table(self) -> list[tuple[str, ...]]:
         """The layers as rows of text, a header first; a column in which nothing stands is left out."""
@@ -105,7 +123,7 @@ class Report:
                 found.layer.fqn,
                 str(found.weight or "float"),
                 str(found.input or "float"),
-                " ".join(part for part in (found.source, f"({found.rule})" if found.rule else "") if part),
+                found.decided_by,
                 str(found.nbytes),
                 "" if found.sqnr_db is None else f"{found.sqnr_db:.1f}",
                 found.reason,
@@ -116,14 +134,21 @@ class Report:
         return [tuple(row[i] for i in kept) for row in rows]
 
     def __str__(self) -> str:
-        rows = self.table()
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        return "\n".join([*_aligned(self.table()), *(f"note: {note}" for note in self.notes)])
+
+
+def _line(source: str) -> int | None:
+    """The line of the spec's file that a rule's source names."""
+    found = re.search(r"\(line (\d+)\)$", source)
+    return int(found[1]) if found else None
 
 
 def make_report(
-    resolved: Mapping[str, Resolved], notes: Iterable[str], float_bits: int, sqnr: Mapping[str, float] | None = None
+    resolved: Mapping[str, Resolved],
+    notes: Iterable[str],
+    float_bits: int,
+    sqnr: Mapping[str, float] | None = None,
+    settings: Mapping[str, str] | None = None,
 ) -> Report:
     """The report on decisions; ``float_bits`` is the width of the source's dtype, ``sqnr`` what was measured."""
     layers: list[LayerReport] = []
@@ -146,7 +171,62 @@ def make_report(
                 sqnr_db=(sqnr or {}).get(fqn),
             )
         )
-    return Report(tuple(layers), tuple(notes))
+    return Report(tuple(layers), tuple(notes), settings or {})
+
+
+def spec_settings(spec: Spec) -> dict[str, str]:
+    """What a spec says beside its rules, by name, in words."""
+    found = {
+        "dialect": spec.dialect,
+        "algorithms": ", ".join(map(_algorithm, spec.algorithms)) or "rtn",
+        "pipeline": spec.pipeline,
+        "prefix": spec.prefix,
+        "cache": "float" if spec.cache is None else str(spec.cache),
+    }
+    run = {name: value for name, value in dataclasses.asdict(spec.run).items() if value not in ("", None)}
+    return found | {name: str(value) for name, value in run.items()}
+
+
+def _algorithm(algorithm: Algorithm) -> str:
+    options = ", ".join(f"{name}={value}" for name, value in algorithm.options)
+    where = " or ".join(map(str, algorithm.match))
+    return algorithm.name + (f"({options})" if options else "") + (f" for {where}" if where else "")
+
+
+@final
+@dataclass(frozen=True)
+class Difference:
+    """What differs between two reports on one model: pairs of layers, and settings with both values."""
+
+    layers: tuple[tuple[LayerReport, LayerReport], ...]
+    settings: tuple[tuple[str, str, str], ...]
+    same: int
+
+    def to_json(self) -> dict[str, Any]:
+        """``layers``: name, plan and rule before and after; ``settings``: name, before, after; ``same``: a count."""
+        return {
+            "layers": [{"layer": a.layer.fqn, "before": a.to_json(), "after": b.to_json()} for a, b in self.layers],
+            "settings": [{"name": name, "before": a, "after": b} for name, a, b in self.settings],
+            "same": self.same,
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{name}: {before} -> {after}" for name, before, after in self.settings]
+        if self.layers:
+            rows = [("layer", "before", "", "after", "rule before", "rule after")]
+            rows += [(a.layer.fqn, a.plan, "->", b.plan, a.decided_by, b.decided_by) for a, b in self.layers]
+            lines += _aligned(rows)
+        lines.append(f"{len(self.layers)} layers differ, {self.same} are planned alike")
+        return "\n".join(lines)
+
+
+def difference(before: Report, after: Report) -> Difference:
+    """What differs between two reports on one model. Layers that stay float for another reason do not."""
+    pairs = list(zip(before.layers, after.layers, strict=True))
+    layers = tuple((a, b) for a, b in pairs if (a.weight, a.input) != (b.weight, b.input))
+    names = dict.fromkeys((*before.settings, *after.settings))
+    settings = [(name, before.settings.get(name, "none"), after.settings.get(name, "none")) for name in names]
+    return Difference(layers, tuple(row for row in settings if row[1] != row[2]), len(pairs) - len(layers))
 
 
 def stored_nbytes(layer: Layer, quant: Quant) -> int:

@@ -79,8 +79,8 @@ SPECS: dict[str, tuple[Any, str]] = {
             "weight, or quant or sparse beside base and model"
         ),
     ),
-    "number": (4, "a spec is a path, a mapping or a Spec, not 4"),
-    "none": (None, "a spec is a path, a mapping or a Spec, not an empty value"),
+    "number": (4, "a spec is a path, a preset's name, a mapping or a Spec, not 4"),
+    "none": (None, "a spec is a path, a preset's name, a mapping or a Spec, not an empty value"),
 }  # fmt: skip
 
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from graphq.batches import complete, complete_all
+from graphq.batches import complete, complete_all, first_batches
 from graphq.errors import SpecError
 from graphq.source import BATCH, PAST, SEQUENCE, TOTAL, Source, TensorInput
+from graphq.spec import Run
 
 IMAGES = Source(
     inputs=(
@@ -141,3 +142,12 @@ def test_what_is_not_many_batches(given):
         list(complete_all(LM, given))
     words = f"calibration: a {type(given).__name__}; give a list of tensors, tuples or dicts"
     assert caught.value.problems == (words,)
+
+
+def test_as_many_batches_as_the_spec_asks_for():
+    batches = [(torch.full((1,), float(i)),) for i in range(3)]
+    assert list(first_batches(iter(batches), Run())) == batches
+    assert list(first_batches(iter(batches), Run(batches=2))) == batches[:2]
+    assert list(first_batches(iter(batches), Run(batches=3))) == batches
+    with pytest.raises(SpecError, match=r"^calibration: 3 batches given; the spec asks for 4$"):
+        list(first_batches(iter(batches), Run(batches=4)))

@@ -68,7 +68,7 @@ def test_version():
         ["explain", "m"],
         ["explain"],
         ["nosuch"],
-        ["compile", "m", "--spec", "s", "--out", "o"],
+        ["compile", "m", "--spec", "w4a16", "--out", "o"],
         ["compile", "m", "--spec", "s", "--out", "o", "--target", "tflite"],
         ["compile", "m", "--spec", "s", "--out", "o", "--target", "torch", "--no-cache"],
         ["compile", "m", "--spec", "s", "--out", "o", "--target", "torch", "--algorithm", "gptq"],
@@ -387,8 +387,66 @@ def test_errors_and_exit_statuses(monkeypatch, error, status, message):
         raise error
 
     monkeypatch.setattr("graphq.compiler.explain", fail)
-    result = graphq_("explain", "m", "--spec", "s", status=status)
+    result = graphq_("explain", "m", "--spec", "w4a16", status=status)
     assert (result.stdout, result.stderr) == ("", message)
     if status == 1:
-        shown = CliRunner().invoke(app, ["explain", "m", "--spec", "s", "--debug"])
+        shown = CliRunner().invoke(app, ["explain", "m", "--spec", "w4a16", "--debug"])
         assert shown.exception is error  # which Python prints with its traceback
+
+
+def test_explain_shows_what_another_spec_changes(model, spec, tmp_path):
+    other = tmp_path / "other.yaml"
+    other.write_text(WEIGHTS + "rules:\n  - match: down_proj\n    weight: int8/channel\nalgorithms: [gptq]\n")
+    assert graphq_("explain", model, "--spec", spec, "--diff", other).stdout.splitlines() == [
+        "algorithms: rtn -> gptq",
+        "layer                         before                     after                 rule before               rule after",
+        (
+            "model.layers.0.mlp.down_proj  int4/asym/g16 x float  ->  int8/channel x float  weight (line 2) (blocks)  "
+            "rules[0] (line 4) (down_proj)"
+        ),
+        "1 layers differ, 8 are planned alike",
+    ]
+    found = json.loads(graphq_("explain", model, "--spec", spec, "--diff", other, "--json").stdout)
+    assert [layer["layer"] for layer in found["layers"]] == ["model.layers.0.mlp.down_proj"]
+
+
+def test_a_spec_that_names_the_run(model, tmp_path):
+    """What the command line does not say, the spec's run says."""
+    (tmp_path / "text.txt").write_text(text(200))
+    spec = tmp_path / "spec.yaml"
+    run = f"run:\n  model: {model}\n  target: torch\n  calibration: {tmp_path / 'text.txt'}\n  samples: 2\n"
+    spec.write_text(STATIC + run + "  sequence_length: 8\n  seed: 5\n")
+    assert graphq_("explain", "--spec", spec).stdout
+    graphq_("compile", "--spec", spec, "--out", tmp_path / "a")
+    graphq_("compile", "--spec", spec, "--out", tmp_path / "b", "--samples", "1")
+    first, second = (graphq.load(tmp_path / name).state_dict() for name in "ab")
+    scales = [name for name in first if name.endswith("input_scale")]
+    assert scales
+    assert any(not torch.equal(first[name], second[name]) for name in scales)
+    assert json.loads((tmp_path / "a" / "graphq.json").read_text())["seed"] == 5
+    graphq_("compile", model, "--spec", "w8a16", "--out", tmp_path / "c", status=2)
+    graphq_("compile", "--spec", "w8a16", "--target", "torch", "--out", tmp_path / "c", status=2)
+    spec.write_text(WEIGHTS + f"run:\n  model: {model}\n  target: tflite\n")
+    wrong = graphq_("compile", "--spec", spec, "--out", tmp_path / "c", status=1)
+    assert wrong.stderr == "tflite: no such target; there are torch, onnx\n"
+
+
+def test_spec_convert(tmp_path):
+    config = Path(__file__).parents[1] / "examples" / "configs" / "llmc" / "w8a8_static.yaml"
+    shown = graphq_("spec", "convert", config, "--to", "native")
+    assert graphq.load_spec(shown.stdout) == graphq.load_spec(config)
+    graphq_("spec", "convert", "w4a16+gptq", "--to", "native", "--out", tmp_path / "made.yaml")
+    made = (tmp_path / "made.yaml").read_text()
+    assert graphq.load_spec(tmp_path / "made.yaml") == graphq.load_spec("w4a16+gptq")
+    refused = graphq_("spec", "convert", "w8a8", "--to", "native", "--out", tmp_path / "made.yaml", status=1)
+    assert refused.stderr == f"{tmp_path / 'made.yaml'}: exists; choose another place, or overwrite it (--overwrite)\n"
+    assert (tmp_path / "made.yaml").read_text() == made
+    graphq_("spec", "convert", "w8a8", "--to", "native", "--out", tmp_path / "made.yaml", "--overwrite")
+    assert graphq.load_spec(tmp_path / "made.yaml") == graphq.load_spec("w8a8")
+    assert [file.name for file in tmp_path.iterdir()] == ["made.yaml"]
+    wrong = graphq_("spec", "convert", "w8a8", "--to", "ollm", status=1)
+    assert wrong.stderr.startswith("'ollm' is not a dialect; did you mean llmc? (known: native, llmc")
+
+
+def test_spec_presets():
+    assert "w4a16         int4/g128               float" in graphq_("spec", "presets").stdout.splitlines()

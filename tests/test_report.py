@@ -10,8 +10,8 @@ import graphq
 from graphq.match import Exact, Layer, Name
 from graphq.plan import KeepFloat, Plan
 from graphq.quant import parse_quant
-from graphq.report import Report, make_report, quant_json, stored_nbytes
-from graphq.spec import Resolved, Rule
+from graphq.report import Report, difference, make_report, quant_json, spec_settings, stored_nbytes
+from graphq.spec import Algorithm, Resolved, Rule, Run, Spec, resolve
 
 UP = Layer("blocks.0.up", "linear", (12, 8), block=0)
 CONV = Layer("conv", "conv2d", (8, 4, 3, 3))
@@ -26,7 +26,7 @@ def report() -> Report:
         "conv": Resolved(CONV, KEPT.decision, KEPT),
         "head": Resolved(HEAD, KeepFloat("output head: quantized only when a rule names it"), None),
     }
-    return make_report(resolved, ["a note", "another"], 16, {"blocks.0.up": 21.26})
+    return make_report(resolved, ["a note", "another"], 16, {"blocks.0.up": 21.26}, {"dialect": "llmc"})
 
 
 @pytest.mark.parametrize(
@@ -77,6 +77,8 @@ def test_json():
         "input": quant_json(parse_quant("int8/token/dynamic")),
         "rule": "up",
         "source": "rules[0] (line 3)",
+        "line": 3,
+        "dialect": "llmc",
         "reason": "",
         "kind": "linear",
         "shape": [12, 8],
@@ -91,6 +93,38 @@ def test_json():
     keys = ("weight", "input", "rule", "source", "reason", "bytes", "float_bytes", "sqnr_db")
     for found, values in expected:
         assert {key: found[key] for key in keys} == dict(zip(keys, values, strict=True))
+
+
+def test_difference():
+    layers = {fqn: Layer(fqn, "linear", (8, 8)) for fqn in ("a.up", "a.down", "a.out")}
+
+    def planned(spec: Spec) -> Report:
+        resolved, notes = resolve(spec, layers)
+        return make_report(resolved, notes, 16, settings=spec_settings(spec))
+
+    plan = Plan(parse_quant("int4/g8"))
+    before = Spec((Rule(Name("a"), plan, "first (line 2)"),), cache=parse_quant("int8/token/dynamic"))
+    after = Spec(
+        (Rule(Name("a"), plan, "x"), Rule(Name("down"), KeepFloat("why"), "y (line 4)")),
+        (Algorithm("awq", (("n_grid", 5), ("duo", True)), match=(Name("up"), Name("out"))), Algorithm("gptq")),
+        run=Run(samples=4),
+        dialect="llmc",
+    )
+    found = difference(planned(before), planned(after))
+    assert str(found) == (
+        "dialect: native -> llmc\n"
+        "algorithms: rtn -> awq(n_grid=5, duo=True) for up or out, gptq\n"
+        "cache: int8/token/dynamic -> float\n"
+        "samples: none -> 4\n"
+        "layer   before               after        rule before         rule after\n"
+        "a.down  int4/g8 x float  ->  float (why)  first (line 2) (a)  y (line 4) (down)\n"
+        "1 layers differ, 2 are planned alike"
+    )
+    data = json.loads(json.dumps(found.to_json()))
+    assert [(row["layer"], row["before"]["line"], row["after"]["line"]) for row in data["layers"]] == [("a.down", 2, 4)]
+    assert data["settings"][-1] == {"name": "samples", "before": "none", "after": "4"}
+    assert data["same"] == 2
+    assert str(difference(planned(before), planned(before))) == "0 layers differ, 3 are planned alike"
 
 
 def test_text():
