@@ -1,5 +1,6 @@
 """The native form: its canonical text, what it refuses, and that reading undoes printing."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,10 @@ from graphq.errors import SpecError
 from graphq.formats import Int
 from graphq.frontends import load_spec, native, print_spec
 from graphq.frontends.yaml_text import read_text
-from graphq.match import Blocks, Exact, Glob, Name
+from graphq.match import Blocks, Exact, Glob, Kind, Name, Part, Regex
 from graphq.plan import ACTIVATION_BITS, KeepFloat, Plan
 from graphq.quant import PerChannel, PerGroup, PerTensor, PerToken, Quant, parse_quant
-from graphq.spec import Algorithm, Rule, Spec
+from graphq.spec import Algorithm, Rule, Run, Spec
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs" / "native"
 
@@ -44,6 +45,11 @@ MATCHES = (
     | st.builds(Exact, PATHS)
     | st.builds(Glob, st.text().map(lambda text: "*" + text.replace("#", "?")))
     | st.builds(Blocks, INDICES)
+    | st.builds(
+        Regex, st.text(min_size=1).map(re.escape) | st.sampled_from([".*", "(a|b)$", " re:x", "#0", "~", "a: b"])
+    )
+    | st.builds(Kind, st.sampled_from(["linear", "conv1d", "conv2d", "embedding"]))
+    | st.builds(Part, st.text(min_size=1).filter(str.isprintable))
 )
 REASONS = st.text() | st.sampled_from(["true", "yes", "~", "", "1", native.KEPT_BY_RULE])
 RULES = st.builds(
@@ -68,6 +74,14 @@ ALGORITHMS = st.builds(
     ),
     match=st.lists(MATCHES, max_size=3).map(tuple),
 )
+RUNS = st.builds(
+    Run,
+    *3 * [st.text()],
+    st.none() | st.integers(1, 2**63 - 1),
+    st.none() | st.integers(2, 2**63 - 1),
+    st.none() | st.integers(1, 2**63 - 1),
+    st.none() | st.integers(0, 2**63 - 1),
+)
 SPECS = st.builds(
     Spec,
     st.lists(RULES, min_size=1, max_size=4).map(tuple),
@@ -75,6 +89,7 @@ SPECS = st.builds(
     st.none() | WEIGHTS | INPUTS,
     pipeline=st.sampled_from(["sequential", "independent"]),
     prefix=st.sampled_from(["quantized", "float"]),
+    run=RUNS,
 )
 
 
@@ -268,6 +283,14 @@ FORM = (
         ("graphq: 1\nrules:\n- match: a b\n  float: true", ["3:rules[0].match: 'a b' is not a layer name: write dotted segments, such as mlp.down_proj"]),
         ("graphq: 1\nrules:\n- match: a#0-x\n  float: true", ["3:rules[0].match: #0-x: 'x' is not a block index; write #2-7 for blocks 2 and 7, #2..7 for 2 to 7"]),
         ("graphq: 1\nrules:\n- match: a\n  float: true\n  may_match_nothing: 'no'", ["5:rules[0].may_match_nothing: 'no' is not true or false"]),
+        ("graphq: 1\nweight: int8/channel\nrun: {samples: 0, seed: a, sed: 1, sequence_length: 1, model: 3, batches: 1.5}", [
+            "3:run.sed: unknown key; did you mean seed?",
+            "3:run.model: 3 is not a string",
+            "3:run.batches: 1.5 is not an integer",
+            "3:run.seed: 'a' is not an integer",
+            "3:run.samples: 0 is not a whole number from 1",
+            "3:run.sequence_length: 1 is not a whole number from 2",
+        ]),
         ("graphq: 1\nweight: int8/channel\nalgorithms: gptq", ["3:algorithms: 'gptq' is not a list"]),
         ("graphq: 1\nweight: int8/channel\nalgorithms: [GPTQ, 3, {a: 1}, {a: {b: [1]}}, {a: {}, b: {}}]", [
             "3:algorithms[0]: 'GPTQ' is not an algorithm's name: write lower-case letters, such as awq",

@@ -1,7 +1,12 @@
 """Presets: each is a spec, with or without algorithms; a name that there is not; a file beside a preset of its name."""
 
-import pytest
+from pathlib import Path
+from typing import Any
 
+import pytest
+import torch
+
+import graphq
 from graphq.errors import SpecError
 from graphq.frontends import load_spec
 from graphq.frontends.presets import SCHEMES
@@ -42,3 +47,22 @@ def test_a_file_beside_a_preset(tmp_path, monkeypatch):
     assert load_spec("w4a16").rules[0].decision == Plan(parse_quant("int4/g128"))
     for path in ("./w4a16", "own"):
         assert load_spec(path).rules[0].decision == Plan(parse_quant("int2/g32"))
+
+
+def test_the_documentation_lists_them():
+    text = (Path(__file__).parents[2] / "docs" / "specs.md").read_text()
+    for name, (weight, activation) in SCHEMES.items():
+        assert f"| `{name}` | `{weight}` | {f'`{activation}`' if activation else 'float'} |\n" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCHEMES)
+def test_every_preset_compiles(name):
+    model, x = (
+        torch.nn.Sequential(torch.nn.Linear(128, 128), torch.nn.ReLU(), torch.nn.Linear(128, 32)),
+        torch.ones(3, 128),
+    )
+    made = graphq.compile(model, name, inputs=x, calibration=[x])
+    assert all(layer.weight is not None for layer in made.report.layers)
+    found: Any = made(x)
+    assert found.shape == (3, 32)

@@ -1,0 +1,73 @@
+"""From dialect to dialect: every example, written in every dialect that can hold it, plans every layer alike."""
+
+from pathlib import Path
+
+import pytest
+
+from graphq.errors import SpecError
+from graphq.frontends import DIALECTS, load_spec, print_spec, write_spec
+from graphq.match import Layer
+from graphq.plan import Plan
+from graphq.spec import Spec, resolve
+
+CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
+FILES = sorted(path for folder in CONFIGS.iterdir() for path in folder.iterdir())
+
+
+def decoder(blocks: int) -> dict[str, Layer]:
+    """The layers of a Llama of so many blocks, with an odd one beside them."""
+    names = (*(f"self_attn.{p}_proj" for p in "qkvo"), *(f"mlp.{p}_proj" for p in ("gate", "up", "down")))
+    layers = [
+        Layer("model.embed_tokens", "embedding", (256, 128), named_only="embedding"),
+        *(Layer(f"model.layers.{b}.{name}", "linear", (256, 256), b) for b in range(blocks) for name in names),
+        Layer("lm_head", "linear", (256, 256), named_only="output head"),
+    ]
+    return {layer.fqn: layer for layer in layers}
+
+
+def plans(spec: Spec, layers: dict[str, Layer]) -> dict[str, Plan | None]:
+    """The plan of every layer; None: float."""
+    resolved, _ = resolve(spec, layers)
+    return {fqn: found.decision if isinstance(found.decision, Plan) else None for fqn, found in resolved.items()}
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_every_layer_keeps_its_plan(path, dialect):
+    spec = load_spec(path)
+    assert spec.dialect == path.parent.name
+    try:
+        text = write_spec(spec, dialect)
+    except SpecError:
+        assert dialect not in ("native", spec.dialect), "a dialect holds what was read from it"
+        return
+    again = load_spec(text + "\n", dialect)
+    assert again.dialect == dialect
+    assert write_spec(again, dialect) == text
+    layers = decoder(32)
+    try:
+        expected = plans(spec, layers)
+    except SpecError:  # for a model with other layers
+        with pytest.raises(SpecError):
+            plans(again, layers)
+        return
+    assert plans(again, layers) == expected
+    assert (again.pipeline, again.prefix, again.cache) == (spec.pipeline, spec.prefix, spec.cache)
+    assert [(a.name, dict(a.options)) for a in again.algorithms] == [(a.name, dict(a.options)) for a in spec.algorithms]
+    assert (again.run == spec.run) or dialect != spec.dialect
+    if dialect == spec.dialect:
+        assert print_spec(again) == print_spec(spec)
+
+
+def test_some_examples_go_everywhere():
+    """Converting is of use: how many of the examples each dialect can hold."""
+    held = dict.fromkeys(DIALECTS, 0)
+    for path in FILES:
+        for dialect in DIALECTS:
+            try:
+                write_spec(load_spec(path), dialect)
+                held[dialect] += 1
+            except SpecError:
+                pass
+    assert held["native"] == len(FILES)
+    assert all(count >= 10 for count in held.values()), held
