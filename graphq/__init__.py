@@ -7,8 +7,8 @@ from graphq.errors import GraphError, GraphqError, PassError, SpecError, TargetE
 if TYPE_CHECKING:
     from graphq import evaluate
     from graphq.codec import decode, encode, fake_quantize
-    from graphq.compiler import Compiled, compile, explain  # noqa: A004
-    from graphq.frontends import load_spec
+    from graphq.compiler import Compiled, compare, compile, explain  # noqa: A004
+    from graphq.frontends import load_spec, write_spec
     from graphq.lowering.torch_module import load
     from graphq.lowering.verify import verify
     from graphq.spec import Spec
@@ -19,9 +19,11 @@ _HOMES = {
     "decode": "graphq.codec",
     "encode": "graphq.codec",
     "fake_quantize": "graphq.codec",
+    "compare": "graphq.compiler",
     "compile": "graphq.compiler",
     "explain": "graphq.compiler",
     "load_spec": "graphq.frontends",
+    "write_spec": "graphq.frontends",
     "load": "graphq.lowering.torch_module",
     "verify": "graphq.lowering.verify",
     "Spec": "graphq.spec",
@@ -36,6 +38,7 @@ __all__ = [
     "Spec",
     "SpecError",
     "TargetError",
+    "compare",
     "compile",
     "decode",
     "dump",
@@ -46,6 +49,7 @@ __all__ = [
     "load",
     "load_spec",
     "verify",
+    "write_spec",
 ]
 
 

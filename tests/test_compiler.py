@@ -532,3 +532,14 @@ def test_a_causal_language_model_from_its_directory(tmp_path: Path) -> None:
     assert source_of(compiled.graph).dtype == torch.bfloat16
     outputs: Any = compiled(torch.arange(5).reshape(1, 5))
     assert outputs["logits"].dtype == torch.float32
+
+
+def test_compare_two_specs():
+    before = {"graphq": 1, "weight": "int4/g8"}
+    after = before | {"rules": [{"match": "q_proj", "weight": "int8/channel"}], "cache": "int8/token/dynamic"}
+    found = graphq.compare(Attention(), before, after, inputs=torch.ones(2, 8))
+    assert [(a.layer.fqn, str(a.weight), str(b.weight)) for a, b in found.layers] == [
+        ("q_proj", "int4/g8", "int8/channel")
+    ]
+    assert found.settings == (("cache", "float", "int8/token/dynamic"),)
+    assert found.same == 2
