@@ -44,8 +44,9 @@ def made(directory: Path) -> list[str]:
 )
 def test_configs(path: Path) -> None:
     spec = load_spec(path)
-    assert (spec.dialect, spec.notes) == (path.parent.name, ())
-    assert any("weight: int" in line for line in print_spec(spec).splitlines())
+    assert spec.dialect == path.parent.name
+    assert spec.dialect != "native" or spec.notes == ()
+    assert any("weight: " in line for line in print_spec(spec).splitlines())
 
 
 @pytest.mark.parametrize(

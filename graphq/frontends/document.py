@@ -67,9 +67,13 @@ class Section:
     def report(self, message: str, *keys: str | int) -> None:
         self.document.report((*self.at, *keys), message)
 
+    def note(self, key: str, text: str) -> None:
+        """Adds a line about ``key`` to the notes."""
+        self.document.notes.append(f"{self.document.prefix((*self.at, key))}{text}")
+
     def unused(self, key: str, why: str) -> None:
         """Notes that ``key`` is read and has no effect."""
-        self.document.notes.append(f"{self.document.prefix((*self.at, key))}ignored: {why}")
+        self.note(key, f"ignored: {why}")
 
     def only(self, known: Collection[str]) -> None:
         """Reports every key that is not known."""

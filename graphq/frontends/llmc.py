@@ -8,21 +8,20 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from graphq.errors import SpecError
 from graphq.frontends.document import Document, Plain, Section, nearest, show
-from graphq.frontends.llmc_method import read_method
-from graphq.frontends.llmc_tensor import check_quant_type, read_tensor
+from graphq.frontends.llmc_format import Around, read_kind
+from graphq.frontends.llmc_method import METHODS, read_method
+from graphq.frontends.llmc_run import SECTIONS, read_run
+from graphq.frontends.llmc_tensor import read_tensor
+from graphq.frontends.llmc_write import write
 from graphq.match import Blocks, Exact, Name, parse_blocks
 from graphq.plan import KeepFloat, Plan
-from graphq.quant import Quant
+from graphq.quant import PerBlock, PerGroup, Quant
 from graphq.spec import Prefix, Rule, Spec
 
+__all__ = ["METHODS", "SIGN", "parse", "recognises", "write"]
+
 SIGN: Final = "a top-level quant with method or weight, or quant or sparse beside base and model"
-METHODS: Final = (
-    *("RTN", "Awq", "GPTQ", "SmoothQuant", "OsPlus", "OmniQuant", "Quarot", "HQQ", "SpQR", "QUIK", "LlmInt8", "DGQ"),
-    *("AdaDim", "NormTweaking", "TesseraQ"),
-)
-_OWN_SECTIONS: Final = ("base", "model", "calib", "eval", "save", "opencompass")
 _QUANT: Final = ("method", "weight", "act", "kvcache", "special", "mix_bits", "quant_out", "tp", "quant_type")
 
 
@@ -40,10 +39,8 @@ def recognises(document: Document) -> bool:
 def parse(document: Document) -> Spec:
     """The spec that the config means. Raises ``SpecError`` with everything that is wrong with it."""
     top = Section(document, document.root)
-    top.only(("quant", "sparse", "ignored_layers", *_OWN_SECTIONS))
-    for key in top.values:
-        if key in _OWN_SECTIONS:
-            top.unused(key, "it steers LLMC's own run")
+    top.only(("quant", "sparse", "ignored_layers", *SECTIONS))
+    run = read_run(top)
     if "sparse" in top.values:
         top.report("sparsity is not supported", "sparse")
     quant = top.section("quant", required="sparse" not in top.values)
@@ -54,12 +51,7 @@ def parse(document: Document) -> Spec:
     assert base is not None  # else there was a problem
     notes = tuple(document.notes)
     rules = (*base.rules, *last)
-    return Spec(rules, base.algorithms, base.cache, prefix=base.prefix, dialect="llmc", notes=notes)
-
-
-def write(spec: Spec) -> str:
-    """Raises ``SpecError``."""
-    raise SpecError(f"llmc: a spec of the dialect {spec.dialect} cannot be written in it")
+    return Spec(rules, base.algorithms, base.cache, prefix=base.prefix, run=run, dialect="llmc", notes=notes)
 
 
 def _read_quant(quant: Section) -> Spec | None:
@@ -68,24 +60,36 @@ def _read_quant(quant: Section) -> Spec | None:
         quant.report("a section for each modality is not supported; write method and weight right under quant", key)
     if nested:
         return None
-    quant.only(_QUANT)
+    quant.only((*_QUANT, "token_reduction"))
+    if quant.values.get("token_reduction") not in (None, {}):
+        quant.report("token reduction is not supported", "token_reduction")
     method = quant.text("method", required=True)
     if method is not None and method not in METHODS:
         quant.report(f"{show(method)} is not a method{nearest(method, METHODS)}", "method")
         method = None
-    weight = read_tensor(quant.section("weight", required=True), "weight", method)
-    act = read_tensor(quant.section("act"), "act", method)
-    cache = _read_cache(quant, act, method)
-    settings = list(_read_mix_bits(quant, act, method))
-    algorithm = read_method(quant, method)
-    prefix = _read_prefix(quant, bool(algorithm))
+    algorithms, hqq = read_method(quant, method)
+    around = Around(method, read_kind(quant), hqq)
+    weight = read_tensor(quant.section("weight", required=True), "weight", around)
+    act = read_tensor(quant.section("act"), "act", around)
+    cache = _read_cache(quant, act, around)
+    plan = None if weight is None else _plan(quant, weight, act)
+    settings = list(_read_mix_bits(quant, act, around))
+    prefix = _read_prefix(quant, bool(algorithms))
     if "tp" in quant.values:
         quant.unused("tp", "graphq's own way of running holds")
-    check_quant_type(quant)
-    if weight is None:
+    if plan is None:
         return None
-    base = Rule(Blocks(), Plan(weight, act), quant.document.origin(("quant",), "quant"))
-    return Spec((base, *settings), algorithm, cache, prefix=prefix)
+    base = Rule(Blocks(), plan, quant.document.origin(("quant",), "quant"))
+    return Spec((base, *settings), algorithms, cache, prefix=prefix)
+
+
+def _plan(section: Section, weight: Quant, act: Quant | None) -> Plan | None:
+    match weight.granularity:
+        case PerBlock(rows) if act is not None and act.granularity != PerGroup(rows):
+            section.report(f"with per_block weights, LLMC takes per_group activations with group_size: {rows}", "act")
+        case _:
+            pass
+    return section.made(lambda: Plan(weight, act))
 
 
 def _read_prefix(quant: Section, has_algorithm: bool) -> Prefix:
@@ -98,7 +102,7 @@ def _read_prefix(quant: Section, has_algorithm: bool) -> Prefix:
     return "quantized"
 
 
-def _read_cache(quant: Section, act: Quant | None, method: str | None) -> Quant | None:
+def _read_cache(quant: Section, act: Quant | None, around: Around) -> Quant | None:
     section = quant.section("kvcache")
     if section is None:
         return None
@@ -108,10 +112,10 @@ def _read_cache(quant: Section, act: Quant | None, method: str | None) -> Quant 
     for key in ("special", "residual_length"):
         if section.values.get(key) not in (None, {}):
             section.report("options of other caches than Naive are not supported", key)
-    return read_tensor(section, "kvcache", method, static=act is not None and not act.dynamic)
+    return read_tensor(section, "kvcache", around, static=act is not None and not act.dynamic)
 
 
-def _read_mix_bits(quant: Section, act: Quant | None, method: str | None) -> Iterator[Rule]:
+def _read_mix_bits(quant: Section, act: Quant | None, around: Around) -> Iterator[Rule]:
     section = quant.section("mix_bits")
     if section is None:
         return
@@ -125,10 +129,10 @@ def _read_mix_bits(quant: Section, act: Quant | None, method: str | None) -> Ite
     for key in sorted(names, key=lambda name: (len(name), name)):
         setting = section.section(key)
         if setting is not None:
-            yield from _read_setting(setting, f"mix_bits.{key}", act, method)
+            yield from _read_setting(setting, f"mix_bits.{key}", act, around)
 
 
-def _read_setting(setting: Section, name: str, base_act: Quant | None, method: str | None) -> Iterator[Rule]:
+def _read_setting(setting: Section, name: str, base_act: Quant | None, around: Around) -> Iterator[Rule]:
     setting.only(("layer_name", "do_quant", "weight", "act"))
     decision: Plan | KeepFloat | None = None
     do_quant = setting.boolean("do_quant", required=True)
@@ -138,9 +142,9 @@ def _read_setting(setting: Section, name: str, base_act: Quant | None, method: s
             if key in setting.values:
                 setting.unused(key, "do_quant is False")
     elif do_quant:
-        weight = read_tensor(setting.section("weight", required=True), "weight", method)
-        act = _read_setting_act(setting, base_act, method)
-        decision = None if weight is None else Plan(weight, act)
+        weight = read_tensor(setting.section("weight", required=True), "weight", around)
+        act = _read_setting_act(setting, base_act, around)
+        decision = None if weight is None else _plan(setting, weight, act)
     source = setting.document.origin(setting.at, name)
     for index, item in _strings(setting, "layer_name", required=True):
         match = setting.made(lambda item=item: _parse_layer_name(item), "layer_name", index)
@@ -148,7 +152,7 @@ def _read_setting(setting: Section, name: str, base_act: Quant | None, method: s
             yield Rule(match, decision, source, exclusive="mix_bits")
 
 
-def _read_setting_act(setting: Section, base_act: Quant | None, method: str | None) -> Quant | None:
+def _read_setting_act(setting: Section, base_act: Quant | None, around: Around) -> Quant | None:
     match setting.values.get("act", "none"):
         case "none":
             return None
@@ -157,7 +161,7 @@ def _read_setting_act(setting: Section, base_act: Quant | None, method: str | No
                 setting.report("quant has no act to inherit", "act")
             return base_act
         case dict():
-            return read_tensor(setting.section("act"), "act", method)
+            return read_tensor(setting.section("act"), "act", around)
         case other:
             setting.report(f"{show(other)} is not a mapping, inherit or none", "act")
             return None

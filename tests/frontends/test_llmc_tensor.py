@@ -7,6 +7,7 @@ import pytest
 from graphq.errors import SpecError
 from graphq.frontends import load_spec
 from graphq.frontends.document import Document, Section
+from graphq.frontends.llmc_format import Around
 from graphq.frontends.llmc_tensor import read_tensor
 
 WEIGHT = {"bit": 4, "symmetric": False, "granularity": "per_group", "group_size": 128}
@@ -19,7 +20,7 @@ GONE = object()
 def read(role: Any, values: dict[str, Any], method: str | None) -> tuple[str, list[str]]:
     present = {key: value for key, value in values.items() if value is not GONE}
     document = Document()
-    quant = read_tensor(Section(document, present, (role,)), role, method)
+    quant = read_tensor(Section(document, present, (role,)), role, Around(method))
     return str(quant), document.problems
 
 
