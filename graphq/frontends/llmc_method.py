@@ -138,7 +138,7 @@ def _quarot(special: Section) -> dict[str, Scalar]:
     return {"r1": True, "r2": online, "r3": False, "r4": online, "kind": kind}
 
 
-def _hqq(special: Section) -> Hqq | None:
+def _hqq(special: Section) -> Hqq:
     axis = special.integer("axis")
     if axis == 0:
         special.report("groups along the output axis are not supported; write 1", "axis")

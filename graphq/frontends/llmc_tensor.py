@@ -4,6 +4,7 @@ LLMC hands these keys to a quantizer that swallows those it does not know. Here 
 way graphq does not have is refused by name, and a key without effect is noted.
 """
 
+import dataclasses
 from typing import Final
 
 from graphq.formats import Float, Int, is_asymmetric
@@ -27,7 +28,8 @@ from graphq.quant import (
 )
 
 LEARNING: Final = ("Awq", "OmniQuant", "NormTweaking", "TesseraQ")  # calib_algo learnable and ste are part of these
-HQQ_OPTIONS: Final = ("lp_norm", "beta", "kappa", "iters")
+_HQQ_FIELDS: Final = {"lp_norm": "norm", "beta": "beta", "kappa": "growth", "iters": "steps"}
+HQQ_OPTIONS: Final = tuple(_HQQ_FIELDS)
 MSE_NORM: Final = 2.4  # LLMC's, which cannot be set
 _MSE_OPTIONS: Final = ("maxshrink", "mse_grid")
 _TENSOR: Final = ("bit", "symmetric", "granularity", "group_size", "calib_algo", "quant_type", "int_range", "round_zp")
@@ -152,11 +154,19 @@ def _read_range(
 
 
 def _read_mse(section: Section) -> Mse | None:
-    shrink, grid = section.values.get("maxshrink", 0.8), section.integer("mse_grid")
-    if not isinstance(shrink, int | float) or isinstance(shrink, bool):
-        section.report(f"{show(shrink)} is not a number", "maxshrink")
+    shrink, grid = _number(section, "maxshrink", 0.8), section.integer("mse_grid")
+    grid = 100 if grid is None else grid
+    if shrink is None or section.made(lambda: Mse(shrink), "maxshrink") is None:
         return None
-    return section.made(lambda: mse(shrink, 100 if grid is None else grid))
+    return section.made(lambda: mse(shrink, grid), "mse_grid")
+
+
+def _number(section: Section, key: str, default: float) -> float | None:
+    value = section.values.get(key, default)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return value
+    section.report(f"{show(value)} is not a number", key)
+    return None
 
 
 def mse(shrink: float, grid: int) -> Mse:
@@ -165,19 +175,16 @@ def mse(shrink: float, grid: int) -> Mse:
     return Mse(shrink, grid, MSE_NORM, max(1, int(tried.shrink * tried.grid)))
 
 
-def read_hqq(section: Section) -> Hqq | None:
+def read_hqq(section: Section) -> Hqq:
     """The options of HQQ, which stand under ``special`` with the method, else beside ``calib_algo: hqq``."""
-    values: dict[str, float] = {}
-    for key, default in zip(HQQ_OPTIONS, (0.7, 10.0, 1.01, 20), strict=True):
-        value = section.values.get(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or (key == "iters" and type(value) is not int):
-            section.report(f"{show(value)} is not {'an integer' if key == 'iters' else 'a number'}", key)
-            return None
-        values[key] = value
-    if values["kappa"] != 1 and "kappa" in section.values:
+    found = Hqq()
+    for key, name in _HQQ_FIELDS.items():
+        value = section.integer(key) if key == "iters" else _number(section, key, getattr(found, name))
+        if value is not None and section.made(lambda k=name, v=value: dataclasses.replace(Hqq(), **{k: v}), key):
+            found = dataclasses.replace(found, **{name: value})
+    if found.growth != 1 and "kappa" in section.values:
         section.note("kappa", "beta grows by it, as documented; in LLMC's code it has no effect")
-    norm, beta, kappa, iters = values.values()
-    return section.made(lambda: Hqq(norm, beta, kappa, int(iters)))
+    return found
 
 
 def _check_others(section: Section, around: Around) -> None:
@@ -247,4 +254,4 @@ def _write_range(quant: Quant, role: Role, hqq: bool) -> dict[str, Plain] | str:
 
 def write_hqq(method: Hqq) -> dict[str, Plain]:
     """The options that ``read_hqq`` reads."""
-    return dict(zip(HQQ_OPTIONS, (method.norm, method.beta, method.growth, method.steps), strict=True))
+    return {key: getattr(method, name) for key, name in _HQQ_FIELDS.items()}

@@ -18,6 +18,8 @@ WEIGHT = {"bit": 4, "symmetric": False, "granularity": "per_group", "group_size"
 ACT = {"bit": 8, "symmetric": True, "granularity": "per_token"}
 BASE = {"quant": {"method": "RTN", "weight": WEIGHT}}
 GONE = object()
+OFFLINE = (("r1", True), ("r2", False), ("r3", False), ("r4", False))
+ONLINE = (("r1", True), ("r2", True), ("r3", False), ("r4", True))
 
 
 def edited(*edits: tuple[str, Any]) -> dict[str, Any]:
@@ -76,16 +78,22 @@ def test_methods_and_their_options():
     translated = {
         "RTN": (),
         "Awq": (Algorithm("awq", (("duo", False), ("clip", False))),),
-        "GPTQ": (Algorithm("gptq", (("act_order", "none"), ("scales", "plan"))),),
+        "GPTQ": (
+            Algorithm("gptq", (("act_order", "none"), ("scales", "plan"), ("block_size", 128), ("dampening", 0.01))),
+        ),
         "SmoothQuant": (Algorithm("smooth-quant"),),
+        "Quarot": (Algorithm("rotate", (*OFFLINE, ("kind", "random_hadamard"))),),
+        "HQQ": (),
     }
     for method in METHODS:  # those that graphq lacks keep their names, which compile refuses
-        spec = load_spec(edited(("quant.method", method)))
+        special = {"rotate_mode": "hadamard"} if method == "Quarot" else {}
+        spec = load_spec(edited(("quant.method", method), ("quant.special", special)))
         assert spec.algorithms == translated.get(method, (Algorithm(method.lower()),))
-        assert spec.prefix == ("quantized" if method == "RTN" else "float")
-    special = {"relative_threshold": 0.2, "n_outs": [6, 2], "scale": {"bit": 3}}
+        assert spec.prefix == ("quantized" if method in ("RTN", "HQQ") else "float")
+        assert bool(problems(spec)) == (method not in translated)
+    special = {"relative_threshold": "inf", "scale": {"bit": 3}, "zero": {"int_range": [0, 7]}}
     spec = load_spec(edited(("quant.method", "SpQR"), ("quant.special", special)))
-    options = (("relative_threshold", 0.2), ("n_outs.0", 6), ("n_outs.1", 2), ("scale.bit", 3))
+    options = (*(("relative_threshold", "inf"), ("scale.bit", 3), ("zero.int_range.0", 0), ("zero.int_range.1", 7)),)
     assert spec.algorithms == (Algorithm("spqr", options),)
     assert load_spec(edited(("quant.special.weight_clip", False))).algorithms == ()
 
@@ -103,8 +111,59 @@ def test_options_are_translated():
     options = (("act_order", "static"), ("scales", "plan"), ("block_size", 64), ("dampening", 0.02))
     assert algorithm("GPTQ", **given) == Algorithm("gptq", options)
     assert algorithm("SmoothQuant", alpha=0.8) == Algorithm("smooth-quant", (("alpha", 0.8),))
-    for translated in (algorithm("Awq"), algorithm("GPTQ", **given), algorithm("SmoothQuant", alpha=1)):
+    random = algorithm("Quarot", rotate_mode="random", online_rotate=True, fp32_had=True)
+    assert random == Algorithm("rotate", (*ONLINE, ("kind", "orthogonal")))
+    offline = algorithm("Quarot", rotate_mode="hadamard", online_rotate=False)
+    assert offline == Algorithm("rotate", (*OFFLINE, ("kind", "random_hadamard")))
+    for translated in (
+        algorithm("Awq"),
+        algorithm("GPTQ", **given),
+        algorithm("SmoothQuant", alpha=1),
+        random,
+        offline,
+    ):
         assert problems(Spec((Rule(parse_match("blocks"), KeepFloat("x")),), (translated,))) == []
+
+
+def test_hqq_is_the_range_of_all_weights():
+    special = {"axis": 1, "lp_norm": 0.5, "beta": 5, "kappa": 1, "iters": 7}
+    eight = {"bit": 8, "symmetric": True, "granularity": "per_channel", "calib_algo": "minmax"}
+    spec = load_spec(
+        edited(
+            ("quant.method", "HQQ"),
+            ("quant.special", special),
+            ("quant.weight.lp_norm", 0.9),
+            ("quant.weight.round_zp", False),
+            ("quant.act", ACT),
+            ("quant.mix_bits.setting_0", setting("a", weight=eight)),
+        )
+    )
+    assert [text(rule) for rule in spec.rules] == [
+        "blocks: weight int4/asym/g128/hqq0.5:5:1:7, input int8/token/dynamic",
+        "a: weight int8/channel/hqq0.5:5:1:7",
+    ]
+    assert list(spec.notes) == [
+        "quant.weight.lp_norm: ignored: an option of calib_algo hqq",
+        "quant.weight.round_zp: zero points are integers here; the search knows it",
+    ]
+    spec = load_spec(edited(("quant.method", "HQQ"), ("quant.weight.calib_algo", "hqq"), ("quant.weight.beta", 1)))
+    assert str(spec.rules[0].decision) == "weight int4/asym/g128/hqq"
+    assert spec.notes == ("quant.weight.beta: ignored: special has the options of HQQ",)
+
+
+def test_the_kind_of_format_may_stand_above():
+    e4m3 = {"bit": "e4m3", "granularity": "per_channel", "use_qtorch": True}
+    for word in ("float-quant", "float_quant"):  # in LLMC's samples, and in its documentation
+        spec = load_spec(edited(("quant.quant_type", word), ("quant.weight", e4m3)))
+        assert str(spec.rules[0].decision) == "weight float8_e4m3fn/channel"
+    eight = {"quant_type": "int-quant", "bit": 8, "symmetric": True, "granularity": "per_channel"}
+    spec = load_spec(
+        edited(
+            *(("quant.quant_type", "float-quant"), ("quant.weight", e4m3)),
+            ("quant.mix_bits.setting_0", setting("a", weight=eight)),
+        )
+    )
+    assert str(spec.rules[1].decision) == "weight int8/channel"
 
 
 def test_blocks_are_calibrated_as_llmc_does():
@@ -136,6 +195,15 @@ def test_options_without_effect_are_noted():
     ("method", "special", "problem"),
     [
         ("Awq", {"alhpa": 1}, "alhpa: Awq has no such option"),
+        ("OsPlus", {"true_sequental": 1}, "true_sequental: OsPlus has no such option; did you mean true_sequential?"),
+        ("HQQ", {"lp_nrom": 1}, "lp_nrom: HQQ has no such option; did you mean lp_norm?"),
+        ("HQQ", {"axis": 0}, "axis: groups along the output axis are not supported; write 1"),
+        ("HQQ", {"axis": 2}, "axis: 2 is not 0 or 1"),
+        ("HQQ", {"lp_norm": 0}, "lp_norm: hqq norm: 0 is not a number above 0 and up to 1"),
+        ("HQQ", {"weight_clip": True}, "weight_clip: is not supported with HQQ"),
+        ("Quarot", {}, "rotate_mode: is missing"),
+        ("Quarot", {"rotate_mode": "hadamrd"}, "rotate_mode: 'hadamrd' is not hadamard or random"),
+        ("GPTQ", {"online_rotate": True}, "online_rotate: is not supported"),
         ("SmoothQuant", {"alhpa": 1}, "alhpa: SmoothQuant has no such option; did you mean alpha?"),
         ("SmoothQuant", {"alpha": "big"}, "alpha: 'big' is not a number"),
         ("Awq", {"trans": False}, "trans: Awq without its scales is not supported"),
@@ -158,17 +226,15 @@ def test_options_that_are_refused(method, special, problem):
 
 def test_what_has_no_effect_is_noted():
     config = edited(
-        *((name, {"any": "thing"}) for name in ("base", "model", "calib", "save", "opencompass")),
-        ("eval", [{"eval_pos": []}]),
         ("quant.weight.need_pack", True),
         ("quant.weight.mse_grid", 100),
         ("quant.weight.granularity", "per_channel"),
         ("quant.quant_out", True),
         ("quant.tp", 1),
+        ("quant.token_reduction", {}),
         ("quant.mix_bits.setting_0", setting("a", do_quant=False, act=ACT)),
     )
     assert sorted(load_spec(config).notes) == [
-        *(f"{key}: ignored: it steers LLMC's own run" for key in ("base", "calib", "eval", "model", "opencompass")),
         "quant.mix_bits.setting_0.act: ignored: do_quant is False",
         "quant.mix_bits.setting_0.weight: ignored: do_quant is False",
         "quant.quant_out: ignored: graphq's own way of running holds",
@@ -176,7 +242,6 @@ def test_what_has_no_effect_is_noted():
         "quant.weight.group_size: ignored: the granularity is not per_group",
         "quant.weight.mse_grid: ignored: an option of calib_algo mse",
         "quant.weight.need_pack: ignored: the target decides",
-        "save: ignored: it steers LLMC's own run",
     ]
 
 
@@ -184,6 +249,7 @@ NO_NAME = "is not a layer name: write dotted segments, such as mlp.down_proj"
 NO_BLOCK = "is not a block index; write #2-7 for blocks 2 and 7, #2..7 for 2 to 7"
 BITS = "is not supported; weight takes 2, 3, 4, 5, 6, 7 or 8"
 SETTING = "quant.mix_bits.setting_0"
+BLOCKS = {"bit": 8, "symmetric": True, "granularity": "per_block", "block_size": 64}
 
 
 @pytest.mark.parametrize(
@@ -198,15 +264,20 @@ SETTING = "quant.mix_bits.setting_0"
             "quant.vision: a section for each modality is not supported; write method and weight right under quant",
         ]),
         ([("quant.mixbits", {})], ["quant.mixbits: unknown key; did you mean mix_bits?"]),
-        ([("quant.token_reduction", {})], ["quant.token_reduction: unknown key"]),
-        ([("quant.quant_type", "float_quant")], ["quant.quant_type: 'float_quant' is not supported; write int-quant"]),
+        ([("quant.token_reduction", {"method": "ToMe"})], ["quant.token_reduction: token reduction is not supported"]),
+        ([("quant.quant_type", "hif4")], ["quant.quant_type: 'hif4' is not supported; write int-quant or float-quant"]),
+        ([("quant.quant_type", "float_quant")], ["quant.weight.bit: 4 is no float format; write e4m3, or quant_type: int-quant here"]),
+        ([("quant.weight", BLOCKS), ("quant.act", ACT)], ["quant.act: with per_block weights, LLMC takes per_group activations with group_size: 64"]),
+        ([("quant.act", ACT), (SETTING, setting("a", act="inherit", weight=BLOCKS))], [
+            f"{SETTING}.act: with per_block weights, LLMC takes per_group activations with group_size: 64"]),
+        ([("quant.method", "QuaRot")], ["quant.method: 'QuaRot' is not a method; did you mean Quarot?"]),
         ([("quant.weight", GONE)], ["quant.weight: is missing"]),
         ([("quant.act", None)], ["quant.act: an empty value is not a mapping"]),
         ([("quant.method", GONE)], ["quant.method: is missing"]),
         ([("quant.method", "awq")], ["quant.method: 'awq' is not a method; did you mean Awq?"]),
         ([("quant.method", "GTPQ")], ["quant.method: 'GTPQ' is not a method; did you mean GPTQ?"]),
         ([("quant.special.weight_clip", True)], ["quant.special.weight_clip: RTN has no options"]),
-        ([("quant.method", "SpQR"), ("quant.special", {"a": float("inf")})], ["quant.special: spqr: a: inf is not a finite number"]),
+        ([("quant.method", "SpQR"), ("quant.special", {"percdamp": float("inf")})], ["quant.special: spqr: percdamp: inf is not a finite number"]),
         # mix_bits
         ([("quant.mix_bits", [])], ["quant.mix_bits: a list is not a mapping"]),
         ([("quant.mix_bits.setting_1", setting("a"))], ["quant.mix_bits: setting_0 is missing: settings are numbered from 0 without a gap"]),
