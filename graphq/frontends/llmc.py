@@ -1,4 +1,4 @@
-"""LLMC (LightCompress) configs, with ``mix_bits`` and ``ignored_layers`` as documented; docs/specs.md has the rules.
+"""LLMC (LightCompress) configs, with ``mix_bits`` and ``ignored_layers`` as documented; docs/llmc.md has the rules.
 
 https://github.com/ModelTC/LightCompress, v1.2.0 to v1.5.0. Where LLMC silently ignores a key or crashes on it, the
 documented meaning holds here, or the key is refused by name.

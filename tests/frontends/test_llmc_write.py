@@ -182,9 +182,9 @@ def test_a_config_with_one_value_replaced_is_read_or_refused(config, data):
 
 MATCHES = st.builds(
     Name,
-    st.sampled_from(["mlp", "down_proj", "mlp.down_proj", "self_attn", "o_proj", "model.layers.1.mlp"]),
+    st.sampled_from(["mlp", "down_proj", "mlp.down_proj", "up_proj", "o_proj", "q_proj", "model.layers.1.mlp"]),
     st.none() | st.sampled_from([(0,), (1,), (1, 2), (0, 1, 2)]),
-) | st.sampled_from([parse_match(m) for m in ("blocks#0", "blocks#1-2", "=model.layers.1.mlp.down_proj", "*.o_proj")])
+) | st.sampled_from([parse_match(m) for m in ("blocks#0", "blocks#1-2", "=model.layers.1.mlp.down_proj")])
 W8 = Plan(parse_quant("int8/channel"))
 W4A8 = Plan(parse_quant("int4/asym/g128"), parse_quant("int8/token/dynamic"))
 RULES = st.builds(
