@@ -129,7 +129,9 @@ class _Writer:
         whole = dict.fromkeys(
             b for rule, _ in placed if isinstance(rule.match, Blocks) for b in rule.match.blocks or ()
         )
-        return settings, ({"block_ids": _ranges(tuple(whole))} if whole else {}) | ignored
+        if whole:
+            ignored = {"block_ids": _ranges(tuple(whole)), **ignored}
+        return settings, ignored
 
     def _placed(self, rules: Sequence[Rule]) -> Iterator[tuple[Rule, Place]]:
         """Where each rule stands. There is one list of blocks to ignore, whole or certain layers of them."""

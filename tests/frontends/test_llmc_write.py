@@ -115,7 +115,7 @@ CALIBS = st.fixed_dictionaries(
 
 def legal(method: tuple[str, dict[str, Any]], values: dict[str, Any]) -> dict[str, Any]:
     """A ``quant`` section without what LLMC's blocks, and its HQQ, do not take."""
-    quant = copy.deepcopy({"method": method[0], "special": method[1], **values})
+    quant: dict[str, Any] = copy.deepcopy({"method": method[0], "special": method[1], **values})
     for plan in (quant, *quant.get("mix_bits", {}).values()):
         weight = plan["weight"]
         if method[0] == "HQQ" and weight["granularity"] == "per_block":
