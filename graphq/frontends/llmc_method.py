@@ -7,7 +7,7 @@ noted. A method that graphq lacks keeps its name and options, which ``compile`` 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final
 
-from graphq.frontends.document import Document, Plain, Section, nearest, show
+from graphq.frontends.document import MAX_DEPTH, Document, Plain, Section, nearest, show
 from graphq.frontends.llmc_tensor import read_hqq
 from graphq.quant import Hqq
 from graphq.spec import Algorithm
@@ -241,6 +241,8 @@ def _nested(options: Sequence[tuple[str, Scalar]]) -> dict[str, Plain]:
     tree: dict[str, Plain] = {}
     for name, value in options:
         *sections, key = name.split(".")
+        if len(sections) > MAX_DEPTH - 4:  # no document is so deep: these are dots of a key
+            return {}
         inner = tree
         for section in sections:
             below = inner.setdefault(section, {})

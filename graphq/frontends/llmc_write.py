@@ -108,9 +108,12 @@ class _Writer:
     def rules(self, rules: Sequence[Rule]) -> tuple[list[Plain], dict[str, Plain]]:
         """The settings of ``mix_bits``, and ``ignored_layers``."""
         placed = list(self._placed(rules))
-        for (one, first), (other, second) in itertools.combinations(placed, 2):
-            if second == "setting" and _clash(one, first, other):
-                self.problems.append(f"{other.match} comes after {one.match}: LLMC cannot say which of them decides")
+        for number, (other, where) in enumerate(placed):
+            for one, first in placed[:number] if where == "setting" else ():
+                if _clash(one, first, other):
+                    self.problems.append(
+                        f"{other.match} comes after {one.match}: LLMC cannot say which of them decides"
+                    )
         settings: list[Plain] = []
         chosen = [rule for rule, place in placed if place == "setting"]
         for (_, decision), group in itertools.groupby(chosen, lambda rule: (rule.source, rule.decision)):
@@ -135,14 +138,14 @@ class _Writer:
 
     def _placed(self, rules: Sequence[Rule]) -> Iterator[tuple[Rule, Place]]:
         """Where each rule stands. There is one list of blocks to ignore, whole or certain layers of them."""
-        kept = [rule for rule in rules if isinstance(rule.decision, KeepFloat) and not rule.exclusive]
+        kept = [rule for rule in rules if _is_kept(rule)]
         whole = [rule.match for rule in kept if isinstance(rule.match, Blocks)]
         listed = [m.blocks for m in (rule.match for rule in kept) if isinstance(m, Name) and m.blocks is not None]
         for rule in rules:
             place: Place | None = None
             match rule.match:
                 case Name(_, blocks):
-                    is_listed = rule in kept and blocks is not None and blocks == listed[0] and not whole
+                    is_listed = _is_kept(rule) and blocks is not None and blocks == listed[0] and not whole
                     place = "ignored" if is_listed else "setting"
                 case Exact() if isinstance(rule.decision, KeepFloat):
                     place = "ignored"
@@ -165,6 +168,8 @@ class _Writer:
 def _clash(one: Rule, place: Place, other: Rule) -> bool:
     """Whether a config decides otherwise than ``one``, then the setting ``other``, for a layer that both match."""
     assert isinstance(other.match, Name)
+    if place == "setting" and one.exclusive == other.exclusive == MIX_BITS:
+        return False
     if isinstance(one.match, Exact):
         return f".{other.match.path}." in f".{one.match.fqn}."
     assert isinstance(one.match, Name | Blocks)
@@ -174,7 +179,11 @@ def _clash(one: Rule, place: Place, other: Rule) -> bool:
     if place == "ignored" or isinstance(one.match, Blocks):
         return True
     path, longer = sorted((one.match.path, other.match.path), key=len)
-    return not one.exclusive == other.exclusive == MIX_BITS and f".{path}." in f".{longer}."
+    return f".{path}." in f".{longer}."
+
+
+def _is_kept(rule: Rule) -> bool:
+    return isinstance(rule.decision, KeepFloat) and not rule.exclusive
 
 
 def _add(ignored: dict[str, Plain], key: str, item: str) -> None:

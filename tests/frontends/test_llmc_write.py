@@ -5,7 +5,7 @@ import copy
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from graphq.errors import SpecError
@@ -154,7 +154,6 @@ CONFIGS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=300)
 @given(CONFIGS)
 def test_reading_undoes_writing(config):
     spec = load_spec(config, "llmc")
@@ -202,7 +201,6 @@ def kinds(spec: Spec) -> dict[str, Decision | None]:
     return {fqn: None if isinstance(one.decision, KeepFloat) else one.decision for fqn, one in resolved.items()}
 
 
-@settings(max_examples=300)
 @given(st.lists(RULES, max_size=4))
 @example([Rule(Name("down_proj"), W8), Rule(Blocks((0,)), KeepFloat("x")), Rule(Name("o_proj", (1,)), W8)])
 @example(
@@ -251,6 +249,11 @@ ignored_layers:
         Rule(Name("o_proj", (4,)), KeepFloat("mix_bits.setting_0: do_quant False"), exclusive="mix_bits"),
         Rule(Blocks((0, 1)), KeepFloat("ignored_layers: block_ids")),
     )
+
+
+def test_many_rules_are_written_in_no_time():
+    rules = [Rule(Name(f"l{i}", (i,)), KeepFloat("x"), exclusive="mix_bits") for i in range(1500)]
+    assert write_spec(Spec((BASE, *rules)), "llmc").count("l1499#1499") == 1
 
 
 def quants(weight: str, input: str | None = None) -> Plan:
@@ -313,6 +316,7 @@ def quants(weight: str, input: str | None = None) -> Plan:
         (Spec((BASE,), (Algorithm("rtn", (("a", 1),)),)), ["rtn: LLMC has no such method"]),
         (Spec((BASE,), (Algorithm("spqr", (("scales.bit", 3),)),)), ["spqr: LLMC's SpQR has no such options"]),
         (Spec((BASE,), (Algorithm("spqr", (("scale", 1), ("scale.bit", 3))),)), ["spqr: LLMC's SpQR has no such options"]),
+        (Spec((BASE,), (Algorithm("spqr", (("scale" + 9999 * ".a", 1),)),)), ["spqr: LLMC's SpQR has no such options"]),
         (Spec((BASE,), (Algorithm("smooth-quant", match=(Name("mlp"),)),)), ["smooth-quant: match: LLMC's methods are for all layers"]),
         (Spec((BASE,), (Algorithm("rotate"), Algorithm("gptq", match=(Name("mlp"),)))), [
             "algorithms: rotate and gptq: an LLMC config has one method", "gptq: match: LLMC's methods are for all layers"]),
@@ -333,5 +337,7 @@ def test_one_method_of_graphq_is_written_with_its_defaults():
     options = (("act_order", "static"), ("scales", "plan"), ("block_size", 128), ("dampening", 0.01))
     assert (read.algorithms, read.prefix) == ((Algorithm("gptq", options),), "quantized")
     assert load_spec(write_spec(Spec((BASE,), (Algorithm("rtn"),)), "llmc")).algorithms == ()
+    mse = Spec((Rule(Blocks(), quants("int8/g64/mse0.8:100:2.4:80")),))
+    assert write_spec(mse, "llmc").endswith("group_size: 64\n        calib_algo: mse\n")
     hqq = Rule(Name("a"), quants("int8/g64/hqq"))
     assert "calib_algo: hqq\n                lp_norm: 0.7\n" in write_spec(Spec((BASE, hqq)), "llmc")
