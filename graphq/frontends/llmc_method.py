@@ -63,6 +63,8 @@ def read_method(quant: Section, method: str | None) -> tuple[tuple[Algorithm, ..
     if method == "HQQ":
         _read_common(special, method)
         return (), _hqq(special)
+    if method == "SmoothQuant":
+        quant.note("method", "factors are folded wherever the graph allows it; LLMC's into norms alone")
     if method in _TRANSLATED:
         name, translate = _TRANSLATED[method]
         found = translate(special)

@@ -145,6 +145,7 @@ def test_hqq_is_the_range_of_all_weights():
     assert list(spec.notes) == [
         "quant.weight.lp_norm: ignored: an option of calib_algo hqq",
         "quant.weight.round_zp: zero points are integers here; the search knows it",
+        "quant.mix_bits: read as documented; LLMC's code ignores it since May 2025",
     ]
     spec = load_spec(edited(("quant.method", "HQQ"), ("quant.weight.calib_algo", "hqq"), ("quant.weight.beta", 1)))
     assert str(spec.rules[0].decision) == "weight int4/asym/g128/hqq"
@@ -156,6 +157,7 @@ def test_the_kind_of_format_may_stand_above():
     for word in ("float-quant", "float_quant"):  # in LLMC's samples, and in its documentation
         spec = load_spec(edited(("quant.quant_type", word), ("quant.weight", e4m3)))
         assert str(spec.rules[0].decision) == "weight float8_e4m3fn/channel"
+        assert spec.notes == ("quant.quant_type: read as documented; LLMC's code reads it under weight and act alone",)
     eight = {"quant_type": "int-quant", "bit": 8, "symmetric": True, "granularity": "per_channel"}
     spec = load_spec(
         edited(
@@ -237,6 +239,7 @@ def test_what_has_no_effect_is_noted():
     assert sorted(load_spec(config).notes) == [
         "quant.mix_bits.setting_0.act: ignored: do_quant is False",
         "quant.mix_bits.setting_0.weight: ignored: do_quant is False",
+        "quant.mix_bits: read as documented; LLMC's code ignores it since May 2025",
         "quant.quant_out: ignored: graphq's own way of running holds",
         "quant.tp: ignored: graphq's own way of running holds",
         "quant.weight.group_size: ignored: the granularity is not per_group",

@@ -242,6 +242,16 @@ ignored_layers:
     speical_names: [model.layers.0.mlp.gate_proj]
 """
     )
+    near = (  # each is refused where its blocks, or its name, meet those of the one before
+        Rule(Blocks((0,)), KeepFloat("x")),
+        Rule(Name("mlp", (1, 2)), W8),
+        Rule(Name("mlp.up_proj", (3,)), W8),
+        Rule(Name("up", (1,)), W8),
+        Rule(parse_match("=x.mlp.up_proj"), KeepFloat("x")),
+        Rule(Name("p.up_proj", (1,)), W8),
+    )
+    names = "layer_name: [mlp#1-2, mlp.up_proj#3, up#1, p.up_proj#1]\n"
+    assert names in write_spec(Spec((BASE, *near)), "llmc")
     whole = (Rule(Blocks((0, 1)), KeepFloat("x")), Rule(Blocks((3, 4, 5, 1)), KeepFloat("y")))
     assert write_spec(Spec((BASE, *whole)), "llmc").endswith("ignored_layers:\n    block_ids: [0, 1, 3-5]\n")
     kept = (*whole[:1], Rule(Name("o_proj", (4,)), KeepFloat("x")))
