@@ -4,7 +4,7 @@ Text forms, which ``parse_format`` and ``str`` take to each other:
 
 - ``int<bits>[/asym[/joint]|/half|/by_sign]``, ``uint8``, ``uint16`` ``[/joint]``: integers;
 - ``float8_e4m3fn``, ``float8_e5m2``, ``float6_e2m3``, ``float6_e3m2``, ``float4_e2m1``, ``float4_e1m2``, each
-  ``[/pow2]``, and ``hifloat8[/to15|/pow2]``: floating-point numbers with a scale;
+  ``[/pow2]``, and ``hifloat8[/to15|/unit|/pow2]``: floating-point numbers with a scale;
 - ``mxfp8_e4m3``, ``mxfp8_e5m2``, ``mxfp6_e2m3``, ``mxfp6_e3m2``, ``mxfp4``, ``mxint8``, each ``[/<exponent rule>]``:
   blocks of 32 with a shared exponent (OCP Microscaling Formats 1.0);
 - ``nvfp4``: blocks of 16 with a float8 scale, under a float32 one;
@@ -21,7 +21,7 @@ Divisor = Literal["max", "half", "by_sign"]
 FloatLayout = Literal[
     "float8_e4m3fn", "float8_e5m2", "hifloat8", "float6_e2m3", "float6_e3m2", "float4_e2m1", "float4_e1m2"
 ]
-FloatScale = Literal["max", "to15", "pow2"]
+FloatScale = Literal["max", "to15", "unit", "pow2"]
 MxElement = Literal["float8_e4m3fn", "float8_e5m2", "float6_e2m3", "float6_e3m2", "float4_e2m1", "int8"]
 ExponentRule = Literal["ocp", "even", "amct", "amct_llm", "nearest", "ceil", "ascend"]
 MIN_BITS: Final = 2
@@ -81,8 +81,9 @@ class Float:
     """Floating-point codes of a layout, with a scale that takes the largest magnitude to the layout's full scale.
 
     Full scale is the largest finite value (448, 57344, 7.5, 28, 6, 1.75), and for hifloat8 16, up to which its
-    significand has four bits. ``scale``: ``to15`` takes the largest magnitude to 15 instead (hifloat8 alone), ``pow2``
-    takes the smallest power of two that leaves nothing above full scale.
+    significand has four bits. ``scale``: ``to15`` takes the largest magnitude to 15 instead, ``unit`` makes every scale
+    1 (both hifloat8 alone, whose codes span 2^-22 to 2^15), ``pow2`` takes the smallest power of two that leaves
+    nothing above full scale.
     """
 
     layout: FloatLayout
@@ -93,8 +94,8 @@ class Float:
             raise SpecError(f"layout: {self.layout!r} is not one of {', '.join(get_args(FloatLayout))}")
         if self.scale not in get_args(FloatScale):
             raise SpecError(f"scale: {self.scale!r} is not one of {', '.join(get_args(FloatScale))}")
-        if self.scale == "to15" and self.layout != "hifloat8":
-            raise SpecError(f"scale: to15 is a convention of hifloat8, not of {self.layout}")
+        if self.scale in ("to15", "unit") and self.layout != "hifloat8":
+            raise SpecError(f"scale: {self.scale} is a convention of hifloat8, not of {self.layout}")
 
     def __str__(self) -> str:
         return self.layout if self.scale == "max" else f"{self.layout}/{self.scale}"
@@ -204,6 +205,7 @@ _OTHERS: Final[dict[str, Format]] = {
         *(Int(bits, symmetric=False, signed=False, joint=joint) for bits in (8, 16) for joint in (False, True)),
         *(Float(layout, scale) for layout in get_args(FloatLayout) for scale in ("max", "pow2")),
         Float("hifloat8", "to15"),
+        Float("hifloat8", "unit"),
         *(Mx(element, rule) for element in get_args(MxElement) for rule in get_args(ExponentRule)),
         Nvfp4(),
         TwoLevel("int4"),

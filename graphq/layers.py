@@ -11,7 +11,19 @@ from torch._ops import OpOverload
 from graphq.match import Layer, LayerKind
 from graphq.source import source_of
 from graphq.state import tensor_of
-from graphq.views import Cast, Embedding, GroupedLinear, Linear, Op, Param, TransposedLinear, Weighted, ops_of, view
+from graphq.views import (
+    CONVOLUTIONS,
+    Cast,
+    Embedding,
+    GroupedLinear,
+    Linear,
+    Op,
+    Param,
+    TransposedLinear,
+    Weighted,
+    ops_of,
+    view,
+)
 
 LAYER: Final = "graphq.layer"
 PLAN: Final = "graphq.plan"
@@ -160,7 +172,9 @@ def layers(gm: fx.GraphModule) -> dict[str, Layer]:
                 named_only = "output head"
             elif source.blocks and block is None:
                 named_only = "outside of the repeated blocks"
-            found[fqn] = Layer(fqn, kind, shape, block, named_only)
+            dtype = str(site.param.val.dtype).removeprefix("torch.")
+            bias = getattr(site.op, "bias", None) is not None or isinstance(site.op, TransposedLinear)
+            found[fqn] = Layer(fqn, kind, shape, block, named_only, dtype, bias, _padding(site.op))
     return found
 
 
@@ -181,6 +195,19 @@ def _layer_shape(site: Site) -> tuple[int, ...]:
     if site.is_stack:
         return shape[1:]
     return shape[::-1] if isinstance(site.op, TransposedLinear) else shape
+
+
+def _padding(op: Weighted) -> str:
+    """The mode of a convolution's padding: one that is not by zeros is an op of its own, in the same module."""
+    before = op.input_op.node
+    if not isinstance(op, CONVOLUTIONS) or before.target != aten.pad.default or _module(before) != _module(op.node):
+        return "zeros"
+    mode = before.args[2] if len(before.args) > 2 else before.kwargs.get("mode", "constant")
+    return "zeros" if mode == "constant" else str(mode)
+
+
+def _module(node: fx.Node) -> object:
+    return list((node.meta.get("nn_module_stack") or {"": None}).values())[-1]
 
 
 def _routers(gm: fx.GraphModule) -> set[fx.Node]:

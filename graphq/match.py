@@ -13,6 +13,7 @@ from typing import Any, Final, Literal, cast, final
 from graphq.errors import SpecError
 
 MAX_BLOCK: Final = 9999
+MAX_SIZE: Final = 10**9 - 1  # of an axis, where a text writes one
 LayerKind = Literal["linear", "conv1d", "conv2d", "embedding", "expert"]
 
 
@@ -23,6 +24,7 @@ class Layer:
 
     ``named_only``: why it is quantized only by a rule that names it; empty for the others.
     ``shape``: the weight's, channels first (an ``[N, K]`` matrix for a linear, whatever the layout it is stored in).
+    ``dtype``: the weight's, by torch's name. ``bias``: whether one is added. ``padding``: a convolution's mode.
     """
 
     fqn: str
@@ -30,6 +32,9 @@ class Layer:
     shape: tuple[int, ...]
     block: int | None = None
     named_only: Literal["", "embedding", "output head", "router", "outside of the repeated blocks"] = ""
+    dtype: str = "float32"
+    bias: bool = False
+    padding: str = "zeros"
 
 
 @final
@@ -177,6 +182,26 @@ class Kind:
 
 @final
 @dataclass(frozen=True)
+class Kinds:
+    """Matches layers of any of these kinds, each as ``Kind`` does. Text form: ``kind:linear|conv2d``."""
+
+    kinds: tuple[Literal["linear", "conv1d", "conv2d", "embedding"], ...]
+
+    def __post_init__(self) -> None:
+        for kind in self.kinds:
+            Kind(kind)
+        if len(set(self.kinds)) < max(2, len(self.kinds)):
+            raise SpecError(f"{self}: write different kinds, or kind:linear for one")
+
+    def matches(self, layer: Layer) -> bool:
+        return any(Kind(kind).matches(layer) for kind in self.kinds)
+
+    def __str__(self) -> str:
+        return f"kind:{'|'.join(self.kinds)}"
+
+
+@final
+@dataclass(frozen=True)
 class Part:
     """Matches every layer whose full dotted path holds this text anywhere. Text form: ``~down``."""
 
@@ -193,7 +218,7 @@ class Part:
         return f"~{self.text}"
 
 
-Match = Name | Exact | Glob | Blocks | Regex | Kind | Part
+Match = Name | Exact | Glob | Blocks | Regex | Kind | Kinds | Part
 
 
 def _check_blocks(name: str, blocks: tuple[int, ...] | None) -> None:
@@ -234,12 +259,13 @@ def _print_run(run: tuple[int, int]) -> str:
 
 def parse_match(text: str) -> Match:
     """The ``Match`` that ``text`` writes: ``o_proj``, ``o_proj#0-1``, ``=full.name``, ``*.o_proj``, ``blocks``,
-    ``re:.*o_proj``, ``kind:linear``, ``~o_pr``.
+    ``re:.*o_proj``, ``kind:linear``, ``kind:linear|conv2d``, ``~o_pr``.
     """
     if text.startswith("re:"):
         return Regex(text[3:])
     if text.startswith("kind:"):
-        return Kind(cast(Any, text[5:]))
+        kinds = text[5:].split("|")
+        return Kind(cast(Any, kinds[0])) if len(kinds) == 1 else Kinds(cast(Any, tuple(kinds)))
     if text.startswith("~"):
         return Part(text[1:])
     name, mark, blocks = text.partition("#")
@@ -255,7 +281,7 @@ def parse_match(text: str) -> Match:
 
 def unmatched_hint(match: Match, layers: Iterable[str]) -> str:
     """``; did you mean <the name most like it>?`` for a match that no layer has; nothing where none comes close."""
-    if isinstance(match, Blocks | Regex | Kind):
+    if isinstance(match, Blocks | Regex | Kind | Kinds):
         return ""
     name, _, blocks = str(match).lstrip("=~").partition("#")
     near = nearest_layer(name, layers)

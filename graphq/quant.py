@@ -272,6 +272,8 @@ class Quant:
             raise SpecError(f"{self}: ssz fits the scales of symmetric integers")
         if isinstance(self.method, Hqq) and isinstance(self.format, Float) and self.format.scale == "pow2":
             raise SpecError(f"{self}: hqq fits scales that may be any number; those of {self.format} are powers of two")
+        if isinstance(self.format, Float) and self.format.scale == "unit":
+            raise SpecError(f"{self}: the scale of {self.format} is 1; leave out {self.method}")
         if isinstance(self.method, Ofmr) and isinstance(self.format, Int) and not self.format.symmetric:
             raise SpecError(f"{self}: ofmr gives powers of two without a zero point; the format is asymmetric")
 

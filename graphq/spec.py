@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, final
 
+from graphq.constraint import Constraint, broken
 from graphq.errors import SpecError
 from graphq.match import Exact, Layer, Match, unmatched_hint
-from graphq.plan import Decision, KeepFloat
+from graphq.plan import Decision, KeepFloat, Plan
 from graphq.quant import Quant
 
 Order = Literal["sequential", "independent"]
@@ -25,6 +26,7 @@ class Rule:
 
     ``may_match_nothing``: a pattern that keeps layers float and matches none is a line in the report, not an error.
     ``exclusive``: two rules that share this word may not both match one layer (empty: the later one wins).
+    ``only_if``: a layer that breaks one of these stays float, and the report says which.
     """
 
     match: Match
@@ -32,6 +34,11 @@ class Rule:
     source: str = field(default="", compare=False)
     may_match_nothing: bool = False
     exclusive: str = ""
+    only_if: tuple[Constraint, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.only_if and isinstance(self.decision, KeepFloat):
+            raise SpecError("only_if: the rule keeps layers float, whatever they are")
 
 
 @final
@@ -160,5 +167,6 @@ def resolve(spec: Spec, layers: Mapping[str, Layer]) -> tuple[dict[str, Resolved
             )
             resolved[fqn] = Resolved(layer, KeepFloat(why), None)
         else:
-            resolved[fqn] = Resolved(layer, rule.decision, rule)
+            why = broken(rule.only_if, layer) if isinstance(rule.decision, Plan) else ""
+            resolved[fqn] = Resolved(layer, KeepFloat(why) if why else rule.decision, rule)
     return resolved, tuple(notes)

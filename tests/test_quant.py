@@ -54,7 +54,7 @@ FORMATS: list[Format] = [
         Float(layout, scale)
         for layout in get_args(FloatLayout)
         for scale in get_args(FloatScale)
-        if scale != "to15" or layout == "hifloat8"
+        if scale not in ("to15", "unit") or layout == "hifloat8"
     ),
     *(Mx(element, rule) for element in get_args(MxElement) for rule in get_args(ExponentRule)),
     Nvfp4(),

@@ -5,6 +5,7 @@ from typing import Final, TypeVar, assert_never, final
 
 import yaml
 
+from graphq.constraint import Constraint, parse_constraint
 from graphq.frontends.document import Document, Plain, Section, show
 from graphq.match import Blocks, Glob, Match, parse_match
 from graphq.plan import Decision, KeepFloat, Plan
@@ -85,17 +86,30 @@ def _read_rule(document: Document, item: Plain, index: int) -> Rule | None:
         document.report(at, f"{show(item)} is not a mapping with match and weight, input or float")
         return None
     section = Section(document, item, at)
-    section.only(("match", "weight", "input", "float", "may_match_nothing", "exclusive"))
+    section.only(("match", "weight", "input", "float", "may_match_nothing", "exclusive", "only_if"))
     text = section.text("match", required=True)
     match = None if text is None else section.made(lambda: parse_match(text), "match")
     decision = _read_decision(section)
     may_match_nothing = section.boolean("may_match_nothing")
     exclusive = section.text("exclusive")
+    only_if = _read_constraints(section)
     if match is None or decision is None:
         return None
     if may_match_nothing is None:
         may_match_nothing = _may_match_nothing(match, decision)
-    return Rule(match, decision, document.origin(at, f"rules[{index}]"), may_match_nothing, exclusive or "")
+    source = document.origin(at, f"rules[{index}]")
+    return section.made(lambda: Rule(match, decision, source, may_match_nothing, exclusive or "", only_if), "only_if")
+
+
+def _read_constraints(section: Section) -> tuple[Constraint, ...]:
+    found: list[Constraint] = []
+    for text in section.items("only_if", " of constraints, such as [K % 64]"):
+        if not isinstance(text, str):
+            section.report(f"{show(text)} is not a constraint, such as K % 64", "only_if")
+            continue
+        constraint = section.made(lambda text=text: parse_constraint(text), "only_if")
+        found += [constraint] if constraint is not None else []
+    return tuple(found)
 
 
 def _may_match_nothing(match: Match, decision: Decision) -> bool:
@@ -212,6 +226,8 @@ def _rule(rule: Rule) -> dict[str, Plain]:
         items["may_match_nothing"] = rule.may_match_nothing
     if rule.exclusive:
         items["exclusive"] = rule.exclusive
+    if rule.only_if:
+        items["only_if"] = [str(constraint) for constraint in rule.only_if]
     return items
 
 

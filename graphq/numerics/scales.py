@@ -139,6 +139,8 @@ def _asymmetric(low: Tensor, high: Tensor, format: Int) -> tuple[Tensor, Tensor]
 
 
 def _float_scale(extreme: Tensor, format: Float) -> Tensor:
+    if format.scale == "unit":
+        return torch.where(extreme.isfinite(), 1.0, extreme)
     scale = extreme / full_scale(format)
     if format.scale != "pow2":
         return scale

@@ -84,5 +84,7 @@ def test_scales() -> None:
 
     assert scale(3, "max") == 0.1875
     assert scale(3, "to15") == np.float32(3) / np.float32(15)
+    assert [scale(v, "unit") for v in (0, 3, 1e30)] == [1, 1, 1]
+    assert scale(float("inf"), "unit") == float("inf")
     assert [scale(v, "pow2") for v in (3, 2, 16, 16.5)] == [0.25, 0.125, 1, 2]
     assert elements.largest("hifloat8") == 32768
