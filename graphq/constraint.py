@@ -118,7 +118,7 @@ class OfKind:
 
     def broken(self, layer: Layer) -> str | None:
         kind = "linear" if layer.kind == "expert" else layer.kind
-        return None if kind in self.kinds else f"the layer is a {kind}"
+        return None if kind in self.kinds else f"its kind is {kind}"
 
     def __str__(self) -> str:
         return f"kind {'|'.join(self.kinds)}"

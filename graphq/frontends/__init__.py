@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Final, cast, final
 
 from graphq.errors import SpecError
-from graphq.frontends import llmc, native, presets
+from graphq.frontends import amct, llmc, native, presets
 from graphq.frontends.document import Document, nearest, read_mapping, show
 from graphq.frontends.native import print_spec
 from graphq.frontends.yaml_text import read_file, read_text
@@ -29,6 +29,7 @@ class _Dialect:
 # By name. The first that recognises a document reads it.
 _DIALECTS: Final[Mapping[str, _Dialect]] = {
     "native": _Dialect(native.recognises, native.SIGN, native.parse, native.print_spec),
+    "amct": _Dialect(amct.recognises, amct.SIGN, amct.parse, amct.write),
     "llmc": _Dialect(llmc.recognises, llmc.SIGN, llmc.parse, llmc.write),
 }
 DIALECTS: Final = tuple(_DIALECTS)

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias, TypeVar, cast, final
 
@@ -67,13 +67,13 @@ class Section:
     def report(self, message: str, *keys: str | int) -> None:
         self.document.report((*self.at, *keys), message)
 
-    def note(self, key: str, text: str) -> None:
-        """Adds a line about ``key`` to the notes."""
-        self.document.notes.append(f"{self.document.prefix((*self.at, key))}{text}")
-
     def unused(self, key: str, why: str) -> None:
         """Notes that ``key`` is read and has no effect."""
-        self.note(key, f"ignored: {why}")
+        self.note(f"ignored: {why}", key)
+
+    def note(self, message: str, *keys: str | int) -> None:
+        """Adds a line to the notes, for the report."""
+        self.document.notes.append(self.document.prefix((*self.at, *keys)) + message)
 
     def only(self, known: Collection[str]) -> None:
         """Reports every key that is not known."""
@@ -176,6 +176,12 @@ def read_mapping(source: Mapping[object, object]) -> Document:
                 return values
             case list() | tuple():
                 return [copy(item, (*at, index)) for index, item in enumerate(cast("Sequence[object]", value))]
+            case set() | frozenset():
+                items = cast("Set[object]", value)
+                if not all(isinstance(item, str) for item in items):
+                    document.report(at, f"{show(value)} holds more than strings")
+                    return None
+                return [copy(item, (*at, index)) for index, item in enumerate(sorted(cast("Set[str]", items)))]
             case None | bool():
                 return value
             case int():

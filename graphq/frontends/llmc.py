@@ -70,7 +70,7 @@ def _read_quant(quant: Section) -> Spec | None:
     algorithms, hqq = read_method(quant, method)
     around = Around(method, read_kind(quant), hqq)
     if around.kind is not None:
-        quant.note("quant_type", "read as documented; LLMC's code reads it under weight and act alone")
+        quant.note("read as documented; LLMC's code reads it under weight and act alone", "quant_type")
     weight = read_tensor(quant.section("weight", required=True), "weight", around)
     act = read_tensor(quant.section("act"), "act", around)
     cache = _read_cache(quant, act, around)
@@ -121,7 +121,7 @@ def _read_mix_bits(quant: Section, act: Quant | None, around: Around) -> Iterato
     section = quant.section("mix_bits")
     if section is None:
         return
-    quant.note("mix_bits", "read as documented; LLMC's code ignores it since May 2025")
+    quant.note("read as documented; LLMC's code ignores it since May 2025", "mix_bits")
     names = section.values
     for key in names:
         if not re.fullmatch(r"setting_(0|[1-9][0-9]{0,4})", key):

@@ -64,7 +64,7 @@ def read_method(quant: Section, method: str | None) -> tuple[tuple[Algorithm, ..
         _read_common(special, method)
         return (), _hqq(special)
     if method == "SmoothQuant":
-        quant.note("method", "factors are folded wherever the graph allows it; LLMC's into norms alone")
+        quant.note("factors are folded wherever the graph allows it; LLMC's into norms alone", "method")
     if method in _TRANSLATED:
         name, translate = _TRANSLATED[method]
         found = translate(special)
@@ -135,7 +135,7 @@ def _quarot(special: Section) -> dict[str, Scalar]:
     if mode is not None and mode not in _ROTATIONS:
         special.report(f"{show(mode)} is not hadamard or random", "rotate_mode")
     if online:
-        special.note("online_rotate", "values are rotated in each head, by weights alone; LLMC mixes heads, too")
+        special.note("values are rotated in each head, by weights alone; LLMC mixes heads, too", "online_rotate")
     kind = _ROTATIONS.get(mode or "", "random_hadamard")
     return {"r1": True, "r2": online, "r3": False, "r4": online, "kind": kind}
 

@@ -118,7 +118,7 @@ def _calibration(calib: Section, run: Run) -> Run:
         calib.report(f"{show(name)} is not a data set{nearest(name, _DATA)}", "name")
     elif name in _TEXTS and path:
         if not calib.boolean("load_from_txt"):
-            calib.note("path", "files there are read as plain text, a samples.json, too")
+            calib.note("files there are read as plain text, a samples.json, too", "path")
         return dataclasses.replace(run, calibration=path)
     elif name is not None and name not in _TEXTS:
         calib.unused("name", "graphq calibrates on files of text; name them with --calibration")
@@ -132,7 +132,7 @@ def _calibration(calib: Section, run: Run) -> Run:
 def _read_target(save: Section) -> str:
     chosen = [key for key in TARGETS if save.boolean(key)]
     if "save_fake" in chosen:
-        save.note("save_fake", "the torch artifact holds codes, where LLMC writes what they stand for")
+        save.note("the torch artifact holds codes, where LLMC writes what they stand for", "save_fake")
     for key in _SAVE_FLAGS:
         if save.boolean(key):
             save.unused(key, _SAVE_FLAGS[key])

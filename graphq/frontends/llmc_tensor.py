@@ -143,13 +143,13 @@ def _read_range(
         case "static_hist":
             if isinstance(format, Float) or (format and not format.symmetric):
                 section.report("static_hist is for symmetric integers", "calib_algo")
-            section.note("calib_algo", "the same error is made least, by another search than LLMC's")
+            section.note("the same error is made least, by another search than LLMC's", "calib_algo")
             return Histogram()
         case "static_moving_minmax":
             return MovingAverage()
         case _:
             if static:
-                section.note("calib_algo", "the extremes of all batches are taken; LLMC takes the mean of each batch's")
+                section.note("the extremes of all batches are taken; LLMC takes the mean of each batch's", "calib_algo")
             return MinMax()
 
 
@@ -183,7 +183,7 @@ def read_hqq(section: Section) -> Hqq:
         if value is not None and section.made(lambda k=name, v=value: dataclasses.replace(Hqq(), **{k: v}), key):
             found = dataclasses.replace(found, **{name: value})
     if found.growth != 1 and "kappa" in section.values:
-        section.note("kappa", "beta grows by it, as documented; in LLMC's code it has no effect")
+        section.note("beta grows by it, as documented; in LLMC's code it has no effect", "kappa")
     return found
 
 
@@ -199,7 +199,7 @@ def _check_others(section: Section, around: Around) -> None:
             section.report("straight-through rounding is part of methods that learn, and of no other", key)
     if section.boolean("round_zp") is False:
         if around.method == "HQQ":
-            section.note("round_zp", "zero points are integers here; the search knows it")
+            section.note("zero points are integers here; the search knows it", "round_zp")
         else:
             section.report("a float zero point is not supported; write True, or leave it out", "round_zp")
 
