@@ -76,7 +76,7 @@ SPECS: dict[str, tuple[Any, str]] = {
         {"bits": 4},
         (
             "no dialect is recognised; looked for native: a top-level key graphq; llmc: a top-level quant with method or "
-            "weight, or quant or sparse beside base and model"
+            "weight, or quant or sparse beside base and model; amct: a top-level quant_cfg"
         ),
     ),
     "number": (4, "a spec is a path, a preset's name, a mapping or a Spec, not 4"),
@@ -101,7 +101,7 @@ def test_all_problems_at_once():
 
 def test_options():
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"dialect": "llcm"}, "'llcm' is not a dialect; did you mean llmc? (known: native, llmc)"),
+        ({"dialect": "llcm"}, "'llcm' is not a dialect; did you mean llmc? (known: native, llmc, amct)"),
         ({"algorithm": "gptq"}, "algorithm: 'gptq' is not rtn; other algorithms stand in the spec"),
     ]
     for options, problem in cases:

@@ -29,8 +29,8 @@ class _Dialect:
 # By name. The first that recognises a document reads it.
 _DIALECTS: Final[Mapping[str, _Dialect]] = {
     "native": _Dialect(native.recognises, native.SIGN, native.parse, native.print_spec),
-    "amct": _Dialect(amct.recognises, amct.SIGN, amct.parse, amct.write),
     "llmc": _Dialect(llmc.recognises, llmc.SIGN, llmc.parse, llmc.write),
+    "amct": _Dialect(amct.recognises, amct.SIGN, amct.parse, amct.write),
 }
 DIALECTS: Final = tuple(_DIALECTS)
 

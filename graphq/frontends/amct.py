@@ -12,9 +12,9 @@ from graphq.frontends.amct_algorithm import Chosen, read_algorithms
 from graphq.frontends.amct_plan import CACHE, algorithm_of, plan_of
 from graphq.frontends.amct_table import NO_ALGORITHM, Combination, legal, nearest_legal
 from graphq.frontends.amct_tensor import Inputs, Weights, read_cache, read_inputs, read_patterns, read_weights
-from graphq.frontends.amct_write import write
+from graphq.frontends.amct_write import EVERY_LAYER, MAX_BATCHES, NO_WEIGHTS, skipped, write
 from graphq.frontends.document import Document, Plain, Section, nearest, show
-from graphq.match import Glob, Kind, Kinds, Match, Part
+from graphq.match import Glob, Kind, Match, Part
 from graphq.plan import KeepFloat
 from graphq.spec import Algorithm, Rule, Run, Spec
 
@@ -22,9 +22,7 @@ __all__ = ["PRESETS", "SIGN", "default_config", "parse", "preset", "recognises",
 
 SIGN: Final = "a top-level quant_cfg"
 PRESETS: Final = amct_presets.NAMES
-NO_WEIGHTS: Final = "quant_cfg has no weights for it"
 _KEYS: Final = ("batch_num", "quant_cfg", "algorithm", "skip_layers")
-_MAX_BATCHES: Final = (1 << 32) - 1
 
 
 def recognises(document: Document) -> bool:
@@ -49,20 +47,20 @@ def parse(document: Document) -> Spec:
     top = Section(document, document.root)
     top.only(_KEYS)
     batches = top.integer("batch_num")
-    if batches is not None and not 0 < batches <= _MAX_BATCHES:
+    if batches is not None and not 0 < batches <= MAX_BATCHES:
         top.report(f"{batches} is not a whole number from 1 to 2^32 - 1", "batch_num")
     config = top.section("quant_cfg", required=True)
     chosen = read_algorithms(top, has_cache=config is not None and "kvcache" in config.values)
     rules = [] if config is None else _read_rules(config, chosen)
     has_cache = config is not None and read_cache(config, chosen is None or chosen.cache)
-    skipped = _read_skipped(top)
+    kept = _read_skipped(top)
     document.finish()
     algorithms: list[Algorithm] = []
     if chosen is not None:
         made = algorithm_of(chosen.layers, chosen.value, document.origin(("algorithm",), "algorithm"))
         algorithms += [made] if made is not None else []
     return Spec(
-        (*rules, *skipped),
+        (*rules, *kept),
         tuple(algorithms),
         CACHE if has_cache else None,
         prefix="float" if algorithms else "quantized",
@@ -86,7 +84,7 @@ def _read_skipped(top: Section) -> list[Rule]:
         match = top.made(lambda text=text: Part(text), "skip_layers", index)
         if match is not None:
             source = top.document.origin(("skip_layers", index), f"skip_layers[{index}]")
-            found.append(Rule(match, KeepFloat(f"skip_layers: {text}"), source, may_match_nothing=True))
+            found.append(Rule(match, skipped(text), source, may_match_nothing=True))
     return found
 
 
@@ -97,7 +95,7 @@ def _read_rules(config: Section, chosen: Chosen | None) -> list[Rule]:
     inputs = read_inputs(config, "inputs")
     rules: list[Rule] = []
     if "weights" in config.values:
-        rules += _rule(config, "weights", Kinds(("linear", "conv2d")), weights, inputs, chosen)
+        rules += _rule(config, "weights", EVERY_LAYER, weights, inputs, chosen)
     else:
         rules.append(Rule(Kind("linear"), KeepFloat(NO_WEIGHTS), may_match_nothing=True))
         if not any(pattern.weights for pattern in patterns):

@@ -35,7 +35,7 @@ _LONGEST: Final = 65535
 @dataclass(frozen=True)
 class Combination:
     """One choice for each column of the table. ``inputs``, and what belongs to it, is None for float inputs;
-    ``algorithm`` is empty where none is given, ``group_size`` None where there are no groups.
+    ``algorithm`` is empty and ``group_size`` None where none is given.
     """
 
     weights: str

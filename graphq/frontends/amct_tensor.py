@@ -53,15 +53,11 @@ def read_weights(config: Section, key: str) -> Weights | None:
     type_ = _word(section, "type", WEIGHTS)
     symmetric = section.boolean("symmetric", required=True)
     strategy = _word(section, "strategy", _WEIGHT_STRATEGIES)
-    size = section.integer("group_size", required=strategy == "group")
+    size = section.integer("group_size")
+    is_read = size is not None or "group_size" not in section.values
     if size is not None and not 0 < size <= MAX_GROUP_SIZE:
-        section.report(f"{size} is not a positive whole number, a multiple of 32", "group_size")
-        size = None
-    elif size is not None and strategy in ("tensor", "channel"):
-        section.report(
-            f"{size}: strategy {strategy} has no groups; write strategy group, or leave it out", "group_size"
-        )
-    elif type_ is not None and symmetric is not None and strategy is not None and (size or strategy != "group"):
+        section.report(f"{size} is not a whole number from 1", "group_size")
+    elif type_ is not None and symmetric is not None and strategy is not None and is_read:
         return Weights(type_, strategy, symmetric, size)
     return None
 

@@ -26,14 +26,14 @@ def test_dialects():
     assert load_spec({"graphq": 1, "weight": "int8/channel"}, "native") == spec
     looked_for = (
         "no dialect is recognised; looked for native: a top-level key graphq; llmc: a top-level quant with method or "
-        "weight, or quant or sparse beside base and model"
+        "weight, or quant or sparse beside base and model; amct: a top-level quant_cfg"
     )
     cases: list[tuple[Any, str | None, str]] = [
         ({"a": 1}, None, looked_for),
         ({"quant": {"bit": 4}}, None, looked_for),
         ({"weight": "int8/channel"}, "native", "graphq: is missing"),
-        ({"graphq": 1}, "llm", "'llm' is not a dialect; did you mean llmc? (known: native, llmc)"),
-        ({"graphq": 1}, "gguf", "'gguf' is not a dialect (known: native, llmc)"),
+        ({"graphq": 1}, "llm", "'llm' is not a dialect; did you mean llmc? (known: native, llmc, amct)"),
+        ({"graphq": 1}, "gguf", "'gguf' is not a dialect (known: native, llmc, amct)"),
         ([1], None, "a spec is a path, a preset's name, a mapping or a Spec, not a list"),
     ]
     for source, dialect, problem in cases:
