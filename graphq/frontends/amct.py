@@ -74,7 +74,9 @@ def _read_skipped(top: Section) -> list[Rule]:
     """A rule for each text of ``skip_layers``: a layer whose name holds it stays float."""
     if isinstance(top.values.get("skip_layers"), str):
         text = top.values["skip_layers"]
-        top.report(f"{show(text)} is one text, and AMCT takes its letters one by one; write [{text}]", "skip_layers")
+        top.report(
+            f"{show(text)} is one text, and AMCT takes its letters one by one; write [{show(text)}]", "skip_layers"
+        )
         return []
     found: list[Rule] = []
     for index, text in enumerate(top.items("skip_layers", " of parts of layers' names, such as [lm_head]")):

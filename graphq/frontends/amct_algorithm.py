@@ -41,9 +41,7 @@ def read_algorithms(top: Section, *, has_cache: bool) -> Chosen | None:
         case dict():
             named |= given
         case _:
-            top.report(
-                f"{show(given)} is not the name of an algorithm, nor a mapping of it to its options", "algorithm"
-            )
+            top.report(f"{show(given)} is neither an algorithm's name nor a mapping of it to its options", "algorithm")
             return None
     if not named:
         top.report("is empty: name an algorithm, or leave the key out where there is none", "algorithm")

@@ -135,8 +135,8 @@ def read_patterns(config: Section) -> list[Pattern]:
         )
         return []
     return [
-        Pattern(text, f"{text}.weights" if text in weights else "", f"{text}.inputs" if text in inputs else "")
-        for text in longer
+        Pattern(text, f"{text}.weights" * (place < len(weights)), f"{text}.inputs" * (place < len(inputs)))
+        for place, text in enumerate(longer)
     ]
 
 
