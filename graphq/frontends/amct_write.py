@@ -6,12 +6,13 @@ from typing import Final
 
 import yaml
 
+from graphq.constraint import Constraint
 from graphq.errors import SpecError
 from graphq.frontends.amct_plan import CACHE, algorithm_of, plan_of
 from graphq.frontends.amct_table import ALGORITHMS, NO_ALGORITHM, ROWS, Combination, Row, combinations
-from graphq.frontends.document import Plain
-from graphq.match import Glob, Kind, Kinds, Part
-from graphq.plan import KeepFloat, Plan
+from graphq.frontends.document import Plain, show
+from graphq.match import Glob, Kind, Kinds, Match, Part
+from graphq.plan import Decision, KeepFloat, Plan
 from graphq.quant import PerGroup
 from graphq.spec import Algorithm, Rule, Run, Spec
 
@@ -33,7 +34,10 @@ def write(spec: Spec) -> str:
     first, patterns = (others[0], others[1:]) if others else (None, ())
     problems += [*_misplaced(first, patterns, skips)]
     planned = [rule for rule in (first, *patterns) if rule is not None and isinstance(rule.decision, Plan)]
-    found = _combinations(planned, spec.algorithms, problems)
+    if not planned and spec.cache is None:
+        problems.append("the spec quantizes nothing")
+    problems += [f"{one.name}: no rule quantizes a layer" for one in spec.algorithms if not planned]
+    found = _combinations(planned, spec.algorithms, problems) if planned else []
     if problems:
         raise SpecError([f"amct: {problem}" for problem in problems])
     top: dict[str, Plain] = {} if spec.run.batches is None else {"batch_num": spec.run.batches}
@@ -77,7 +81,7 @@ def _unheld(spec: Spec) -> Iterator[str]:
         yield f"prefix: {spec.prefix}: AMCT {why}; write {calibrated}"
     for name, value in vars(spec.run).items():
         if name != "batches" and value != getattr(Run(), name):
-            yield f"run: {name}: {value!r}: a config does not say it"
+            yield f"run: {name}: {show(value)}: a config does not say it"
     if spec.run.batches is not None and spec.run.batches > MAX_BATCHES:
         yield f"run: batches: {spec.run.batches} is more than 2^32 - 1"
 
@@ -94,20 +98,20 @@ def _skips(rules: Sequence[Rule]) -> list[Rule]:
 
 def _misplaced(first: Rule | None, patterns: Sequence[Rule], skips: Sequence[Rule]) -> Iterator[str]:
     """A line for each rule that stands where a config has no place for it, or says more than one can."""
-    if first is None:
-        yield f"{skips[0].match}: the spec quantizes nothing"
-    elif isinstance(first.decision, KeepFloat):
+    if first is not None and isinstance(first.decision, KeepFloat):
         if first != Rule(Kind("linear"), KeepFloat(NO_WEIGHTS), may_match_nothing=True):
             yield f"{first.match}: a config keeps layers float by a part of their name, as in ~lm_head, and last"
-    elif first.match != EVERY_LAYER:
+    elif first is not None and first.match != EVERY_LAYER:
         yield f"{first.match}: the first rule is for all layers; write {EVERY_LAYER}"
-    for number, rule in enumerate(patterns):
+    seen: set[Match] = set()
+    for rule in patterns:
         if isinstance(rule.decision, KeepFloat):
             yield f"{rule.match}: a config keeps layers float by a part of their name, as in ~lm_head, and last"
         elif not isinstance(rule.match, Glob) or "*" not in rule.match.pattern:
             yield f"{rule.match}: a config names layers by patterns with a *"
-        elif any(rule.match == other.match for other in patterns[:number]):
+        elif rule.match in seen:
             yield f"{rule.match}: stands twice, and the keys of a config do not"
+        seen.add(rule.match)
     for rule in (first, *patterns):
         if rule is not None and isinstance(rule.decision, Plan) and (rule.may_match_nothing or rule.exclusive):
             yield f"{rule.match}: a config does not say may_match_nothing or exclusive"
@@ -125,10 +129,13 @@ def _combinations(rules: Sequence[Rule], asked: tuple[Algorithm, ...], problems:
     """
     names = [name for name in (*ALGORITHMS, NO_ALGORITHM) if _means(name, asked)]
     if not names:
-        problems += [_algorithm_problem(one) for one in asked[:1]]
+        if not any(_means(name, asked[:1]) for name in ALGORITHMS):
+            problems.append(_algorithm_problem(asked[0]))
         problems += [f"{one.name}: AMCT has one algorithm for a layer" for one in asked[1:]]
         names = [*ALGORITHMS, NO_ALGORITHM]
-    found = [[_combination(rule, name) for rule in rules] for name in names]
+    kinds = dict.fromkeys((rule.decision, rule.only_if) for rule in rules)
+    known = {(kind, name): _combination(*kind, name) for kind in kinds for name in names}
+    found = [[known[(rule.decision, rule.only_if), name] for rule in rules] for name in names]
     best = min(found, key=lambda row: [row.count(None), sum(one is not None and one[0].note != "" for one in row)])
     for rule, one in zip(rules, best, strict=True):
         if one is None:
@@ -170,23 +177,26 @@ def _algorithm_problem(one: Algorithm) -> str:
     return f"{one.name}: AMCT has no such algorithm"
 
 
-def _combination(rule: Rule, algorithm: str) -> tuple[Row, Combination] | None:
-    assert isinstance(rule.decision, Plan)
-    weight = rule.decision.weight
-    size = weight.granularity.size if weight is not None and isinstance(weight.granularity, PerGroup) else None
+def _combination(decision: Decision, only_if: tuple[Constraint, ...], algorithm: str) -> tuple[Row, Combination] | None:
+    assert isinstance(decision, Plan)
+    size = _group_size(decision)
     for row in ROWS:
-        if set(row.needs(size)) == set(rule.only_if):
+        if set(row.needs(size)) == set(only_if):
             for one in combinations(row, size):
-                if one.algorithm == algorithm and plan_of(one) == rule.decision:
+                if one.algorithm == algorithm and plan_of(one) == decision:
                     return row, one
     return None
+
+
+def _group_size(plan: Plan) -> int | None:
+    weight = plan.weight
+    return weight.granularity.size if weight is not None and isinstance(weight.granularity, PerGroup) else None
 
 
 def _plan_problem(rule: Rule, names: Sequence[str]) -> str:
     """Why a rule is none of AMCT's: its plan, the algorithm beside it, or the layers that AMCT would leave float."""
     assert isinstance(rule.decision, Plan)
-    weight = rule.decision.weight
-    size = weight.granularity.size if weight is not None and isinstance(weight.granularity, PerGroup) else None
+    size = _group_size(rule.decision)
     same = [(row, one.algorithm) for row in ROWS for one in combinations(row, size) if plan_of(one) == rule.decision]
     if not same:
         return f"{rule.match}: {rule.decision}: AMCT has no such combination"
