@@ -80,7 +80,7 @@ def legal_rows() -> dict[Combination, tuple[str, ...]]:
 
 
 LEGAL = legal_rows()
-EVERY = [
+EVERY: list[Any] = [
     (*weights, *inputs)
     for weights in itertools.product(WEIGHTS, ALGORITHMS, ("tensor", "channel", "group"), SIZES, (True, False))
     for inputs in [(None, None, None), *itertools.product(INPUTS, ("tensor", "token", "group"), (True, False))]
