@@ -119,7 +119,7 @@ def read_patterns(config: Section) -> list[Pattern]:
             continue
         text, _, kind = key.rpartition(".")
         if kind not in _KINDS or not text:
-            config.report(f"unknown key{nearest(key, _KINDS)}", key)
+            config.report(f"unknown key{nearest(kind, _KINDS)}", key)
         elif "*" not in text:
             config.report(f"has no *, and AMCT ignores it; write a pattern, such as *{show(key)[1:-1]}", key)
         elif kind == "kvcache":

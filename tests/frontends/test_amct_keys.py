@@ -127,6 +127,9 @@ BAD: dict[str, tuple[Any, list[str]]] = {
         ("quant_cfg.'model.layers.0.weights': has no *, and AMCT ignores it; write a pattern, such as "
         "*model.layers.0.weights")]),
     "a pattern of nothing": (config(**{"*mlp*": INT4}), ["quant_cfg.'*mlp*': unknown key"]),
+    "a pattern of weight": (config(**{"*mlp*.weight": INT4, ".weights": INT4}), [
+        "quant_cfg.'*mlp*.weight': unknown key; did you mean weights?",
+        "quant_cfg.'.weights': unknown key; did you mean weights?"]),
     "a pattern's cache": (config(**{"*mlp*.kvcache": CACHE}), [
         "quant_cfg.'*mlp*.kvcache': a cache for some layers is not supported; write kvcache"]),
     "a pattern with blocks": (config(**{"*mlp*#1.weights": INT4}), [

@@ -77,6 +77,7 @@ FLOATS = (
 TORCH_ONLY = (
     ("hifloat8/channel", "hifloat8/tensor"),
     ("hifloat8/channel/ofmr", "hifloat8/to15/token/dynamic"),
+    ("hifloat8/tensor", "hifloat8/unit/tensor/dynamic"),
     ("float6_e2m3/g8", None),
     ("float6_e3m2/channel", None),
     ("float4_e2m1/g8", None),
