@@ -118,7 +118,7 @@ def export_flat(
         output_kind=output_kind,
         ranges=tuple((d, low, high) for d, (low, high) in ranges.items()),
         dtype=max(set(dtypes), key=dtypes.count) if dtypes else torch.float32,
-        blocks=_block_lists(flat.model),
+        blocks=block_lists(flat.model),
         notes=tuple(
             f"{name} has no role in the captured computation"
             for name in sorted(state - {str(n.target) for n in gm.graph.nodes if n.op == "get_attr"})
@@ -187,7 +187,7 @@ def _evaluating(model: nn.Module) -> Generator[None]:
             module.training = True
 
 
-def _block_lists(model: nn.Module) -> tuple[str, ...]:
+def block_lists(model: nn.Module) -> tuple[str, ...]:
     """Paths of the outermost lists of repeated blocks: ``ModuleList``s of one class of modules that hold modules."""
     lists: list[str] = []
     for name, module in model.named_modules():

@@ -1,17 +1,16 @@
 """The QDQ form as a torch module whose weights are packed: ``graphq.runtime`` modules in the place of their reads."""
 
-from typing import Final, cast
+from typing import cast
 
 import torch
 from torch import Tensor, fx, nn
 
 from graphq import edit
 from graphq.numerics import Scales
+from graphq.runtime.layers import INT8
 from graphq.runtime.modules import Int8Linear, PackedWeight, hold_linear, hold_weight
 from graphq.state import put_input, put_tensor, tensor_of
 from graphq.views import Dequantize, Linear, Op, Param, Quantize, TransposedLinear, Weighted, ops_of, view
-
-_INT8: Final = ("int8", "int8/asym", "int8/asym/joint", "int8/half", "int8/by_sign")
 
 
 def pack(gm: fx.GraphModule) -> fx.GraphModule:
@@ -60,10 +59,10 @@ def _is_int8(op: Op, weight: Op) -> bool:
         isinstance(weight, Dequantize)
         and isinstance(weight.codes, Param)
         and op.val.dtype != torch.float64  # whose products float32 does not hold
-        and weight.format in _INT8
+        and weight.format in INT8
         and all(b == (1 if axis == op.out_axis else -1) for axis, b in enumerate(weight.block) if b != -1)
         and isinstance(x, Dequantize)
-        and x.format in _INT8
+        and x.format in INT8
         and isinstance(x.codes, Quantize)
         and x.block[-1] == -1  # one scale for each token, or for all
         and (bias is None or isinstance(bias, Param))

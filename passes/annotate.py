@@ -1,5 +1,6 @@
 """Every layer's decision, from the spec's rules, on the nodes that use its weight."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, assert_never, final
 
@@ -19,11 +20,17 @@ def decide(gm: fx.GraphModule, spec: Spec) -> tuple[dict[str, Resolved], tuple[s
 
     Raises ``SpecError`` for rules that match nothing and for plans that a layer of its kind cannot have.
     """
-    resolved, notes = resolve(spec, layers(gm))
-    problems = [problem for found in resolved.values() if (problem := _impossible(found)) is not None]
+    resolved, notes = decide_on(layers(gm), spec)
+    return resolved, (*notes, *unnamed(gm))
+
+
+def decide_on(found: Mapping[str, Layer], spec: Spec) -> tuple[dict[str, Resolved], tuple[str, ...]]:
+    """The same for layers that were found otherwise than in a graph."""
+    resolved, notes = resolve(spec, found)
+    problems = [problem for one in resolved.values() if (problem := _impossible(one)) is not None]
     if problems:
         raise SpecError(problems)
-    return resolved, (*notes, *unnamed(gm))
+    return resolved, notes
 
 
 def _impossible(found: Resolved) -> str | None:

@@ -36,7 +36,7 @@ def _expect(what: str, tensor: Tensor | None, wanted: Tensor | None) -> None:
         raise PassError(f"{what} of shape {given}, not {want}")
 
 
-class _FixedDtypes(nn.Module, ABC):
+class FixedDtypes(nn.Module, ABC):
     """A module whose own tensors keep their dtypes."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -61,7 +61,7 @@ class _Packing:
 
 
 @final
-class PackedWeight(_FixedDtypes):
+class PackedWeight(FixedDtypes):
     """A weight in packed codes; calling it gives the dequantized weight.
 
     ``weight``: ``uint8[rows, bytes]``, packed as ``graphq.packing`` says, one row for each index of ``row_axes``
@@ -145,7 +145,7 @@ class _Product:
 
 
 @final
-class Int8Linear(_FixedDtypes):
+class Int8Linear(FixedDtypes):
     """A linear on int8 codes of the input, with integer accumulation where the machine has a kernel for it.
 
     ``weight``: ``int8[N, K]``; ``weight_scale`` (and ``weight_zero_point``): ``[N, 1]`` or ``[1, 1]``; ``transposed``:
