@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from graphq.codec import decode, encode, fake_quantize
     from graphq.compiler import Compiled, compare, compile, explain  # noqa: A004
     from graphq.frontends import load_spec, write_spec
+    from graphq.in_place import convert, in_place_report, quantize
     from graphq.lowering.torch_module import load
     from graphq.lowering.verify import verify
     from graphq.spec import Spec
@@ -24,6 +25,9 @@ _HOMES = {
     "explain": "graphq.compiler",
     "load_spec": "graphq.frontends",
     "write_spec": "graphq.frontends",
+    "convert": "graphq.in_place",
+    "in_place_report": "graphq.in_place",
+    "quantize": "graphq.in_place",
     "load": "graphq.lowering.torch_module",
     "verify": "graphq.lowering.verify",
     "Spec": "graphq.spec",
@@ -40,14 +44,17 @@ __all__ = [
     "TargetError",
     "compare",
     "compile",
+    "convert",
     "decode",
     "dump",
     "encode",
     "evaluate",
     "explain",
     "fake_quantize",
+    "in_place_report",
     "load",
     "load_spec",
+    "quantize",
     "verify",
     "write_spec",
 ]

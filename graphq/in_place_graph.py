@@ -1,0 +1,75 @@
+"""One layer of a module tree as a graph of its own, on which the passes run as they do on a whole model's."""
+
+from typing import Final
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from graphq.layers import LAYER, PLAN
+from graphq.numerics import Scales
+from graphq.plan import Plan
+from graphq.runtime.layers import Convolution, Factors, Form
+from graphq.source import BATCH, KEY, Source, TensorInput
+from graphq.state import put_tensor
+
+aten = torch.ops.aten
+Layer = nn.Linear | nn.Conv2d
+_ROWS: Final = 2
+
+
+def form_of(layer: Layer, plan: Plan) -> Form:
+    """What a float layer is when it is quantized as planned."""
+    convolution = None
+    if isinstance(layer, nn.Conv2d):
+        padding = layer.padding if isinstance(layer.padding, str) else tuple(layer.padding)
+        convolution = Convolution(tuple(layer.stride), padding, tuple(layer.dilation), layer.groups)
+    assert plan.weight is not None, "refused by quantize"
+    return Form(tuple(layer.weight.shape), layer.weight.dtype, plan.weight, plan.input, convolution)
+
+
+def layer_graph(fqn: str, layer: Layer, form: Form) -> fx.GraphModule:
+    """The graph of a layer alone, of a flat input, with its plan. It holds the layer's own tensors."""
+    root, graph = nn.Module(), fx.Graph()
+    mode = FakeTensorMode(allow_non_fake_inputs=False)
+    it = form.convolution
+    x = graph.placeholder("x")
+    x.target = x.name
+    shape: tuple[int, ...] = (_ROWS, form.shape[1])
+    if it is not None:
+        taps = (dilation * (size - 1) + 1 for size, dilation in zip(form.shape[2:], it.dilation, strict=True))
+        shape = (_ROWS, form.shape[1] * it.groups, *taps)
+    with mode:
+        x.meta["val"] = torch.empty(shape, dtype=form.dtype, device=layer.weight.device)
+    reads: list[fx.Node | None] = []
+    for name, tensor in (("weight", layer.weight), ("bias", layer.bias)):
+        if tensor is None:
+            reads.append(None)
+            continue
+        put_tensor(root, f"{fqn}.{name}", tensor)
+        read = graph.get_attr(f"{fqn}.{name}")
+        read.meta["val"] = mode.from_tensor(tensor.detach(), static_shapes=True)
+        reads.append(read)
+    if it is None:
+        node = graph.call_function(aten.linear.default, (x, *reads))
+    else:
+        op = aten.conv2d.padding if isinstance(it.padding, str) else aten.conv2d.default
+        padding = it.padding if isinstance(it.padding, str) else list(it.padding)
+        node = graph.call_function(op, (x, *reads, list(it.stride), padding, list(it.dilation), it.groups))
+    with mode, torch.no_grad():
+        node.meta["val"] = node.target(*fx.node.map_arg(node.args, lambda n: n.meta["val"]))  # type: ignore[operator]
+    node.meta |= {LAYER: fqn, PLAN: Plan(form.weight, form.input)}
+    graph.output((node,))
+    gm = fx.GraphModule(root, graph)
+    inputs = (TensorInput("x", form.dtype, (BATCH, *shape[1:])),)
+    gm.meta[KEY] = Source(inputs, ("output",), "tensor", form.dtype)
+    return gm
+
+
+def factors_of(gm: fx.GraphModule, fqn: str) -> Factors:
+    """What the passes found, from the QDQ form of ``layer_graph``."""
+    held = {name.removeprefix(f"{fqn}."): tensor for name, tensor in gm.state_dict().items()}
+    weight = Scales(held["weight_scale"], held.get("weight_zero_point"), held.get("weight_global_scale"))
+    scale = held.get("input_scale", held.get("input_global_scale"))
+    fixed = None if scale is None else Scales(scale, held.get("input_zero_point"))
+    return Factors(held["weight"], weight, fixed, held.get("input_factor"))
