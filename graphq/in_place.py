@@ -123,7 +123,14 @@ class _Calibration:
         self.handles: list[Any] = []
 
     def told(self) -> Told:
-        return Told(self.sqnr.__setitem__, self.notes.append)
+        """Its own methods, so that what a copied model finds goes to the copy."""
+        return Told(self._record, self._note)
+
+    def _record(self, fqn: str, sqnr_db: float) -> None:
+        self.sqnr[fqn] = sqnr_db
+
+    def _note(self, note: str) -> None:
+        self.notes.append(note)
 
     def attach(self, model: nn.Module) -> None:
         for layer in self.layers.values():

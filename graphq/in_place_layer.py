@@ -22,7 +22,7 @@ from graphq.pipeline import Pass, Pipeline
 from graphq.plan import Plan
 from graphq.quant import Ofmr
 from graphq.runtime.layers import Factors, Form, QuantizedLayer, fake_quantized, flat, unflat
-from graphq.state import tensor_of
+from graphq.state import put_tensor, tensor_of
 
 FACTORS: Final = (
     *("quantized_weight", "scale_w", "offset_w", "global_scale_w", "scale_d", "offset_d", "scale_factor"),
@@ -159,8 +159,11 @@ class InPlaceLayer:
             gm = self._graph()
         else:
             steps = steps[self.cuts[0] + 1 :]
-            if tensor_of(gm, f"{self.fqn}.weight").data_ptr() != self.layer.weight.data_ptr():
-                raise SpecError(f"calibration: the weight of {self.fqn} was replaced on the way; calibrate anew")
+            seen, now = tensor_of(gm, f"{self.fqn}.weight"), self.layer.weight
+            if (seen.dtype, seen.device) != (now.dtype, now.device):
+                was, now = (f"{w.dtype} on {w.device}" for w in (seen, now))
+                raise SpecError(f"calibration: the weight of {self.fqn} was {was} and is {now}; calibrate anew")
+            put_tensor(gm, f"{self.fqn}.weight", now)  # of a copied model, the graph's is another one
         Pipeline(steps).run(gm, self.held)
         found = factors_of(gm, self.fqn)
         for name, tensor in self._shown(found).items():
