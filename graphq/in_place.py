@@ -17,7 +17,7 @@ from graphq.algorithms import DATA, Told, quantization, unmatched
 from graphq.capture import unwrapped
 from graphq.checks import is_calibrated, refusals
 from graphq.errors import GraphError, SpecError
-from graphq.frontends import load_spec
+from graphq.frontends import amct, load_spec
 from graphq.in_place_layer import FACTORS, InPlaceLayer
 from graphq.in_place_tree import check_weights, describe, float_layers, notes_on, why_not
 from graphq.passes.annotate import decide_on
@@ -32,7 +32,6 @@ _HOOKS: Final = (
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs"),
     *("_forward_hooks_always_called",),
 )
-_DEFAULT: Final = "INT8_MINMAX_WEIGHT_QUANT_CFG"
 
 
 def quantize(model: nn.Module, config: Spec | Mapping[str, Any] | str | os.PathLike[str] | None = None) -> None:
@@ -47,7 +46,7 @@ def quantize(model: nn.Module, config: Spec | Mapping[str, Any] | str | os.PathL
     loaded takes the place of calibration. Raises ``SpecError`` and ``GraphError``, and leaves the model as it was.
     """
     _check_model(model)
-    spec = load_spec(_default() if config is None else cast(Any, config))
+    spec = load_spec(amct.default_config() if config is None else cast(Any, config))
     problems = [*refusals(spec), *_beyond(spec)]
     if problems:
         raise SpecError(problems)
@@ -212,12 +211,6 @@ def _check_model(model: nn.Module) -> None:
             raise GraphError(f"model: {name or type(model).__name__} is quantized already; quantize a fresh model")
         if isinstance(module, QuantizedLayer):
             raise GraphError(f"{name}: is quantized already; quantize a fresh model")
-
-
-def _default() -> Mapping[str, Any]:
-    from graphq.frontends.amct_presets import preset
-
-    return preset(_DEFAULT)
 
 
 def _beyond(spec: Spec) -> list[str]:

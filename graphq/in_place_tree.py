@@ -66,7 +66,7 @@ def notes_on(model: nn.Module, planned: Iterable[str], found: dict[str, Float]) 
         first = names.get(id(module))
         if first is not None and first != name:
             notes.append(f"{name}: is {first} under another name")
-        elif first is None and any(p.dim() > 1 for p in module.parameters(recurse=False)):
+        elif first is None and (isinstance(module, nn.Linear | nn.Conv2d) or _has_matrix(module)):
             kind = type(module).__name__
             notes.append(f"{name}: stays float: a {kind}; in place, nn.Linear and nn.Conv2d are quantized")
     holders: dict[int, list[str]] = {}
@@ -78,6 +78,10 @@ def notes_on(model: nn.Module, planned: Iterable[str], found: dict[str, Float]) 
         if others:
             notes.append(f"{fqn}: its weight is {others[0]}, too, which is left as it is")
     return notes
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    return any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
 
 
 def check_weights(planned: Iterable[str], found: dict[str, Float]) -> None:
