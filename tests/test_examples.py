@@ -136,6 +136,29 @@ def test_mixed_bits(tmp_path: Path) -> None:
     assert made(tmp_path) == []
 
 
+def test_quantize_in_place(tmp_path: Path) -> None:
+    printed = run(tmp_path, str(EXAMPLES / "quantize_in_place.py"))
+    before, after = (
+        float(found)
+        for found in re.findall(
+            r"^perplexity (?:on 2 windows|with quantized weights): (\d+\.\d+)", printed, re.MULTILINE
+        )
+    )
+    assert 1 < after / before < 1.05
+    assert (
+        "factors of (256, 768): quantized_weight int8[256, 768], scale_w float32[256, 24], scale_factor bfloat16[1, 768]"
+        in printed
+    )
+    sizes = re.search(r"^the blocks: 9443328 bytes before, (\d+) packed$", printed, re.MULTILINE)
+    assert sizes is not None
+    assert int(sizes[1]) == pytest.approx(2.97e6, rel=0.01)  # factors of 1 are left out
+    assert "the packed model gives the same logits: True\n" in printed
+    assert re.search(
+        r"^lm_head +float +float +skip_layers\[0\] \(~lm_head\) +1048576 +skip_layers: lm_head$", printed, re.MULTILINE
+    )
+    assert made(tmp_path) == []
+
+
 def test_write_a_pass(tmp_path: Path) -> None:
     before, changes, after = run(tmp_path, str(EXAMPLES / "write_a_pass.py")).split("\n\n")
     assert "aten.add.Tensor(%2, 1)" in before
