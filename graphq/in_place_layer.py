@@ -31,7 +31,7 @@ FACTORS: Final = (
 
 @final
 class InPlaceLayer:
-    """The state of one layer; ``before``, ``after`` and ``load`` are its hooks.
+    """The state of one layer; ``called`` and ``load`` are its hooks.
 
     ``passes``: those of its plan, in order. ``needs_data``: whether they look at inputs. ``open``: whether a batch is
     on its way; ``batches``: how many have reached the layer.
@@ -55,8 +55,8 @@ class InPlaceLayer:
         for name in FACTORS:
             self.layer.register_buffer(name, None)
         self.handles = [
-            self.layer.register_forward_pre_hook(self.before, with_kwargs=True),
-            self.layer.register_forward_hook(self.after, with_kwargs=True),
+            # First of all hooks of outputs, so that the user's see what the packed layer will give.
+            self.layer.register_forward_hook(self.called, prepend=True, with_kwargs=True),
             self.layer.register_load_state_dict_pre_hook(self.load),
         ]
 
@@ -81,26 +81,25 @@ class InPlaceLayer:
 
     # -- hooks
 
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """An input of a batch that is on its way is kept until the batch is through."""
-        if not self.open or self.is_settled or not self.needs_data:
-            return
-        x = _input(args, kwargs)
-        if not isinstance(x, Tensor) or not x.numel():
-            return
-        if not bool(x.detach().isfinite().all()):
-            raise SpecError(f"calibration: batch {self.number}: the input of {self.fqn} holds NaN or Inf")
-        with torch.inference_mode(False):  # what it makes can be loaded into and copied later
-            self.pending.append(x.detach().clone())
-
-    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
-        """The output of a settled layer is what its quantized form gives."""
+    def called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
+        """A settled layer gives what its quantized form gives. The input of another one, in a batch that is on its way,
+        is kept until the batch is through.
+        """
+        x = args[0] if args else kwargs["input"]
         if not self.is_settled:
+            if self.open and self.needs_data and x.numel():
+                self._keep(x.detach())
             return None
-        x, form = _input(args, kwargs), self.form
+        form = self.form
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             y = fake_quantized(form, self.factors(), flat(form, x), self.layer.bias)
             return unflat(form, x, y).to(output.dtype)
+
+    def _keep(self, x: Tensor) -> None:
+        if not bool(x.isfinite().all()):
+            raise SpecError(f"calibration: batch {self.number}: the input of {self.fqn} holds NaN or Inf")
+        with torch.inference_mode(False):  # what it makes can be loaded into and copied later
+            self.pending.append(x.clone())  # whoever reads it next may change it in place
 
     def load(
         self, module: nn.Module, state: Mapping[str, Any], prefix: str, _m: Any, _s: Any, _k: Any, _u: Any, errors: Any
@@ -231,10 +230,6 @@ class InPlaceLayer:
         """What takes the layer's place, in the same mode."""
         form = self.form
         return QuantizedLayer(form, self.factors(), self.layer.bias).train(self.layer.training)
-
-
-def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return args[0] if args else kwargs.get("input")
 
 
 def _offset(zero_point: Tensor) -> Tensor:

@@ -173,9 +173,11 @@ def test_conversion_before_the_last_batch_is_an_error() -> None:
 
 @torch.no_grad()
 def test_parts_that_are_called_alone_do_not_calibrate() -> None:
-    model = watched(MLP())
+    model = watched(MLP(), batches=2)
     large, x = data(4, 8)
     model.up(large * 100)
+    model(x)
+    model.up(large * torch.nan)  # neither counted nor looked at
     model(x)
     assert model.up.scale_d.item() == pytest.approx(float(x.abs().max()) / 127, rel=1e-6)
     assert not torch.equal(model.up(large), F.linear(large, model.up.weight, model.up.bias))  # settled for all uses
@@ -448,3 +450,18 @@ def test_hooks_of_the_user_stay() -> None:
     assert seen == ["before", "QuantizedLayer"]
     assert not model._forward_hooks
     assert not model._forward_pre_hooks
+
+
+@torch.no_grad()
+def test_hooks_that_change_inputs_and_outputs_have_their_say() -> None:
+    model = MLP()
+    model.up.register_forward_hook(lambda _m, _x, y: y * 2)
+    watched(model)
+    model.up.register_forward_pre_hook(lambda _m, x: (x[0] * 10,))
+    (x,) = data(4, 8, count=1)
+    model(x)
+    assert model.up.scale_d.item() == pytest.approx(float(x.abs().max()) / 12.7, rel=1e-6)
+    fake, up = model(x), model.up(x)
+    assert float((up - 2 * F.linear(x * 10, model.up.weight, model.up.bias)).abs().max()) < 0.02 * float(up.abs().max())
+    graphq.convert(model)
+    torch.testing.assert_close(model(x), fake, rtol=1e-5, atol=1e-5 * float(fake.abs().max()))
