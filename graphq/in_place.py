@@ -18,6 +18,7 @@ from graphq.capture import unwrapped
 from graphq.checks import is_calibrated, refusals
 from graphq.errors import GraphError, SpecError
 from graphq.frontends import amct, load_spec
+from graphq.in_place_graph import Layer
 from graphq.in_place_layer import FACTORS, InPlaceLayer
 from graphq.in_place_tree import check_weights, describe, float_layers, notes_on, why_not
 from graphq.passes.annotate import decide_on
@@ -50,26 +51,9 @@ def quantize(model: nn.Module, config: Spec | Mapping[str, Any] | str | os.PathL
     problems = [*refusals(spec), *_beyond(spec)]
     if problems:
         raise SpecError(problems)
-    found = float_layers(model)
-    if "" in found:
-        raise GraphError(f"model: a {type(model).__name__} alone cannot be replaced in place; put it into a module")
-    if not found:
-        raise GraphError(f"model: {type(model).__name__} has no nn.Linear and no nn.Conv2d to quantize")
-    layers = describe(model, found)
-    resolved, notes = decide_on(layers, spec)
-    if nowhere := unmatched(spec, layers):
-        raise SpecError(nowhere)
-    for fqn, one in resolved.items():
-        if isinstance(one.decision, Plan) and (why := why_not(model, fqn, found[fqn])):
-            resolved[fqn] = dataclasses.replace(one, decision=KeepFloat(why))
-    planned = {fqn: one.decision for fqn, one in resolved.items() if isinstance(one.decision, Plan)}
-    if not planned:
-        reasons = [f"{fqn}: stays float: {cast(KeepFloat, one.decision).reason}" for fqn, one in resolved.items()]
-        raise SpecError(["the config quantizes no layer of this model", *reasons])
-    alone = [fqn for fqn, plan in planned.items() if plan.weight is None]
-    if alone:
-        problem = "{}: input {}: graphq.quantize quantizes weights, alone or with inputs; give a weight, too"
-        raise SpecError([problem.format(fqn, planned[fqn].input) for fqn in alone])
+    found = _found(model)
+    resolved, notes = _decide(model, spec, found)
+    planned = _planned(resolved)
     taken = [f"{fqn}.{name}" for fqn in planned for name in FACTORS if hasattr(found[fqn], name)]
     if taken:
         raise GraphError(f"{taken[0]}: the model has this name already, which graphq gives to a factor; rename it")
@@ -188,6 +172,43 @@ class _Calibration:
         dtypes = [layer.layer.dtype for layer in self.resolved.values()]
         bits = torch.finfo(getattr(torch, max(set(dtypes), key=dtypes.count))).bits
         return make_report(self.resolved, self.notes, bits, self.sqnr)
+
+
+def _found(model: nn.Module) -> dict[str, Layer]:
+    """The layers of ``model``. Raises ``GraphError`` where there are none, and where it is one itself."""
+    found = float_layers(model)
+    if "" in found:
+        raise GraphError(f"model: a {type(model).__name__} alone cannot be replaced in place; put it into a module")
+    if not found:
+        raise GraphError(f"model: {type(model).__name__} has no nn.Linear and no nn.Conv2d to quantize")
+    return found
+
+
+def _decide(model: nn.Module, spec: Spec, found: dict[str, Layer]) -> tuple[dict[str, Resolved], list[str]]:
+    """What becomes of each layer, and lines for the report."""
+    layers = describe(model, found)
+    resolved, notes = decide_on(layers, spec)
+    if nowhere := unmatched(spec, layers):
+        raise SpecError(nowhere)
+    for fqn, one in resolved.items():
+        if isinstance(one.decision, Plan) and (why := why_not(model, fqn, found[fqn])):
+            resolved[fqn] = dataclasses.replace(one, decision=KeepFloat(why))
+    folded = [(a, w) for a in spec.algorithms if (w := dict(a.options).get("where", "multiply")) != "multiply"]
+    folds = [f"{a.name}: where: {where}: in place, factors are multiplied by at run time" for a, where in folded]
+    return resolved, [*notes, *folds]
+
+
+def _planned(resolved: Mapping[str, Resolved]) -> dict[str, Plan]:
+    """The plans of the layers that have one. Raises ``SpecError`` where none has, or one is none for a layer here."""
+    planned = {fqn: one.decision for fqn, one in resolved.items() if isinstance(one.decision, Plan)}
+    if not planned:
+        reasons = [f"{fqn}: stays float: {cast(KeepFloat, one.decision).reason}" for fqn, one in resolved.items()]
+        raise SpecError(["the config quantizes no layer of this model", *reasons])
+    alone = [(fqn, plan.input) for fqn, plan in planned.items() if plan.weight is None]
+    if alone:
+        problem = "{}: input {}: graphq.quantize quantizes weights, alone or with inputs; give a weight, too"
+        raise SpecError([problem.format(fqn, quant) for fqn, quant in alone])
+    return planned
 
 
 def _state_of(model: nn.Module) -> _Calibration:

@@ -98,8 +98,7 @@ class InPlaceLayer:
     def _keep(self, x: Tensor) -> None:
         if not bool(x.isfinite().all()):
             raise SpecError(f"calibration: batch {self.number}: the input of {self.fqn} holds NaN or Inf")
-        with torch.inference_mode(False):  # what it makes can be loaded into and copied later
-            self.pending.append(x.clone())  # whoever reads it next may change it in place
+        self.pending.append(x.clone())  # whoever reads it next may change it in place
 
     def load(
         self, module: nn.Module, state: Mapping[str, Any], prefix: str, _m: Any, _s: Any, _k: Any, _u: Any, errors: Any

@@ -262,7 +262,7 @@ def test_a_state_dict_takes_the_place_of_calibration(algorithms: Any) -> None:
     floats = model(batches[2])
     model(batches[1])
     state = copy.deepcopy(model.state_dict())
-    fresh = MLP()
+    fresh: Any = MLP()
     graphq.quantize(seeded(fresh), linears("int8/asym/channel", "int8/asym/tensor", algorithms, 5))
     assert fresh.load_state_dict(state) == ([], [])
     fake = model(batches[2])
@@ -454,7 +454,7 @@ def test_hooks_of_the_user_stay() -> None:
 
 @torch.no_grad()
 def test_hooks_that_change_inputs_and_outputs_have_their_say() -> None:
-    model = MLP()
+    model: Any = MLP()
     model.up.register_forward_hook(lambda _m, _x, y: y * 2)
     watched(model)
     model.up.register_forward_pre_hook(lambda _m, x: (x[0] * 10,))
