@@ -91,7 +91,7 @@ class InPlaceLayer:
                 self._keep(x.detach())
             return None
         form = self.form
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        with torch.no_grad():
             y = fake_quantized(form, self.factors(), flat(form, x), self.layer.bias)
             return unflat(form, x, y).to(output.dtype)
 

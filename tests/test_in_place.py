@@ -87,6 +87,7 @@ def test_a_model_calibrates_then_quantizes_then_is_packed() -> None:
     assert graphq.convert(model) is None
     assert isinstance(model.up, QuantizedLayer)
     assert isinstance(model.up.product, Int8Linear)
+    assert not model.up.training
     torch.testing.assert_close(model(x), fake, rtol=1e-5, atol=1e-5 * float(fake.abs().max()))
     assert "up.weight" not in model.state_dict()
     assert model.state_dict()["up.product.weight"].dtype == torch.int8
