@@ -105,6 +105,52 @@ algorithms:
       clip: false
 prefix: float
 """,
+    "stdlib_llama_blocks": """\
+graphq: 1
+rules:
+  - match: blocks
+    weight: int4/asym/g128
+  - match: down_proj#0-5
+    weight: int8/asym/g128
+    exclusive: mix_bits
+  - match: o_proj
+    float: 'mix_bits.setting_1: do_quant False'
+    exclusive: mix_bits
+algorithms:
+  - awq:
+      duo: false
+      clip: false
+prefix: float
+""",
+    "stdlib_llama_everything": """\
+graphq: 1
+rules:
+  - match: blocks
+    weight: int4/asym/channel
+    input: int4/asym/token/dynamic
+  - match: down_proj#0
+    weight: int8/asym/channel
+    input: int8/asym/token/dynamic
+    exclusive: mix_bits
+  - match: down_proj#1-2
+    float: 'mix_bits.setting_1: do_quant False'
+    exclusive: mix_bits
+  - match: o_proj#1-3
+    float: 'mix_bits.setting_1: do_quant False'
+    exclusive: mix_bits
+  - match: down_proj#5
+    weight: int6/asym/channel
+    input: int6/asym/token/dynamic
+    exclusive: mix_bits
+  - match: down_proj#3-4
+    weight: int4/asym/channel
+    exclusive: mix_bits
+algorithms:
+  - awq:
+      duo: false
+      clip: false
+prefix: float
+""",
     "stdlib_llama_w4_mixed": """\
 graphq: 1
 rules:
@@ -339,6 +385,8 @@ NOTES = {
         "15:quant.act.calib_algo: the extremes of all batches are taken; LLMC takes the mean of each batch's",
         "16:quant.kvcache.calib_algo: the extremes of all batches are taken; LLMC takes the mean of each batch's",
     ],
+    "stdlib_llama_blocks": ["10:quant.mix_bits: read as documented; LLMC's code ignores it since May 2025"],
+    "stdlib_llama_everything": ["12:quant.mix_bits: read as documented; LLMC's code ignores it since May 2025"],
     "w8a8_static_hist": [
         "13:quant.act.calib_algo: the same error is made least, by another search than LLMC's",
         "14:quant.mix_bits: read as documented; LLMC's code ignores it since May 2025",

@@ -18,7 +18,8 @@ from tests.models import random_inputs, tiny
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs" / "llmc"
 DOCUMENTED = ("mix_bits_1_down_proj", "mix_bits_2_blocks", "mix_bits_3_w4a4_w8a8", "mix_bits_4_everything")
-BLOCKS = dict.fromkeys(DOCUMENTED, 32) | {"stdlib_llama_w4_mixed": 6}
+SIX = ("stdlib_llama_blocks", "stdlib_llama_everything", "stdlib_llama_w4_mixed")
+BLOCKS = dict.fromkeys(DOCUMENTED, 32) | dict.fromkeys(SIX, 6)
 # Layers by plan; what stays float besides the embedding and the head.
 PLANS = {
     "mix_bits_1_down_proj": {"int4/asym/g128 x float": 192, "int8/asym/g128 x float": 32},
@@ -44,6 +45,14 @@ PLANS = {
     "osplus_w8a8": {"int8/channel x int8/token/dynamic": 14},
     "quarot_w4a4": {"int4/asym/channel/mse0.8:100:2.4:80 x int4/asym/token/dynamic": 14},
     "smooth_quant_w8a8": {"int8/channel x int8/token/dynamic": 14},
+    "stdlib_llama_blocks": {"int4/asym/g128 x float": 34, "int8/asym/g128 x float": 2, "float": 6},
+    "stdlib_llama_everything": {
+        "int4/asym/channel x int4/asym/token/dynamic": 34,
+        "int8/asym/channel x int8/asym/token/dynamic": 1,
+        "float": 4,
+        "int6/asym/channel x int6/asym/token/dynamic": 1,
+        "int4/asym/channel x float": 2,
+    },
     "stdlib_llama_w4_mixed": {"int4/asym/g128 x float": 34, "int8/asym/g128 x float": 2, "float": 6},
     "w4a4": {"int4/channel x int4/token/dynamic": 12, "float": 2},
     "w8a8_per_token": {"int8/channel x int8/token/dynamic": 14},
