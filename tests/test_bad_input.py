@@ -130,7 +130,7 @@ def run(*args: object) -> Any:
         ("", "{}: the file is empty"),
         ("graphq: 1\nweight: !!python/object/apply:os.system [ls]\n", "{}:2: tags are not read: 'tag:yaml.org,2002:python/object/apply:os.system'\n"),
         ("a: &a [x, x]\n" + "".join(f"{c}: &{c} [{', '.join([f'*{p}'] * 9)}]\n" for p, c in zip("abcdef", "bcdefg", strict=True)), "{}:5:e: more than 10,000 values, aliases expanded\n"),
-        ("quant: {method: HQQ, weight: {bit: 8, symmetric: true, granularity: per_channel}}\n", "quant.method (line 1): graphq has no algorithm hqq; there are rtn"),
+        ("quant: {method: SpQR, weight: {bit: 8, symmetric: true, granularity: per_channel}}\n", "quant.method (line 1): graphq has no algorithm spqr; there are rtn"),
         ("graphq: 1\nweight: int8/channel\nbits: 4\n", "{}:3:bits: unknown key"),
     ],
 )  # fmt: skip
