@@ -152,6 +152,9 @@ BAD: dict[str, tuple[Any, list[str]]] = {
         "quant_cfg.kvcache.type: 'int8' is not one of hifloat8",
         "quant_cfg.kvcache.symmetric: False is not supported: AMCT quantizes the cache symmetrically",
         "quant_cfg.kvcache.strategy: 'token' is not one of tensor"]),
+    "an empty cache": (config(CACHE, "quantile", kvcache={}), [
+        "quant_cfg.kvcache.type: is missing", "quant_cfg.kvcache.symmetric: is missing",
+        "quant_cfg.kvcache.strategy: is missing"]),
     "a cache and an algorithm of layers": ({"quant_cfg": {"kvcache": CACHE}, "algorithm": {"quantile", "awq"}}, [
         "quant_cfg: has no weights for the algorithm awq"]),
     "a set of numbers": (config(skip_layers={1, 2}), ["skip_layers: a value of type set holds more than strings"]),
