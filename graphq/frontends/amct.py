@@ -51,8 +51,8 @@ def parse(document: Document) -> Spec:
         top.report(f"{batches} is not a whole number from 1 to 2^32 - 1", "batch_num")
     config = top.section("quant_cfg", required=True)
     chosen = read_algorithms(top, has_cache=config is not None and "kvcache" in config.values)
-    rules = [] if config is None else _read_rules(config, chosen)
     has_cache = config is not None and read_cache(config, chosen is None or chosen.cache)
+    rules = [] if config is None else _read_rules(config, chosen, has_cache)
     kept = _read_skipped(top)
     document.finish()
     algorithms: list[Algorithm] = []
@@ -90,7 +90,7 @@ def _read_skipped(top: Section) -> list[Rule]:
     return found
 
 
-def _read_rules(config: Section, chosen: Chosen | None) -> list[Rule]:
+def _read_rules(config: Section, chosen: Chosen | None, has_cache: bool) -> list[Rule]:
     """The rule for all layers, then those of patterns, of which AMCT takes the first that fits: the last here."""
     patterns = read_patterns(config)
     weights = read_weights(config, "weights")
@@ -101,7 +101,7 @@ def _read_rules(config: Section, chosen: Chosen | None) -> list[Rule]:
     else:
         rules.append(Rule(Kind("linear"), KeepFloat(NO_WEIGHTS), may_match_nothing=True))
         if not any(pattern.weights for pattern in patterns):
-            _check_cache_alone(config, chosen)
+            _check_cache_alone(config, chosen, has_cache)
     for pattern in reversed(patterns):
         key = pattern.weights or pattern.inputs
         match = config.made(lambda pattern=pattern: Glob(pattern.text), key)
@@ -114,9 +114,9 @@ def _read_rules(config: Section, chosen: Chosen | None) -> list[Rule]:
     return rules
 
 
-def _check_cache_alone(config: Section, chosen: Chosen | None) -> None:
+def _check_cache_alone(config: Section, chosen: Chosen | None, has_cache: bool) -> None:
     """Reports what stands in a config that quantizes no layer, and has no effect."""
-    if "kvcache" not in config.values:
+    if not has_cache:
         config.report("has no weights: it quantizes nothing")
     elif chosen is not None and chosen.layers not in ("quantile", NO_ALGORITHM):
         config.report(f"has no weights for the algorithm {chosen.layers}")
@@ -141,6 +141,6 @@ def _rule(
     if row.note:
         config.note(row.note, key)
     if one.inputs == "hifloat8" and one.input_strategy == "token" and one.algorithm in ("ofmr", "cast"):
-        config.note(f"strategy token: {one.algorithm} has no scales of tokens", "inputs")
+        config.note(f"inputs by token: {one.algorithm} has no scales of tokens", key)
     source = config.document.origin((*config.at, key), f"quant_cfg.{key}")
     return [Rule(match, plan_of(one), source, only_if=row.needs(one.group_size))]

@@ -35,6 +35,8 @@ THERE = "(there are minmax, smoothquant, awq, gptq, ofmr, quantile, cast, mxquan
 BAD: dict[str, tuple[Any, list[str]]] = {
     "nothing": ({}, ["quant_cfg: is missing"]),
     "no weights": ({"quant_cfg": {}, "algorithm": "minmax"}, ["quant_cfg: has no weights: it quantizes nothing"]),
+    "no cache": ({"quant_cfg": {"kvcache": {"enable_quant": False}}}, [
+        "quant_cfg: has no weights: it quantizes nothing"]),
     "inputs alone": ({"quant_cfg": {"inputs": TENSOR}, "algorithm": "minmax"}, [
         "quant_cfg: has no weights: it quantizes nothing",
         "quant_cfg.inputs: AMCT quantizes no inputs alone; write weights, too",
@@ -252,9 +254,9 @@ OLD = "AMCT's documentation of February 2026 has this combination, its code of A
         ]),
         (config(inputs=TENSOR | {"strategy": "token", "dynamic": True}), []),
         (config(CACHE, "ofmr", inputs=CACHE | {"strategy": "token"}), [
-            "quant_cfg.inputs: strategy token: ofmr has no scales of tokens"]),
+            "quant_cfg.weights: inputs by token: ofmr has no scales of tokens"]),
         (config(CACHE, "cast", inputs=CACHE | {"strategy": "token"}), [
-            "quant_cfg.inputs: strategy token: cast has no scales of tokens"]),
+            "quant_cfg.weights: inputs by token: cast has no scales of tokens"]),
         (config(CACHE, "quantile", inputs=CACHE | {"strategy": "token"}), []),
     ],
 )  # fmt: skip
