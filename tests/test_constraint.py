@@ -49,6 +49,12 @@ def test_a_constraint_reads_as_it_prints(constraint):
     assert parse_constraint(str(constraint)) == constraint
 
 
+@given(st.lists(CONSTRAINTS, max_size=4).map(tuple))
+def test_a_rule_with_constraints_reads_as_it_prints(constraints):
+    spec = Spec((Rule(Kinds(("linear", "conv2d")), Plan(parse_quant("int8/channel")), only_if=constraints),))
+    assert load_spec(print_spec(spec)) == spec
+
+
 @given(st.text() | st.from_regex(r"[NK](/\d+)? [%<>=]+ \d+|(dtype|kind) [a-z0-9|]+", fullmatch=True))
 def test_reading_any_text_raises_nothing_but_spec_errors(text):
     with contextlib.suppress(SpecError):
