@@ -106,6 +106,9 @@ BAD: dict[str, tuple[Any, list[str]]] = {
     "group_size of 48": (config(INT4 | {"strategy": "group", "group_size": 48}), [
         ("quant_cfg.weights: AMCT has no combination of weights int4 by group of 48 symmetric, algorithm minmax; the "
         "nearest is weights int4 by group of 64 symmetric, algorithm minmax")]),
+    "group_size of 8": (config(INT4 | {"strategy": "group", "group_size": 8}), [
+        ("quant_cfg.weights: AMCT has no combination of weights int4 by group of 8 symmetric, algorithm minmax; the "
+        "nearest is weights int4 by group of 32 symmetric, algorithm minmax")]),
     "no group_size": (config(INT4 | {"strategy": "group"}), [
         ("quant_cfg.weights: AMCT has no combination of weights int4 by group symmetric, algorithm minmax; the nearest "
         "is weights int4 by group of 32 symmetric, algorithm minmax")]),
