@@ -387,6 +387,7 @@ def test_a_model_may_change_its_dtype_when_it_is_calibrated_but_not_before() -> 
     assert fake.dtype == torch.bfloat16
     graphq.convert(model)
     assert torch.equal(model(x.bfloat16()), fake)
+    assert model.up.product.weight_scale.dtype == torch.float8_e8m0fnu
 
 
 @torch.no_grad()
@@ -470,6 +471,8 @@ def test_hooks_of_the_user_stay() -> None:
     seen.clear()
     model(x)
     assert seen == ["before", "QuantizedLayer"]
+    assert (len(model.up._forward_pre_hooks), len(model.up._forward_hooks)) == (1, 1)  # none of ours
+    assert not model.down._forward_hooks
     assert not model._forward_hooks
     assert not model._forward_pre_hooks
 
