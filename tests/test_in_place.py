@@ -13,7 +13,7 @@ import graphq
 from graphq.runtime.layers import QuantizedLayer
 from graphq.runtime.modules import Int8Linear, PackedWeight
 from graphq.spec import Spec
-from tests.models import MLP, tiny
+from tests.models import MLP, Blocks, tiny
 
 
 class Net(nn.Module):
@@ -332,6 +332,15 @@ def test_layers_in_and_out_of_the_repeated_blocks_are_told_apart() -> None:
         "model.embed_tokens: stays float: a Embedding; in place, nn.Linear and nn.Conv2d are quantized",
     )
     assert len(report.layers) == 15
+
+
+def test_layers_outside_of_the_blocks_are_named_or_left() -> None:
+    model = Blocks()
+    graphq.quantize(model, {"graphq": 1, "rules": [{"match": "*", "weight": "int8/channel"}]})
+    report = graphq.in_place_report(model)
+    assert [(f.layer.fqn, f.layer.block) for f in report.layers][-2:] == [("blocks.1.down", 1), ("head", None)]
+    assert report.layers[-1].reason == "outside of the repeated blocks: quantized only when a rule names it"
+    assert [f.reason for f in report.layers[:-1]] == [""] * 4
 
 
 @torch.no_grad()
