@@ -202,6 +202,36 @@ class Kinds:
 
 @final
 @dataclass(frozen=True)
+class Linears:
+    """Matches linears, those of experts and the output head included, whose full dotted path has the shell ``pattern``
+    (``*`` crosses dots) and none of the patterns ``but``; routers only where ``pattern`` spells their last segment.
+
+    Text form: ``linear:*``, ``linear:*mlp* but *gate *.experts.*``.
+    """
+
+    pattern: str
+    but: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for pattern in (self.pattern, *self.but):
+            if not pattern or " " in pattern or not pattern.isprintable():
+                raise SpecError(f"linear: {pattern!r} is not a pattern of layers' names, such as *.mlp.*")
+
+    def matches(self, layer: Layer) -> bool:
+        if layer.kind not in ("linear", "expert"):
+            return False
+        if layer.named_only == "router" and layer.fqn.rpartition(".")[2] not in self.pattern:
+            return False
+        if not fnmatch.fnmatchcase(layer.fqn, self.pattern):
+            return False
+        return not any(fnmatch.fnmatchcase(layer.fqn, pattern) for pattern in self.but)
+
+    def __str__(self) -> str:
+        return " ".join([f"linear:{self.pattern}", *(["but", *self.but] if self.but else ())])
+
+
+@final
+@dataclass(frozen=True)
 class Part:
     """Matches every layer whose full dotted path holds this text anywhere. Text form: ``~down``."""
 
@@ -218,7 +248,7 @@ class Part:
         return f"~{self.text}"
 
 
-Match = Name | Exact | Glob | Blocks | Regex | Kind | Kinds | Part
+Match = Name | Exact | Glob | Blocks | Regex | Kind | Kinds | Linears | Part
 
 
 def _check_blocks(name: str, blocks: tuple[int, ...] | None) -> None:
@@ -259,13 +289,15 @@ def _print_run(run: tuple[int, int]) -> str:
 
 def parse_match(text: str) -> Match:
     """The ``Match`` that ``text`` writes: ``o_proj``, ``o_proj#0-1``, ``=full.name``, ``*.o_proj``, ``blocks``,
-    ``re:.*o_proj``, ``kind:linear``, ``kind:linear|conv2d``, ``~o_pr``.
+    ``re:.*o_proj``, ``kind:linear``, ``kind:linear|conv2d``, ``linear:*mlp* but *gate``, ``~o_pr``.
     """
     if text.startswith("re:"):
         return Regex(text[3:])
     if text.startswith("kind:"):
         kinds = text[5:].split("|")
         return Kind(cast(Any, kinds[0])) if len(kinds) == 1 else Kinds(cast(Any, tuple(kinds)))
+    if text.startswith("linear:"):
+        return _parse_linears(text[7:])
     if text.startswith("~"):
         return Part(text[1:])
     name, mark, blocks = text.partition("#")
@@ -279,11 +311,19 @@ def parse_match(text: str) -> Match:
     return Name(name, chosen)
 
 
+def _parse_linears(text: str) -> Linears:
+    pattern, *words = text.split(" ")
+    if words and (words[0] != "but" or len(words) == 1):
+        raise SpecError(f"linear:{text}: write linear:<pattern>, or linear:<pattern> but <pattern> <pattern>...")
+    return Linears(pattern, tuple(words[1:]))
+
+
 def unmatched_hint(match: Match, layers: Iterable[str]) -> str:
     """``; did you mean <the name most like it>?`` for a match that no layer has; nothing where none comes close."""
     if isinstance(match, Blocks | Regex | Kind | Kinds):
         return ""
-    name, _, blocks = str(match).lstrip("=~").partition("#")
+    text = match.pattern.strip("*.") if isinstance(match, Linears) else str(match).lstrip("=~")
+    name, _, blocks = text.partition("#")
     near = nearest_layer(name, layers)
     if near is None:
         return ""

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, final
+from typing import Final, Literal, final
 
 from graphq.constraint import Constraint, broken
 from graphq.errors import SpecError
@@ -17,6 +17,7 @@ from graphq.quant import Quant
 
 Order = Literal["sequential", "independent"]
 Prefix = Literal["quantized", "float"]
+SHOWN: Final = 10  # rules without a layer that are told one by one: to find the nearest name of each takes time
 
 
 @final
@@ -133,6 +134,8 @@ def resolve(spec: Spec, layers: Mapping[str, Layer]) -> tuple[dict[str, Resolved
     block_count = 1 + max((layer.block for layer in layers.values() if layer.block is not None), default=-1)
     matched: dict[str, Rule] = {}
     claimed: dict[tuple[str, str], Rule] = {}
+    lost: list[Rule] = []
+    absent: list[str] = []
     for rule in spec.rules:
         where = f"{rule.source}: " if rule.source else ""
         if isinstance(rule.match, Exact):  # a checkpoint's description has one for each of its many layers
@@ -153,9 +156,17 @@ def resolve(spec: Spec, layers: Mapping[str, Layer]) -> tuple[dict[str, Resolved
                 f"{where}{rule.match}: block {', '.join(map(str, beyond))} does not exist: this model has {have}{hint}"
             )
         elif not hits and rule.may_match_nothing:
-            notes.append(f"{where}{rule.match} matches no layer")
+            told = absent if isinstance(rule.match, Exact) else notes
+            told.append(f"{where}{rule.match} matches no layer")
         elif not hits:
-            problems.append(f"{where}{rule.match} matches no layer{unmatched_hint(rule.match, layers)}")
+            lost.append(rule)
+            if len(lost) <= SHOWN:
+                problems.append(f"{where}{rule.match} matches no layer{unmatched_hint(rule.match, layers)}")
+    if len(lost) > SHOWN:
+        problems.append(f"{len(lost) - SHOWN:,} more rules match no layer, the last: {lost[-1].match}")
+    if len(absent) > SHOWN:
+        absent[SHOWN - 1 :] = [f"{len(absent) - SHOWN + 1:,} more names match no layer; they would stay float"]
+    notes += absent
     if problems:
         raise SpecError(problems)
     resolved: dict[str, Resolved] = {}
