@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Final, cast, final
 
 from graphq.errors import SpecError
-from graphq.frontends import amct, llmc, native, presets
+from graphq.frontends import amct, llmc, modelslim, native, presets
 from graphq.frontends.document import Document, nearest, read_mapping, show
+from graphq.frontends.json_text import read_json_file
 from graphq.frontends.native import print_spec
 from graphq.frontends.yaml_text import read_file, read_text
 from graphq.spec import Spec
@@ -31,6 +32,7 @@ _DIALECTS: Final[Mapping[str, _Dialect]] = {
     "native": _Dialect(native.recognises, native.SIGN, native.parse, native.print_spec),
     "llmc": _Dialect(llmc.recognises, llmc.SIGN, llmc.parse, llmc.write),
     "amct": _Dialect(amct.recognises, amct.SIGN, amct.parse, amct.write),
+    "modelslim": _Dialect(modelslim.recognises, modelslim.SIGN, modelslim.parse, modelslim.write),
 }
 DIALECTS: Final = tuple(_DIALECTS)
 
@@ -53,7 +55,8 @@ def load_spec(source: str | os.PathLike[str] | Mapping[str, object] | Spec, dial
         case str() as text if "\n" in text:
             document = read_text(text)
         case str() | os.PathLike() as path:
-            document = read_file(cast("str | os.PathLike[str]", path))
+            is_json = os.fsdecode(cast("str | os.PathLike[str]", path)).lower().endswith(".json")
+            document = (read_json_file if is_json else read_file)(cast("str | os.PathLike[str]", path))
         case _:
             raise SpecError(f"a spec is a path, a preset's name, a mapping or a Spec, not {show(source)}")
     for name, known in _DIALECTS.items():

@@ -21,6 +21,11 @@ MAX_BYTES: Final = 1_000_000
 def read_file(source: str | os.PathLike[str]) -> Document:
     """A document with what the YAML file says. Raises ``SpecError`` for what is no YAML mapping of modest size."""
     path = os.fsdecode(source)
+    return read_text(read_utf8(path, MAX_BYTES), path)
+
+
+def read_utf8(path: str, limit: int) -> str:
+    """The text of a file. Raises ``SpecError`` for one of more bytes than ``limit``, and for what is no such file."""
     try:
         mode = Path(path).stat().st_mode
         if stat.S_ISDIR(mode):
@@ -28,21 +33,20 @@ def read_file(source: str | os.PathLike[str]) -> Document:
         if not stat.S_ISREG(mode):
             raise SpecError(f"{path}: is not a regular file")
         with Path(path).open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
+            data = file.read(limit + 1)
     except FileNotFoundError:
         raise SpecError(f"{path}: no such file") from None
     except OSError as error:
         raise SpecError(f"{show(path)}: {error.strerror}") from None
     except ValueError:  # a NUL, or a surrogate that the file system cannot spell
         raise SpecError(f"{show(path)} is not a path") from None
-    if len(data) > MAX_BYTES:
-        raise SpecError(f"{path}: the file is larger than {MAX_BYTES:,} bytes")
+    if len(data) > limit:
+        raise SpecError(f"{path}: the file is larger than {limit:,} bytes")
     try:
-        text = data.decode("utf-8-sig")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = 1 + data.count(b"\n", 0, error.start)
         raise SpecError(f"{path}:{line}: byte {data[error.start]:#04x} is not UTF-8 text") from None
-    return read_text(text, path)
 
 
 def read_text(text: str, path: str = "") -> Document:

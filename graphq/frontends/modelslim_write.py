@@ -1,0 +1,230 @@
+"""A spec as the text of a modelslim_v1 config. What the dialect cannot hold is refused, a line each.
+
+The last rule that matches a layer decides, and the first processor that selects it: rules are written from the last to
+the first, and what a rule keeps float is excluded from every processor after it.
+"""
+
+import fnmatch
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final, final
+
+import yaml
+
+from graphq.errors import SpecError
+from graphq.formats import Int
+from graphq.frontends.document import Plain
+from graphq.frontends.modelslim_globs import MAX_EXPANDED, expand, literal, may_meet
+from graphq.frontends.modelslim_qconfig import Rounding, beyond, side_of, write_qconfig
+from graphq.frontends.modelslim_smooth import write_preparation
+from graphq.match import Exact, Glob, Kind, Linears, Match
+from graphq.plan import KeepFloat, Plan
+from graphq.quant import PerChannel, Quant
+from graphq.spec import Algorithm, Order, Rule, Spec
+
+RUNNERS: Final[dict[str, Order]] = {
+    "auto": "sequential",
+    "layer_wise": "sequential",
+    "dp_layer_wise": "sequential",
+    "model_wise": "independent",
+}
+SAVERS: Final = {"ascendv1_saver": "ascend", "compressed_tensors": "compressed-tensors"}
+_ROUNDING: Final = ("gptq", "auto-round")
+
+
+@final
+@dataclass(frozen=True)
+class _Chosen:
+    """The layers of one processor, and how they are quantized."""
+
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    plan: Plan
+    rounding: Rounding | None
+
+
+def write_text(spec: Spec) -> str:
+    """The config. Raises ``SpecError`` with a line for each thing that it cannot hold."""
+    problems: list[str] = []
+    chosen = list(_chosen(spec, problems))
+    remarks: dict[str, None] = {}
+    qconfigs: list[dict[str, Plain]] = []
+    for one in chosen:
+        try:
+            qconfigs.append(write_qconfig(one.plan, one.rounding))
+            assert one.plan.weight is not None  # else it was refused
+            act = None if one.plan.input is None else side_of(one.plan.input, "act")
+            told = beyond(act, side_of(one.plan.weight, "weight"))
+            remarks |= dict.fromkeys(told if one.rounding is None else told[:0])
+        except SpecError as error:
+            problems += error.problems
+    process: list[Plain] = []
+    for algorithm in spec.algorithms:
+        if algorithm.name == "auto-round" and [*dict(algorithm.options)] != ["steps"]:
+            problems.append("auto-round: msModelSlim's has steps, which are to be written, and no other option")
+        if algorithm.name in (*_ROUNDING, "rtn"):
+            continue
+        try:
+            process.append(write_preparation(algorithm, qconfigs[0] if qconfigs else None))
+        except SpecError as error:
+            problems += error.problems
+    cache = _cache(spec.cache, problems)
+    top = _top(spec, problems)
+    if problems:
+        raise SpecError(list(dict.fromkeys(problems)))
+    process += _processors(chosen, qconfigs)
+    top["spec"] = {**top["spec"], "process": [*process, *cache]} if isinstance(top["spec"], dict) else None
+    text = yaml.dump(top, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6)
+    return "".join(f"# {remark}.\n" for remark in remarks) + text
+
+
+def _chosen(spec: Spec, problems: list[str]) -> Iterator[_Chosen]:
+    """The processors in order, as pieces of one pattern or name joined where they are alike."""
+    kept: list[str] = []
+    rounded = [algorithm for algorithm in spec.algorithms if algorithm.name in _ROUNDING]
+    runs: list[list[Rule]] = []  # from the last rule to the first; rules that are alike stay in their order
+    for rule in reversed(spec.rules):
+        problems += _rule_problems(rule)
+        key = rule.decision, _but(rule.match), _rounding_of(rule, rounded)
+        if runs and (runs[-1][0].decision, _but(runs[-1][0].match), _rounding_of(runs[-1][0], rounded)) == key:
+            runs[-1].insert(0, rule)
+        else:
+            runs.append([rule])
+    for rules in runs:
+        decision, match = rules[0].decision, rules[0].match
+        try:
+            include = tuple(_pattern(rule.match) for rule in rules)
+        except SpecError as error:
+            problems += [f"{rules[0].source}: {line}" if rules[0].source else line for line in error.problems]
+            continue
+        if isinstance(decision, KeepFloat):
+            kept += include
+            continue
+        left_out = [one for one in kept if any(may_meet(one, other) for other in include)]
+        exclude = tuple(dict.fromkeys((*_but(match), *left_out)))
+        include = tuple(one for one in include if literal(one) is None or not _is_any(one, exclude))
+        if len(include) > MAX_EXPANDED or len(exclude) > MAX_EXPANDED:
+            problems.append(f"a processor with more than {MAX_EXPANDED:,} patterns, the first {include[0]}")
+        if include:
+            yield _Chosen(include, exclude, decision, _rounding_of(rules[0], rounded))
+
+
+def _rule_problems(rule: Rule) -> Iterator[str]:
+    where = f"{rule.source}: " if rule.source else ""
+    if rule.exclusive:
+        yield f"{where}{rule.match}: exclusive: msModelSlim's processors may select one layer twice"
+    if rule.may_match_nothing and isinstance(rule.decision, Plan):
+        yield f"{where}{rule.match}: may_match_nothing: a pattern that quantizes has to match, as graphq reads it"
+
+
+def _is_any(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _but(match: Match) -> tuple[str, ...]:
+    return match.but if isinstance(match, Linears) else ()
+
+
+def _pattern(match: Match) -> str:
+    """The glob or name that selects the same linears. Raises ``SpecError`` where there is none."""
+    match match:
+        case Linears(pattern):
+            found = pattern
+        case Exact(fqn):
+            return fqn
+        case Kind("linear"):
+            return "*"
+        case Glob(pattern) if re.search(r"(^|\.)[\w-]+$", pattern):  # spells the last segment, as Glob wants it
+            found = pattern
+        case _:
+            raise SpecError(
+                f"{match}: msModelSlim selects linears by their full names; write =<full name>, or a pattern such as"
+                " linear:*mlp* or *.down_proj"
+            )
+    if expand(found) != (found,):
+        raise SpecError(f"{match}: msModelSlim reads braces as alternatives")
+    return found
+
+
+def _rounding_of(rule: Rule, rounded: Sequence[Algorithm]) -> Rounding | None:
+    """The algorithm that rounds what the rule decides."""
+    for algorithm in rounded:
+        if not algorithm.match or any(_is_for(match, rule.match) for match in algorithm.match):
+            return algorithm.name, algorithm.options
+    return None
+
+
+def _is_for(match: Match, other: Match) -> bool:
+    """Whether a processor that selects ``other`` is read as an algorithm for ``match``, less what others have taken."""
+    if isinstance(match, Linears) and isinstance(other, Linears):
+        return match.pattern == other.pattern and match.but[: len(other.but)] == other.but
+    return match == other
+
+
+def _processors(chosen: Sequence[_Chosen], qconfigs: Sequence[dict[str, Plain]]) -> Iterator[Plain]:
+    """Neighbours that autoround_quant, or a group of linear_quant, has as one processor, joined."""
+    at = 0
+    while at < len(chosen):
+        rounding = chosen[at].rounding
+        learned = rounding if rounding is not None and rounding[0] == "auto-round" else None
+        end = at + 1
+        while end < len(chosen) and _learned(chosen[end]) == learned:
+            end += 1
+        items: list[Plain] = []
+        for one, qconfig in zip(chosen[at:end], qconfigs[at:end], strict=True):
+            item: dict[str, Plain] = {} if learned else {"type": "linear_quant"}
+            item |= {"qconfig": qconfig, "include": [*one.include]}
+            items.append(item | ({"exclude": [*one.exclude]} if one.exclude else {}))
+        if learned is not None:
+            yield {"type": "autoround_quant", "iters": dict(learned[1])["steps"], "strategies": items}
+        elif len(items) == 1:
+            yield items[0]
+        else:
+            yield {"type": "group", "configs": items}
+        at = end
+
+
+def _learned(one: _Chosen) -> Rounding | None:
+    return one.rounding if one.rounding is not None and one.rounding[0] == "auto-round" else None
+
+
+def _cache(cache: Quant | None, problems: list[str]) -> list[Plain]:
+    match cache:
+        case None:
+            return []
+        case Quant(Int(8, symmetric, "max", True) as format, PerChannel(), False) if format.joint is not symmetric:
+            qconfig: Plain = {"scope": "per_channel", "dtype": "int8", "symmetric": symmetric, "method": "minmax"}
+            return [{"type": "dynamic_cache", "qconfig": qconfig, "include": ["*"]}]
+        case _:
+            problems.append(f"cache: {cache}: msModelSlim's cache is int8/channel or int8/asym/joint/channel")
+            return []
+
+
+def _top(spec: Spec, problems: list[str]) -> dict[str, Plain]:
+    if spec.prefix != "quantized":
+        problems.append(f"prefix: {spec.prefix}: msModelSlim feeds each layer what the ones before it give by then")
+    body: dict[str, Plain] = {"runner": "model_wise" if spec.pipeline == "independent" else "layer_wise", "process": []}
+    run = spec.run
+    for name in ("model", "samples", "sequence_length", "batches", "seed"):
+        if getattr(run, name) not in ("", None):
+            problems.append(f"run.{name}: {getattr(run, name)}: msModelSlim's configs do not say it")
+    if run.calibration:
+        body["dataset"] = run.calibration
+    if run.target:
+        saver = next((saver for saver, target in SAVERS.items() if target == run.target), None)
+        if saver is None:
+            problems.append(f"run.target: {run.target}: msModelSlim has no such saver")
+        body["save"] = [{"type": saver}]
+    return {"apiversion": "modelslim_v1", "metadata": {"config_id": "graphq"}, "spec": body}
+
+
+@final
+class _Dumper(yaml.SafeDumper):
+    """Writes lists indented below their key, and no aliases."""
+
+    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
+        super().increase_indent(flow, False)
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
