@@ -13,6 +13,7 @@ from graphq.frontends.modelslim_description import recognises as is_description
 from graphq.frontends.modelslim_process import read_process
 from graphq.frontends.modelslim_write import RUNNERS, SAVERS, write_text
 from graphq.frontends.yaml_text import read_text
+from graphq.plan import Plan
 from graphq.spec import Algorithm, Run, Spec
 
 __all__ = ["SIGN", "parse", "recognises", "write"]
@@ -78,8 +79,8 @@ def write(spec: Spec) -> str:
     """
     text = write_text(spec)
     again = parse(read_text(text))
-    wanted = [_canonical(algorithm) for algorithm in spec.algorithms if algorithm.name != "rtn"]
-    found = [_canonical(algorithm) for algorithm in again.algorithms]
+    wanted = [_canonical(algorithm, spec) for algorithm in spec.algorithms if algorithm.name != "rtn"]
+    found = [_canonical(algorithm, again) for algorithm in again.algorithms]
     lost = [f"{one[0]}: msModelSlim cannot ask for it so" for one in wanted if one not in found]
     if not lost and wanted != found:
         lost.append("algorithms: in msModelSlim they stand in another order: quarot, smoothing, rounding")
@@ -93,10 +94,12 @@ def write(spec: Spec) -> str:
     return text
 
 
-def _canonical(algorithm: Algorithm) -> tuple[object, ...]:
-    """What makes two algorithms the same: defaults that msModelSlim writes out are written out."""
+def _canonical(algorithm: Algorithm, spec: Spec) -> tuple[object, ...]:
+    """What makes two algorithms the same: defaults are written out, and a match of all that is quantized is none."""
     options = {"alpha": 0.5} if algorithm.name == "smooth-quant" else {}
-    return algorithm.name, options | dict(algorithm.options), algorithm.match
+    planned = {rule.match for rule in spec.rules if isinstance(rule.decision, Plan)}
+    match = () if planned <= set(algorithm.match) else algorithm.match
+    return algorithm.name, options | dict(algorithm.options), match
 
 
 def _read_run(spec: Section) -> Run:

@@ -13,6 +13,7 @@ from graphq.frontends.document import Section, show
 from graphq.match import Exact, Linears
 
 MAX_EXPANDED: Final = 1000  # wcmatch's own limit
+MAX_LENGTH: Final = 128
 _SEQUENCE: Final = re.compile(r"(-?\d{1,6})\.\.(-?\d{1,6})(?:\.\.(-?\d{1,6}))?")
 
 
@@ -39,11 +40,12 @@ def expand(text: str) -> tuple[str, ...]:
         raise SpecError(f"{show(text)}: of brackets, [abc], [a-z] and [!a] are read; \\, [^, [[: and | are not")
     if not text or " " in text or not text.isprintable():
         raise SpecError(f"{show(text)} is not a pattern of layers' names")
-    if len(text) > 1000 or text.count("{") > 8:
-        raise SpecError(f"{show(text)}: the pattern is longer than 1,000 characters, or has more than 8 braces")
+    if len(text) > MAX_LENGTH or text.count("{") > 8:
+        raise SpecError(f"{show(text)}: the pattern is longer than {MAX_LENGTH} characters, or has more than 8 braces")
     found = list(dict.fromkeys(_expand(text)))
     for pattern in found:
-        literal(pattern)
+        if is_name(pattern):
+            Exact(pattern)  # raises
     return tuple(found)
 
 
@@ -83,28 +85,34 @@ def _sequence(text: str, inside: str) -> list[str]:
     return [f"{number:0{width}d}" for number in numbers]
 
 
-def literal(pattern: str) -> Exact | None:
-    """The one layer that a pattern without wildcards names."""
-    return None if set(pattern) & set("*?[") else Exact(pattern)
+def is_name(pattern: str) -> bool:
+    """Whether a pattern has no wildcards: it is one layer's full name."""
+    return not set(pattern) & set("*?[")
 
 
-def matches_of(include: Sequence[str], exclude: tuple[str, ...]) -> Iterator[Exact | Linears]:
-    """A match for each pattern of ``include``, less ``exclude``; none for a name that ``exclude`` has."""
+def matches_of(include: Sequence[str], exclude: tuple[str, ...]) -> Iterator[Linears]:
+    """A match for each pattern of ``include``, less ``exclude``; none for a pattern all of which ``exclude`` has."""
     for pattern in include:
-        name = literal(pattern)
-        if name is None:
+        if not any(is_inside(pattern, other) for other in exclude):
             yield Linears(pattern, exclude)
-        elif not any(fnmatch.fnmatchcase(pattern, other) for other in exclude):
-            yield name
+
+
+def matches_any(name: str, patterns: Sequence[str]) -> bool:
+    """Whether any of the patterns matches the name."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def is_inside(pattern: str, other: str) -> bool:
     """Whether every name that ``pattern`` matches is known to match ``other``."""
-    return "?" not in other and "[" not in other and fnmatch.fnmatchcase(pattern, other)
+    if pattern == other:
+        return True
+    return (is_name(pattern) or not set(other) & set("?[")) and fnmatch.fnmatchcase(pattern, other)
 
 
 def may_meet(one: str, other: str) -> bool:
     """Whether a name may match both patterns; brackets count as any character."""
+    if is_name(one) or is_name(other):
+        return one == other or fnmatch.fnmatchcase(one, other) or fnmatch.fnmatchcase(other, one)
     a, b = (re.sub(r"\[!?\]?[^\]]*\]", "?", pattern) for pattern in (one, other))
     row = [True]  # row[j]: whether a[:i] and b[:j] have a text in common
     for mark in b:

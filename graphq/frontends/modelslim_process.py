@@ -4,7 +4,7 @@ A layer that a processor quantizes is no ``nn.Linear`` to the later ones: the fi
 the other way round, so they stand from the last processor to the first.
 """
 
-import fnmatch
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, final
@@ -12,7 +12,7 @@ from typing import Final, final
 from graphq.errors import SpecError
 from graphq.formats import Int
 from graphq.frontends.document import Section, nearest, show
-from graphq.frontends.modelslim_globs import is_inside, literal, matches_of, may_meet, read_patterns
+from graphq.frontends.modelslim_globs import is_inside, is_name, matches_any, matches_of, may_meet, read_patterns
 from graphq.frontends.modelslim_qconfig import Qconfig, Rounding, read_qconfig
 from graphq.frontends.modelslim_smooth import PREPARATIONS, REFUSED, read_preparation
 from graphq.match import Exact, Linears, Match
@@ -20,6 +20,8 @@ from graphq.plan import KeepFloat
 from graphq.quant import PerChannel, Quant
 from graphq.spec import Algorithm, Rule
 
+MAX_PATTERNS: Final = 2000
+MAX_PAIRS: Final = 3000
 EXCLUDED: Final = "linear_quant excludes it"
 _QUANTIZERS: Final = ("linear_quant", "group", "autoround_quant")
 TYPES: Final = (*_QUANTIZERS, "dynamic_cache", *PREPARATIONS)
@@ -32,7 +34,7 @@ class Selection:
 
     section: Section
     name: str
-    matches: tuple[Exact | Linears, ...]
+    matches: tuple[Linears, ...]
     exclude: tuple[str, ...]
     qconfig: Qconfig
 
@@ -42,9 +44,7 @@ class Selection:
 
     def takes(self, name: str) -> bool:
         """Whether a layer of this name, where there is one, is among them."""
-        return any(
-            match.fqn == name if isinstance(match, Exact) else _is_selected(name, match) for match in self.matches
-        )
+        return any(_is_selected(name, match) for match in self.matches)
 
 
 @final
@@ -93,8 +93,23 @@ def read_process(spec: Section) -> Processed:
             section.report(f"{show(kind)} is not a processor{nearest(kind, TYPES)}", "type")
     if not selections and len(spec.document.problems) == before:
         spec.report("quantizes nothing: there is no linear_quant that selects a layer", "process")
+    if problem := _excess(selections):
+        spec.report(problem, "process")
+        selections = []
+    selections = list(_reached(selections))
     rounding = _read_roundings(selections)
     return Processed(tuple(_rules(selections)), (*preparations, *rounding), cache)
+
+
+def _excess(selections: Sequence[Selection]) -> str:
+    """What there is too much of to compare all patterns; empty for most."""
+    included = [match.pattern for one in selections for match in one.matches]
+    excluded = [pattern for one in selections for pattern in one.exclude if not is_name(pattern)]
+    if len(included) > MAX_PATTERNS:
+        return f"more than {MAX_PATTERNS:,} patterns in all, braces written out"
+    if sum(not is_name(pattern) for pattern in included) * len(excluded) > MAX_PAIRS:
+        return f"more than {MAX_PAIRS:,} pairs of patterns in include and exclude; write fewer"
+    return ""
 
 
 def _read_quantizer(section: Section, kind: str, name: str) -> Iterator[Selection]:
@@ -138,9 +153,6 @@ def _read_selection(
     section.only(keys)
     include = read_patterns(section, "include") if section.values.get("include") is not None else ("*",)
     exclude = read_patterns(section, "exclude")
-    if len(include) * len(exclude) > 20_000:
-        section.report("more than 20,000 pairs of include and exclude; write fewer patterns", "exclude")
-        return
     if section.values.get("include") == []:
         section.report("is empty: nothing is selected; leave it out for every linear", "include")
     qconfig = section.section("qconfig", required=True)
@@ -151,8 +163,7 @@ def _read_selection(
     if include and not matches:
         section.report("every layer of include is in exclude", "exclude")
         return
-    is_pattern = any(isinstance(match, Linears) for match in matches)
-    yield Selection(section, name, matches, exclude if is_pattern else (), found)
+    yield Selection(section, name, matches, exclude, found)
 
 
 def _read_cache(section: Section) -> Quant | None:
@@ -180,24 +191,42 @@ def _rules(selections: Sequence[Selection]) -> Iterator[Rule]:
     kept: set[Match] = set()
     for one in selections:
         for pattern in one.exclude:
-            name = literal(pattern)
-            match = Linears(pattern) if name is None else name
+            match = Exact(pattern) if is_name(pattern) else Linears(pattern)
             if match not in kept:
                 kept.add(match)
-                yield Rule(match, KeepFloat(EXCLUDED), f"{one.source}: exclude", may_match_nothing=name is None)
-    used: set[Match] = set()
-    found: list[list[Rule]] = []
-    for one in selections:
-        found.append([])
+                may_miss = not is_name(pattern)
+                yield Rule(match, KeepFloat(EXCLUDED), f"{one.source}: exclude", may_match_nothing=may_miss)
+    for one in reversed(selections):
         for match in one.matches:
-            if match in used:
-                place = one.section.document.prefix((*one.section.at, "include"))
-                one.section.document.notes.append(f"{place}ignored: an earlier processor has taken {match}")
+            yield Rule(match, one.qconfig.plan, one.source)
+
+
+def _reached(selections: Sequence[Selection]) -> Iterator[Selection]:
+    """The selections without patterns all of whose layers an earlier one takes."""
+    before: list[Linears] = []
+    for one in selections:
+        matches: list[Linears] = []
+        for match in one.matches:
+            whole = next((other for other in before if _is_taken(match, other)), None)
+            if whole is None:
+                matches.append(match)
             else:
-                used.add(match)
-                found[-1].append(Rule(match, one.qconfig.plan, one.source))
-    for rules in reversed(found):
-        yield from rules
+                place = one.section.document.prefix((*one.section.at, "include"))
+                one.section.document.notes.append(f"{place}ignored: {whole} has taken all of {match} before")
+        before += matches
+        exclude = one.exclude if any(match.but for match in matches) else ()
+        if matches:
+            yield dataclasses.replace(one, matches=tuple(matches), exclude=exclude)
+
+
+def _is_taken(match: Linears, other: Linears) -> bool:
+    return is_inside(match.pattern, other.pattern) and not _exceptions(match, other)
+
+
+def _exceptions(match: Linears, other: Linears) -> list[str]:
+    """Patterns that ``other`` excludes, of layers that ``match`` may have."""
+    own = [one for one in other.but if not any(is_inside(one, excluded) for excluded in match.but)]
+    return [one for one in own if may_meet(match.pattern, one)]
 
 
 def _read_roundings(selections: Sequence[Selection]) -> Iterator[Algorithm]:
@@ -209,8 +238,12 @@ def _read_roundings(selections: Sequence[Selection]) -> Iterator[Algorithm]:
         name, options = rounding
         own = [one for one in selections if one.qconfig.rounding == rounding]
         matches: dict[Match, None] = {}
-        for one in own if len(asked) > 1 else ():
+        for one in reversed(own) if len(asked) > 1 else ():
             earlier = [other for other in selections[: selections.index(one)] if other.qconfig.rounding != rounding]
+            asks = len(one.matches) * sum(1 + len(match.but) for other in earlier for match in other.matches)
+            if asks > 2000:
+                one.section.report("too many patterns to tell apart what the processors before it round otherwise")
+                continue
             for match in one.matches:
                 try:
                     left = _left(match, earlier)
@@ -223,24 +256,24 @@ def _read_roundings(selections: Sequence[Selection]) -> Iterator[Algorithm]:
             yield Algorithm(name, options, source, tuple(matches))
 
 
-def _left(match: Exact | Linears, earlier: Sequence[Selection]) -> Exact | Linears | None:
+def _left(match: Linears, earlier: Sequence[Selection]) -> Linears | None:
     """The layers of ``match`` that no earlier processor takes; None for none.
 
     Raises ``SpecError`` where patterns cannot say which these are.
     """
-    if isinstance(match, Exact):
-        return None if any(other.takes(match.fqn) for other in earlier) else match
+    if is_name(match.pattern):
+        return None if any(other.takes(match.pattern) for other in earlier) else match
     taken: dict[str, None] = {}
-    for other in earlier:
+    for other in reversed(earlier):  # in the order of the rules
         for theirs in other.matches:
-            if isinstance(theirs, Exact):
-                taken.update({theirs.fqn: None} if _is_selected(theirs.fqn, match) else {})
+            if is_name(theirs.pattern):
+                taken.update({theirs.pattern: None} if _is_selected(theirs.pattern, match) else {})
                 continue
             apart = not may_meet(match.pattern, theirs.pattern)
             apart = apart or any(is_inside(theirs.pattern, one) for one in match.but)
             if apart or any(is_inside(match.pattern, one) for one in theirs.but):
                 continue
-            if any(may_meet(match.pattern, one) for one in theirs.but):
+            if _exceptions(match, theirs):
                 raise SpecError(
                     f"patterns cannot say which layers of {match.pattern} are left by {other.name}, which rounds by"
                     f" another method; put this processor in front of {other.name}"
@@ -250,4 +283,4 @@ def _left(match: Exact | Linears, earlier: Sequence[Selection]) -> Exact | Linea
 
 
 def _is_selected(name: str, match: Linears) -> bool:
-    return fnmatch.fnmatchcase(name, match.pattern) and not any(fnmatch.fnmatchcase(name, one) for one in match.but)
+    return matches_any(name, (match.pattern,)) and not matches_any(name, match.but)

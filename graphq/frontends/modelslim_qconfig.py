@@ -4,6 +4,7 @@ Integers round as msModelSlim does: absmax / (2^(bits-1) - 1) for symmetric rang
 exponents of mx blocks follow its rule, ``ascend``.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, assert_never, final
@@ -45,7 +46,7 @@ _EXT: Final[Mapping[tuple[Role, str], tuple[str, ...]]] = {
     ("weight", "autoround"): ("scale_dtype", "group_size"),
 }
 _LACKING: Final = {
-    "pd_mix": "static scales for decoding and dynamic ones for prefill are not supported; write per_tensor or per_token",
+    "pd_mix": "static scales to decode and dynamic ones to prefill are not supported; write per_tensor or per_token",
     "dual_scale": "mxfp4 blocks under a second scale are not supported; write per_block",
     "per_head": "attention's own inputs are not quantized; write per_token",
     "mse_round": "a search for the shared exponent is not supported; write minmax",
@@ -102,10 +103,8 @@ def read_number(section: Section, key: str) -> float | None:
     """A number; also one that YAML 1.1 reads as a string, such as ``1e-5``."""
     value = section.values.get(key)
     if isinstance(value, str):
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     if value is None or type(value) in (int, float):
         return value if isinstance(value, int | float) else None
     section.report(f"{show(value)} is not a number", key)
@@ -113,7 +112,7 @@ def read_number(section: Section, key: str) -> float | None:
 
 
 def read_qconfig(section: Section, autoround: Rounding | None = None) -> Qconfig | None:
-    """The plan of a layer. ``autoround``: the algorithm whose part the weight's method is, inside of autoround_quant."""
+    """The plan of a layer. ``autoround``: the algorithm that rounds the weights of an autoround_quant."""
     section.only(("act", "weight"))
     act, weight = section.section("act"), section.section("weight", required=True)
     input = None if act is None else read_side(act, "act")
@@ -188,9 +187,8 @@ def read_side(section: Section, role: Role, autoround: Rounding | None = None) -
     method = _word(section, "method", _METHODS[role] if role == "weight" else ("minmax", "histogram"))
     is_int = dtype in ("int8", "int4")
     symmetric = section.boolean("symmetric", required=is_int)
-    if None in (dtype, scope, method) or (is_int and symmetric is None):
+    if dtype is None or scope is None or method is None or (is_int and symmetric is None):
         return None
-    assert dtype is not None and scope is not None and method is not None
     if symmetric is False and (not is_int or (role == "act" and scope != "per_tensor")):
         section.report(f"{dtype} {scope} of {role} is symmetric in msModelSlim; write true", "symmetric")
         return None
@@ -330,11 +328,12 @@ def write_qconfig(plan: Plan, rounding: Rounding | None) -> dict[str, Plain]:
         method = "gptq" if name == "gptq" else "autoround"
         ext |= write_gptq(options) if name == "gptq" else {}
     values: dict[str, Plain] = {} if act is None else {"act": _written(act, act.method, {})}
-    return values | {"weight": _written(weight, method, ext)}
+    values["weight"] = _written(weight, method, ext)
+    return values
 
 
 def write_gptq(options: Sequence[tuple[str, Scalar]]) -> dict[str, Plain]:
-    """Ext of gptq with these options. Raises ``SpecError`` for those that msModelSlim has not."""
+    """What ext says for gptq with these options. Raises ``SpecError`` for those that msModelSlim has not."""
     found: dict[str, Plain] = {}
     given = {"act_order": "static", "scales": "search", **dict(options)}
     for name, value in given.items():
@@ -352,4 +351,6 @@ def write_gptq(options: Sequence[tuple[str, Scalar]]) -> dict[str, Plain]:
 
 def _written(side: Side, method: str, ext: dict[str, Plain]) -> dict[str, Plain]:
     values: dict[str, Plain] = {"scope": side.scope, "dtype": side.dtype, "symmetric": side.symmetric, "method": method}
-    return values | ({"ext": ext} if ext else {})
+    if ext:
+        values["ext"] = ext
+    return values

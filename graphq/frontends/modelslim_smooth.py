@@ -1,7 +1,7 @@
 """msModelSlim's processors that come before quantization, as algorithms: rotation, smoothing, AWQ; and back.
 
-They are given by kinds of subgraphs (``norm-linear``, ``ov``, ``up-down``, ``linear-linear``). graphq finds subgraphs by
-the graph's edges and is given layers, so a part of the kinds is told by the names of the layers that are scaled.
+They are given by kinds of subgraphs (``norm-linear``, ``ov``, ``up-down``, ``linear-linear``). graphq finds subgraphs
+by the graph's edges and is given layers, so some of the kinds are told by the names of the layers that are scaled.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -46,7 +46,7 @@ _Read = tuple[str, tuple[tuple[str, Scalar], ...], tuple[Match, ...]]
 def _quarot(section: Section) -> _Read:
     section.only(("type", "online", "block_size", "down_proj_online_layers", "max_tp_size", "export_extra_info"))
     if section.boolean("online") or section.items("down_proj_online_layers"):
-        section.report(f"online: {REFUSED['online_quarot']}")
+        section.report(REFUSED["online_quarot"], "online")
     for key, why in (("max_tp_size", "it is for online rotation"), ("export_extra_info", "the target decides")):
         if key in section.values:
             section.unused(key, why)
@@ -152,15 +152,15 @@ def _scaled(section: Section, only: Sequence[str] = ()) -> tuple[Match, ...]:
         but = [_OV] * ("ov" not in kinds) + [*_DOWN] * ("up-down" not in kinds)
         return (Linears("*", tuple(but)),)
     found = [Linears(_OV)] * ("ov" in kinds) + [Linears(_DOWN[0])] * ("up-down" in kinds)
-    if not found:
+    if not found and kinds:
         section.report("linear-linear alone is not supported; graphq finds such pairs with the other kinds")
     return tuple(found)
 
 
-def write_preparation(algorithm: Algorithm, weight: dict[str, Plain] | None) -> dict[str, Plain]:
+def write_preparation(algorithm: Algorithm, qconfig: dict[str, Plain]) -> dict[str, Plain]:
     """The processor that is read as this algorithm. Raises ``SpecError`` where there is none.
 
-    ``weight``: a qconfig of the spec, for processors that ask for one.
+    ``qconfig``: one of the spec's, for processors that ask for one.
     """
     options = dict(algorithm.options)
     found: dict[str, Plain]
@@ -179,7 +179,6 @@ def write_preparation(algorithm: Algorithm, weight: dict[str, Plain] | None) -> 
             grid = options.pop("n_grid", None)
             if algorithm.match and grid is not None:
                 raise SpecError("awq: of msModelSlim's processors with n_grid none is for some layers alone")
-            qconfig = weight or {}
             if algorithm.match:
                 found = {"type": "flex_awq_ssz", "qconfig": qconfig, "enable_subgraph_type": _kinds(algorithm)}
             else:

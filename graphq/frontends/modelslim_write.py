@@ -4,9 +4,8 @@ The last rule that matches a layer decides, and the first processor that selects
 the first, and what a rule keeps float is excluded from every processor after it.
 """
 
-import fnmatch
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, final
 
@@ -15,13 +14,13 @@ import yaml
 from graphq.errors import SpecError
 from graphq.formats import Int
 from graphq.frontends.document import Plain
-from graphq.frontends.modelslim_globs import MAX_EXPANDED, expand, literal, may_meet
+from graphq.frontends.modelslim_globs import MAX_EXPANDED, expand, matches_of, may_meet
 from graphq.frontends.modelslim_qconfig import Rounding, beyond, side_of, write_qconfig
 from graphq.frontends.modelslim_smooth import write_preparation
 from graphq.match import Exact, Glob, Kind, Linears, Match
 from graphq.plan import KeepFloat, Plan
 from graphq.quant import PerChannel, Quant
-from graphq.spec import Algorithm, Order, Rule, Spec
+from graphq.spec import Order, Rule, Spec
 
 RUNNERS: Final[dict[str, Order]] = {
     "auto": "sequential",
@@ -66,9 +65,11 @@ def write_text(spec: Spec) -> str:
         if algorithm.name in (*_ROUNDING, "rtn"):
             continue
         try:
-            process.append(write_preparation(algorithm, qconfigs[0] if qconfigs else None))
+            process.append(write_preparation(algorithm, write_qconfig(chosen[0].plan, None) if qconfigs else {}))
         except SpecError as error:
             problems += error.problems
+    if not chosen and not problems:
+        problems.append("every rule keeps layers float: there is nothing to select")
     cache = _cache(spec.cache, problems)
     top = _top(spec, problems)
     if problems:
@@ -82,32 +83,31 @@ def write_text(spec: Spec) -> str:
 def _chosen(spec: Spec, problems: list[str]) -> Iterator[_Chosen]:
     """The processors in order, as pieces of one pattern or name joined where they are alike."""
     kept: list[str] = []
-    rounded = [algorithm for algorithm in spec.algorithms if algorithm.name in _ROUNDING]
+    roundings = _roundings(spec)
     runs: list[list[Rule]] = []  # from the last rule to the first; rules that are alike stay in their order
     for rule in reversed(spec.rules):
         problems += _rule_problems(rule)
-        key = rule.decision, _but(rule.match), _rounding_of(rule, rounded)
-        if runs and (runs[-1][0].decision, _but(runs[-1][0].match), _rounding_of(runs[-1][0], rounded)) == key:
+        one = runs[-1][0] if runs else None
+        if one is not None and _kind_of(one, roundings) == _kind_of(rule, roundings):
             runs[-1].insert(0, rule)
         else:
             runs.append([rule])
     for rules in runs:
         decision, match = rules[0].decision, rules[0].match
-        try:
-            include = tuple(_pattern(rule.match) for rule in rules)
-        except SpecError as error:
-            problems += [f"{rules[0].source}: {line}" if rules[0].source else line for line in error.problems]
+        found = [_pattern(rule, problems) for rule in rules]
+        include = tuple(pattern for pattern in found if pattern is not None)
+        if len(include) < len(rules):
             continue
         if isinstance(decision, KeepFloat):
             kept += include
             continue
         left_out = [one for one in kept if any(may_meet(one, other) for other in include)]
         exclude = tuple(dict.fromkeys((*_but(match), *left_out)))
-        include = tuple(one for one in include if literal(one) is None or not _is_any(one, exclude))
+        include = tuple(match.pattern for match in matches_of(include, exclude))
         if len(include) > MAX_EXPANDED or len(exclude) > MAX_EXPANDED:
             problems.append(f"a processor with more than {MAX_EXPANDED:,} patterns, the first {include[0]}")
         if include:
-            yield _Chosen(include, exclude, decision, _rounding_of(rules[0], rounded))
+            yield _Chosen(include, exclude, decision, roundings.get(match))
 
 
 def _rule_problems(rule: Rule) -> Iterator[str]:
@@ -118,48 +118,63 @@ def _rule_problems(rule: Rule) -> Iterator[str]:
         yield f"{where}{rule.match}: may_match_nothing: a pattern that quantizes has to match, as graphq reads it"
 
 
-def _is_any(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+def _kind_of(rule: Rule, roundings: Mapping[Match, Rounding]) -> tuple[object, ...]:
+    """What rules have in common that are one processor."""
+    return rule.decision, _but(rule.match), roundings.get(rule.match)
 
 
 def _but(match: Match) -> tuple[str, ...]:
     return match.but if isinstance(match, Linears) else ()
 
 
-def _pattern(match: Match) -> str:
-    """The glob or name that selects the same linears. Raises ``SpecError`` where there is none."""
-    match match:
-        case Linears(pattern):
-            found = pattern
+def _pattern(rule: Rule, problems: list[str]) -> str | None:
+    """The glob or name that selects the same linears; None, and a problem more, where there is none."""
+    where = f"{rule.source}: " if rule.source else ""
+    match rule.match:
         case Exact(fqn):
             return fqn
         case Kind("linear"):
             return "*"
+        case Linears(pattern):
+            found = pattern
         case Glob(pattern) if re.search(r"(^|\.)[\w-]+$", pattern):  # spells the last segment, as Glob wants it
             found = pattern
-        case _:
-            raise SpecError(
-                f"{match}: msModelSlim selects linears by their full names; write =<full name>, or a pattern such as"
-                " linear:*mlp* or *.down_proj"
+        case other:
+            problems.append(
+                f"{where}{other}: msModelSlim selects linears by their full names; write =<full name>, or a pattern"
+                " such as linear:*mlp* or *.down_proj"
             )
-    if expand(found) != (found,):
-        raise SpecError(f"{match}: msModelSlim reads braces as alternatives")
-    return found
-
-
-def _rounding_of(rule: Rule, rounded: Sequence[Algorithm]) -> Rounding | None:
-    """The algorithm that rounds what the rule decides."""
-    for algorithm in rounded:
-        if not algorithm.match or any(_is_for(match, rule.match) for match in algorithm.match):
-            return algorithm.name, algorithm.options
+            return None
+    try:
+        if expand(found) == (found,):
+            return found
+        problems.append(f"{where}{rule.match}: msModelSlim reads braces as alternatives")
+    except SpecError as error:
+        problems += [f"{where}{problem}" for problem in error.problems]
     return None
 
 
-def _is_for(match: Match, other: Match) -> bool:
-    """Whether a processor that selects ``other`` is read as an algorithm for ``match``, less what others have taken."""
-    if isinstance(match, Linears) and isinstance(other, Linears):
-        return match.pattern == other.pattern and match.but[: len(other.but)] == other.but
-    return match == other
+def _roundings(spec: Spec) -> dict[Match, Rounding]:
+    """The algorithm that rounds what each rule decides, by the rule's match.
+
+    Its own match is that of the rule, or that less what the processors before have taken.
+    """
+    found: dict[Match, Rounding] = {}
+    given = [rule.match for rule in spec.rules if isinstance(rule.decision, Plan)]
+    for algorithm in spec.algorithms:
+        if algorithm.name not in _ROUNDING:
+            continue
+        for asked in algorithm.match or given:
+            near = [match for match in given if _is_for(asked, match)]
+            if near:
+                found.setdefault(max(near, key=lambda match: len(_but(match))), (algorithm.name, algorithm.options))
+    return found
+
+
+def _is_for(asked: Match, match: Match) -> bool:
+    if isinstance(asked, Linears) and isinstance(match, Linears):
+        return asked.pattern == match.pattern and asked.but[: len(match.but)] == match.but
+    return asked == match
 
 
 def _processors(chosen: Sequence[_Chosen], qconfigs: Sequence[dict[str, Plain]]) -> Iterator[Plain]:
@@ -174,8 +189,11 @@ def _processors(chosen: Sequence[_Chosen], qconfigs: Sequence[dict[str, Plain]])
         items: list[Plain] = []
         for one, qconfig in zip(chosen[at:end], qconfigs[at:end], strict=True):
             item: dict[str, Plain] = {} if learned else {"type": "linear_quant"}
-            item |= {"qconfig": qconfig, "include": [*one.include]}
-            items.append(item | ({"exclude": [*one.exclude]} if one.exclude else {}))
+            item["qconfig"] = qconfig
+            item["include"] = [*one.include]
+            if one.exclude:
+                item["exclude"] = [*one.exclude]
+            items.append(item)
         if learned is not None:
             yield {"type": "autoround_quant", "iters": dict(learned[1])["steps"], "strategies": items}
         elif len(items) == 1:
@@ -206,9 +224,11 @@ def _top(spec: Spec, problems: list[str]) -> dict[str, Plain]:
         problems.append(f"prefix: {spec.prefix}: msModelSlim feeds each layer what the ones before it give by then")
     body: dict[str, Plain] = {"runner": "model_wise" if spec.pipeline == "independent" else "layer_wise", "process": []}
     run = spec.run
-    for name in ("model", "samples", "sequence_length", "batches", "seed"):
-        if getattr(run, name) not in ("", None):
-            problems.append(f"run.{name}: {getattr(run, name)}: msModelSlim's configs do not say it")
+    problems += [
+        f"run.{name}: {getattr(run, name)}: msModelSlim's configs do not say it"
+        for name in ("model", "samples", "sequence_length", "batches", "seed")
+        if getattr(run, name) not in ("", None)
+    ]
     if run.calibration:
         body["dataset"] = run.calibration
     if run.target:

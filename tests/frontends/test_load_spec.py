@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphq.errors import SpecError
-from graphq.frontends import load_spec
+from graphq.frontends import DIALECTS, load_spec
 from graphq.frontends.yaml_text import read_file
 from graphq.match import Blocks
 from graphq.plan import Plan
@@ -26,14 +26,15 @@ def test_dialects():
     assert load_spec({"graphq": 1, "weight": "int8/channel"}, "native") == spec
     looked_for = (
         "no dialect is recognised; looked for native: a top-level key graphq; llmc: a top-level quant with method or "
-        "weight, or quant or sparse beside base and model; amct: a top-level quant_cfg"
+        "weight, or quant or sparse beside base and model; amct: a top-level quant_cfg; modelslim: a top-level apiversion, "
+        "model_quant_type, or <layer>.weight with a type such as W8A8"
     )
     cases: list[tuple[Any, str | None, str]] = [
         ({"a": 1}, None, looked_for),
         ({"quant": {"bit": 4}}, None, looked_for),
         ({"weight": "int8/channel"}, "native", "graphq: is missing"),
-        ({"graphq": 1}, "llm", "'llm' is not a dialect; did you mean llmc? (known: native, llmc, amct)"),
-        ({"graphq": 1}, "gguf", "'gguf' is not a dialect (known: native, llmc, amct)"),
+        ({"graphq": 1}, "llm", f"'llm' is not a dialect; did you mean llmc? (known: {', '.join(DIALECTS)})"),
+        ({"graphq": 1}, "gguf", f"'gguf' is not a dialect (known: {', '.join(DIALECTS)})"),
         ([1], None, "a spec is a path, a preset's name, a mapping or a Spec, not a list"),
     ]
     for source, dialect, problem in cases:
