@@ -266,7 +266,8 @@ class Quant:
             return
         if self.dynamic:
             raise SpecError(f"{self}: {self.method} takes its range from calibration, not at run time; leave one out")
-        if own is not None or isinstance(self.format, TwoLevel):
+        is_average = isinstance(self.format, Nvfp4) and isinstance(self.method, MovingAverage)  # of its global scale
+        if (own is not None and not is_average) or isinstance(self.format, TwoLevel):
             raise SpecError(f"{self}: {self.format} takes its scales from the extremes; leave out {self.method}")
         if isinstance(self.method, Ssz) and not (isinstance(self.format, Int) and self.format.symmetric):
             raise SpecError(f"{self}: ssz fits the scales of symmetric integers")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Final, cast, final
 
 from graphq.errors import SpecError
-from graphq.frontends import amct, llmc, modelslim, native, presets
+from graphq.frontends import amct, llm_compressor, llmc, modelslim, native, presets
 from graphq.frontends.document import Document, nearest, read_mapping, show
 from graphq.frontends.json_text import read_json_file
 from graphq.frontends.native import print_spec
@@ -33,6 +33,9 @@ _DIALECTS: Final[Mapping[str, _Dialect]] = {
     "llmc": _Dialect(llmc.recognises, llmc.SIGN, llmc.parse, llmc.write),
     "amct": _Dialect(amct.recognises, amct.SIGN, amct.parse, amct.write),
     "modelslim": _Dialect(modelslim.recognises, modelslim.SIGN, modelslim.parse, modelslim.write),
+    "llm-compressor": _Dialect(
+        llm_compressor.recognises, llm_compressor.SIGN, llm_compressor.parse, llm_compressor.write
+    ),
 }
 DIALECTS: Final = tuple(_DIALECTS)
 

@@ -1,0 +1,93 @@
+"""llm-compressor's recipes, and the ``quantization_config`` of a compressed-tensors checkpoint.
+
+https://github.com/vllm-project/llm-compressor 0.14 and https://github.com/vllm-project/compressed-tensors 0.19;
+docs/llm-compressor.md has the rules. Where code and documentation disagree, the documentation holds, as a note says.
+"""
+
+from typing import Final
+
+from graphq.frontends.document import Document, Plain, Section, show
+from graphq.frontends.llm_compressor_args import filled, read_args
+from graphq.frontends.llm_compressor_presets import Observers
+from graphq.frontends.llm_compressor_recipe import STAGE, no_layers, parse_recipe
+from graphq.frontends.llm_compressor_schemes import Groups, read_groups, read_ignore
+from graphq.frontends.llm_compressor_write import write
+from graphq.spec import Spec
+
+__all__ = ["SIGN", "parse", "recognises", "write"]
+
+SIGN: Final = (
+    "a key that ends in _stage, _modifiers or Modifier, or a quantization_config with quant_method compressed-tensors"
+)
+_CONFIGS: Final = ("quantization_config", "compression_config")
+
+
+def recognises(document: Document) -> bool:
+    """Whether the document is in this dialect."""
+    root = document.root
+    return _is_config(root) or any(_is_config(root.get(key)) for key in _CONFIGS) or _is_recipe(root)
+
+
+def _is_config(value: Plain) -> bool:
+    return isinstance(value, dict) and value.get("quant_method") == "compressed-tensors"
+
+
+def _is_recipe(value: Plain) -> bool:
+    match value:
+        case {"recipe": dict() as recipe}:
+            return _is_recipe(recipe)
+        case {"modifiers": list() as items}:
+            return any(isinstance(item, dict) and _is_recipe(item) for item in items)
+        case {"modifiers": dict() as modifiers}:
+            return _is_recipe(modifiers)
+        case dict():
+            return any(STAGE.fullmatch(key) or key.endswith(("_modifiers", "Modifier")) for key in value)
+        case _:
+            return False
+
+
+def parse(document: Document) -> Spec:
+    """The spec that the recipe or the ``quantization_config`` means. Raises ``SpecError`` with all that is wrong."""
+    top = Section(document, document.root)
+    key = next((key for key in _CONFIGS if isinstance(document.root.get(key), dict)), None)
+    if key is not None and not _is_recipe(document.root):
+        document.notes.append(f"{document.prefix(())}of the configuration of a model, {key} alone is read")
+        section = top.section(key)
+        assert section is not None
+        return _read_config(section)
+    if _is_config(document.root) or ("config_groups" in document.root and not _is_recipe(document.root)):
+        return _read_config(top)
+    return parse_recipe(document)
+
+
+def _read_config(section: Section) -> Spec:
+    """The ``quantization_config`` of a checkpoint, which says how layers are quantized, and not by what algorithm."""
+    document = section.document
+    section.only(
+        (
+            *("quant_method", "config_groups", "ignore", "kv_cache_scheme", "version", "format"),
+            *("quantization_status", "global_compression_ratio", "sparsity_config", "transform_config"),
+        )
+    )
+    given = filled(section)
+    if given.text("quant_method") not in (None, "compressed-tensors"):
+        given.report(f"{show(given.values['quant_method'])} is not compressed-tensors", "quant_method")
+    for key in ("version", "format", "quantization_status", "global_compression_ratio"):
+        if key in given.values:
+            given.unused(key, "it describes the checkpoint, not the model")
+    for key, what in (("sparsity_config", "sparsity"), ("transform_config", "a checkpoint with rotations")):
+        if given.values.get(key) not in (None, {}):
+            given.report(f"{what} is not supported", key)
+    groups = Groups()
+    sections = given.section("config_groups", required=True)
+    if sections is not None:
+        read_groups(sections, "config_groups", Observers(), groups)
+    for weights, _ in groups.actorders:
+        weights.unused("actorder", "it tells of the algorithm that made the checkpoint")
+    cache = read_args(given.section("kv_cache_scheme"), "kv_cache_scheme")
+    rules = (*groups.rules(), *read_ignore(given, "", lenient=True))
+    if not groups.targets and cache is None and not document.problems:
+        section.report("quantizes nothing", "config_groups")
+    document.finish()
+    notes = tuple(document.notes)
+    return Spec(rules if groups.targets else no_layers(rules), cache=cache, dialect="llm-compressor", notes=notes)

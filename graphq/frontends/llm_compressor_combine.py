@@ -1,0 +1,91 @@
+"""Several modifiers as one ordered list of rules, and the layers that the algorithm of each is for.
+
+A later modifier decides anew for the layers that it targets; those it ignores keep what earlier ones decided.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Final
+
+from graphq.frontends.llm_compressor_modifiers import Modifier
+from graphq.frontends.llm_compressor_targets import both, without
+from graphq.match import Kind, Match
+from graphq.plan import KeepFloat, Plan
+from graphq.spec import Algorithm, Order, Prefix, Rule
+
+CALIBRATED: Final = ("smooth-quant", "awq", "gptq", "auto-round")
+
+
+def combine_rules(modifiers: Sequence[Modifier]) -> tuple[Rule, ...]:
+    """The rules of all modifiers, the last that matches deciding. What cannot be said is reported."""
+    rules: list[Rule] = []
+    for modifier in modifiers:
+        earlier = tuple(rules)
+        rules += modifier.rules
+        for one in modifier.ignored:
+            rules += modifier.section.made(lambda e=earlier, one=one: restored(e, one), "ignore") or ()
+    return tuple(rules)
+
+
+def restored(earlier: Sequence[Rule], ignored: Rule) -> tuple[Rule, ...]:
+    """What ``earlier`` rules decide for the layers that a later modifier ignores. Raises ``SpecError``."""
+    kept = [ignored]
+    for rule in earlier:
+        match = both(rule.match, ignored.match)
+        if match is None:
+            continue
+        if match == ignored.match:
+            kept = [ignored if isinstance(rule.decision, KeepFloat) else replace(rule, match=match)]
+        elif not isinstance(rule.decision, KeepFloat) or any(isinstance(one.decision, Plan) for one in kept):
+            kept.append(replace(rule, match=match, may_match_nothing=True))
+    return tuple(kept)
+
+
+def combine_algorithms(modifiers: Sequence[Modifier], *, sequential: bool) -> tuple[Algorithm, ...]:
+    """The modifiers' algorithms in order, each with the layers that it is for. What cannot be said is reported."""
+    quantizing = [modifier for modifier in modifiers if modifier.quantizes]
+    settings = {(m.name, m.algorithm.options if m.algorithm else ()) for m in quantizing}
+    is_one = len(quantizing) == 1 or (sequential and len(settings) == 1)
+    found: list[Algorithm] = []
+    for modifier in modifiers:
+        algorithm = modifier.algorithm
+        if algorithm is None:
+            continue
+        if not modifier.rounds or (is_one and modifier.name == "AWQModifier"):
+            found.append(algorithm)
+        elif is_one:
+            if modifier is quantizing[0]:
+                found.append(algorithm)
+        else:
+            match = modifier.section.made(lambda modifier=modifier: _scope(modifier, quantizing))
+            if match:
+                found.append(replace(algorithm, match=match))
+    return tuple(found)
+
+
+def _scope(modifier: Modifier, quantizing: Sequence[Modifier]) -> tuple[Match, ...]:
+    """The modifier's targets, less what another modifier decides. Raises ``SpecError``."""
+    place = quantizing.index(modifier)
+    others = [
+        rule.match for later in quantizing[place + 1 :] for rule in later.rules if isinstance(rule.decision, Plan)
+    ]
+    earlier = combine_rules(quantizing[:place])
+    for ignored in modifier.ignored:
+        others += [rule.match for rule in restored(earlier, ignored) if isinstance(rule.decision, Plan)]
+    own = [rule.match for rule in modifier.rules if isinstance(rule.decision, Plan)]
+    found = [without(match, [other for other in others if not _apart(match, other)]) for match in own]
+    return tuple(dict.fromkeys(match for match in found if match is not None))
+
+
+def _apart(match: Match, other: Match) -> bool:
+    return isinstance(match, Kind) and isinstance(other, Kind) and match != other
+
+
+def default_pipeline(algorithms: Sequence[Algorithm]) -> Order:
+    """How oneshot runs these where it is not told: each by itself."""
+    return "independent" if sum(a.name in CALIBRATED for a in algorithms) > 1 else "sequential"
+
+
+def default_prefix(algorithms: Sequence[Algorithm]) -> Prefix:
+    """What oneshot calibrates blocks on where it is not told: with AutoRound, on what float blocks give."""
+    return "float" if any(algorithm.name == "auto-round" for algorithm in algorithms) else "quantized"

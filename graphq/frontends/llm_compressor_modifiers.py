@@ -1,0 +1,368 @@
+"""Modifiers of llm-compressor 0.14, each as rules or an algorithm in graphq's words.
+
+https://github.com/vllm-project/llm-compressor, src/llmcompressor/modifiers. What changes numbers is translated, or
+refused by name; what steers llm-compressor's own run is noted.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Final, final
+
+from graphq.frontends.document import Plain, Section, nearest, show
+from graphq.frontends.llm_compressor_args import filled, order_word, read_args
+from graphq.frontends.llm_compressor_observer import number, observer_word
+from graphq.frontends.llm_compressor_presets import Observers, is_preset, read_preset
+from graphq.frontends.llm_compressor_schemes import (
+    SCHEME,
+    Groups,
+    add_targets,
+    read_groups,
+    read_ignore,
+    read_scheme,
+    read_targets,
+)
+from graphq.match import Match
+from graphq.quant import Quant
+from graphq.spec import Algorithm, Rule
+
+Scalar = str | int | float | bool | None
+
+_BASE: Final = ("requires_calibration_data", "index", "group", "start", "end", "update")
+_MIXIN: Final = (
+    *("config_groups", "targets", "ignore", "scheme", "kv_cache_scheme", "weight_observer", "input_observer"),
+    *("output_observer", "observer", "bypass_divisibility_checks"),
+)
+_REFUSED: Final[Mapping[str, str]] = {
+    **dict.fromkeys(
+        (
+            *("SparseGPTModifier", "WandaPruningModifier", "MagnitudePruningModifier", "ConstantPruningModifier"),
+            "REAPPruningModifier",
+        ),
+        "pruning is not supported",
+    ),
+    "QuIPModifier": "rotations of single layers at run time are not supported; SpinQuantModifier rotates a model",
+    "LogarithmicEqualizationModifier": "logarithmic equalization is not supported; write SmoothQuantModifier",
+}
+
+
+@final
+@dataclass(frozen=True)
+class Modifier:
+    """One modifier: the rules of its targets, those of its ``ignore``, the KV cache's format, and its algorithm.
+
+    ``rounds``: whether the algorithm is for the layers of its own targets.
+    """
+
+    section: Section
+    name: str
+    rules: tuple[Rule, ...] = ()
+    ignored: tuple[Rule, ...] = ()
+    cache: Quant | None = None
+    algorithm: Algorithm | None = None
+    rounds: bool = False
+    quantizes: bool = False
+
+
+def read_modifier(name: str, section: Section) -> Modifier | None:
+    """The modifier of this class. What is wrong with it is reported."""
+    if name in _REFUSED:
+        section.report(_REFUSED[name])
+        return None
+    if name not in _READERS:
+        section.report(f"unknown modifier{nearest(name, (*_READERS, *_REFUSED))}")
+        return None
+    fields, read = _READERS[name]
+    is_awq_with_scheme = name == "AWQModifier" and any(section.values.get(key) is not None for key in _MIXIN)
+    known = (*fields, *_BASE, *_MIXIN * (name in _ROUNDING or is_awq_with_scheme))
+    section.only(known)
+    for key in _BASE:
+        if section.values.get(key) is not None:
+            section.unused(key, "it is llm-compressor's own bookkeeping")
+    options, match = read(section)
+    before = len(section.document.problems)
+    found = _Scheme()
+    if name in _ROUNDING or is_awq_with_scheme:
+        found = _read_scheme(section, name)
+    if name == "GPTQModifier":
+        _order(section, options, found.groups)
+    elif found.groups.actorders:
+        for weights, _ in found.groups.actorders:
+            weights.unused("actorder", "GPTQModifier alone orders columns")
+    if len(section.document.problems) > before:
+        return None
+    algorithm = None
+    if name != "QuantizationModifier":
+        source = section.document.origin(section.at, name)
+        algorithm = section.made(lambda: Algorithm(_NAMES[name], tuple(options.items()), source, match))
+    return Modifier(
+        section,
+        name,
+        found.groups.rules(),
+        found.ignored,
+        found.cache,
+        algorithm,
+        rounds=name in ("GPTQModifier", "AutoRoundModifier") or is_awq_with_scheme,
+        quantizes=name in _ROUNDING or is_awq_with_scheme,
+    )
+
+
+@final
+@dataclass
+class _Scheme:
+    groups: Groups = field(default_factory=Groups)
+    ignored: tuple[Rule, ...] = ()
+    cache: Quant | None = None
+
+
+def _read_scheme(section: Section, name: str) -> _Scheme:
+    """What the fields that all quantizing modifiers share say."""
+    given = filled(section)
+    found = _Scheme(ignored=read_ignore(given, f"{name}."))
+    found.cache = read_args(given.section("kv_cache_scheme"), "kv_cache_scheme")
+    observers = _read_observers(given)
+    if "bypass_divisibility_checks" in given.values:
+        given.boolean("bypass_divisibility_checks")
+        given.unused("bypass_divisibility_checks", "a last group may be shorter than the others here")
+    scheme, is_grouped = given.values.get("scheme"), "config_groups" in given.values
+    if scheme is not None and is_grouped:
+        given.report("stands beside config_groups; write one of them", "scheme")
+    elif is_grouped:
+        groups = given.section("config_groups")
+        if groups is not None:
+            read_groups(groups, f"{name}.config_groups", observers, found.groups)
+        if "targets" in given.values:
+            given.unused("targets", "the groups have their own")
+    elif isinstance(scheme, str):
+        add_targets(given, "targets", f"{name}.scheme", read_preset(given, scheme, "scheme", observers), found.groups)
+    elif scheme is not None:
+        _read_scheme_mapping(given, name, observers, found.groups)
+    elif found.cache is None and "kv_cache_scheme" not in given.values:
+        given.report("quantizes nothing; write scheme or config_groups")
+    return found
+
+
+def _read_scheme_mapping(given: Section, name: str, observers: Observers, groups: Groups) -> None:
+    """``scheme`` as presets with their targets, or as one scheme, which is documented and which the code refuses."""
+    scheme = given.section("scheme")
+    if scheme is None:
+        return
+    if scheme.values and all(is_preset(key) for key in scheme.values):
+        for key in scheme.values:
+            decision = read_preset(scheme, key, key, observers)
+            add_targets(scheme, key, f"{name}.scheme.{key}", decision, groups)
+        if "targets" in given.values:
+            given.unused("targets", "the presets have their own")
+        return
+    for key in scheme.values:
+        if key not in SCHEME:
+            scheme.report(f"neither a preset nor a key of a scheme{nearest(key, SCHEME)}", key)
+    decision = read_scheme(scheme, observers, groups)
+    given.document.notes.append(
+        f"{given.document.prefix(scheme.at)}read as one scheme, as documented; llm-compressor's code takes"
+        " presets alone"
+    )
+    add_targets(given, "targets", f"{name}.scheme", decision, groups)
+
+
+def _read_observers(given: Section) -> Observers:
+    words = {key: observer_word(given, f"{key}_observer") for key in ("weight", "input", "output")}
+    if words["output"] is not None:
+        given.unused("output_observer", "outputs are not quantized")
+    weight, act = words["weight"], words["input"]
+    both = given.section("observer")
+    if both is not None:
+        both.only(("weights", "input", "output"))
+        if any(words.values()):
+            given.document.notes.append(
+                f"{given.document.prefix(both.at)}stands above weight_observer and input_observer, as documented;"
+                " llm-compressor's code refuses both"
+            )
+        weight = observer_word(both, "weights") or weight
+        act = observer_word(both, "input") or act
+        if observer_word(both, "output") is not None:
+            both.unused("output", "outputs are not quantized")
+    return Observers(weight, act)
+
+
+def _order(section: Section, options: dict[str, Scalar], groups: Groups) -> None:
+    """The order of GPTQ's columns: that of the modifier, which those of the groups may not contradict."""
+    options["act_order"] = "static"
+    value = section.values.get("actorder")
+    if "actorder" not in section.values:
+        return
+    if value is None or value is False:
+        options["act_order"] = "none"
+        for weights, word in groups.actorders:
+            weights.report(f"{word} is not the actorder of the modifier, null; write one of them", "actorder")
+    else:
+        order_word(section, "actorder", value)
+
+
+def _quantization(section: Section) -> tuple[dict[str, Scalar], tuple[Match, ...]]:
+    return {}, ()
+
+
+def _gptq(section: Section) -> tuple[dict[str, Scalar], tuple[Match, ...]]:
+    options: dict[str, Scalar] = {"act_order": "static", "scales": "plan"}
+    if section.values.get("block_size") is not None or "block_size" in section.values:
+        options["block_size"] = section.integer("block_size")
+    if "dampening_frac" in section.values:
+        options["dampening"] = number(section, "dampening_frac")
+    if "offload_hessians" in section.values:
+        section.unused("offload_hessians", "it changes no number")
+    if "batched_quantization" in section.values:
+        section.unused("batched_quantization", "it changes no number")
+    return options, ()
+
+
+def _awq(section: Section) -> tuple[dict[str, Scalar], tuple[Match, ...]]:
+    duo = section.values.get("duo_scaling", True)
+    if duo not in (True, False, "both") or (duo in (0, 1) and not isinstance(duo, bool)):
+        section.report(f"{show(duo)} is not true, false or both", "duo_scaling")
+    options: dict[str, Scalar] = {"duo": None if duo == "both" else duo is True, "clip": False}
+    if "n_grid" in section.values:
+        options["n_grid"] = section.integer("n_grid")
+    if "offload_device" in section.values:
+        section.unused("offload_device", "it changes no number")
+    return options, _awq_mappings(filled(section))
+
+
+def _awq_mappings(given: Section) -> tuple[Match, ...]:
+    found: dict[str, Match] = {}
+    for index, item in enumerate(given.items("mappings", " of mappings")):
+        if not isinstance(item, dict):
+            given.report(f"{show(item)} is not a mapping with smooth_layer and balance_layers", "mappings", index)
+            continue
+        mapping = Section(given.document, item, (*given.at, "mappings", index))
+        mapping.only(("smooth_layer", "balance_layers", "activation_hook_target"))
+        if mapping.text("smooth_layer", required=True) is not None:
+            mapping.unused("smooth_layer", "what takes the factors up is read from the graph")
+        if mapping.values.get("activation_hook_target") is not None:
+            mapping.unused("activation_hook_target", "what the layers read is read from the graph")
+        mapping.items("balance_layers", required=True)
+        found |= {text: match for text, match, _ in read_targets(mapping, "balance_layers")}
+    return tuple(found.values())
+
+
+def _smooth_quant(section: Section) -> tuple[dict[str, Scalar], tuple[Match, ...]]:
+    options: dict[str, Scalar] = {"statistic": "range"}
+    if "smoothing_strength" in section.values:
+        options["alpha"] = number(section, "smoothing_strength")
+    given = filled(section)
+    for key in ("num_calibration_steps", "calibration_function"):
+        if key in given.values:
+            given.unused(key, "llm-compressor does not use it either")
+    algorithm = given.text("algorithm")
+    if algorithm == "log_equalization":
+        given.report("logarithmic equalization is not supported; write smoothquant", "algorithm")
+    elif algorithm not in (None, "smoothquant"):
+        given.report(f"{show(algorithm)} is not smoothquant", "algorithm")
+    if given.values.get("ignore"):
+        given.report("leaving out norms is not supported; write mappings with the layers that are smoothed", "ignore")
+    return options, _smooth_mappings(given)
+
+
+def _smooth_mappings(given: Section) -> tuple[Match, ...]:
+    found: dict[str, Match] = {}
+    for index, item in enumerate(given.items("mappings", " of pairs")):
+        match item:
+            case [list() | str() as balanced, str() | [str()]]:
+                pair: dict[str, Plain] = {"0": balanced}
+                layers = Section(given.document, pair, (*given.at, "mappings", index))
+                found |= {text: match for text, match, _ in read_targets(layers, "0")}
+                at = given.document.prefix((*given.at, "mappings", index, 1))
+                given.document.notes.append(f"{at}ignored: what takes the factors up is read from the graph")
+            case _:
+                given.report(f"{show(item)} is not a pair of layers and the norm in front of them", "mappings", index)
+    return tuple(found.values())
+
+
+_KINDS: Final = {"hadamard": "hadamard", "random-hadamard": "random_hadamard", "random-matrix": "orthogonal"}
+
+
+def _spin_quant(section: Section) -> tuple[dict[str, Scalar], tuple[Match, ...]]:
+    given = filled(section)
+    names = ["R1", "R2"]
+    if "rotations" in given.values:
+        names = [str(name).upper() for name in given.items("rotations", ", such as [R1, R2]")]
+        for index, name in enumerate(names):
+            if name not in ("R1", "R2", "R3", "R4"):
+                given.report(f"{show(given.items('rotations')[index])} is not R1, R2, R3 or R4", "rotations", index)
+        if not names and isinstance(given.values["rotations"], list):
+            given.report("is empty: it rotates nothing", "rotations")
+    word = given.text("transform_type") if "transform_type" in given.values else "hadamard"
+    if word is not None and word not in _KINDS:
+        given.report(f"{show(word)} is not a transform{nearest(word, _KINDS)}", "transform_type")
+    options: dict[str, Scalar] = {"kind": _KINDS.get(word or "")}
+    for name, is_default in (("R1", True), ("R2", True), ("R3", False), ("R4", False)):
+        if (name in names) is not is_default:
+            options[name.lower()] = name in names
+    size = given.integer("transform_block_size")
+    if size is not None:
+        options["block_size"] = size
+        if {"R2", "R3"} & set(names):
+            given.document.notes.append(
+                f"{given.document.prefix((*given.at, 'transform_block_size'))}heads are rotated whole"
+            )
+    for key in ("randomize", "learnable"):
+        if given.boolean(key):
+            given.report("is not supported, nor by llm-compressor", key)
+    if given.text("precision") not in (None, "float64", "torch.float64"):
+        given.report(f"{show(given.values['precision'])} is not supported; rotations are of float64", "precision")
+    for key in ("mappings", "norm_mappings"):
+        if key in given.values:
+            given.report("is not supported: what is rotated is read from the graph", key)
+    if "transform_config" in given.values:
+        given.report("is not supported; write rotations", "transform_config")
+    return options, ()
+
+
+def _auto_round(section: Section) -> tuple[dict[str, Scalar], tuple[Match, ...]]:
+    options: dict[str, Scalar] = {}
+    given = filled(section)
+    if (steps := given.integer("iters")) is not None:
+        options["steps"] = steps
+    if "lr" in given.values:
+        options["lr"] = number(given, "lr")
+    if (size := given.integer("batch_size")) is not None:
+        options["batch_size"] = size
+    for key in ("enable_torch_compile", "device_ids", "disable_opt_rtn"):
+        if key in given.values:
+            given.unused(key, "it steers llm-compressor's own run")
+    return options, ()
+
+
+_NAMES: Final[Mapping[str, str]] = {
+    "GPTQModifier": "gptq",
+    "AutoRoundModifier": "auto-round",
+    "AWQModifier": "awq",
+    "SmoothQuantModifier": "smooth-quant",
+    "SpinQuantModifier": "rotate",
+}
+_ROUNDING: Final = ("QuantizationModifier", "GPTQModifier", "AutoRoundModifier")
+_Reader = Callable[[Section], tuple[dict[str, Scalar], tuple[Match, ...]]]
+_READERS: Final[Mapping[str, tuple[tuple[str, ...], _Reader]]] = {
+    "QuantizationModifier": ((), _quantization),
+    "GPTQModifier": (
+        ("block_size", "dampening_frac", "actorder", "offload_hessians", "batched_quantization"),
+        _gptq,
+    ),
+    "AWQModifier": (("mappings", "offload_device", "duo_scaling", "n_grid"), _awq),
+    "SmoothQuantModifier": (
+        *(
+            ("smoothing_strength", "mappings", "ignore", "num_calibration_steps", "calibration_function", "algorithm"),
+            _smooth_quant,
+        ),
+    ),
+    "SpinQuantModifier": (
+        (
+            *("rotations", "transform_type", "randomize", "learnable", "precision", "transform_block_size"),
+            *("mappings", "norm_mappings", "transform_config"),
+        ),
+        _spin_quant,
+    ),
+    "AutoRoundModifier": (
+        ("iters", "enable_torch_compile", "batch_size", "lr", "device_ids", "disable_opt_rtn"),
+        _auto_round,
+    ),
+}
