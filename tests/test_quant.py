@@ -123,6 +123,7 @@ def test_a_quant_reads_as_it_prints(format: Format, granularity: Any, dynamic: b
             "hqq fits scales that may be any number; those of float8_e4m3fn/pow2 are powers",
         ),
         ("mxfp4/hqq", "mxfp4 takes its scales from the extremes; leave out hqq"),
+        ("nvfp4/mse", "nvfp4 takes its scales from the extremes; leave out mse"),
         ("nvfp4/hqq", "nvfp4 takes its scales from the extremes; leave out hqq"),
         ("int4/over_int8/g128/hqq", "int4/over_int8 takes its scales from the extremes; leave out hqq"),
         ("int8/token/dynamic/hqq", "'int8/token/dynamic/hqq' is not a format"),

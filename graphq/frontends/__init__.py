@@ -31,11 +31,11 @@ class _Dialect:
 _DIALECTS: Final[Mapping[str, _Dialect]] = {
     "native": _Dialect(native.recognises, native.SIGN, native.parse, native.print_spec),
     "llmc": _Dialect(llmc.recognises, llmc.SIGN, llmc.parse, llmc.write),
-    "amct": _Dialect(amct.recognises, amct.SIGN, amct.parse, amct.write),
-    "modelslim": _Dialect(modelslim.recognises, modelslim.SIGN, modelslim.parse, modelslim.write),
     "llm-compressor": _Dialect(
         llm_compressor.recognises, llm_compressor.SIGN, llm_compressor.parse, llm_compressor.write
     ),
+    "amct": _Dialect(amct.recognises, amct.SIGN, amct.parse, amct.write),
+    "modelslim": _Dialect(modelslim.recognises, modelslim.SIGN, modelslim.parse, modelslim.write),
 }
 DIALECTS: Final = tuple(_DIALECTS)
 

@@ -55,8 +55,8 @@ def read_args(section: Section | None, role: Role, observer: str | None = None) 
         given.report("a weight's scales are known when it is compiled; write false", "dynamic")
     elif role != "weights" and strategy in ("channel", "block"):
         given.report(f"{strategy} is for weights; activations take tensor, token, group or tensor_group", "strategy")
-    elif strategy == "token" and not dynamic:
-        given.report("scales of tokens exist only at run time; write dynamic: true", "strategy")
+    elif strategy in ("token", "group") and role != "weights" and not dynamic:
+        given.report(f"scales of {strategy}s exist only at run time; write dynamic: true", "strategy")
     if role == "weights" and strategy == "token":
         given.report("token is for activations; weights take tensor, channel, group, block or tensor_group", "strategy")
     format = _read_format(given, strategy, granularity)

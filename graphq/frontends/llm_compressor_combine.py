@@ -3,28 +3,34 @@
 A later modifier decides anew for the layers that it targets; those it ignores keep what earlier ones decided.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import Final
 
 from graphq.frontends.llm_compressor_modifiers import Modifier
-from graphq.frontends.llm_compressor_targets import both, without
-from graphq.match import Kind, Match
+from graphq.frontends.llm_compressor_presets import UNQUANTIZED
+from graphq.frontends.llm_compressor_targets import both, order, without, write_target
+from graphq.match import Exact, Kind, Match
 from graphq.plan import KeepFloat, Plan
 from graphq.spec import Algorithm, Order, Prefix, Rule
 
-CALIBRATED: Final = ("smooth-quant", "awq", "gptq", "auto-round")
+CALIBRATED: Final = ("SmoothQuantModifier", "AWQModifier", "GPTQModifier", "AutoRoundModifier")
 
 
 def combine_rules(modifiers: Sequence[Modifier]) -> tuple[Rule, ...]:
     """The rules of all modifiers, the last that matches deciding. What cannot be said is reported."""
+    return tuple(in_order(_one_after_the_other(modifiers)))
+
+
+def _one_after_the_other(modifiers: Sequence[Modifier]) -> list[Rule]:
     rules: list[Rule] = []
     for modifier in modifiers:
         earlier = tuple(rules)
         rules += modifier.rules
         for one in modifier.ignored:
             rules += modifier.section.made(lambda e=earlier, one=one: restored(e, one), "ignore") or ()
-    return tuple(rules)
+    return rules
 
 
 def restored(earlier: Sequence[Rule], ignored: Rule) -> tuple[Rule, ...]:
@@ -35,7 +41,9 @@ def restored(earlier: Sequence[Rule], ignored: Rule) -> tuple[Rule, ...]:
         if match is None:
             continue
         if match == ignored.match:
-            kept = [ignored if isinstance(rule.decision, KeepFloat) else replace(rule, match=match)]
+            is_float = isinstance(rule.decision, KeepFloat)
+            as_ignored = replace(rule, match=match, may_match_nothing=ignored.may_match_nothing)
+            kept = [ignored if is_float else as_ignored]
         elif not isinstance(rule.decision, KeepFloat) or any(isinstance(one.decision, Plan) for one in kept):
             kept.append(replace(rule, match=match, may_match_nothing=True))
     return tuple(kept)
@@ -43,7 +51,8 @@ def restored(earlier: Sequence[Rule], ignored: Rule) -> tuple[Rule, ...]:
 
 def combine_algorithms(modifiers: Sequence[Modifier], *, sequential: bool) -> tuple[Algorithm, ...]:
     """The modifiers' algorithms in order, each with the layers that it is for. What cannot be said is reported."""
-    quantizing = [modifier for modifier in modifiers if modifier.quantizes]
+    every = [modifier for modifier in modifiers if modifier.quantizes]
+    quantizing = [modifier for modifier in every if modifier.has_plans] or every[:1]
     settings = {(m.name, m.algorithm.options if m.algorithm else ()) for m in quantizing}
     is_one = len(quantizing) == 1 or (sequential and len(settings) == 1)
     found: list[Algorithm] = []
@@ -56,10 +65,12 @@ def combine_algorithms(modifiers: Sequence[Modifier], *, sequential: bool) -> tu
         elif is_one:
             if modifier is quantizing[0]:
                 found.append(algorithm)
-        else:
+        elif modifier in quantizing:
             match = modifier.section.made(lambda modifier=modifier: _scope(modifier, quantizing))
             if match:
                 found.append(replace(algorithm, match=match))
+            elif match is not None:
+                modifier.section.report("a later modifier has all of its targets; leave one of them out")
     return tuple(found)
 
 
@@ -69,7 +80,7 @@ def _scope(modifier: Modifier, quantizing: Sequence[Modifier]) -> tuple[Match, .
     others = [
         rule.match for later in quantizing[place + 1 :] for rule in later.rules if isinstance(rule.decision, Plan)
     ]
-    earlier = combine_rules(quantizing[:place])
+    earlier = _one_after_the_other(quantizing[:place])
     for ignored in modifier.ignored:
         others += [rule.match for rule in restored(earlier, ignored) if isinstance(rule.decision, Plan)]
     own = [rule.match for rule in modifier.rules if isinstance(rule.decision, Plan)]
@@ -81,9 +92,29 @@ def _apart(match: Match, other: Match) -> bool:
     return isinstance(match, Kind) and isinstance(other, Kind) and match != other
 
 
-def default_pipeline(algorithms: Sequence[Algorithm]) -> Order:
-    """How oneshot runs these where it is not told: each by itself."""
-    return "independent" if sum(a.name in CALIBRATED for a in algorithms) > 1 else "sequential"
+def precedence(rule: Rule) -> tuple[int, tuple[int, ...]]:
+    """How far a rule's target stands above others in one modifier."""
+    return order((rule.match, write_target(rule.match)))
+
+
+def in_order(rules: Iterable[Rule]) -> list[Rule]:
+    """The rules, those side by side that no layer has in common in the order of their targets."""
+    found: list[Rule] = []
+    for kind, run in groupby(rules, key=_run):
+        one = list(run)
+        texts = {write_target(rule.match) for rule in one}
+        apart = kind[0] in (Exact, Kind) and not kind[1] and len(texts) == len(one)
+        found += sorted(one, key=precedence) if apart else one
+    return found
+
+
+def _run(rule: Rule) -> tuple[type, bool]:
+    return type(rule.match), isinstance(rule.decision, KeepFloat) and rule.decision != UNQUANTIZED
+
+
+def default_pipeline(names: Iterable[str]) -> Order:
+    """How oneshot runs modifiers of these classes where it is not told: each that needs data by itself."""
+    return "independent" if sum(name in CALIBRATED for name in names) > 1 else "sequential"
 
 
 def default_prefix(algorithms: Sequence[Algorithm]) -> Prefix:

@@ -1,16 +1,14 @@
 """Ordered rules as the groups and ignores of modifiers, whose targets have a precedence of their own."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import final
 
 from graphq.errors import SpecError
-from graphq.frontends.llm_compressor_combine import restored
+from graphq.frontends.llm_compressor_combine import in_order, precedence, restored
 from graphq.frontends.llm_compressor_presets import UNQUANTIZED
-from graphq.frontends.llm_compressor_targets import order, write_target
 from graphq.match import Exact, Kind, Match, Regex
-from graphq.plan import KeepFloat
+from graphq.plan import KeepFloat, Plan
 from graphq.spec import Algorithm, Rule
 
 ROUNDING = ("gptq", "auto-round")
@@ -25,10 +23,15 @@ class Segment:
     rules: list[Rule] = field(default_factory=list[Rule])
     ignored: list[Rule] = field(default_factory=list[Rule])
 
+    @property
+    def quantizes(self) -> bool:
+        return any(isinstance(rule.decision, Plan) for rule in self.rules)
+
 
 def divide(rules: Sequence[Rule], algorithms: Sequence[Algorithm]) -> list[Segment]:
     """The modifiers that give these rules, one after the other."""
     rounding = [algorithm for algorithm in algorithms if algorithm.name in ROUNDING]
+    whole = next((algorithm for algorithm in rounding if not algorithm.match), None)
     segments: list[Segment] = []
     earlier: list[Rule] = []  # those of the segments before the last one
     for rule in in_order(rules):
@@ -37,20 +40,18 @@ def divide(rules: Sequence[Rule], algorithms: Sequence[Algorithm]) -> list[Segme
             if last is not None and rule.decision != UNQUANTIZED and _is_left_float(earlier, rule):
                 last.ignored.append(rule)
                 continue
-            algorithm = last.algorithm if last is not None else _default(rounding)
+            algorithm = whole if last is None else last.algorithm
         else:
             algorithm = next((a for a in rounding if _covers(a, rule.match)), None)
-        if last is None or last.ignored or last.algorithm != algorithm or not _follows(last.rules, rule):
-            if last is not None:
-                earlier += [*last.rules, *last.ignored]
-            last = Segment(algorithm)
+        is_other = last is not None and last.quantizes and last.algorithm != algorithm
+        if last is None or last.ignored or is_other or not _follows(last.rules, rule):
+            earlier += [] if last is None else [*last.rules, *last.ignored]
+            last = Segment(whole)
             segments.append(last)
+        if isinstance(rule.decision, Plan):
+            last.algorithm = algorithm
         last.rules.append(rule)
     return segments
-
-
-def _default(rounding: Sequence[Algorithm]) -> Algorithm | None:
-    return next((algorithm for algorithm in rounding if not algorithm.match), None)
 
 
 def _covers(algorithm: Algorithm, match: Match) -> bool:
@@ -76,23 +77,4 @@ def _is_left_float(earlier: Sequence[Rule], rule: Rule) -> bool:
 
 def _follows(rules: Sequence[Rule], rule: Rule) -> bool:
     """Whether the rule's target stands above those of the rules."""
-    return not rules or _key(rules[-1]) < _key(rule)
-
-
-def _key(rule: Rule) -> tuple[int, tuple[int, ...]]:
-    return order((rule.match, write_target(rule.match)))
-
-
-def in_order(rules: Iterable[Rule]) -> list[Rule]:
-    """The rules, those side by side that no layer has in common in the order of their targets."""
-    found: list[Rule] = []
-    for kind, run in groupby(rules, key=_run):
-        one = list(run)
-        texts = {write_target(rule.match) for rule in one}
-        apart = kind[0] in (Exact, Kind) and not kind[1] and len(texts) == len(one)
-        found += sorted(one, key=_key) if apart else one
-    return found
-
-
-def _run(rule: Rule) -> tuple[type, bool]:
-    return type(rule.match), isinstance(rule.decision, KeepFloat) and rule.decision != UNQUANTIZED
+    return not rules or precedence(rules[-1]) < precedence(rule)

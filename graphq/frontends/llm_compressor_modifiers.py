@@ -22,6 +22,7 @@ from graphq.frontends.llm_compressor_schemes import (
     read_targets,
 )
 from graphq.match import Match
+from graphq.plan import Plan
 from graphq.quant import Quant
 from graphq.spec import Algorithm, Rule
 
@@ -62,6 +63,11 @@ class Modifier:
     rounds: bool = False
     quantizes: bool = False
 
+    @property
+    def has_plans(self) -> bool:
+        """Whether it quantizes any layer, and does not just say that layers stay float."""
+        return any(isinstance(rule.decision, Plan) for rule in self.rules)
+
 
 def read_modifier(name: str, section: Section) -> Modifier | None:
     """The modifier of this class. What is wrong with it is reported."""
@@ -81,6 +87,11 @@ def read_modifier(name: str, section: Section) -> Modifier | None:
     options, match = read(section)
     before = len(section.document.problems)
     found = _Scheme()
+    if is_awq_with_scheme:
+        section.document.notes.append(
+            f"{section.document.prefix(section.at)}read with a QuantizationModifier behind it, as earlier releases have"
+            " it; llm-compressor 0.14 refuses its scheme and targets"
+        )
     if name in _ROUNDING or is_awq_with_scheme:
         found = _read_scheme(section, name)
     if name == "GPTQModifier":
@@ -146,7 +157,10 @@ def _read_scheme_mapping(given: Section, name: str, observers: Observers, groups
     scheme = given.section("scheme")
     if scheme is None:
         return
-    if scheme.values and all(is_preset(key) for key in scheme.values):
+    if not scheme.values:
+        given.report("is empty: it quantizes nothing", "scheme")
+        return
+    if all(is_preset(key) for key in scheme.values):
         for key in scheme.values:
             decision = read_preset(scheme, key, key, observers)
             add_targets(scheme, key, f"{name}.scheme.{key}", decision, groups)

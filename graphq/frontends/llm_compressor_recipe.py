@@ -6,7 +6,13 @@ from typing import Final
 
 from graphq.frontends.document import Document, Section, nearest, show
 from graphq.frontends.llm_compressor_args import filled
-from graphq.frontends.llm_compressor_combine import combine_algorithms, combine_rules, default_pipeline, default_prefix
+from graphq.frontends.llm_compressor_combine import (
+    CALIBRATED,
+    combine_algorithms,
+    combine_rules,
+    default_pipeline,
+    default_prefix,
+)
 from graphq.frontends.llm_compressor_modifiers import Modifier, read_modifier
 from graphq.frontends.llm_compressor_presets import UNQUANTIZED
 from graphq.match import Kind
@@ -43,13 +49,10 @@ def parse_recipe(document: Document) -> Spec:
         top.report("the recipe has no modifiers: it quantizes nothing")
     _check_sequence(modifiers)
     quantizing = [modifier for modifier in modifiers if modifier.quantizes]
-    word, prefix = _read_pipeline(top)
+    word, prefix = _read_pipeline(top, modifiers)
     rules = combine_rules(quantizing)
-    unscoped = tuple(modifier.algorithm for modifier in modifiers if modifier.algorithm is not None)
-    pipeline = word or default_pipeline(unscoped)
+    pipeline = word or default_pipeline(m.name for m in modifiers if m.has_plans or not m.quantizes)
     algorithms = combine_algorithms(modifiers, sequential=pipeline == "sequential")
-    if word is None:
-        pipeline = default_pipeline(algorithms)
     caches = {modifier.cache: modifier.section for modifier in modifiers if modifier.cache is not None}
     if len(caches) > 1:
         list(caches.values())[-1].report("another modifier has another one", "kv_cache_scheme")
@@ -147,7 +150,7 @@ def _fields(group: Section, name: str) -> Section:
     return group.section(name) or Section(group.document, {}, (*group.at, name))
 
 
-def _read_pipeline(top: Section) -> tuple[Order | None, Prefix | None]:
+def _read_pipeline(top: Section, modifiers: list[Modifier]) -> tuple[Order | None, Prefix | None]:
     """``pipeline`` and ``propagate_error``, oneshot's arguments; None where they are not given."""
     given = filled(top)
     word, propagate = given.text("pipeline"), given.boolean("propagate_error")
@@ -164,8 +167,13 @@ def _read_pipeline(top: Section) -> tuple[Order | None, Prefix | None]:
             return word, prefix
         case "basic":
             return "sequential", "float"
+        case "datafree":
+            for modifier in modifiers:
+                if modifier.name in CALIBRATED:
+                    given.report(f"datafree: {modifier.name} needs data; write sequential or independent", "pipeline")
+            return "sequential", prefix
         case _:
-            given.report(f"{show(word)} is not supported; write sequential, independent or basic", "pipeline")
+            given.report(f"{show(word)} is not supported; write sequential, independent, basic or datafree", "pipeline")
             return None, prefix
 
 

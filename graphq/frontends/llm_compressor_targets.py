@@ -72,7 +72,7 @@ def both(match: Match, ignored: Match) -> Match | None:
         case (Exact(fqn) as exact, Regex() as regex) | (Regex() as regex, Exact(fqn) as exact):
             found = _has(regex, fqn)
             if found is None:
-                return join("(?=", Regex(f"{re.escape(fqn)}$"), regex)
+                return join("(?=", whole_name(exact), regex)
             return exact if found else None
         case (Regex() as one, Regex() as other):
             return join("(?=", other, one)
@@ -83,10 +83,11 @@ def both(match: Match, ignored: Match) -> Match | None:
 def without(match: Match, others: list[Match]) -> Match | None:
     """What ``match`` matches and the others do not; None for nothing. Raises ``SpecError`` where no match says that."""
     for other in others:
+        if match == other:
+            return None
         match (match, other):
-            case (Exact(name), Exact(fqn)):
-                if name == fqn:
-                    return None
+            case (Exact(), Exact()):
+                pass
             case (Exact(fqn), Regex() as regex) if (found := _has(regex, fqn)) is not None:
                 if found:
                     return None
@@ -109,8 +110,13 @@ def join(look: str, ahead: Regex, regex: Regex) -> Regex:
     return Regex(f"{look}{ahead.pattern}){body}")
 
 
+def whole_name(match: Exact) -> Regex:
+    """The expression for a full name."""
+    return Regex(f"{_escape(match.fqn)}$")
+
+
 def _regex(match: Exact | Regex) -> Regex:
-    return match if isinstance(match, Regex) else Regex(f"{_escape(match.fqn)}$")
+    return match if isinstance(match, Regex) else whole_name(match)
 
 
 def _has(regex: Regex, fqn: str) -> bool | None:

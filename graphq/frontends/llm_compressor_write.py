@@ -1,6 +1,6 @@
 """A spec as a recipe of llm-compressor. What a recipe cannot hold is refused, a line for each thing."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Final, TypeVar, final
 
@@ -9,12 +9,12 @@ import yaml
 from graphq.errors import SpecError
 from graphq.frontends.document import Plain, read_mapping
 from graphq.frontends.llm_compressor_args import write_args
-from graphq.frontends.llm_compressor_combine import default_pipeline, default_prefix
-from graphq.frontends.llm_compressor_divide import Segment, divide, in_order
+from graphq.frontends.llm_compressor_combine import default_pipeline, default_prefix, in_order
+from graphq.frontends.llm_compressor_divide import Segment, divide
 from graphq.frontends.llm_compressor_recipe import parse_recipe
-from graphq.frontends.llm_compressor_targets import read_target, write_target
+from graphq.frontends.llm_compressor_targets import read_target, whole_name, write_target
 from graphq.frontends.llm_compressor_transforms import defaults, write_rounding, write_transform
-from graphq.match import Match
+from graphq.match import Exact, Kind, Match
 from graphq.plan import Decision, KeepFloat, Plan
 from graphq.spec import Algorithm, Rule, Spec
 
@@ -33,7 +33,7 @@ def write(spec: Spec) -> str:
     problems: list[str] = []
     wanted = _in_targets(spec, problems)
     stage = _stage(wanted, problems)
-    top = _arguments(spec, problems)
+    top = _arguments(spec, stage, problems)
     if problems:
         raise SpecError([f"llm-compressor: {problem}" for problem in problems])
     text = yaml.dump({**top, "quant_stage": stage}, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6)
@@ -50,15 +50,16 @@ def _in_targets(spec: Spec, problems: list[str]) -> Spec:
         if rule.may_match_nothing and isinstance(rule.decision, Plan):
             problems.append(f"{rule.match}: may_match_nothing: a target that quantizes may not")
         match = _made(lambda rule=rule: _translated(rule.match), problems)
-        if match is not None:
-            rules.append(replace(rule, match=match))
+        if isinstance(match, Exact) and rule.may_match_nothing:
+            match = whole_name(match)  # a full name must be there, an expression need not
+        rules.append(replace(rule, match=match or Kind("linear")))
     algorithms: list[Algorithm] = []
     for algorithm in spec.algorithms:
         if algorithm.name == "rtn":
             continue  # what happens to every layer that no other rounds
         matches = [_made(lambda match=match: _translated(match), problems) for match in algorithm.match]
         algorithms.append(replace(algorithm, match=tuple(match for match in matches if match is not None)))
-    return replace(spec, rules=tuple(rules) or spec.rules, algorithms=tuple(algorithms))
+    return replace(spec, rules=tuple(rules), algorithms=tuple(algorithms))
 
 
 def _translated(match: Match) -> Match:
@@ -132,7 +133,7 @@ def _scheme(decision: Decision) -> dict[str, Plain]:
     return scheme
 
 
-def _arguments(spec: Spec, problems: list[str]) -> dict[str, Plain]:
+def _arguments(spec: Spec, stage: dict[str, Plain], problems: list[str]) -> dict[str, Plain]:
     """What stands beside the stage: what oneshot would do differently if it were not told."""
     top: dict[str, Plain] = {}
     for name, key in _RUN:
@@ -142,16 +143,28 @@ def _arguments(spec: Spec, problems: list[str]) -> dict[str, Plain]:
     problems += [
         f"run.{name}: oneshot has no argument for it" for name in others if getattr(spec.run, name) not in ("", None)
     ]
-    if spec.pipeline != default_pipeline(spec.algorithms):
+    if spec.pipeline != default_pipeline(_planned(stage)):
         top["pipeline"] = spec.pipeline
     if spec.prefix != default_prefix(spec.algorithms):
         top["propagate_error"] = spec.prefix == "quantized"
     return top
 
 
+def _planned(stage: dict[str, Plain]) -> Iterator[str]:
+    """The classes of the modifiers that do something, as reading counts them."""
+    for group in stage.values():
+        for name, fields in group.items() if isinstance(group, dict) else ():
+            groups = fields.get("config_groups") if isinstance(fields, dict) else None
+            if not isinstance(groups, dict) or any(isinstance(g, dict) and len(g) > 1 for g in groups.values()):
+                yield name
+
+
 def _check(wanted: Spec, top: dict[str, Plain]) -> None:
     """Raises ``SpecError`` where the recipe means something else, which the precedence of targets may bring about."""
-    found = parse_recipe(read_mapping({**top}))
+    try:
+        found = parse_recipe(read_mapping({**top}))
+    except SpecError as error:
+        raise SpecError([f"llm-compressor: {problem}" for problem in error.problems]) from None
     for what, one, other in (
         ("the order of rules", _plain(wanted), _plain(found)),
         ("the layers or the order of algorithms", _listed(wanted), _listed(found)),

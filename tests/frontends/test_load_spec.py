@@ -26,8 +26,9 @@ def test_dialects():
     assert load_spec({"graphq": 1, "weight": "int8/channel"}, "native") == spec
     looked_for = (
         "no dialect is recognised; looked for native: a top-level key graphq; llmc: a top-level quant with method or "
-        "weight, or quant or sparse beside base and model; amct: a top-level quant_cfg; modelslim: a top-level apiversion, "
-        "model_quant_type, or <layer>.weight with a type such as W8A8"
+        "weight, or quant or sparse beside base and model; llm-compressor: a key that ends in _stage, _modifiers or "
+        "Modifier, or a quantization_config with quant_method compressed-tensors; amct: a top-level quant_cfg; modelslim: "
+        "a top-level apiversion, model_quant_type, or <layer>.weight with a type such as W8A8"
     )
     cases: list[tuple[Any, str | None, str]] = [
         ({"a": 1}, None, looked_for),
@@ -59,6 +60,8 @@ WORDS = st.sampled_from(
         *("base", "model", "quant", "method", "weight", "act", "kvcache", "special", "RTN", "Awq", "bit", "symmetric"),
         *("granularity", "per_group", "per_token", "group_size", "calib_algo", "static", "int_range"),
         *("mix_bits", "setting_0", "setting_1", "layer_name", "down_proj#0-1", "do_quant", "inherit", "none"),
+        *("quant_stage", "quant_modifiers", "QuantizationModifier", "GPTQModifier", "scheme", "W4A16", "config_groups"),
+        *("targets", "Linear", "weights", "num_bits", "quantization_config", "quant_method", "compressed-tensors"),
         *("ignored_layers", "block_ids", "0-3", "layer_names", "speical_names"),
     ]
 )
@@ -68,7 +71,7 @@ DATA = st.recursive(
 )
 
 
-@given(st.dictionaries(WORDS, DATA, max_size=5), st.sampled_from([None, "native", "llmc"]))
+@given(st.dictionaries(WORDS, DATA, max_size=5), st.sampled_from([None, "native", "llmc", "llm-compressor"]))
 def test_any_data_is_read_or_refused(data, dialect):
     with contextlib.suppress(SpecError):
         load_spec(data, dialect)
