@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import groupby
 from typing import Final
 
+from graphq.errors import SpecError
 from graphq.frontends.llm_compressor_modifiers import Modifier
 from graphq.frontends.llm_compressor_presets import UNQUANTIZED
 from graphq.frontends.llm_compressor_targets import both, order, without, write_target
@@ -16,6 +17,7 @@ from graphq.plan import KeepFloat, Plan
 from graphq.spec import Algorithm, Order, Prefix, Rule
 
 CALIBRATED: Final = ("SmoothQuantModifier", "AWQModifier", "GPTQModifier", "AutoRoundModifier")
+_MOST_PAIRS: Final = 50_000  # of targets, each of which may make a rule
 
 
 def combine_rules(modifiers: Sequence[Modifier]) -> tuple[Rule, ...]:
@@ -28,6 +30,9 @@ def _one_after_the_other(modifiers: Sequence[Modifier]) -> list[Rule]:
     for modifier in modifiers:
         earlier = tuple(rules)
         rules += modifier.rules
+        if len(earlier) * len(modifier.ignored) > _MOST_PAIRS:
+            modifier.section.report("is too long a list behind so many targets of earlier modifiers", "ignore")
+            continue
         for one in modifier.ignored:
             rules += modifier.section.made(lambda e=earlier, one=one: restored(e, one), "ignore") or ()
     return rules
@@ -84,6 +89,8 @@ def _scope(modifier: Modifier, quantizing: Sequence[Modifier]) -> tuple[Match, .
     for ignored in modifier.ignored:
         others += [rule.match for rule in restored(earlier, ignored) if isinstance(rule.decision, Plan)]
     own = [rule.match for rule in modifier.rules if isinstance(rule.decision, Plan)]
+    if len(own) * len(others) > _MOST_PAIRS:
+        raise SpecError("has too many targets beside those of other modifiers")
     found = [without(match, [other for other in others if not _apart(match, other)]) for match in own]
     return tuple(dict.fromkeys(match for match in found if match is not None))
 

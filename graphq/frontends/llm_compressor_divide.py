@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import final
+from typing import Final, final
 
 from graphq.errors import SpecError
 from graphq.frontends.llm_compressor_combine import in_order, precedence, restored
@@ -11,7 +11,8 @@ from graphq.match import Exact, Kind, Match, Regex
 from graphq.plan import KeepFloat, Plan
 from graphq.spec import Algorithm, Rule
 
-ROUNDING = ("gptq", "auto-round")
+ROUNDING: Final = ("gptq", "auto-round")
+_MOST_EARLIER: Final = 1000  # beyond, to look for what they decide for each float rule would take long
 
 
 @final
@@ -69,6 +70,8 @@ def _covers(algorithm: Algorithm, match: Match) -> bool:
 
 
 def _is_left_float(earlier: Sequence[Rule], rule: Rule) -> bool:
+    if len(earlier) > _MOST_EARLIER:
+        return False
     try:
         return all(isinstance(one.decision, KeepFloat) for one in restored(earlier, rule))
     except SpecError:

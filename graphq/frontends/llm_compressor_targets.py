@@ -72,16 +72,17 @@ def both(match: Match, ignored: Match) -> Match | None:
         case (Exact(fqn) as exact, Regex() as regex) | (Regex() as regex, Exact(fqn) as exact):
             found = _has(regex, fqn)
             if found is None:
-                return join("(?=", whole_name(exact), regex)
+                return join("(?=", [whole_name(exact)], regex)
             return exact if found else None
         case (Regex() as one, Regex() as other):
-            return join("(?=", other, one)
+            return join("(?=", [other], one)
         case _:
             raise SpecError(f"{ignored} ignores what an earlier modifier quantizes by {match}; write one modifier")
 
 
 def without(match: Match, others: list[Match]) -> Match | None:
     """What ``match`` matches and the others do not; None for nothing. Raises ``SpecError`` where no match says that."""
+    taken: dict[Regex, None] = {}
     for other in others:
         if match == other:
             return None
@@ -91,23 +92,25 @@ def without(match: Match, others: list[Match]) -> Match | None:
             case (Exact(fqn), Regex() as regex) if (found := _has(regex, fqn)) is not None:
                 if found:
                     return None
-            case (Kind("linear"), Exact() | Regex()):
-                match = join("(?!", _regex(other), Regex(".*"))
-            case (Exact() | Regex(), Exact() | Regex()):
-                if not (isinstance(match, Regex) and isinstance(other, Exact) and _has(match, other.fqn) is False):
-                    match = join("(?!", _regex(other), _regex(match))
+            case (Regex() as regex, Exact(fqn)) if _has(regex, fqn) is False:
+                pass
+            case (Kind("linear") | Exact() | Regex(), Exact() | Regex()):
+                taken[_regex(other)] = None
             case _:
                 raise SpecError(f"{other} takes layers from {match}; write targets that do not overlap")
-    return match
+    if not taken:
+        return match
+    own = match if isinstance(match, Regex) else whole_name(match) if isinstance(match, Exact) else Regex(".*")
+    return join("(?!", [*reversed(taken)], own)
 
 
-def join(look: str, ahead: Regex, regex: Regex) -> Regex:
-    """``regex`` where ``ahead`` matches, too, or does not: ``look`` is ``(?=`` or ``(?!``."""
-    for one in (ahead, regex):
+def join(look: str, ahead: list[Regex], regex: Regex) -> Regex:
+    """``regex`` where all of ``ahead`` match, too, or none does: ``look`` is ``(?=`` or ``(?!``."""
+    for one in (*ahead, regex):
         if _UNJOINABLE.search(one.pattern):
             raise SpecError(f"{one} overlaps another modifier's targets, and cannot be taken from them")
-    body = regex.pattern if regex.pattern == ".*" or regex.pattern.startswith("(?!") else f"(?:{regex.pattern})"
-    return Regex(f"{look}{ahead.pattern}){body}")
+    body = regex.pattern if regex.pattern == ".*" else f"(?:{regex.pattern})"
+    return Regex("".join(f"{look}{one.pattern})" for one in ahead) + body)
 
 
 def whole_name(match: Exact) -> Regex:
