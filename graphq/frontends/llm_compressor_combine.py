@@ -12,12 +12,13 @@ from graphq.errors import SpecError
 from graphq.frontends.llm_compressor_modifiers import Modifier
 from graphq.frontends.llm_compressor_presets import UNQUANTIZED
 from graphq.frontends.llm_compressor_targets import both, order, without, write_target
-from graphq.match import Exact, Kind, Match
+from graphq.match import Exact, Kind, Match, Regex
 from graphq.plan import KeepFloat, Plan
 from graphq.spec import Algorithm, Order, Prefix, Rule
 
 CALIBRATED: Final = ("SmoothQuantModifier", "AWQModifier", "GPTQModifier", "AutoRoundModifier")
 _MOST_PAIRS: Final = 50_000  # of targets, each of which may make a rule
+_MOST_CHARACTERS: Final = 100_000  # of expressions joined from them
 
 
 def combine_rules(modifiers: Sequence[Modifier]) -> tuple[Rule, ...]:
@@ -30,7 +31,7 @@ def _one_after_the_other(modifiers: Sequence[Modifier]) -> list[Rule]:
     for modifier in modifiers:
         earlier = tuple(rules)
         rules += modifier.rules
-        if len(earlier) * len(modifier.ignored) > _MOST_PAIRS:
+        if _is_too_much([rule.match for rule in earlier], [rule.match for rule in modifier.ignored]):
             modifier.section.report("is too long a list behind so many targets of earlier modifiers", "ignore")
             continue
         for one in modifier.ignored:
@@ -89,10 +90,18 @@ def _scope(modifier: Modifier, quantizing: Sequence[Modifier]) -> tuple[Match, .
     for ignored in modifier.ignored:
         others += [rule.match for rule in restored(earlier, ignored) if isinstance(rule.decision, Plan)]
     own = [rule.match for rule in modifier.rules if isinstance(rule.decision, Plan)]
-    if len(own) * len(others) > _MOST_PAIRS:
+    if _is_too_much(own, others):
         raise SpecError("has too many targets beside those of other modifiers")
     found = [without(match, [other for other in others if not _apart(match, other)]) for match in own]
     return tuple(dict.fromkeys(match for match in found if match is not None))
+
+
+def _is_too_much(matches: Sequence[Match], others: Sequence[Match]) -> bool:
+    """Whether to compare, and join, each of these with each of the others may take very long."""
+    if len(matches) * len(others) > _MOST_PAIRS:
+        return True
+    lengths = [[len(one.pattern) for one in ones if isinstance(one, Regex)] for ones in (matches, others)]
+    return sum(lengths[0]) * len(others) + sum(lengths[1]) * len(lengths[0]) > _MOST_CHARACTERS
 
 
 def _apart(match: Match, other: Match) -> bool:

@@ -218,7 +218,7 @@ def _quantization(section: Section) -> tuple[dict[str, Scalar], tuple[Match, ...
 
 def _gptq(section: Section) -> tuple[dict[str, Scalar], tuple[Match, ...]]:
     options: dict[str, Scalar] = {"act_order": "static", "scales": "plan"}
-    if section.values.get("block_size") is not None or "block_size" in section.values:
+    if "block_size" in section.values:
         options["block_size"] = section.integer("block_size")
     if "dampening_frac" in section.values:
         options["dampening"] = number(section, "dampening_frac")

@@ -244,3 +244,27 @@ def test_a_checkpoint_s_config():
     )
     with pytest.raises(SpecError, match="no dialect is recognised"):
         load_spec({"quantization_config": {"quant_method": "gptq"}})
+
+
+@pytest.mark.parametrize(
+    ("earlier", "ignored"),
+    [([f"re:{'(a+)+' * 50}{i}" for i in range(60)], ["re:x", "re:y"] * 30), ([f"a.b{i}" for i in range(300)], [f"a.c{i}" for i in range(300)])],
+)  # fmt: skip
+def test_what_would_take_very_long_is_refused(earlier, ignored):
+    recipe = several(
+        ("QuantizationModifier", {"scheme": "W4A16", "targets": earlier}),
+        ("QuantizationModifier", {"scheme": "W8A16", "ignore": list(dict.fromkeys([*ignored, *earlier]))}),
+    )
+    assert problems(recipe) == [
+        "quant_stage.quant_modifiers[1].QuantizationModifier.ignore: is too long a list behind so many targets of earlier modifiers"
+    ]
+
+
+def test_too_many_targets_beside_others_are_refused():
+    recipe = several(
+        ("GPTQModifier", {"scheme": "W4A16", "targets": [f"re:a{i}" for i in range(300)]}),
+        ("QuantizationModifier", {"scheme": "W8A16", "targets": [f"re:b{i}" for i in range(300)]}),
+    )
+    assert problems(recipe) == [
+        "quant_stage.quant_modifiers[0].GPTQModifier: has too many targets beside those of other modifiers"
+    ]

@@ -179,6 +179,8 @@ PLAN = "algorithms: [{gptq: {scales: plan%s}}]\n"
         # Algorithms: a modifier for the layers of each.
         ([f"re:b | {W4}", f"re:a | {W8}"], PLAN % "", [(GPTQ, {"group_0": ["re:b"], "group_1": ["re:a"]})]),
         ([f"re:b | {W4}", f"re:a | {W8}"], PLAN % ", match: 're:a'", [(RTN, {"group_0": ["re:b"]}), (GPTQ, {"group_0": ["re:a"]})]),
+        ([f"re:c | {W4}", "re:b | float: UNQUANTIZED", f"re:a | {W8}"], PLAN % ", match: 're:a'", [
+            (RTN, {"group_0": ["re:c"], "group_1": ["re:b"]}), (GPTQ, {"group_0": ["re:a"]})]),
         ([f"re:b | {W4}", f"re:a | {W8}"], PLAN % ", match: 're:(?!a)(?:b)'", [(GPTQ, {"group_0": ["re:b"]}), (RTN, {"group_0": ["re:a"]})]),
         ([f"kind:linear | {W4}", f"re:a | {W8}"], PLAN % ", match: 're:(?!a).*'", [(GPTQ, {"group_0": ["Linear"]}), (RTN, {"group_0": ["re:a"]})]),
         ([f"re:b | {W4}", f"re:a | {W8}"], "algorithms: [rtn]\n", [(RTN, {"group_0": ["re:b"], "group_1": ["re:a"]})]),
