@@ -112,6 +112,8 @@ FORMATS: list[tuple[str, str | None, list[Any]]] = [
     ("int8/by_sign/channel", "int8/by_sign/tensor", []),
     ("int8/channel", "int8/token/dynamic", []),
     ("int8/asym/tensor", "int8/asym/tensor/percentile99.9", []),
+    ("int8/channel", "int8/g32/dynamic", []),
+    ("int8/g32", "int8/tensor", []),
     ("int8/channel", "int8/tensor/ema0.1", []),
     ("int4/g32", None, []),
     ("int4/asym/joint/g32", None, []),
@@ -169,7 +171,8 @@ def test_what_is_packed_gives_what_was_fake_quantized(
     else:  # sums of integers are exact, those of floats are not
         bound = 1e-5 if dtype == torch.float32 else 0.02
         assert float((got - fake).abs().max()) <= bound * float(fake.abs().max())
-    assert isinstance(model.up.product, Int8Linear) == (weight[:4] == "int8" and input is not None)
+    both = weight.startswith("int8") and input is not None
+    assert isinstance(model.up.product, Int8Linear) == (both and "/g32" not in f"{weight} {input}")
 
 
 CONVOLUTIONS: list[tuple[str, str | None, list[Any]]] = [
