@@ -252,6 +252,10 @@ ignored_layers:
     )
     names = "layer_name: [mlp#1-2, mlp.up_proj#3, up#1, p.up_proj#1]\n"
     assert names in write_spec(Spec((BASE, *near)), "llmc")
+    two = (Rule(Name("o_proj", (1,)), KeepFloat("x")), Rule(Name("up_proj", (2,)), KeepFloat("x")))
+    written = write_spec(Spec((BASE, *two)), "llmc")  # there is one list of blocks to ignore
+    assert "layer_name: [up_proj#2]\n" in written
+    assert written.endswith("ignored_layers:\n    block_ids: [1]\n    layer_names: [o_proj]\n")
     whole = (Rule(Blocks((0, 1)), KeepFloat("x")), Rule(Blocks((3, 4, 5, 1)), KeepFloat("y")))
     assert write_spec(Spec((BASE, *whole)), "llmc").endswith("ignored_layers:\n    block_ids: [0, 1, 3-5]\n")
     kept = (*whole[:1], Rule(Name("o_proj", (4,)), KeepFloat("x")))
@@ -259,6 +263,20 @@ ignored_layers:
         Rule(Name("o_proj", (4,)), KeepFloat("mix_bits.setting_0: do_quant False"), exclusive="mix_bits"),
         Rule(Blocks((0, 1)), KeepFloat("ignored_layers: block_ids")),
     )
+
+
+@pytest.mark.parametrize(
+    ("input", "cache", "static"),
+    [
+        *(("int8/tensor", "int8/tensor", ""), ("int8/tensor", "int8/token/dynamic", "        static: false\n")),
+        *(("int8/token/dynamic", "int8/tensor", "        static: true\n"), (None, "int8/tensor/dynamic", "")),
+    ],
+)
+def test_a_cache_says_static_where_activations_do_not(input, cache, static):
+    spec = Spec((Rule(Blocks(), quants("int8/channel", input)),), cache=parse_quant(cache))
+    written = write_spec(spec, "llmc")
+    assert written.partition("kvcache:")[2].partition("granularity: ")[2].partition("\n")[2] == static
+    assert load_spec(written) == spec
 
 
 def test_many_rules_are_written_in_no_time():
