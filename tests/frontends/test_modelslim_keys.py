@@ -180,6 +180,12 @@ def test_who_is_rounded_by_gptq():
     assert roundings(lq(include=["x.*"]), lq(A8, gptq, exclude=["x.*"])) == ["gptq linear:* but x.*"]
     assert roundings(lq(exclude=["*mlp*"]), lq(A8, gptq, include=["*mlp.up"])) == ["gptq linear:*mlp.up"]
     assert roundings(lq(include=["*a*"], exclude=["x.*"]), lq(A8, gptq, include=["y*"])) == ["gptq linear:y* but *a*"]
+    assert roundings(lq(include=["x.a*"], exclude=["*c"]), lq(A8, gptq, exclude=["x.*"])) == ["gptq linear:* but x.*"]
+    assert roundings(lq(A8, gptq, include=["a.*"]), lq(A8, gptq, include=["*c"]), lq()) == [
+        "gptq linear:*c | linear:a.*"
+    ]
+    learned = {"type": "autoround_quant", "strategies": [{"qconfig": {"weight": W4 | {"method": "autoround"}}}]}
+    assert load_spec(cfg(learned)).algorithms[0].options == (("steps", 10),)
     damped = gptq | {"ext": {"percdamp": "1e-1"}}
     assert roundings(lq(A8, gptq, include=["x.*"]), lq(A8, damped)) == ["gptq linear:x.*", "gptq linear:* but x.*"]
 
