@@ -98,10 +98,10 @@ class Glob:
     def __post_init__(self) -> None:
         if not set(self.pattern) & set("*?["):
             raise SpecError(f"{self.pattern!r} has no wildcard; write it as a name")
-        if "#" in self.pattern or self.pattern.startswith(("=", "~", "re:", "kind:")):
+        if "#" in self.pattern or self.pattern.startswith(("=", "~", "re:", "kind:", "linear:")):
             raise SpecError(
-                f"{self.pattern!r}: a pattern takes neither =, ~, re: or kind: nor #blocks; write a name, such as"
-                " down_proj#0-1"
+                f"{self.pattern!r}: a pattern takes neither =, ~, re:, kind: or linear: nor #blocks; write a name,"
+                " such as down_proj#0-1"
             )
 
     def matches(self, layer: Layer) -> bool:

@@ -76,7 +76,9 @@ SPECS: dict[str, tuple[Any, str]] = {
         {"bits": 4},
         (
             "no dialect is recognised; looked for native: a top-level key graphq; llmc: a top-level quant with method or "
-            "weight, or quant or sparse beside base and model; amct: a top-level quant_cfg"
+            "weight, or quant or sparse beside base and model; llm-compressor: a key that ends in _stage, _modifiers or "
+            "Modifier, or a quantization_config with quant_method compressed-tensors; amct: a top-level quant_cfg; "
+            "modelslim: a top-level apiversion, model_quant_type, or <layer>.weight with a type such as W8A8"
         ),
     ),
     "number": (4, "a spec is a path, a preset's name, a mapping or a Spec, not 4"),
@@ -101,7 +103,10 @@ def test_all_problems_at_once():
 
 def test_options():
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"dialect": "llcm"}, "'llcm' is not a dialect; did you mean llmc? (known: native, llmc, amct)"),
+        (
+            {"dialect": "llcm"},
+            "'llcm' is not a dialect; did you mean llmc? (known: native, llmc, llm-compressor, amct, modelslim)",
+        ),
         ({"algorithm": "gptq"}, "algorithm: 'gptq' is not rtn; other algorithms stand in the spec"),
     ]
     for options, problem in cases:

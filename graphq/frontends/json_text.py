@@ -1,20 +1,23 @@
 """A JSON file as a document. Checkpoints describe each of their tensors in one, far beyond the size of a written spec.
 
-RFC 8259, less repeated keys and numbers that are not finite. The top level is read key by key, for their lines.
+RFC 8259, less repeated keys and numbers that are not finite. Every key and item has its line.
 """
 
+import itertools
 import json
 import math
 import os
 import re
+from collections.abc import Iterator
 from typing import Final, cast
 
 from graphq.errors import SpecError
-from graphq.frontends.document import MAX_DEPTH, MAX_INTEGER_BITS, Document, Plain
+from graphq.frontends.document import MAX_DEPTH, MAX_INTEGER_BITS, Document, KeyPath, Plain
 from graphq.frontends.yaml_text import read_utf8
 
 MAX_BYTES: Final = 64_000_000
 MAX_VALUES: Final = 1_000_000
+_TOKEN: Final = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\],:]|[^\s{}\[\],:"]+')
 _SPACE: Final = re.compile(r"[ \t\r\n]*")
 
 
@@ -40,7 +43,8 @@ def read_json(text: str, path: str = "", max_values: int = MAX_VALUES) -> Docume
             if not isinstance(key, str):
                 raise SpecError(f"{document.prefix((), line)}a key is not a string")
             at = _after(text, _skip(text, at), ":")
-            value, at = cast("tuple[Plain, int]", decoder.raw_decode(text, _skip(text, at)))
+            start = _skip(text, at)
+            value, at = cast("tuple[Plain, int]", decoder.raw_decode(text, start))
             values += 1 if isinstance(value, str) else _count(document, value, key, line)
             if values > max_values:
                 raise SpecError(f"{document.prefix((key,), line)}more than {max_values:,} values")
@@ -49,6 +53,9 @@ def read_json(text: str, path: str = "", max_values: int = MAX_VALUES) -> Docume
             else:
                 document.root[key] = value
                 document.lines[(key,)] = line
+                if isinstance(value, dict | list):
+                    first = line + text.count("\n", counted, start)
+                    _find_lines(_tokens(text, start, at, first), document.lines, (key,))
             at = _skip(text, at)
             if text[at : at + 1] != "}":
                 at = _skip(text, _after(text, at, ","))
@@ -71,6 +78,35 @@ def read_json(text: str, path: str = "", max_values: int = MAX_VALUES) -> Docume
             raise SpecError(f"{document.prefix(())}a string holds half of a surrogate pair") from None
     document.finish()
     return document
+
+
+def _tokens(text: str, start: int, end: int, line: int) -> Iterator[tuple[str, int]]:
+    """The tokens of valid JSON from ``start`` to ``end``, with their lines."""
+    counted = start
+    for found in _TOKEN.finditer(text, start, end):
+        line, counted = line + text.count("\n", counted, found.start()), found.start()
+        yield found[0], line
+
+
+def _find_lines(tokens: Iterator[tuple[str, int]], lines: dict[KeyPath, int], at: KeyPath) -> None:
+    """Adds the line of every key and item of the value that ``tokens`` begin with, which stands at ``at``."""
+    opened, line = next(tokens)
+    lines.setdefault(at, line)
+    if opened not in ("{", "["):
+        return
+    for index in itertools.count():
+        token, line = next(tokens)
+        if token in ("}", "]"):
+            return
+        if token == ",":
+            token, line = next(tokens)
+        inner = (*at, json.loads(token) if opened == "{" else index)
+        lines[inner] = line
+        if opened == "{":
+            next(tokens)  # the colon
+            _find_lines(tokens, lines, inner)
+        else:
+            _find_lines(itertools.chain([(token, line)], tokens), lines, inner)
 
 
 class _WrongError(Exception):

@@ -8,7 +8,7 @@ from typing import Final
 
 from graphq.errors import SpecError
 from graphq.frontends.document import nearest
-from graphq.match import Blocks, Exact, Glob, Kind, Match, Name, Part, Regex
+from graphq.match import Blocks, Exact, Glob, Kind, Kinds, Linears, Match, Name, Part, Regex
 
 CLASSES: Final[dict[str, Match]] = {
     "Linear": Kind("linear"),
@@ -149,6 +149,13 @@ def write_target(match: Match) -> str:
             return f"re:.*{_escape(text)}"
         case Glob(pattern):
             return f"re:{_from_glob(pattern)}$"
+        case Linears("*", ()):
+            return "Linear"
+        case Linears(pattern, but):
+            apart = "".join(f"(?!{_glob(one)}$)" for one in but)
+            return f"re:{apart}{_glob(pattern)}$"
+        case Kinds():
+            raise SpecError(f"{match}: a target is for one class; write a rule for each kind")
         case Blocks():
             raise SpecError(
                 f"{match}: a target says nothing of repeated blocks; write re: and a regular expression, or kind:linear"
@@ -174,6 +181,10 @@ def _from_glob(pattern: str) -> str:
             f"{pattern}: it leaves out heads and layers outside of the blocks that it does not spell, which a regular"
             " expression does not; write re: and an expression"
         )
+    return _glob(pattern)
+
+
+def _glob(pattern: str) -> str:
     parts: list[str] = []
     for piece in re.findall(r"\*+|\?|\[!?\]?[^\]]*\]|.", pattern):
         if piece.startswith("*"):

@@ -14,7 +14,7 @@ from graphq.frontends.llm_compressor_divide import Segment, divide
 from graphq.frontends.llm_compressor_recipe import parse_recipe
 from graphq.frontends.llm_compressor_targets import read_target, whole_name, write_target
 from graphq.frontends.llm_compressor_transforms import defaults, write_rounding, write_transform
-from graphq.match import Exact, Kind, Match
+from graphq.match import Exact, Kind, Kinds, Match
 from graphq.plan import Decision, KeepFloat, Plan
 from graphq.spec import Algorithm, Rule, Spec
 
@@ -44,7 +44,9 @@ def write(spec: Spec) -> str:
 def _in_targets(spec: Spec, problems: list[str]) -> Spec:
     """The spec with matches as targets have them."""
     rules: list[Rule] = []
-    for rule in spec.rules:
+    for rule in (one for asked in spec.rules for one in _one_kind_each(asked)):
+        if rule.only_if:
+            problems.append(f"{rule.match}: only_if: {', '.join(map(str, rule.only_if))}: targets have no constraints")
         if rule.exclusive:
             problems.append(f"{rule.match}: exclusive: targets have no such word")
         if rule.may_match_nothing and isinstance(rule.decision, Plan):
@@ -60,6 +62,12 @@ def _in_targets(spec: Spec, problems: list[str]) -> Spec:
         matches = [_made(lambda match=match: _translated(match), problems) for match in algorithm.match]
         algorithms.append(replace(algorithm, match=tuple(match for match in matches if match is not None)))
     return replace(spec, rules=tuple(rules), algorithms=tuple(algorithms))
+
+
+def _one_kind_each(rule: Rule) -> list[Rule]:
+    if isinstance(rule.match, Kinds):
+        return [replace(rule, match=Kind(kind)) for kind in rule.match.kinds]
+    return [rule]
 
 
 def _translated(match: Match) -> Match:

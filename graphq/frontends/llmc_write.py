@@ -102,6 +102,8 @@ class _Writer:
         """Reports flags of a rule that a config has no word for."""
         if rule.may_match_nothing:
             self.problems.append(f"{rule.match}: may_match_nothing: a name in an LLMC config must match")
+        if rule.only_if:
+            self.problems.append(f"{rule.match}: only_if: {', '.join(map(str, rule.only_if))}: LLMC has no constraints")
         if rule.exclusive not in ("", MIX_BITS) or (rule.exclusive and not exclusive):
             self.problems.append(f"{rule.match}: exclusive: {rule.exclusive}: only settings of mix_bits are exclusive")
 

@@ -112,6 +112,8 @@ def _chosen(spec: Spec, problems: list[str]) -> Iterator[_Chosen]:
 
 def _rule_problems(rule: Rule) -> Iterator[str]:
     where = f"{rule.source}: " if rule.source else ""
+    if rule.only_if:
+        yield f"{where}{rule.match}: only_if: {', '.join(map(str, rule.only_if))}: msModelSlim has no constraints"
     if rule.exclusive:
         yield f"{where}{rule.match}: exclusive: msModelSlim's processors may select one layer twice"
     if rule.may_match_nothing and isinstance(rule.decision, Plan):

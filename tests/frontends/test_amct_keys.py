@@ -138,7 +138,7 @@ BAD: dict[str, tuple[Any, list[str]]] = {
     "a pattern's cache": (config(**{"*mlp*.kvcache": CACHE}), [
         "quant_cfg.'*mlp*.kvcache': a cache for some layers is not supported; write kvcache"]),
     "a pattern with blocks": (config(**{"*mlp*#1.weights": INT4}), [
-        ("quant_cfg.'*mlp*#1.weights': '*mlp*#1': a pattern takes neither = nor #blocks; write a name, such as "
+        ("quant_cfg.'*mlp*#1.weights': '*mlp*#1': a pattern takes neither =, ~, re:, kind: or linear: nor #blocks; write a name, such as "
         "down_proj#0-1")]),
     "a pattern that is illegal": (config(**{"*mlp*.weights": INT8 | {"type": "hifloat8"}}, algorithm="awq"), [
         ("quant_cfg.'*mlp*.weights': AMCT has no combination of weights hifloat8 by channel symmetric, algorithm awq; "

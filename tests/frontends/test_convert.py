@@ -1,14 +1,17 @@
 """From dialect to dialect: every example, written in every dialect that can hold it, plans every layer alike."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from graphq.constraint import parse_constraint
 from graphq.errors import SpecError
-from graphq.frontends import DIALECTS, load_spec, print_spec, write_spec
-from graphq.match import Layer
+from graphq.frontends import DIALECTS, load_spec, write_spec
+from graphq.match import Blocks, Kind, Layer
 from graphq.plan import Plan
-from graphq.spec import Spec, resolve
+from graphq.quant import parse_quant
+from graphq.spec import Rule, Spec, resolve
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 FILES = sorted(path for folder in CONFIGS.iterdir() for path in folder.iterdir())
@@ -43,7 +46,6 @@ def test_every_layer_keeps_its_plan(path, dialect):
         return
     again = load_spec(text + "\n", dialect)
     assert again.dialect == dialect
-    assert write_spec(again, dialect) == text
     layers = decoder(32)
     try:
         expected = plans(spec, layers)
@@ -54,9 +56,8 @@ def test_every_layer_keeps_its_plan(path, dialect):
     assert plans(again, layers) == expected
     assert (again.pipeline, again.prefix, again.cache) == (spec.pipeline, spec.prefix, spec.cache)
     assert [(a.name, dict(a.options)) for a in again.algorithms] == [(a.name, dict(a.options)) for a in spec.algorithms]
-    assert (again.run == spec.run) or dialect != spec.dialect
     if dialect == spec.dialect:
-        assert print_spec(again) == print_spec(spec)
+        assert again.run == spec.run
 
 
 def test_some_examples_go_everywhere():
@@ -71,3 +72,16 @@ def test_some_examples_go_everywhere():
                 pass
     assert held["native"] == len(FILES)
     assert all(count >= 10 for count in held.values()), held
+
+
+@pytest.mark.parametrize("dialect", [dialect for dialect in DIALECTS if dialect != "native"])
+@pytest.mark.parametrize("word", ["only_if", "exclusive"])
+def test_a_flag_of_a_rule_is_kept_or_refused(dialect, word):
+    flag: dict[str, Any] = {"only_if": (parse_constraint("K % 64"),)} if word == "only_if" else {"exclusive": "word"}
+    match = Blocks() if dialect == "llmc" else Kind("linear")
+    spec = Spec((Rule(match, Plan(parse_quant("int8/channel")), **flag),))
+    if dialect == "amct" and word == "only_if":  # its combinations have constraints of their own
+        word = "no such combination"
+    with pytest.raises(SpecError) as caught:
+        write_spec(spec, dialect)
+    assert any(word in line for line in caught.value.problems), caught.value

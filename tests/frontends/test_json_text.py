@@ -16,7 +16,22 @@ def test_values_and_lines():
     text = '\ufeff{ "a" : 1,\n\n"b": [true, null, {"c": -2.5e1}],"\\u00e9\\n": "x",\r\n\t"d": {}}\n'
     document = read_json(text[1:], "f.json")
     assert document.root == {"a": 1, "b": [True, None, {"c": -25.0}], "é\n": "x", "d": {}}
-    assert document.lines == {("a",): 1, ("b",): 3, ("é\n",): 3, ("d",): 4}
+    inner = {("b", 0): 3, ("b", 1): 3, ("b", 2): 3, ("b", 2, "c"): 3}
+    assert document.lines == {("a",): 1, ("b",): 3, **inner, ("é\n",): 3, ("d",): 4}
+    nested = read_json('{"a": [1,\n[],\n{},\n[{\n"b": "]}\\"", "c\\u0041":\n[2, 3]}],\n4]}').lines
+    assert nested == {
+        ("a",): 1,
+        ("a", 0): 1,
+        ("a", 1): 2,
+        ("a", 2): 3,
+        ("a", 3): 4,
+        ("a", 3, 0): 4,
+        ("a", 4): 7,
+        ("a", 3, 0, "b"): 5,
+        ("a", 3, 0, "cA"): 5,
+        ("a", 3, 0, "cA", 0): 6,
+        ("a", 3, 0, "cA", 1): 6,
+    }
     assert (document.path, document.problems) == ("f.json", [])
     assert read_json("{}").root == {}
     assert read_json(" { } ").root == {}
