@@ -172,7 +172,7 @@ def layers(gm: fx.GraphModule) -> dict[str, Layer]:
                 named_only = "output head"
             elif source.blocks and block is None:
                 named_only = "outside of the repeated blocks"
-            dtype = str(site.param.val.dtype).removeprefix("torch.")
+            dtype = str(source.dtype if source.files else site.param.val.dtype).removeprefix("torch.")
             bias = getattr(site.op, "bias", None) is not None or isinstance(site.op, TransposedLinear)
             found[fqn] = Layer(fqn, kind, shape, block, named_only, dtype, bias, _padding(site.op))
     return found

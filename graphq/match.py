@@ -24,7 +24,7 @@ class Layer:
 
     ``named_only``: why it is quantized only by a rule that names it; empty for the others.
     ``shape``: the weight's, channels first (an ``[N, K]`` matrix for a linear, whatever the layout it is stored in).
-    ``dtype``: the weight's, by torch's name. ``bias``: whether one is added. ``padding``: a convolution's mode.
+    ``dtype``: the weight's in the source, by torch's name. ``bias``: whether there is one. ``padding``: its mode.
     """
 
     fqn: str

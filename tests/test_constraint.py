@@ -1,6 +1,7 @@
 """What a layer must be for a rule: texts of constraints, what each says of a layer, and layers as they are read."""
 
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import graphq
+from graphq import compiler
 from graphq.constraint import (
     AtMost,
     MoreThan,
@@ -28,7 +30,7 @@ from graphq.match import Kind, Kinds, Layer, parse_match
 from graphq.plan import KeepFloat, Plan
 from graphq.quant import parse_quant
 from graphq.spec import Rule, Spec, resolve
-from tests.models import capture, captured
+from tests.models import capture, captured, tiny
 
 LAYER = Layer("a", "linear", (48, 100), dtype="bfloat16", bias=True)
 AXES = st.sampled_from(["N", "K"])
@@ -243,6 +245,15 @@ def test_what_is_read_of_a_layer() -> None:
         ("replicate", "bfloat16", True, "replicate"),
         ("outside", "bfloat16", True, "zeros"),
     ]
+
+
+def test_the_dtype_of_a_directory_is_the_one_it_records(tmp_path: Path) -> None:
+    """Captured in float32, whether its weights are read or not."""
+    place = tmp_path / "llama"
+    tiny("llama", num_hidden_layers=1).bfloat16().save_pretrained(place)
+    for weights in (True, False):
+        found = layers(compiler.capture(place, weights=weights))
+        assert {one.dtype for one in found.values()} == {"bfloat16"}
 
 
 def test_biases_of_families() -> None:
