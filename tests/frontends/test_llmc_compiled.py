@@ -19,7 +19,7 @@ from tests.models import random_inputs, tiny
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs" / "llmc"
 DOCUMENTED = ("mix_bits_1_down_proj", "mix_bits_2_blocks", "mix_bits_3_w4a4_w8a8", "mix_bits_4_everything")
 SIX = ("stdlib_llama_blocks", "stdlib_llama_everything", "stdlib_llama_w4_mixed")
-BLOCKS: dict[str, int] = dict.fromkeys(DOCUMENTED, 32) | dict.fromkeys(SIX, 6)
+BLOCKS = {str(name): 32 for name in DOCUMENTED} | {str(name): 6 for name in SIX}
 # Layers by plan; what stays float besides the embedding and the head.
 PLANS = {
     "mix_bits_1_down_proj": {"int4/asym/g128 x float": 192, "int8/asym/g128 x float": 32},
