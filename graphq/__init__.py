@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from graphq import evaluate
     from graphq.codec import decode, encode, fake_quantize
     from graphq.compiler import Compiled, compare, compile, explain  # noqa: A004
-    from graphq.frontends import load_spec, write_spec
+    from graphq.frontends import convert_spec, load_spec, write_spec
     from graphq.in_place import convert, in_place_report, quantize
     from graphq.lowering.torch_module import load
     from graphq.lowering.verify import verify
@@ -23,6 +23,7 @@ _HOMES = {
     "compare": "graphq.compiler",
     "compile": "graphq.compiler",
     "explain": "graphq.compiler",
+    "convert_spec": "graphq.frontends",
     "load_spec": "graphq.frontends",
     "write_spec": "graphq.frontends",
     "convert": "graphq.in_place",
@@ -45,6 +46,7 @@ __all__ = [
     "compare",
     "compile",
     "convert",
+    "convert_spec",
     "decode",
     "dump",
     "encode",

@@ -19,6 +19,7 @@ from graphq.model_text import calibration_batches, check_fit, file_windows
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from graphq.match import Layer
     from graphq.report import Report
     from graphq.spec import Run
 
@@ -213,22 +214,29 @@ def convert(
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Where to write it; default: the standard output.")
     ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(metavar="MODEL_DIR", help="Where the rules cannot be said, name the layers of this model."),
+    ] = None,
+    adapt: Annotated[
+        bool, typer.Option("--adapt", help="Round as the other tool does, with its options; a note tells each change.")
+    ] = False,
     dialect: Dialect = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE if it exists.")] = False,
     debug: Debug = False,
 ) -> None:
     """Write a spec in another dialect. What that dialect cannot hold is an error that names it."""
     from graphq.files import write_text
-    from graphq.frontends import load_spec, write_spec
+    from graphq.frontends import convert_spec, load_spec
 
     parsed = load_spec(spec, dialect)
-    text = write_spec(parsed, to)
-    for note in parsed.notes:
+    found = convert_spec(parsed, to, None if model is None else _layers(model), adapt)
+    for note in (*parsed.notes, *found.notes):
         typer.echo(f"note: {note}", err=True)
     if out is None:
-        typer.echo(text, nl=False)
+        typer.echo(found.text, nl=False)
     else:
-        write_text(out, text, overwrite)
+        write_text(out, found.text, overwrite)
 
 
 @spec_app.command()
@@ -318,6 +326,14 @@ def _model(given: Path | None, run: "Run") -> Path:
     if given is None and not run.model:
         raise typer.BadParameter("none is given, and the spec names none", param_hint="MODEL_DIR")
     return given or Path(run.model)
+
+
+def _layers(model: Path) -> "dict[str, Layer]":
+    """The layers of the model in a directory, whose weights are not read."""
+    from graphq.compiler import capture
+    from graphq.layers import layers
+
+    return layers(capture(model, weights=False))
 
 
 def _calibration(

@@ -1,4 +1,4 @@
-"""The dialects a spec can be written in: ``load_spec`` reads them, ``write_spec`` writes them."""
+"""The dialects a spec can be written in: ``load_spec`` reads them, ``write_spec`` and ``convert_spec`` write them."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -7,13 +7,15 @@ from typing import Final, cast, final
 
 from graphq.errors import SpecError
 from graphq.frontends import amct, llm_compressor, llmc, modelslim, native, presets
+from graphq.frontends.convert import Converted, converted
 from graphq.frontends.document import Document, nearest, read_mapping, show
 from graphq.frontends.json_text import read_json_file
 from graphq.frontends.native import print_spec
 from graphq.frontends.yaml_text import read_file, read_text
+from graphq.match import Layer
 from graphq.spec import Spec
 
-__all__ = ["DIALECTS", "load_spec", "print_spec", "write_spec"]
+__all__ = ["DIALECTS", "Converted", "convert_spec", "load_spec", "print_spec", "write_spec"]
 
 
 @final
@@ -77,6 +79,18 @@ def write_spec(spec: Spec, dialect: str) -> str:
     """
     _check_dialect(dialect)
     return _DIALECTS[dialect].write(spec)
+
+
+def convert_spec(spec: Spec, dialect: str, layers: Mapping[str, Layer] | None = None, adapt: bool = False) -> Converted:
+    """The spec as text in a dialect, as ``write_spec`` has it where that can.
+
+    ``layers``, of a model: where the dialect cannot say the rules, they are written for this model's layers, by name.
+    ``adapt``: rounding and options for which the dialect's tool has conventions of its own are replaced by these, and
+    what it cannot say of the run is left out; the notes have a line for each. Bits, symmetry, granularity, element
+    formats, algorithms and layers never change. Raises ``SpecError`` with a line for each thing that still cannot be.
+    """
+    _check_dialect(dialect)
+    return converted(spec, dialect, _DIALECTS[dialect].write, lambda text: load_spec(text, dialect), layers, adapt)
 
 
 def _check_dialect(name: str) -> None:

@@ -1,0 +1,271 @@
+"""The conventions of each dialect's tool, and a spec with them in place of its own.
+
+How an integer's scale is divided, how a zero point is added, how a shared exponent is found, and the options of an
+algorithm that a tool has fixed. Bits, symmetry, granularity, group sizes, element formats, which algorithm and which
+layers are no conventions: they are left as they are, for the writer to hold or to refuse.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, final
+
+from graphq.formats import Divisor, ExponentRule, Float, FloatScale, Format, Int, Mx, MxElement
+from graphq.frontends.llm_compressor_transforms import defaults
+from graphq.frontends.llmc_run import TARGETS
+from graphq.frontends.llmc_tensor import mse
+from graphq.frontends.modelslim_write import SAVERS
+from graphq.plan import Plan
+from graphq.quant import MinMax, MovingAverage, Mse, Ofmr, PerToken, Quant
+from graphq.spec import Algorithm, Order, Prefix, Run, Spec
+
+Value = str | int | float | bool | None
+_ANY: Final[tuple[Value, ...]] = ()
+
+
+@final
+@dataclass(frozen=True)
+class Conventions:
+    """What a tool does its own way.
+
+    ``options``: by algorithm, those that it has, with the values that they may have, the first in place of others;
+    none for any value. What it has no option for is as graphq has it by default. ``always``: those that are written.
+    ``prefixes``: those that it has with an algorithm, and without one. ``averages``: whether the extremes of integer
+    inputs may be averaged over batches.
+    """
+
+    tool: str
+    text: str
+    divisor: Divisor
+    joint: bool
+    exponents: Mapping[MxElement, ExponentRule]
+    options: Mapping[str, Mapping[str, tuple[Value, ...]]]
+    run: tuple[str, ...]
+    targets: tuple[str, ...] = ()
+    orders: tuple[Order, ...] = ("sequential", "independent")
+    prefixes: tuple[tuple[Prefix, ...], tuple[Prefix, ...]] = (("quantized", "float"), ("quantized", "float"))
+    always: tuple[str, ...] = ()
+    averages: bool = True
+    own_mse: bool = False
+    own_hifloat8: bool = False
+
+
+CONVENTIONS: Final[Mapping[str, Conventions]] = {
+    "llm-compressor": Conventions(
+        "llm-compressor",
+        "a recipe",
+        "half",
+        True,
+        {"float8_e4m3fn": "even", "float4_e2m1": "even"},
+        {
+            "gptq": {**dict.fromkeys(("act_order", "block_size", "dampening"), _ANY), "scales": ("plan",)},
+            "auto-round": dict.fromkeys(("steps", "lr", "batch_size"), _ANY),
+            "awq": {"duo": _ANY, "n_grid": _ANY, "power": (2,), "clip": (False,), "where": ("fold",)},
+            "smooth-quant": {"alpha": _ANY, "statistic": ("range",), "where": ("fold",)},
+            "rotate": dict.fromkeys(("r1", "r2", "r3", "r4", "kind", "block_size"), _ANY),
+        },
+        ("model", "calibration", "samples", "sequence_length"),
+    ),
+    "llmc": Conventions(
+        "LLMC",
+        "an LLMC config",
+        "max",
+        False,
+        {},
+        {
+            "gptq": {**dict.fromkeys(("act_order", "block_size", "dampening"), _ANY), "scales": ("plan",)},
+            "awq": {"duo": (False, True), "clip": (False, True)},
+            "smooth-quant": {"alpha": _ANY},
+            "rotate": {
+                **dict.fromkeys(("r1", "r2", "r3", "r4", "block_size"), _ANY),
+                "kind": ("random_hadamard", "orthogonal"),
+            },
+        },
+        ("model", "target", "calibration", "samples", "sequence_length", "seed"),
+        tuple(dict.fromkeys(TARGETS.values())),
+        ("sequential",),
+        (("quantized", "float"), ("quantized",)),
+        own_mse=True,
+    ),
+    "modelslim": Conventions(
+        "msModelSlim",
+        "an msModelSlim config",
+        "max",
+        True,
+        {"float8_e4m3fn": "ascend", "float4_e2m1": "ascend"},
+        {
+            "gptq": {"act_order": ("none",), "scales": ("plan",), "block_size": _ANY, "dampening": _ANY},
+            "auto-round": {"steps": _ANY},
+            "awq": {"n_grid": _ANY, "duo": (False,), "clip": (False,)},
+            "smooth-quant": {"alpha": _ANY},
+            "rotate": dict.fromkeys(("r1", "r2", "r3", "r4", "block_size"), _ANY),
+        },
+        ("target", "calibration"),
+        tuple(SAVERS.values()),
+        prefixes=(("quantized",), ("quantized",)),
+        always=("steps",),
+        averages=False,
+    ),
+    "amct": Conventions(
+        "AMCT",
+        "an AMCT config",
+        "by_sign",
+        True,
+        {"float8_e4m3fn": "ocp", "float4_e2m1": "amct"},
+        {
+            "gptq": {"scales": ("plan",)},
+            "awq": {"n_grid": _ANY, "duo": (False,), "power": (4,), "clip": (False,), "where": ("multiply",)},
+            "smooth-quant": {"alpha": _ANY, "where": ("multiply",)},
+        },
+        ("batches",),
+        (),
+        ("sequential",),
+        (("float",), ("quantized",)),
+        always=("n_grid", "alpha"),
+        averages=False,
+        own_hifloat8=True,
+    ),
+}
+_DIVISORS: Final[Mapping[Divisor, str]] = {
+    "max": "divides the extreme by 2^(bits-1) - 1",
+    "half": "divides the extreme by (2^bits - 1) / 2",
+    "by_sign": "divides a negative extreme by 2^(bits-1)",
+}
+_FIXED: Final[Mapping[tuple[str, str, Value], str]] = {
+    ("awq", "clip", False): "AWQ does not clip",
+    ("awq", "duo", False): "AWQ looks at inputs alone",
+    ("awq", "power", 2): "AWQ measures squared errors",
+    ("awq", "power", 4): "AWQ measures errors to the fourth power",
+    ("awq", "where", "multiply"): "AWQ multiplies inputs at run time",
+    ("awq", "where", "fold"): "AWQ folds factors into what stands in front",
+    ("gptq", "scales", "plan"): "GPTQ takes the range's scales, and searches none",
+    ("gptq", "act_order", "none"): "GPTQ leaves columns in their order",
+    ("smooth-quant", "statistic", "range"): "SmoothQuant measures from smallest to largest",
+    ("smooth-quant", "where", "multiply"): "SmoothQuant multiplies inputs at run time",
+    ("smooth-quant", "where", "fold"): "SmoothQuant folds factors into what stands in front",
+}
+
+
+def adapted(spec: Spec, dialect: str) -> tuple[Spec, tuple[str, ...]]:
+    """The spec with the conventions of the dialect's tool, and a line for each thing that changed."""
+    own = CONVENTIONS[dialect]
+    notes: list[str] = []
+    rules = tuple(
+        dataclasses.replace(rule, decision=_plan(rule.decision, own, notes))
+        if isinstance(rule.decision, Plan)
+        else rule
+        for rule in spec.rules
+    )
+    algorithms = tuple(_algorithm(one, own, notes) for one in spec.algorithms)
+    prefixes = own.prefixes[0 if any(one.name != "rtn" for one in algorithms) else 1]
+    prefix, pipeline = spec.prefix, spec.pipeline
+    if prefix not in prefixes:
+        prefix = prefixes[0]
+        notes.append(f"prefix {spec.prefix} -> {prefix}: {_calibrates(own, prefix)}")
+    if pipeline not in own.orders:
+        pipeline = own.orders[0]
+        notes.append(f"pipeline {spec.pipeline} -> {pipeline}: {own.tool} goes from block to block")
+    cache = None if spec.cache is None else _quant(spec.cache, own, notes)
+    run = _run(spec.run, own, notes)
+    changed = dataclasses.replace(
+        spec, rules=rules, algorithms=algorithms, prefix=prefix, pipeline=pipeline, cache=cache, run=run
+    )
+    return changed, tuple(dict.fromkeys(notes))
+
+
+def _calibrates(own: Conventions, prefix: Prefix) -> str:
+    if prefix == "float":
+        return f"{own.tool} calibrates every block on what float ones give"
+    return f"{own.tool} calibrates each block on what those in front of it give by then"
+
+
+def _plan(plan: Plan, own: Conventions, notes: list[str]) -> Plan:
+    weight, input = plan.weight, plan.input
+    return Plan(
+        None if weight is None else _quant(weight, own, notes),
+        None if input is None else _quant(input, own, notes),
+    )
+
+
+def _quant(quant: Quant, own: Conventions, notes: list[str]) -> Quant:
+    format, why = _format(quant, own)
+    made = dataclasses.replace(quant, format=format)
+    if own.own_mse and isinstance(quant.method, Mse):
+        tried = quant.method
+        made = dataclasses.replace(made, method=mse(tried.shrink, tried.grid))
+        if made.method != tried:
+            tries = f"{own.tool}'s mse has the norm 2.4 and tries every candidate"
+            why = f"{why}; {tries}" if format != quant.format else tries
+    if not own.averages and isinstance(quant.method, MovingAverage) and isinstance(format, Int):
+        made = dataclasses.replace(made, method=MinMax())
+        averages = f"{own.tool} takes the extremes of all batches"
+        why = f"{why}; {averages}" if format != quant.format else averages
+    if made != quant:
+        notes.append(f"{quant} -> {made}: {why}")
+    return made
+
+
+def _format(quant: Quant, own: Conventions) -> tuple[Format, str]:
+    """The tool's own format, and how it rounds."""
+    match quant.format:
+        case Int(symmetric=True) as format:
+            return dataclasses.replace(format, divisor=own.divisor), f"{own.tool} {_DIVISORS[own.divisor]}"
+        case Int() as format:
+            how = "quotient and zero point together" if own.joint else "the quotient, then adds the zero point"
+            return dataclasses.replace(format, joint=own.joint), f"{own.tool} rounds {how}"
+        case Mx(element) as format if element in own.exponents:
+            rule = own.exponents[element]
+            return Mx(element, rule), f"{own.tool} finds shared exponents by the rule {rule}"
+        case Float("hifloat8") as format if own.own_hifloat8 and quant.dynamic and not isinstance(quant.method, Ofmr):
+            scale: FloatScale = "to15" if isinstance(quant.granularity, PerToken) else "unit"
+            how = "takes a token's extreme to 15" if scale == "to15" else "casts inputs without a scale"
+            return dataclasses.replace(format, scale=scale), f"{own.tool} {how}"
+        case Float(layout) as format if layout != "hifloat8" or own.own_hifloat8:
+            return Float(layout), f"{own.tool} takes the extreme to the format's largest value"
+        case other:
+            return other, ""
+
+
+def _algorithm(asked: Algorithm, own: Conventions, notes: list[str]) -> Algorithm:
+    has = own.options.get(asked.name)
+    if has is None:  # the writer says so
+        return asked
+    usual, given = defaults(asked.name), dict(asked.options)
+    options: dict[str, Value] = {}
+    for name in dict.fromkeys((*given, *has)):
+        value = given[name] if name in given else _scalar(usual.get(name))
+        allowed = has.get(name)
+        if allowed is None:
+            wanted = _scalar(usual.get(name))
+            if name in usual and value != wanted:
+                notes.append(f"{asked.name}: {name} {_word(value)} -> {_word(wanted)}: {own.tool} has no such option")
+            elif name not in usual:
+                options[name] = value  # the writer refuses it
+            continue
+        wanted = value if not allowed or value in allowed else allowed[0]
+        if wanted != value or type(wanted) is not type(value):
+            why = _FIXED.get((asked.name, name, wanted), f"{name} is {_word(wanted)}")
+            notes.append(f"{asked.name}: {name} {_word(value)} -> {_word(wanted)}: {own.tool}'s {why}")
+        if allowed or name in own.always or (name in given and (name not in usual or wanted != _scalar(usual[name]))):
+            options[name] = wanted
+    return dataclasses.replace(asked, options=tuple(options.items()))
+
+
+def _scalar(value: object) -> Value:
+    return value if isinstance(value, str | int | float) else None
+
+
+def _word(value: Value) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _run(run: Run, own: Conventions, notes: list[str]) -> Run:
+    """What the tool's config can say of the run."""
+    lost: dict[str, Any] = {}
+    for field in dataclasses.fields(run):
+        name, value = field.name, getattr(run, field.name)
+        if value in ("", None) or (name in own.run and (name != "target" or value in own.targets)):
+            continue
+        lost[name] = field.default
+        notes.append(f"run.{name} {value}: left out: {own.text} does not say it")
+    return dataclasses.replace(run, **lost)
