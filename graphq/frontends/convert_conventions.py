@@ -245,6 +245,8 @@ def _algorithm(asked: Algorithm, own: Conventions, notes: list[str]) -> Algorith
         wanted = value if not allowed or value in allowed else allowed[0]
         if wanted != value or type(wanted) is not type(value):
             why = _FIXED.get((asked.name, name, wanted), f"{name} is {_word(wanted)}")
+            if len(allowed) > 1:
+                why = f"{asked.name} has no {name} {_word(value)}"
             notes.append(f"{asked.name}: {name} {_word(value)} -> {_word(wanted)}: {own.tool}'s {why}")
         if allowed or name in own.always or (name in given and (name not in usual or wanted != _scalar(usual[name]))):
             options[name] = wanted
