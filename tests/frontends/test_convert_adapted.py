@@ -108,7 +108,7 @@ def test_all_that_is_written_is_more_than_what_is_written_strictly():
         except SpecError:
             pass
     assert strict == 17
-    assert sum(not isinstance(made, SpecError) for made in matrix(32).values()) == 163
+    assert sum(not isinstance(made, SpecError) for made in matrix(32).values()) == 148  # of 291
 
 
 def test_everywhere():
