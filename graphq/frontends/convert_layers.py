@@ -94,6 +94,9 @@ def _cover(wanted: Sequence[str], layers: Layers, shapes: Sequence[_Shape]) -> l
     """Matches that have these layers and no others, of the first shape that can."""
     left, every = dict.fromkeys(wanted), frozenset(wanted)
     found: list[Match] = []
+    by_last: dict[str, list[Layer]] = {}
+    for fqn, layer in layers.items():
+        by_last.setdefault(fqn.rpartition(".")[2], []).append(layer)
     for shape in shapes:
         blocks: dict[tuple[str, str], set[int]] = {}
         for fqn in left:
@@ -107,12 +110,27 @@ def _cover(wanted: Sequence[str], layers: Layers, shapes: Sequence[_Shape]) -> l
             if match is None or match in tried:
                 continue
             tried.add(match)
-            hits = [match.fqn] if isinstance(match, Exact) else [f for f, one in layers.items() if match.matches(one)]
-            if hits and every.issuperset(hits) and not left.keys().isdisjoint(hits):
+            # patterns of one name spell its last segment: to try all layers of a large model would take minutes
+            is_of_name = isinstance(match, Regex | Glob) or (isinstance(match, Linears) and match.pattern != "*")
+            hits = _hits(match, by_last[fqn.rpartition(".")[2]] if is_of_name else layers.values(), every)
+            if hits:
                 found.append(match)
                 for hit in hits:
                     left.pop(hit, None)
     return found
+
+
+def _hits(match: Match, layers: Iterable[Layer], wanted: frozenset[str]) -> list[str]:
+    """The layers that match; none where one of them is not wanted."""
+    if isinstance(match, Exact):
+        return [match.fqn]
+    hits: list[str] = []
+    for layer in layers:
+        if match.matches(layer):
+            if layer.fqn not in wanted:
+                return []
+            hits.append(layer.fqn)
+    return hits
 
 
 def _expression(layer: Layer, number: str, *, numbers: bool = False) -> Regex | None:
@@ -183,10 +201,9 @@ def _most_frequent(plans: Iterable[Plan]) -> Plan:
 def _llmc(plans: Plans, layers: Layers, problems: list[str]) -> list[Rule]:
     """A word for all blocks, and the settings of mix_bits."""
     inside = [fqn for fqn, layer in layers.items() if Blocks().matches(layer)]
-    problems += [
-        f"{fqn}: {plan}: LLMC quantizes layers of blocks alone" for fqn, plan in plans.items() if fqn not in inside
-    ]
     of_blocks = {fqn: plans.get(fqn, _FLOAT) for fqn in inside}
+    outside = [fqn for fqn in plans if fqn not in of_blocks]
+    problems += [f"{fqn}: {plans[fqn]}: LLMC quantizes layers of blocks alone" for fqn in outside]
     chosen = [plan for plan in of_blocks.values() if isinstance(plan, Plan)]
     base = _most_frequent(chosen or plans.values())
     rules = [Rule(Blocks(), base)]
