@@ -484,6 +484,7 @@ LLMC: dict[str, tuple[dict[str, int], dict[tuple[str, tuple[int, ...]], str], in
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LLMC)
 def test_llmc_mixed_bits(name: str, captured32: fx.GraphModule, monkeypatch: pytest.MonkeyPatch) -> None:
     def capture(*_: object, **__: object) -> fx.GraphModule:  # which is tested elsewhere, and takes its time
