@@ -290,7 +290,9 @@ def test_examples_compile(name: str) -> None:
     layers, head, others = EXAMPLES[name]
     model = tiny("llama", **SIZES).bfloat16()
     spec = load_spec(CONFIGS / f"{name}.yaml")
-    batches = [{"input_ids": torch.randint(0, 100, (2, 9), generator=torch.Generator().manual_seed(i))} for i in (0, 1)]
+    batches = [
+        {"input_ids": torch.randint(0, 100, (2, 9), generator=torch.Generator().manual_seed(i))} for i in range(4)
+    ]
     made = graphq.compile(model, spec, calibration=batches)
     found = {
         one.layer.fqn: one.reason or ", ".join(str(quant) for quant in (one.weight, one.input) if quant)
@@ -314,7 +316,7 @@ def test_examples_compile(name: str) -> None:
 def test_resnet() -> None:
     model = tiny("resnet")
     batch = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    made = graphq.compile(model, load_spec(CONFIGS / "fp8_ofmr_resnet.yaml"), calibration=[batch])
+    made = graphq.compile(model, load_spec(CONFIGS / "fp8_ofmr_resnet.yaml"), calibration=[batch, batch])
     assert {str(one.weight) for one in made.report.layers} == {"float8_e4m3fn/channel/ofmr_absolute"}
     assert {one.layer.kind for one in made.report.layers} == {"linear", "conv2d"}
 
