@@ -8,7 +8,7 @@ import fnmatch
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Final, Literal, cast, final
+from typing import Final, Literal, final
 
 from graphq.errors import SpecError
 
@@ -161,43 +161,31 @@ class Regex:
 @final
 @dataclass(frozen=True)
 class Kind:
-    """Matches layers of this kind wherever they stand, the output head included, and no routers.
+    """Matches layers of this kind, or of any of several, wherever they stand, the output head included, and no routers.
 
-    Text form: ``kind:linear``. The linears of experts are linears, however a model stores them.
+    Text form: ``kind:linear``, ``kind:linear|conv2d``. The linears of experts are linears, however a model stores them.
     """
 
-    kind: Literal["linear", "conv1d", "conv2d", "embedding"]
+    kind: str
 
     def __post_init__(self) -> None:
-        if self.kind not in ("linear", "conv1d", "conv2d", "embedding"):
-            raise SpecError(f"kind: {self.kind!r} is not one of linear, conv1d, conv2d, embedding")
+        wrong = [kind for kind in self.kinds if kind not in ("linear", "conv1d", "conv2d", "embedding")]
+        if wrong:
+            raise SpecError(f"kind: {wrong[0]!r} is not one of linear, conv1d, conv2d, embedding")
+        if len(set(self.kinds)) < len(self.kinds):
+            raise SpecError(f"{self}: write different kinds, or kind:linear for one")
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Each of the kinds."""
+        return tuple(self.kind.split("|"))
 
     def matches(self, layer: Layer) -> bool:
         kind = "linear" if layer.kind == "expert" else layer.kind
-        return kind == self.kind and layer.named_only != "router"
+        return kind in self.kinds and layer.named_only != "router"
 
     def __str__(self) -> str:
         return f"kind:{self.kind}"
-
-
-@final
-@dataclass(frozen=True)
-class Kinds:
-    """Matches layers of any of these kinds, each as ``Kind`` does. Text form: ``kind:linear|conv2d``."""
-
-    kinds: tuple[Literal["linear", "conv1d", "conv2d", "embedding"], ...]
-
-    def __post_init__(self) -> None:
-        for kind in self.kinds:
-            Kind(kind)
-        if len(set(self.kinds)) < max(2, len(self.kinds)):
-            raise SpecError(f"{self}: write different kinds, or kind:linear for one")
-
-    def matches(self, layer: Layer) -> bool:
-        return any(Kind(kind).matches(layer) for kind in self.kinds)
-
-    def __str__(self) -> str:
-        return f"kind:{'|'.join(self.kinds)}"
 
 
 @final
@@ -248,7 +236,7 @@ class Part:
         return f"~{self.text}"
 
 
-Match = Name | Exact | Glob | Blocks | Regex | Kind | Kinds | Linears | Part
+Match = Name | Exact | Glob | Blocks | Regex | Kind | Linears | Part
 
 
 def _check_blocks(name: str, blocks: tuple[int, ...] | None) -> None:
@@ -294,8 +282,7 @@ def parse_match(text: str) -> Match:
     if text.startswith("re:"):
         return Regex(text[3:])
     if text.startswith("kind:"):
-        kinds = text[5:].split("|")
-        return Kind(cast(Any, kinds[0])) if len(kinds) == 1 else Kinds(cast(Any, tuple(kinds)))
+        return Kind(text[5:])
     if text.startswith("linear:"):
         return _parse_linears(text[7:])
     if text.startswith("~"):
@@ -320,7 +307,7 @@ def _parse_linears(text: str) -> Linears:
 
 def unmatched_hint(match: Match, layers: Iterable[str]) -> str:
     """``; did you mean <the name most like it>?`` for a match that no layer has; nothing where none comes close."""
-    if isinstance(match, Blocks | Regex | Kind | Kinds):
+    if isinstance(match, Blocks | Regex | Kind):
         return ""
     text = match.pattern.strip("*.") if isinstance(match, Linears) else str(match).lstrip("=~")
     name, _, blocks = text.partition("#")

@@ -11,13 +11,13 @@ from graphq.errors import SpecError
 from graphq.frontends.amct_plan import CACHE, algorithm_of, plan_of
 from graphq.frontends.amct_table import ALGORITHMS, NO_ALGORITHM, ROWS, Combination, Row, combinations
 from graphq.frontends.document import Plain, show
-from graphq.match import Glob, Kind, Kinds, Match, Part
+from graphq.match import Glob, Kind, Match, Part
 from graphq.plan import Decision, KeepFloat, Plan
 from graphq.quant import PerGroup
 from graphq.spec import Algorithm, Rule, Run, Spec
 
 NO_WEIGHTS: Final = "quant_cfg has no weights for it"
-EVERY_LAYER: Final = Kinds(("linear", "conv2d"))
+EVERY_LAYER: Final = Kind("linear|conv2d")
 MAX_BATCHES: Final = (1 << 32) - 1
 
 

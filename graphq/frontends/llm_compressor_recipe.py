@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Final
+from typing import Any, Final, cast
 
 from graphq.frontends.document import Document, Section, nearest, show
 from graphq.frontends.llm_compressor_args import filled
@@ -179,9 +179,9 @@ def _read_pipeline(top: Section, modifiers: list[Modifier]) -> tuple[Order | Non
 
 def _read_run(top: Section) -> Run:
     given = filled(top)
-    values: dict[str, str | int] = {}
+    values: dict[str, Any] = {}
     for key, name in _RUN.items():
         value = given.integer(key) if name in ("samples", "sequence_length") else given.text(key)
-        if value is not None and given.made(lambda n=name, v=value: Run(**{n: v}), key) is not None:  # type: ignore[arg-type]
+        if value is not None and given.made(lambda n=name, v=value: Run(**cast(Any, {n: v})), key) is not None:
             values[name] = value
-    return Run(**values)  # type: ignore[arg-type]
+    return Run(**values)

@@ -8,7 +8,7 @@ from typing import Final
 
 from graphq.errors import SpecError
 from graphq.frontends.document import nearest
-from graphq.match import Blocks, Exact, Glob, Kind, Kinds, Linears, Match, Name, Part, Regex
+from graphq.match import Blocks, Exact, Glob, Kind, Linears, Match, Name, Part, Regex
 
 CLASSES: Final[dict[str, Match]] = {
     "Linear": Kind("linear"),
@@ -141,6 +141,8 @@ def write_target(match: Match) -> str:
             return fqn
         case Regex(pattern):
             return f"re:{pattern}"
+        case Kind() if len(match.kinds) > 1:
+            raise SpecError(f"{match}: a target is for one class; write a rule for each kind")
         case Kind():
             return next(name for name, kind in CLASSES.items() if kind == match)
         case Name(path, blocks):
@@ -154,8 +156,6 @@ def write_target(match: Match) -> str:
         case Linears(pattern, but):
             apart = "".join(f"(?!{_glob(one)}$)" for one in but)
             return f"re:{apart}{_glob(pattern)}$"
-        case Kinds():
-            raise SpecError(f"{match}: a target is for one class; write a rule for each kind")
         case Blocks():
             raise SpecError(
                 f"{match}: a target says nothing of repeated blocks; write re: and a regular expression, or kind:linear"

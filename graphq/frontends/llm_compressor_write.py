@@ -14,7 +14,7 @@ from graphq.frontends.llm_compressor_divide import Segment, divide
 from graphq.frontends.llm_compressor_recipe import parse_recipe
 from graphq.frontends.llm_compressor_targets import read_target, whole_name, write_target
 from graphq.frontends.llm_compressor_transforms import defaults, write_rounding, write_transform
-from graphq.match import Exact, Kind, Kinds, Match
+from graphq.match import Exact, Kind, Match
 from graphq.plan import Decision, KeepFloat, Plan
 from graphq.spec import Algorithm, Rule, Spec
 
@@ -65,7 +65,7 @@ def _in_targets(spec: Spec, problems: list[str]) -> Spec:
 
 
 def _one_kind_each(rule: Rule) -> list[Rule]:
-    if isinstance(rule.match, Kinds):
+    if isinstance(rule.match, Kind):
         return [replace(rule, match=Kind(kind)) for kind in rule.match.kinds]
     return [rule]
 
