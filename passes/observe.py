@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from graphq import edit, numerics
 from graphq.layers import LAYER, PLAN
 from graphq.passes.observer import Observer
-from graphq.passes.observers import OfmrWeightObserver, OutputMap, RangeObserver, observer_for
+from graphq.passes.range_observers import OfmrWeightObserver, OutputMap, RangeObserver, observer_for
 from graphq.pipeline import Batches, Pass
 from graphq.plan import PerExpert, Plan
 from graphq.quant import Ofmr, Quant

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from graphq.errors import SpecError
 from graphq.passes.calibrate import Calibrate
 from graphq.passes.observe import Observe, observers
-from graphq.passes.observers import RangeObserver
+from graphq.passes.range_observers import RangeObserver
 from graphq.pipeline import Pipeline
 from graphq.state import tensor_of
 from tests.graphs import annotated, plan

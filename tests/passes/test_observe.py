@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 from graphq import edit
 from graphq.layers import BY, LAYER
 from graphq.passes.observe import Observe, input_quants, observer_on, observers, weight_observer_on
-from graphq.passes.observers import OfmrObserver, OfmrWeightObserver
+from graphq.passes.range_observers import OfmrObserver, OfmrWeightObserver
 from graphq.pipeline import Pipeline
 from graphq.plan import KeepFloat, PerExpert
 from graphq.quant import parse_quant

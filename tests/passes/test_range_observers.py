@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from graphq.errors import PassError, SpecError
 from graphq.numerics import histogram
 from graphq.numerics.taps import Window, window
-from graphq.passes.observers import (
+from graphq.passes.range_observers import (
     HistogramObserver,
     MinMaxObserver,
     MovingAverageObserver,
