@@ -1,10 +1,11 @@
 """One layer of a module tree as a graph of its own, on which the passes run as they do on a whole model's."""
 
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.node import map_arg
 
 from graphq.layers import LAYER, PLAN
 from graphq.numerics import Scales
@@ -50,14 +51,15 @@ def layer_graph(fqn: str, layer: Layer, form: Form) -> fx.GraphModule:
         read = graph.get_attr(f"{fqn}.{name}")
         read.meta["val"] = mode.from_tensor(tensor.detach(), static_shapes=True)
         reads.append(read)
-    if it is None:
-        node = graph.call_function(aten.linear.default, (x, *reads))
-    else:
+    op = aten.linear.default
+    args: tuple[Any, ...] = (x, *reads)
+    if it is not None:
         op = aten.conv2d.padding if isinstance(it.padding, str) else aten.conv2d.default
         padding = it.padding if isinstance(it.padding, str) else list(it.padding)
-        node = graph.call_function(op, (x, *reads, list(it.stride), padding, list(it.dilation), it.groups))
+        args = (*args, list(it.stride), padding, list(it.dilation), it.groups)
+    node = graph.call_function(op, args)
     with mode, torch.no_grad():
-        node.meta["val"] = node.target(*fx.node.map_arg(node.args, lambda n: n.meta["val"]))  # type: ignore[operator]
+        node.meta["val"] = op(*map_arg(args, lambda n: n.meta["val"]))
     node.meta |= {LAYER: fqn, PLAN: Plan(form.weight, form.input)}
     graph.output((node,))
     gm = fx.GraphModule(root, graph)
