@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any, Final, final
 
 from graphq.formats import Divisor, ExponentRule, Float, FloatScale, Format, Int, Mx, MxElement
-from graphq.frontends.llm_compressor_transforms import defaults
-from graphq.frontends.llmc_run import TARGETS
-from graphq.frontends.llmc_tensor import mse
-from graphq.frontends.modelslim_write import SAVERS
+from graphq.frontends.llm_compressor.transforms import defaults
+from graphq.frontends.llmc.run import TARGETS
+from graphq.frontends.llmc.tensor import mse
+from graphq.frontends.modelslim.write import SAVERS
 from graphq.plan import Plan
 from graphq.quant import MinMax, MovingAverage, Mse, Ofmr, PerToken, Quant
 from graphq.spec import Algorithm, Order, Prefix, Run, Spec

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 from graphq.constraint import Constraint, broken
-from graphq.frontends.amct_plan import plan_of
-from graphq.frontends.amct_table import ROWS, combinations
-from graphq.frontends.amct_write import EVERY_LAYER, skipped
-from graphq.frontends.llm_compressor_combine import precedence
+from graphq.frontends.amct.plan import plan_of
+from graphq.frontends.amct.table import ROWS, combinations
+from graphq.frontends.amct.write import EVERY_LAYER, skipped
+from graphq.frontends.llm_compressor.combine import precedence
 from graphq.match import Blocks, Exact, Glob, Kind, Layer, Linears, Match, Name, Part, Regex
 from graphq.plan import KeepFloat, Plan
 from graphq.quant import PerGroup

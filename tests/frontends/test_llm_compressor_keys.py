@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from graphq.frontends import load_spec
-from graphq.frontends.llm_compressor_presets import PRESETS
+from graphq.frontends.llm_compressor.presets import PRESETS
 from graphq.spec import Rule, Run
 
 PREFIX = "quant_stage.quant_modifiers.QuantizationModifier."

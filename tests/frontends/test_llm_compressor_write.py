@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from graphq.errors import SpecError
 from graphq.frontends import load_spec, print_spec, write_spec
-from graphq.frontends.llm_compressor_presets import PRESETS
-from graphq.frontends.llm_compressor_targets import write_target
+from graphq.frontends.llm_compressor.presets import PRESETS
+from graphq.frontends.llm_compressor.targets import write_target
 from graphq.frontends.yaml_text import read_file
 from graphq.match import Layer, parse_match
 from graphq.plan import Plan

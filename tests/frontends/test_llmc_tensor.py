@@ -7,8 +7,8 @@ import pytest
 from graphq.errors import SpecError
 from graphq.frontends import load_spec
 from graphq.frontends.document import Document, Section
-from graphq.frontends.llmc_format import Around
-from graphq.frontends.llmc_tensor import read_tensor
+from graphq.frontends.llmc.format import Around
+from graphq.frontends.llmc.tensor import read_tensor
 
 WEIGHT = {"bit": 4, "symmetric": False, "granularity": "per_group", "group_size": 128}
 ACT = {"bit": 8, "symmetric": True, "granularity": "per_token"}

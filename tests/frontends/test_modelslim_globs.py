@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphq.frontends.modelslim_globs import expand, is_inside, is_name, may_meet
+from graphq.frontends.modelslim.globs import expand, is_inside, is_name, may_meet
 
 
 @pytest.mark.parametrize(

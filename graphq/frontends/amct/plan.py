@@ -7,7 +7,7 @@ magnitude to 16 (at run time to 15), MX blocks have the exponents of AMCT's modu
 from typing import Final
 
 from graphq.formats import Float, Int, Mx, TwoLevel
-from graphq.frontends.amct_table import Combination
+from graphq.frontends.amct.table import Combination
 from graphq.plan import Plan
 from graphq.quant import (
     Granularity,

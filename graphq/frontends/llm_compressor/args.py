@@ -10,7 +10,7 @@ from typing import Final, Literal
 from graphq.errors import SpecError
 from graphq.formats import Float, Format, Int, Mx, Nvfp4
 from graphq.frontends.document import Plain, Section, nearest, show
-from graphq.frontends.llm_compressor_observer import read_method, write_method
+from graphq.frontends.llm_compressor.observer import read_method, write_method
 from graphq.quant import (
     Granularity,
     MinMax,

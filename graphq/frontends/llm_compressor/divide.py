@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Final, final
 
 from graphq.errors import SpecError
-from graphq.frontends.llm_compressor_combine import in_order, precedence, restored
-from graphq.frontends.llm_compressor_presets import UNQUANTIZED
+from graphq.frontends.llm_compressor.combine import in_order, precedence, restored
+from graphq.frontends.llm_compressor.presets import UNQUANTIZED
 from graphq.match import Exact, Kind, Match, Regex
 from graphq.plan import KeepFloat, Plan
 from graphq.spec import Algorithm, Rule

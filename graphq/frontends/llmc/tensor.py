@@ -9,7 +9,7 @@ from typing import Final
 
 from graphq.formats import Float, Int, is_asymmetric
 from graphq.frontends.document import Plain, Section, show
-from graphq.frontends.llmc_format import BITS, Around, Role, either, read_format, write_format
+from graphq.frontends.llmc.format import BITS, Around, Role, either, read_format, write_format
 from graphq.quant import (
     Granularity,
     Histogram,

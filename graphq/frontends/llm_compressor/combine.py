@@ -9,9 +9,9 @@ from itertools import groupby
 from typing import Final
 
 from graphq.errors import SpecError
-from graphq.frontends.llm_compressor_modifiers import Modifier
-from graphq.frontends.llm_compressor_presets import UNQUANTIZED
-from graphq.frontends.llm_compressor_targets import both, order, without, write_target
+from graphq.frontends.llm_compressor.modifiers import Modifier
+from graphq.frontends.llm_compressor.presets import UNQUANTIZED
+from graphq.frontends.llm_compressor.targets import both, order, without, write_target
 from graphq.match import Exact, Kind, Match, Regex
 from graphq.plan import KeepFloat, Plan
 from graphq.spec import Algorithm, Order, Prefix, Rule

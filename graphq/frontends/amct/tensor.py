@@ -4,7 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final, final
 
-from graphq.frontends.amct_table import INPUTS, WEIGHTS
+from graphq.frontends.amct.table import INPUTS, WEIGHTS
 from graphq.frontends.document import Section, nearest, show
 from graphq.quant import MAX_GROUP_SIZE
 

@@ -8,8 +8,8 @@ import yaml
 
 from graphq.constraint import Constraint
 from graphq.errors import SpecError
-from graphq.frontends.amct_plan import CACHE, algorithm_of, plan_of
-from graphq.frontends.amct_table import ALGORITHMS, NO_ALGORITHM, ROWS, Combination, Row, combinations
+from graphq.frontends.amct.plan import CACHE, algorithm_of, plan_of
+from graphq.frontends.amct.table import ALGORITHMS, NO_ALGORITHM, ROWS, Combination, Row, combinations
 from graphq.frontends.document import Plain, show
 from graphq.match import Glob, Kind, Match, Part
 from graphq.plan import Decision, KeepFloat, Plan

@@ -1,20 +1,13 @@
-"""llm-compressor's recipes, and the ``quantization_config`` of a compressed-tensors checkpoint.
-
-https://github.com/vllm-project/llm-compressor 0.14 and https://github.com/vllm-project/compressed-tensors 0.19;
-docs/llm-compressor.md has the rules. Where code and documentation disagree, the documentation holds, as a note says.
-"""
+"""Reading a recipe, or a ``quantization_config``."""
 
 from typing import Final
 
 from graphq.frontends.document import Document, Plain, Section, show
-from graphq.frontends.llm_compressor_args import filled, read_args
-from graphq.frontends.llm_compressor_presets import Observers
-from graphq.frontends.llm_compressor_recipe import STAGE, no_layers, parse_recipe
-from graphq.frontends.llm_compressor_schemes import Groups, read_groups, read_ignore
-from graphq.frontends.llm_compressor_write import write
+from graphq.frontends.llm_compressor.args import filled, read_args
+from graphq.frontends.llm_compressor.presets import Observers
+from graphq.frontends.llm_compressor.recipe import STAGE, no_layers, parse_recipe
+from graphq.frontends.llm_compressor.schemes import Groups, read_groups, read_ignore
 from graphq.spec import Spec
-
-__all__ = ["SIGN", "parse", "recognises", "write"]
 
 SIGN: Final = (
     "a key that ends in _stage, _modifiers or Modifier, or a quantization_config with quant_method compressed-tensors"

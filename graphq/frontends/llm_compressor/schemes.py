@@ -9,9 +9,9 @@ from typing import Final, final
 
 from graphq.formats import Int, Mx, Nvfp4
 from graphq.frontends.document import KeyPath, Section, nearest, show
-from graphq.frontends.llm_compressor_args import filled, read_actorder, read_args
-from graphq.frontends.llm_compressor_presets import UNQUANTIZED, Observers, read_preset
-from graphq.frontends.llm_compressor_targets import is_other_class, order, read_target
+from graphq.frontends.llm_compressor.args import filled, read_actorder, read_args
+from graphq.frontends.llm_compressor.presets import UNQUANTIZED, Observers, read_preset
+from graphq.frontends.llm_compressor.targets import is_other_class, order, read_target
 from graphq.match import Exact, Match
 from graphq.plan import Decision, KeepFloat, Plan
 from graphq.spec import Rule

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import Final, final
 
 from graphq.frontends.document import Plain, Section, nearest, show
-from graphq.frontends.llm_compressor_args import filled, order_word, read_args
-from graphq.frontends.llm_compressor_observer import number, observer_word
-from graphq.frontends.llm_compressor_presets import Observers, is_preset, read_preset
-from graphq.frontends.llm_compressor_schemes import (
+from graphq.frontends.llm_compressor.args import filled, order_word, read_args
+from graphq.frontends.llm_compressor.observer import number, observer_word
+from graphq.frontends.llm_compressor.presets import Observers, is_preset, read_preset
+from graphq.frontends.llm_compressor.schemes import (
     SCHEME,
     Groups,
     add_targets,

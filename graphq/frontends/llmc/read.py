@@ -1,25 +1,18 @@
-"""LLMC (LightCompress) configs, with ``mix_bits`` and ``ignored_layers`` as documented; docs/llmc.md has the rules.
-
-https://github.com/ModelTC/LightCompress, v1.2.0 to v1.5.0. Where LLMC silently ignores a key or crashes on it, the
-documented meaning holds here, or the key is refused by name.
-"""
+"""Reading an LLMC config: the sections ``quant`` (``mix_bits`` among it), ``ignored_layers`` and those of the run."""
 
 import re
 from collections.abc import Iterator, Sequence
 from typing import Final
 
 from graphq.frontends.document import Document, Plain, Section, nearest, show
-from graphq.frontends.llmc_format import Around, read_kind
-from graphq.frontends.llmc_method import METHODS, read_method
-from graphq.frontends.llmc_run import SECTIONS, read_run
-from graphq.frontends.llmc_tensor import read_tensor
-from graphq.frontends.llmc_write import write
+from graphq.frontends.llmc.format import Around, read_kind
+from graphq.frontends.llmc.method import METHODS, read_method
+from graphq.frontends.llmc.run import SECTIONS, read_run
+from graphq.frontends.llmc.tensor import read_tensor
 from graphq.match import Blocks, Exact, Name, parse_blocks
 from graphq.plan import KeepFloat, Plan
 from graphq.quant import PerBlock, PerGroup, Quant
 from graphq.spec import Prefix, Rule, Spec
-
-__all__ = ["METHODS", "SIGN", "parse", "recognises", "write"]
 
 SIGN: Final = "a top-level quant with method or weight, or quant or sparse beside base and model"
 _QUANT: Final = ("method", "weight", "act", "kvcache", "special", "mix_bits", "quant_out", "tp", "quant_type")

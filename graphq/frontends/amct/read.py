@@ -1,45 +1,24 @@
-"""AMCT's config dicts (``amct_pytorch.quantize``), with its table of legal combinations; docs/amct.md has the rules.
-
-https://gitcode.com/cann/amct, as of August 2026. Configs that AMCT takes and then ignores in part, or crashes on, mean
-here what its documentation says, or are refused by name.
-"""
+"""Reading an AMCT config: the combination that it names, and the layers that it skips."""
 
 from typing import Final
 
-from graphq.errors import SpecError
-from graphq.frontends import amct_presets
-from graphq.frontends.amct_algorithm import Chosen, read_algorithms
-from graphq.frontends.amct_plan import CACHE, algorithm_of, plan_of
-from graphq.frontends.amct_table import NO_ALGORITHM, Combination, legal, nearest_legal
-from graphq.frontends.amct_tensor import Inputs, Weights, read_cache, read_inputs, read_patterns, read_weights
-from graphq.frontends.amct_write import EVERY_LAYER, MAX_BATCHES, NO_WEIGHTS, skipped, write
-from graphq.frontends.document import Document, Plain, Section, nearest, show
+from graphq.frontends.amct.algorithm import Chosen, read_algorithms
+from graphq.frontends.amct.plan import CACHE, algorithm_of, plan_of
+from graphq.frontends.amct.table import NO_ALGORITHM, Combination, legal, nearest_legal
+from graphq.frontends.amct.tensor import Inputs, Weights, read_cache, read_inputs, read_patterns, read_weights
+from graphq.frontends.amct.write import EVERY_LAYER, MAX_BATCHES, NO_WEIGHTS, skipped
+from graphq.frontends.document import Document, Section, show
 from graphq.match import Glob, Kind, Match, Part
 from graphq.plan import KeepFloat
 from graphq.spec import Algorithm, Rule, Run, Spec
 
-__all__ = ["PRESETS", "SIGN", "default_config", "parse", "preset", "recognises", "write"]
-
 SIGN: Final = "a top-level quant_cfg"
-PRESETS: Final = amct_presets.NAMES
 _KEYS: Final = ("batch_num", "quant_cfg", "algorithm", "skip_layers")
 
 
 def recognises(document: Document) -> bool:
     """Whether the document is in this dialect."""
     return "quant_cfg" in document.root
-
-
-def default_config() -> dict[str, Plain]:
-    """The config that AMCT's ``quantize`` takes where none is given: int8 weights by channel."""
-    return preset(amct_presets.DEFAULT)
-
-
-def preset(name: str) -> dict[str, Plain]:
-    """One of AMCT's own configs by its name, such as ``INT4_AWQ_WEIGHT_QUANT_CFG``; a copy, to be changed at will."""
-    if name not in PRESETS:
-        raise SpecError(f"{show(name)} is not a config of AMCT's{nearest(str(name), PRESETS)}")
-    return amct_presets.preset(name)
 
 
 def parse(document: Document) -> Spec:

@@ -9,7 +9,7 @@ from typing import Final
 
 from graphq.errors import SpecError
 from graphq.frontends.document import Plain, Section, nearest, show
-from graphq.frontends.modelslim_qconfig import Scalar, read_number, read_qconfig, read_side
+from graphq.frontends.modelslim.qconfig import Scalar, read_number, read_qconfig, read_side
 from graphq.match import Linears, Match
 from graphq.spec import Algorithm
 

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Final
 
-from graphq.frontends.document import Plain
+from graphq.errors import SpecError
+from graphq.frontends.document import Plain, nearest, show
 
 _INT4: Final[dict[str, Plain]] = {"type": "int4", "symmetric": True, "strategy": "channel"}
 _INT8: Final[dict[str, Plain]] = {"type": "int8", "symmetric": True, "strategy": "channel"}
@@ -45,12 +46,18 @@ _CONFIGS: Final[Mapping[str, tuple[dict[str, Plain], Plain]]] = {
 }
 _SKIPS_NOTHING: Final = ("HIFP8_OFMR_CFG", "HIFP8_KVCACHE_CFG")
 _COUNTS_NOTHING: Final = ("HIFP8_CAST_CFG",)
-DEFAULT: Final = "INT8_MINMAX_WEIGHT_QUANT_CFG"
-NAMES: Final = tuple(_CONFIGS)
+PRESETS: Final = tuple(_CONFIGS)
+
+
+def default_config() -> dict[str, Plain]:
+    """The config that AMCT's ``quantize`` takes where none is given: int8 weights by channel."""
+    return preset("INT8_MINMAX_WEIGHT_QUANT_CFG")
 
 
 def preset(name: str) -> dict[str, Plain]:
-    """A copy of the config of this name."""
+    """One of AMCT's own configs by its name, such as ``INT4_AWQ_WEIGHT_QUANT_CFG``; a copy, to be changed at will."""
+    if name not in PRESETS:
+        raise SpecError(f"{show(name)} is not a config of AMCT's{nearest(str(name), PRESETS)}")
     quant_cfg, algorithm = _CONFIGS[name]
     found: dict[str, Plain] = {} if name in _COUNTS_NOTHING else {"batch_num": 1}
     found |= {"quant_cfg": _copy(quant_cfg), "algorithm": _copy(algorithm)}

@@ -1,25 +1,22 @@
-"""msModelSlim's configs (``apiversion: modelslim_v1``) and descriptions of checkpoints; see docs/modelslim.md.
-
-Of the repository Ascend/msmodelslim, as in July 2026. A ``quant_model_description.json`` is a plan, too: that each
-layer is quantized as it was in that checkpoint.
-"""
+"""Reading an msModelSlim config, or the description of a checkpoint."""
 
 from typing import Final
 
-from graphq.errors import SpecError
 from graphq.frontends.document import Document, Section, nearest, show
-from graphq.frontends.modelslim_description import parse_description
-from graphq.frontends.modelslim_description import recognises as is_description
-from graphq.frontends.modelslim_process import read_process
-from graphq.frontends.modelslim_write import RUNNERS, SAVERS, write_text
-from graphq.frontends.yaml_text import read_text
-from graphq.plan import Plan
-from graphq.spec import Algorithm, Run, Spec
-
-__all__ = ["SIGN", "parse", "recognises", "write"]
+from graphq.frontends.modelslim.description import parse_description
+from graphq.frontends.modelslim.description import recognises as is_description
+from graphq.frontends.modelslim.process import read_process
+from graphq.spec import Order, Run, Spec
 
 SIGN: Final = "a top-level apiversion, model_quant_type, or <layer>.weight with a type such as W8A8"
 VERSIONS: Final = ("modelslim_v1",)
+RUNNERS: Final[dict[str, Order]] = {
+    "auto": "sequential",
+    "layer_wise": "sequential",
+    "dp_layer_wise": "sequential",
+    "model_wise": "independent",
+}
+SAVERS: Final = {"ascendv1_saver": "ascend", "compressed_tensors": "compressed-tensors"}
 _OTHERS: Final = {
     "modelslim_v0": "the options of its Python scripts are not read; write modelslim_v1",
     "multimodal_vlm_modelslim_v1": "configs of multimodal models are not read; write modelslim_v1",
@@ -70,36 +67,6 @@ def parse(document: Document) -> Spec:
         dialect="modelslim",
         notes=tuple(document.notes),
     )
-
-
-def write(spec: Spec) -> str:
-    """The spec as a modelslim_v1 config; what is read from it has the same plans.
-
-    Raises ``SpecError`` with a line for each thing that the dialect cannot hold.
-    """
-    text = write_text(spec)
-    again = parse(read_text(text))
-    wanted = [_canonical(algorithm, spec) for algorithm in spec.algorithms if algorithm.name != "rtn"]
-    found = [_canonical(algorithm, again) for algorithm in again.algorithms]
-    lost = [f"{one[0]}: msModelSlim cannot ask for it so" for one in wanted if one not in found]
-    if not lost and wanted != found:
-        lost.append("algorithms: in msModelSlim they stand in another order: quarot, smoothing, rounding")
-    lost += [
-        f"{name}: msModelSlim cannot hold {getattr(spec, name)}"
-        for name in ("cache", "pipeline", "prefix", "run")
-        if getattr(spec, name) != getattr(again, name)
-    ]
-    if lost:
-        raise SpecError(lost)
-    return text
-
-
-def _canonical(algorithm: Algorithm, spec: Spec) -> tuple[object, ...]:
-    """What makes two algorithms the same: defaults are written out, and a match of all that is quantized is none."""
-    options = {"alpha": 0.5} if algorithm.name == "smooth-quant" else {}
-    planned = {rule.match for rule in spec.rules if isinstance(rule.decision, Plan)}
-    match = () if planned <= set(algorithm.match) else algorithm.match
-    return algorithm.name, options | dict(algorithm.options), match
 
 
 def _read_run(spec: Section) -> Run:

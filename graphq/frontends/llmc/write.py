@@ -13,10 +13,10 @@ import yaml
 
 from graphq.errors import SpecError
 from graphq.frontends.document import Plain
-from graphq.frontends.llmc_format import Role
-from graphq.frontends.llmc_method import write_method
-from graphq.frontends.llmc_run import write_run
-from graphq.frontends.llmc_tensor import write_hqq, write_tensor
+from graphq.frontends.llmc.format import Role
+from graphq.frontends.llmc.method import write_method
+from graphq.frontends.llmc.run import write_run
+from graphq.frontends.llmc.tensor import write_hqq, write_tensor
 from graphq.match import Blocks, Exact, Name
 from graphq.plan import Decision, KeepFloat, Plan
 from graphq.quant import Hqq, PerBlock, PerGroup, Quant

@@ -8,12 +8,12 @@ import yaml
 
 from graphq.errors import SpecError
 from graphq.frontends.document import Plain, read_mapping
-from graphq.frontends.llm_compressor_args import write_args
-from graphq.frontends.llm_compressor_combine import default_pipeline, default_prefix, in_order
-from graphq.frontends.llm_compressor_divide import Segment, divide
-from graphq.frontends.llm_compressor_recipe import parse_recipe
-from graphq.frontends.llm_compressor_targets import read_target, whole_name, write_target
-from graphq.frontends.llm_compressor_transforms import defaults, write_rounding, write_transform
+from graphq.frontends.llm_compressor.args import write_args
+from graphq.frontends.llm_compressor.combine import default_pipeline, default_prefix, in_order
+from graphq.frontends.llm_compressor.divide import Segment, divide
+from graphq.frontends.llm_compressor.recipe import parse_recipe
+from graphq.frontends.llm_compressor.targets import read_target, whole_name, write_target
+from graphq.frontends.llm_compressor.transforms import defaults, write_rounding, write_transform
 from graphq.match import Exact, Kind, Match
 from graphq.plan import Decision, KeepFloat, Plan
 from graphq.spec import Algorithm, Rule, Spec

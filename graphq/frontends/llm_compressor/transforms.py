@@ -5,7 +5,7 @@ from typing import Final
 
 from graphq.errors import SpecError
 from graphq.frontends.document import Plain
-from graphq.frontends.llm_compressor_targets import write_target
+from graphq.frontends.llm_compressor.targets import write_target
 from graphq.match import Match, Regex
 from graphq.spec import Algorithm
 

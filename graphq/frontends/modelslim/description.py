@@ -9,7 +9,7 @@ from typing import Final
 from graphq.errors import SpecError
 from graphq.formats import Int, TwoLevel
 from graphq.frontends.document import Document, Section, nearest, show
-from graphq.frontends.modelslim_qconfig import Side, plan_of
+from graphq.frontends.modelslim.qconfig import Side, plan_of
 from graphq.match import Exact
 from graphq.plan import Decision, KeepFloat, Plan
 from graphq.quant import PerChannel, PerGroup, Quant

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final
 
 from graphq.frontends.document import MAX_DEPTH, Document, Plain, Section, nearest, show
-from graphq.frontends.llmc_tensor import read_hqq
+from graphq.frontends.llmc.tensor import read_hqq
 from graphq.quant import Hqq
 from graphq.spec import Algorithm
 

@@ -14,21 +14,16 @@ import yaml
 from graphq.errors import SpecError
 from graphq.formats import Int
 from graphq.frontends.document import Plain
-from graphq.frontends.modelslim_globs import MAX_EXPANDED, expand, matches_of, may_meet
-from graphq.frontends.modelslim_qconfig import Rounding, beyond, side_of, write_qconfig
-from graphq.frontends.modelslim_smooth import write_preparation
+from graphq.frontends.modelslim.globs import MAX_EXPANDED, expand, matches_of, may_meet
+from graphq.frontends.modelslim.qconfig import Rounding, beyond, side_of, write_qconfig
+from graphq.frontends.modelslim.read import SAVERS, parse
+from graphq.frontends.modelslim.smooth import write_preparation
+from graphq.frontends.yaml_text import read_text
 from graphq.match import Exact, Glob, Kind, Linears, Match
 from graphq.plan import KeepFloat, Plan
 from graphq.quant import PerChannel, Quant
-from graphq.spec import Order, Rule, Spec
+from graphq.spec import Algorithm, Rule, Spec
 
-RUNNERS: Final[dict[str, Order]] = {
-    "auto": "sequential",
-    "layer_wise": "sequential",
-    "dp_layer_wise": "sequential",
-    "model_wise": "independent",
-}
-SAVERS: Final = {"ascendv1_saver": "ascend", "compressed_tensors": "compressed-tensors"}
 _ROUNDING: Final = ("gptq", "auto-round")
 
 
@@ -43,7 +38,29 @@ class _Chosen:
     rounding: Rounding | None
 
 
-def write_text(spec: Spec) -> str:
+def write(spec: Spec) -> str:
+    """The spec as a modelslim_v1 config; what is read from it has the same plans.
+
+    Raises ``SpecError`` with a line for each thing that the dialect cannot hold.
+    """
+    text = _write_text(spec)
+    again = parse(read_text(text))
+    wanted = [_canonical(algorithm, spec) for algorithm in spec.algorithms if algorithm.name != "rtn"]
+    found = [_canonical(algorithm, again) for algorithm in again.algorithms]
+    lost = [f"{one[0]}: msModelSlim cannot ask for it so" for one in wanted if one not in found]
+    if not lost and wanted != found:
+        lost.append("algorithms: in msModelSlim they stand in another order: quarot, smoothing, rounding")
+    lost += [
+        f"{name}: msModelSlim cannot hold {getattr(spec, name)}"
+        for name in ("cache", "pipeline", "prefix", "run")
+        if getattr(spec, name) != getattr(again, name)
+    ]
+    if lost:
+        raise SpecError(lost)
+    return text
+
+
+def _write_text(spec: Spec) -> str:
     """The config. Raises ``SpecError`` with a line for each thing that it cannot hold."""
     problems: list[str] = []
     chosen = list(_chosen(spec, problems))
@@ -239,6 +256,14 @@ def _top(spec: Spec, problems: list[str]) -> dict[str, Plain]:
             problems.append(f"run.target: {run.target}: msModelSlim has no such saver")
         body["save"] = [{"type": saver}]
     return {"apiversion": "modelslim_v1", "metadata": {"config_id": "graphq"}, "spec": body}
+
+
+def _canonical(algorithm: Algorithm, spec: Spec) -> tuple[object, ...]:
+    """What makes two algorithms the same: defaults are written out, and a match of all that is quantized is none."""
+    options = {"alpha": 0.5} if algorithm.name == "smooth-quant" else {}
+    planned = {rule.match for rule in spec.rules if isinstance(rule.decision, Plan)}
+    match = () if planned <= set(algorithm.match) else algorithm.match
+    return algorithm.name, options | dict(algorithm.options), match
 
 
 @final

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, final
 
-from graphq.frontends.amct_table import ALGORITHMS, NO_ALGORITHM
+from graphq.frontends.amct.table import ALGORITHMS, NO_ALGORITHM
 from graphq.frontends.document import Plain, Section, nearest, show
 
 _OPTION: Final = {"awq": "grids_num", "smoothquant": "smooth_strength"}

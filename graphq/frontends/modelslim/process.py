@@ -12,9 +12,9 @@ from typing import Final, final
 from graphq.errors import SpecError
 from graphq.formats import Int
 from graphq.frontends.document import Section, nearest, show
-from graphq.frontends.modelslim_globs import is_inside, is_name, matches_any, matches_of, may_meet, read_patterns
-from graphq.frontends.modelslim_qconfig import Qconfig, Rounding, read_qconfig
-from graphq.frontends.modelslim_smooth import PREPARATIONS, REFUSED, read_preparation
+from graphq.frontends.modelslim.globs import is_inside, is_name, matches_any, matches_of, may_meet, read_patterns
+from graphq.frontends.modelslim.qconfig import Qconfig, Rounding, read_qconfig
+from graphq.frontends.modelslim.smooth import PREPARATIONS, REFUSED, read_preparation
 from graphq.match import Exact, Linears, Match
 from graphq.plan import KeepFloat
 from graphq.quant import PerChannel, Quant

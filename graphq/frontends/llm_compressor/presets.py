@@ -6,7 +6,7 @@ from typing import Final, final
 
 from graphq.formats import Float, Int, Mx, Nvfp4
 from graphq.frontends.document import Section, nearest, show
-from graphq.frontends.llm_compressor_observer import method_of
+from graphq.frontends.llm_compressor.observer import method_of
 from graphq.plan import Decision, KeepFloat, Plan
 from graphq.quant import PerBlock, PerChannel, PerGroup, PerTensor, PerToken, Quant
 

@@ -5,16 +5,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final, cast
 
 from graphq.frontends.document import Document, Section, nearest, show
-from graphq.frontends.llm_compressor_args import filled
-from graphq.frontends.llm_compressor_combine import (
+from graphq.frontends.llm_compressor.args import filled
+from graphq.frontends.llm_compressor.combine import (
     CALIBRATED,
     combine_algorithms,
     combine_rules,
     default_pipeline,
     default_prefix,
 )
-from graphq.frontends.llm_compressor_modifiers import Modifier, read_modifier
-from graphq.frontends.llm_compressor_presets import UNQUANTIZED
+from graphq.frontends.llm_compressor.modifiers import Modifier, read_modifier
+from graphq.frontends.llm_compressor.presets import UNQUANTIZED
 from graphq.match import Kind
 from graphq.spec import Order, Prefix, Rule, Run, Spec
 
