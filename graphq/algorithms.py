@@ -1,10 +1,12 @@
 """The algorithms that a spec can ask for, as passes in their places. The order is written out here, by hand."""
 
+import fnmatch
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, cast, final
 
-from graphq.match import Layer, unmatched_hint
+from graphq.folds import EVERYWHERE
+from graphq.match import Layer, nearest_layer, unmatched_hint
 from graphq.passes.auto_round import AutoRound
 from graphq.passes.awq import AWQ
 from graphq.passes.blockwise import Blockwise
@@ -106,6 +108,10 @@ def problems(spec: Spec) -> list[str]:
             continue
         if algorithm.match and algorithm.name in WHOLE:
             found.append(f"{where}{algorithm.name} is for the whole model; leave out its match")
+        if algorithm.folds != EVERYWHERE and "where" not in known:
+            found.append(f"{where}{algorithm.name} has no choice of what to fold into; leave out folds")
+        elif algorithm.folds != EVERYWHERE and dict(algorithm.options).get("where", "fold") != "fold":
+            found.append(f"{where}{algorithm.name}: folds: where is not fold, so that layers need no source")
         for name, value in algorithm.options:
             option = known.get(name)
             if option is None:
@@ -116,8 +122,11 @@ def problems(spec: Spec) -> list[str]:
     return found
 
 
-def unmatched(spec: Spec, layers: Mapping[str, Layer]) -> list[str]:
-    """A line for each match of an algorithm that no layer of the model has."""
+def unmatched(spec: Spec, layers: Mapping[str, Layer], modules: Iterable[str]) -> list[str]:
+    """A line for each match of an algorithm that no layer of the model has, and for each pattern of what it folds into
+    that none of its ``modules`` with weights has.
+    """
+    names = {*modules, *layers}
     found: list[str] = []
     for algorithm in spec.algorithms:
         where = f"{algorithm.source}: " if algorithm.source else ""
@@ -125,6 +134,11 @@ def unmatched(spec: Spec, layers: Mapping[str, Layer]) -> list[str]:
             if not any(match.matches(layer) for layer in layers.values()):
                 hint = unmatched_hint(match, layers)
                 found.append(f"{where}{algorithm.name}: {match} matches no layer{hint}")
+        for pattern in algorithm.folds.include:
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+                near = nearest_layer(pattern.strip("*."), names)
+                hint = "" if near is None else f"; did you mean {near}?"
+                found.append(f"{where}{algorithm.name}: folds: {pattern} matches no norm and no layer{hint}")
     return found
 
 
@@ -200,10 +214,11 @@ def _walk(
         options = _options(algorithm)
         match algorithm.name:
             case "smooth-quant":
-                step: Pass = SmoothQuant(own, note=told.note, **options)
+                step: Pass = SmoothQuant(own, folds=algorithm.folds, note=told.note, **options)
             case "awq":
                 clip = options.pop("clip", True) and unclipped is not None
-                step = AWQ(own, clip=clip, unclipped=unclipped or frozenset(), note=told.note, **options)
+                unclipped_layers = unclipped or frozenset()
+                step = AWQ(own, clip=clip, unclipped=unclipped_layers, folds=algorithm.folds, note=told.note, **options)
             case "auto-round":
                 rounding.append(AutoRound(own, seed=told.seed, record=told.record, note=told.note, **options))
                 continue

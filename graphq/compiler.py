@@ -196,7 +196,7 @@ def compile(  # noqa: A001
     gm = capture(model, inputs, dtype, cache=cache)
     theirs = _storages(gm) if isinstance(model, nn.Module) and not consume else set[int]()
     resolved, notes = decide(gm, parsed)
-    if nowhere := unmatched(parsed, {fqn: found.layer for fqn, found in resolved.items()}):
+    if nowhere := unmatched(parsed, {fqn: found.layer for fqn, found in resolved.items()}, _modules(gm)):
         raise SpecError(nowhere)
     check_calibration(parsed, resolved, calibration)
     check_tensors(gm, resolved)
@@ -301,10 +301,15 @@ def compare(
     return difference(_explained(gm, before), _explained(gm, after))
 
 
+def _modules(gm: fx.GraphModule) -> set[str]:
+    """The modules of the source that have tensors of their own."""
+    return {name.rpartition(".")[0] for name in gm.state_dict(keep_vars=True)}
+
+
 def _explained(gm: fx.GraphModule, spec: Spec) -> Report:
     resolved, notes = decide(gm, spec)
     source = source_of(gm)
-    nowhere = unmatched(spec, {fqn: found.layer for fqn, found in resolved.items()})
+    nowhere = unmatched(spec, {fqn: found.layer for fqn, found in resolved.items()}, _modules(gm))
     asked = [f"dialect: {spec.dialect}", *(f"algorithm: {a.name}" for a in spec.algorithms)]
     asked += [f"cache: {spec.cache}"] if spec.cache else []
     refused = [f"compile refuses: {problem}" for problem in (*refusals(spec), *nowhere)]

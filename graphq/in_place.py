@@ -17,6 +17,7 @@ from graphq.algorithms import DATA, Told, quantization, unmatched
 from graphq.capture import unwrapped
 from graphq.checks import is_calibrated, refusals
 from graphq.errors import GraphError, SpecError
+from graphq.folds import EVERYWHERE
 from graphq.frontends import amct, load_spec
 from graphq.in_place_graph import Layer
 from graphq.in_place_layer import FACTORS, InPlaceLayer
@@ -188,7 +189,7 @@ def _decide(model: nn.Module, spec: Spec, found: dict[str, Layer]) -> tuple[dict
     """What becomes of each layer, and lines for the report."""
     layers = describe(model, found)
     resolved, notes = decide_on(layers, spec)
-    if nowhere := unmatched(spec, layers):
+    if nowhere := unmatched(spec, layers, ()):
         raise SpecError(nowhere)
     for fqn, one in resolved.items():
         if isinstance(one.decision, Plan) and (why := why_not(model, fqn, found[fqn])):
@@ -240,6 +241,10 @@ def _beyond(spec: Spec) -> list[str]:
         f"{f'{a.source}: ' if a.source else ''}{a.name} needs the graph of the model; use graphq.compile"
         for a in spec.algorithms
         if a.name not in _ALONE
+    ] + [
+        f"{f'{a.source}: ' if a.source else ''}{a.name}: folds: nothing is folded in place; use graphq.compile"
+        for a in spec.algorithms
+        if a.folds != EVERYWHERE
     ]
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, final
 
 from graphq import numerics, packing
+from graphq.folds import EVERYWHERE
 from graphq.formats import Format, Int, code_bits, element_name, is_asymmetric
 from graphq.match import Layer
 from graphq.plan import Plan
@@ -190,7 +191,8 @@ def spec_settings(spec: Spec) -> dict[str, str]:
 def _algorithm(algorithm: Algorithm) -> str:
     options = ", ".join(f"{name}={value}" for name, value in algorithm.options)
     where = " or ".join(map(str, algorithm.match))
-    return algorithm.name + (f"({options})" if options else "") + (f" for {where}" if where else "")
+    into = "" if algorithm.folds == EVERYWHERE else f" into {algorithm.folds}"
+    return algorithm.name + (f"({options})" if options else "") + (f" for {where}" if where else "") + into
 
 
 @final

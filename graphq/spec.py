@@ -11,6 +11,7 @@ from typing import Final, Literal, final
 
 from graphq.constraint import Constraint, broken
 from graphq.errors import SpecError
+from graphq.folds import EVERYWHERE, Folds
 from graphq.match import Exact, Layer, Match, unmatched_hint
 from graphq.plan import Decision, KeepFloat, Plan
 from graphq.quant import Quant
@@ -49,12 +50,14 @@ class Algorithm:
     """An algorithm the spec asks for, by its canonical name (``rtn``, ``awq``, ...), with its options.
 
     ``match``: the layers it is for, those that any of these matches; none: every layer that is quantized.
+    ``folds``: what it may fold factors of channels into.
     """
 
     name: str
     options: tuple[tuple[str, str | int | float | bool | None], ...] = ()
     source: str = field(default="", compare=False)
     match: tuple[Match, ...] = ()
+    folds: Folds = EVERYWHERE
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z][a-z0-9_-]*", self.name):
@@ -63,6 +66,8 @@ class Algorithm:
             raise SpecError(f"{self.name}: an option is given twice")
         if "match" in dict(self.options):
             raise SpecError(f"{self.name}: match is no option; give the layers as Algorithm(..., match=...)")
+        if "folds" in dict(self.options):
+            raise SpecError(f"{self.name}: folds is no option; give it as Algorithm(..., folds=...)")
         for option, value in self.options:
             if isinstance(value, float) and not math.isfinite(value):
                 raise SpecError(f"{self.name}: {option}: {value} is not a finite number")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from graphq import edit
+from graphq.folds import EVERYWHERE, Folds
 from graphq.formats import Float, Int
 from graphq.layers import LAYER, PLAN
 from graphq.numerics import awq, weight_block
@@ -55,7 +56,7 @@ class AWQ(Pass):
     power: of the outputs' errors, which are added: 2, or 4 as AMCT has it.
     clip: whether weights are clamped to the range of the least output error: of layers with min-max ranges by channel
         or group that are not in ``unclipped``.
-    where: see ``SmoothQuant``.
+    where, folds: see ``SmoothQuant``.
     """
 
     only: frozenset[str] | None = None
@@ -65,6 +66,7 @@ class AWQ(Pass):
     clip: bool = True
     unclipped: frozenset[str] = frozenset()
     where: Where = "fold"
+    folds: Folds = EVERYWHERE
     note: Callable[[str], None] | None = None
     name: ClassVar[str] = "awq"
     requires: ClassVar = (annotated, with_weights)
@@ -77,7 +79,7 @@ class AWQ(Pass):
             yield from hessians(gm, chosen)
         if self.power == 2:
             return
-        for group in groups(gm, self.only, self.where, None):
+        for group in groups(gm, self.only, self.where, None, self.folds):
             judged = _judged(gm, group)
             tried = functools.cache(lambda group=group, judged=judged: self._candidates(gm, group, judged))
             for one in judged:
@@ -95,7 +97,7 @@ class AWQ(Pass):
         moments = (
             {op: self._moments(gm, op) for op in chosen_layers(gm, self.only)} if self.clip or self.power == 2 else {}
         )
-        for group in list(groups(gm, self.only, self.where, self.note)):
+        for group in list(groups(gm, self.only, self.where, self.note, self.folds)):
             found = self._search(gm, group, moments)
             if found is not None:
                 count += scale(gm, group, found, self.name)

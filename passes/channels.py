@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from graphq import edit
+from graphq.folds import Subgraph
 from graphq.passes.labels import (
     EVEN,
     FIRST,
@@ -104,11 +105,49 @@ def producers_behind(x: Op) -> list[Op]:
         if op in seen:
             continue
         seen.add(op)
-        if isinstance(op, Weighted) or _gain_of(op) is not None or op.node.target in NORMS:
+        if _is_producer(op):
             found.append(op)
         else:
             pending += [view(node) for node in _behind(op)]
     return found
+
+
+def subgraph_of(producer: Op, op: Weighted) -> Subgraph:
+    """What kind of subgraph the channels go through from ``producer`` to the input of ``op``."""
+    if not isinstance(producer, Weighted):
+        return "norm-linear"
+    way = [step.node for step in _way(producer, op.input_op)]
+    if any(node.target in (SDPA, aten.matmul.default, aten.bmm.default) for node in way):
+        return "ov"
+    products = [node.all_input_nodes for node in way if node.target == aten.mul.Tensor]
+    if any(len(factors) == 2 and not any(isinstance(view(x), Param) for x in factors) for factors in products):
+        return "up-down"
+    return "linear-linear"
+
+
+def _way(producer: Op, x: Op) -> list[Op]:
+    """The ops that a producer's channels go through until they are those of ``x``, which is one of them."""
+    readers: dict[Op, list[Op]] = {}
+    pending, seen = [x], {x}
+    while pending:
+        op = pending.pop()
+        for behind in () if _is_producer(op) else map(view, _behind(op)):
+            readers.setdefault(behind, []).append(op)
+            if behind not in seen:
+                seen.add(behind)
+                pending.append(behind)
+    found: dict[Op, None] = {}
+    pending = [producer]
+    while pending:
+        for reader in readers.get(pending.pop(), ()):
+            if reader not in found:
+                found[reader] = None
+                pending.append(reader)
+    return list(found)
+
+
+def _is_producer(op: Op) -> bool:
+    return isinstance(op, Weighted) or _gain_of(op) is not None or op.node.target in NORMS
 
 
 def _behind(op: Op) -> list[fx.Node]:

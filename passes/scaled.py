@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, fx
 
 from graphq import edit
+from graphq.folds import EVERYWHERE, Folds
 from graphq.layers import LAYER, PLAN
 from graphq.numerics import fake_quantize, weight_block
 from graphq.numerics.ranges import weight_scales
-from graphq.passes.channels import Blocked, Flow, flow_into, move_factors
+from graphq.passes.channels import Blocked, Flow, flow_into, move_factors, subgraph_of
 from graphq.passes.labels import NONE, Part, Reader, is_own
 from graphq.passes.observe import free_path, weight_quants
 from graphq.passes.statistics import as_problems, channel_axis
@@ -73,9 +74,16 @@ def names_of(op: Weighted) -> list[str]:
 
 
 def groups(
-    gm: fx.GraphModule, only: frozenset[str] | None, where: Where, note: Callable[[str], None] | None
+    gm: fx.GraphModule,
+    only: frozenset[str] | None,
+    where: Where,
+    note: Callable[[str], None] | None,
+    folds: Folds = EVERYWHERE,
 ) -> Iterator[Group]:
-    """The groups of the chosen layers, in graph order. A layer in no group is noted with the reason."""
+    """The groups of the chosen layers, in graph order. A layer in no group is noted with the reason.
+
+    ``folds``: what factors may be folded into; layers whose input is made by something else are in no group.
+    """
     chosen = chosen_layers(gm, only)
     done = set[Op]()
     for op in chosen:
@@ -87,7 +95,8 @@ def groups(
             if isinstance(flow, Flow):
                 own = tuple(reader for reader in flow.readers if reader.op in chosen)
                 done |= {reader.op for reader in own}
-                yield Group(flow.count, flow.moved, flow.readers, own, flow)
+                if _takes(folds, flow, op, note):
+                    yield Group(flow.count, flow.moved, flow.readers, own, flow)
                 continue
             reason = flow.reason
         if where != "fold":
@@ -100,6 +109,24 @@ def groups(
         done.add(op)
         if note is not None:
             note(f"{op.node.meta[LAYER]}: its input's channels keep their scale: {reason}")
+
+
+def _takes(folds: Folds, flow: Flow, op: Weighted, note: Callable[[str], None] | None) -> bool:
+    """Whether factors may be folded into what makes the input of ``op``."""
+    kind = subgraph_of(flow.producer, op)
+    taken = [folds.takes(kind, name) for name in _sources(flow)]
+    if any(taken) and not all(taken) and note is not None:
+        note(f"{op.node.meta[LAYER]}: its input's channels keep their scale: only some experts that make it are chosen")
+    return all(taken)
+
+
+def _sources(flow: Flow) -> list[str]:
+    """The names of what factors are folded into: a norm, a layer, or each expert of a stack."""
+    weight = flow.produced[0]
+    module, dot, role = weight.fqn.rpartition(".")
+    if isinstance(flow.producer, GroupedLinear):
+        return [f"{module}{dot}{i}.{role}" for i in range(weight.labels.shape[0])]
+    return [module]
 
 
 def _multiplied(gm: fx.GraphModule, op: Weighted, chosen: Sequence[Weighted]) -> Group | Blocked:

@@ -11,6 +11,7 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor, fx
 
+from graphq.folds import EVERYWHERE, Folds
 from graphq.formats import Int
 from graphq.layers import PLAN
 from graphq.numerics.awq import output_error
@@ -47,12 +48,14 @@ class SmoothQuant(Pass):
         as llm-compressor has it, against twice the weights'.
     where: ``fold`` leaves a layer alone whose factors nothing can absorb, and notes why; ``fold-or-multiply``
         multiplies its input by them at run time; ``multiply`` folds nothing (AMCT).
+    folds: what they may be folded into; layers that read something else are left alone.
     """
 
     only: frozenset[str] | None = None
     alpha: float | Literal["search"] = 0.5
     statistic: Literal["magnitude", "range"] = "magnitude"
     where: Where = "fold"
+    folds: Folds = EVERYWHERE
     note: Callable[[str], None] | None = None
     name: ClassVar[str] = "smooth-quant"
     requires: ClassVar = (annotated, with_weights)
@@ -65,7 +68,7 @@ class SmoothQuant(Pass):
 
     def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
         count = 0
-        for group in list(groups(gm, self.only, self.where, self.note)):
+        for group in list(groups(gm, self.only, self.where, self.note, self.folds)):
             activations = self._activations(gm, group)
             weights = column_magnitudes(gm, group) * (2 if self.statistic == "range" else 1)
             if self.alpha == "search":

@@ -218,7 +218,7 @@ def test_every_option_is_a_field_of_its_pass() -> None:
     from graphq.passes.smooth_quant import SmoothQuant
 
     for step in (AWQ, Equalize, GPTQ, SmoothQuant):
-        fields = {f.name for f in dataclasses.fields(step)} - {"only", "unclipped", "note", "record"}
+        fields = {f.name for f in dataclasses.fields(step)} - {"only", "unclipped", "folds", "note", "record"}
         assert set(OPTIONS[step.name]) == fields
 
 

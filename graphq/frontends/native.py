@@ -6,7 +6,8 @@ from typing import Final, TypeVar, assert_never, final
 import yaml
 
 from graphq.constraint import Constraint, parse_constraint
-from graphq.frontends.document import Document, Plain, Section, show
+from graphq.folds import EVERYWHERE, SUBGRAPHS, Folds, kinds_among
+from graphq.frontends.document import Document, Plain, Section, nearest, show
 from graphq.match import Blocks, Glob, Match, parse_match
 from graphq.plan import Decision, KeepFloat, Plan
 from graphq.quant import parse_quant
@@ -162,15 +163,15 @@ def _read_algorithm(document: Document, item: Plain, index: int) -> Algorithm | 
             if options is None:
                 return None
             scalars: list[tuple[str, str | int | float | bool | None]] = []
-            match = _read_matches(options)
+            match, folds = _read_matches(options), _read_folds(options)
             for option, value in options.values.items():
-                if option == "match":
+                if option in ("match", "folds"):
                     continue
                 if isinstance(value, list | dict):
                     options.report(f"{show(value)} is not a single value", option)
                 else:
                     scalars.append((option, value))
-            return section.made(lambda: Algorithm(name, tuple(scalars), source, match), name)
+            return section.made(lambda: Algorithm(name, tuple(scalars), source, match, folds), name)
         case _:
             section.report(f"{show(item)} is neither a name nor a mapping of one name to its options")
             return None
@@ -191,6 +192,30 @@ def _read_matches(options: Section) -> tuple[Match, ...]:
     if given == []:
         options.report("is empty: leave it out for every layer that is quantized", "match")
     return tuple(found)
+
+
+def _read_folds(options: Section) -> Folds:
+    """What an algorithm may fold factors into."""
+    section = options.section("folds")
+    if section is None:
+        return EVERYWHERE
+    section.only(("kinds", "include", "exclude"))
+    texts: dict[str, list[str]] = {}
+    for key in ("kinds", "include", "exclude"):
+        for index, item in enumerate(section.items(key)):
+            if not isinstance(item, str):
+                section.report(f"{show(item)} is not a text", key, index)
+            elif key == "kinds" and item not in SUBGRAPHS:
+                near = nearest(item, SUBGRAPHS)
+                section.report(f"{show(item)} is not one of {', '.join(SUBGRAPHS)}{near}", key, index)
+            else:
+                texts.setdefault(key, []).append(item)
+        if section.values.get(key) == [] and key != "exclude":
+            section.report("is empty; leave it out for all", key)
+    listed = texts.get("kinds", [*SUBGRAPHS])
+    kinds = kinds_among(listed)
+    include, exclude = (tuple(texts.get(key, default)) for key, default in (("include", ["*"]), ("exclude", [])))
+    return options.made(lambda: Folds(kinds or SUBGRAPHS, include, exclude), "folds") or EVERYWHERE
 
 
 def print_spec(spec: Spec) -> str:
@@ -235,6 +260,12 @@ def _algorithm(algorithm: Algorithm) -> Plain:
     items: dict[str, Plain] = dict(algorithm.options)
     if algorithm.match:
         items["match"] = str(algorithm.match[0]) if len(algorithm.match) == 1 else [str(m) for m in algorithm.match]
+    if algorithm.folds != EVERYWHERE:
+        items["folds"] = {
+            key: [*getattr(algorithm.folds, key)]
+            for key in ("kinds", "include", "exclude")
+            if getattr(algorithm.folds, key) != getattr(EVERYWHERE, key)
+        }
     return {algorithm.name: items} if items else algorithm.name
 
 

@@ -8,6 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from graphq.errors import SpecError
+from graphq.folds import EVERYWHERE, SUBGRAPHS, Folds, kinds_among
 from graphq.formats import Int
 from graphq.frontends import load_spec, native, print_spec
 from graphq.frontends.yaml_text import read_text
@@ -59,6 +60,7 @@ RULES = st.builds(
     may_match_nothing=st.booleans(),
     exclusive=st.just("") | st.text(),
 )
+PATTERNS = st.text(min_size=1).filter(lambda text: " " not in text and text.isprintable())
 SCALARS = (
     st.none()
     | st.booleans()
@@ -69,10 +71,17 @@ SCALARS = (
 ALGORITHMS = st.builds(
     Algorithm,
     st.from_regex(r"[a-z][a-z0-9_-]*", fullmatch=True),
-    st.dictionaries(st.text().filter(lambda name: name != "match"), SCALARS, max_size=3).map(
+    st.dictionaries(st.text().filter(lambda name: name not in ("match", "folds")), SCALARS, max_size=3).map(
         lambda options: tuple(options.items())
     ),
     match=st.lists(MATCHES, max_size=3).map(tuple),
+    folds=st.just(EVERYWHERE)
+    | st.builds(
+        lambda kinds, include, exclude: Folds(kinds_among(kinds), tuple(include), tuple(exclude)),
+        st.lists(st.sampled_from(SUBGRAPHS), min_size=1),
+        st.lists(PATTERNS, min_size=1, max_size=3),
+        st.lists(PATTERNS, max_size=3),
+    ),
 )
 RUNS = st.builds(
     Run,

@@ -13,11 +13,11 @@ from torch import Tensor, fx, nn
 from graphq.batches import complete
 from graphq.compiler import canonical_passes
 from graphq.hugging_face import capture_pretrained
-from graphq.passes.channels import Blocked, Flow, flow_from, move_factors, producers_behind
+from graphq.passes.channels import Blocked, Flow, flow_from, flow_into, move_factors, producers_behind, subgraph_of
 from graphq.pipeline import Pipeline
 from graphq.source import SHARED, source_of
 from graphq.state import tensor_of
-from graphq.views import Embedding, Op, Weighted, ops_of, view
+from graphq.views import Embedding, Op, Param, Weighted, ops_of, view
 from tests.graphs import assert_vals
 from tests.lifted import assert_same_function, lifted
 from tests.models import FAMILIES, capture, random_inputs, tiny
@@ -408,3 +408,66 @@ def test_producers_behind_are_found_nearest_first() -> None:
     assert [op.node.name for op in producers_behind(down.input_op)] == ["mul"]
     found = producers_behind(view(view(down.input_op.node).node.all_input_nodes[0]))
     assert [op.node.name for op in found] == ["linear", "linear_1"]
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("llama", {"self_attn.q_proj": "norm-linear", "self_attn.o_proj": "ov", "mlp.up_proj": "norm-linear", "mlp.down_proj": "up-down"}),
+        ("mixtral", {"self_attn.o_proj": "ov", "mlp.experts.up_proj": "norm-linear", "mlp.experts.down_proj": "up-down"}),
+        ("deepseek", {"q_b_proj": "norm-linear", "kv_b_proj": "norm-linear", "o_proj": "ov", "shared_experts.down_proj": "up-down"}),
+        ("gemma3", {"self_attn.k_proj": "norm-linear", "self_attn.o_proj": "ov", "mlp.down_proj": "up-down"}),
+        ("opt", {"self_attn.q_proj": "norm-linear", "self_attn.out_proj": "ov", "fc1": "norm-linear", "fc2": "linear-linear"}),
+        ("gpt2", {"attn.c_attn": "norm-linear", "attn.c_proj": "ov", "mlp.c_fc": "norm-linear"}),
+        ("bert", {"attention.output.dense": "ov"}),
+    ],
+)  # fmt: skip
+def test_kinds_of_subgraphs(family: str, expected: dict[str, str]) -> None:
+    gm = canonical(family)
+    found: dict[str, set[str]] = {name: set() for name in expected}
+    for op in ops_of(gm):
+        if isinstance(op, Weighted) and not isinstance(op, Embedding):
+            flow = flow_into(gm, op)
+            for name in expected:
+                if isinstance(flow, Flow) and path_of(op).endswith(f".{name}"):
+                    found[name].add(subgraph_of(flow.producer, op))
+    assert found == {name: {kind} for name, kind in expected.items()}
+
+
+def path_of(op: Weighted) -> str:
+    """The layer's path: that of its weight."""
+    assert isinstance(op.weight_op, Param)
+    return op.weight_op.fqn.removesuffix(".weight")
+
+
+class Paths(nn.Module):
+    """Two linears with something between them."""
+
+    def __init__(self, between: Callable[[Any, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.between = between
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.gain = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.between(self, self.first(x), x))
+
+
+@pytest.mark.parametrize(
+    ("between", "kind"),
+    [
+        (lambda m, h, x: h, "linear-linear"),
+        (lambda m, h, x: F.relu(h), "linear-linear"),
+        (lambda m, h, x: h * 2.0, "linear-linear"),
+        (lambda m, h, x: h * m.gain, "linear-linear"),  # a parameter is no gate
+        (lambda m, h, x: F.relu(h) * torch.sigmoid(x), "up-down"),
+        (lambda m, h, x: torch.softmax(x @ x.mT, -1) @ h, "ov"),
+        (lambda m, h, x: torch.softmax(x @ x.mT, -1) @ h * torch.sigmoid(x), "ov"),  # gated attention
+    ],
+)
+def test_kinds_by_what_stands_between(between: Callable[[Any, Tensor, Tensor], Tensor], kind: str) -> None:
+    gm = capture(Paths(between), torch.randn(2, 3, 8))
+    op = next(op for op in ops_of(gm) if isinstance(op, Weighted) and path_of(op) == "second")
+    flow = flow_into(gm, op)
+    assert isinstance(flow, Flow)
+    assert subgraph_of(flow.producer, op) == kind

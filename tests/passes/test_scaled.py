@@ -4,7 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from graphq.folds import Folds
 from graphq.passes.scaled import chosen_layers, column_magnitudes, groups, names_of, rounding_change, scale
+from graphq.passes.split_gate_up import SplitGateUp
+from graphq.pipeline import Pipeline
 from graphq.state import tensor_of
 from graphq.views import Linear, ops_of
 from tests.graphs import annotated, run
@@ -70,6 +73,27 @@ def test_experts_are_named_one_by_one() -> None:
     names = [names_of(op) for op in chosen_layers(gm, None)]
     assert ["experts.0.down_proj", "experts.1.down_proj", "experts.2.down_proj", "experts.3.down_proj"] in names
     assert chosen_layers(gm, frozenset({"experts.2.down_proj"})) != []
+
+
+@pytest.mark.parametrize(
+    ("folds", "count", "noted"),
+    [
+        (Folds(("up-down",)), 1, False),
+        (Folds(("up-down",), ("experts.*.up_proj",)), 1, False),
+        (Folds(("up-down",), ("experts.*",), ("experts.[02].*",)), 0, True),
+        (Folds(("up-down",), ("experts.*.down_proj",)), 0, False),
+        (Folds(("norm-linear",)), 0, False),
+    ],
+)
+def test_experts_are_chosen_together(folds: Folds, count: int, noted: bool) -> None:
+    split = capture(MoE(), X)
+    Pipeline([SplitGateUp()]).run(split)
+    gm = annotated(split, experts="int8/channel")
+    notes: list[str] = []
+    found = list(groups(gm, frozenset({f"experts.{i}.down_proj" for i in range(4)}), "fold", notes.append, folds))
+    assert len(found) == count
+    why = "its input's channels keep their scale: only some experts that make it are chosen"
+    assert notes == ([f"experts.down_proj: {why}"] if noted else [])
 
 
 def test_what_rounding_changes_expert_by_expert() -> None:

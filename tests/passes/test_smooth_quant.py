@@ -14,6 +14,7 @@ import graphq
 from graphq import edit
 from graphq.batches import complete
 from graphq.compiler import canonical_passes
+from graphq.folds import Folds
 from graphq.passes import gptq as gptq_pass
 from graphq.passes.calibrate import Calibrate
 from graphq.passes.gptq import GPTQ
@@ -92,6 +93,25 @@ def test_golden_folded() -> None:
     changed = [name for name, w in gm.state_dict().items() if not torch.equal(w, made.state_dict()[name])]
     assert changed == ["norm.weight", "gate.weight", "up.weight", "up.bias", "down.weight"]
     assert_vals(made, *BATCHES[0])
+
+
+@pytest.mark.parametrize(
+    ("folds", "changed"),
+    [
+        (Folds(("norm-linear",)), ["norm.weight", "gate.weight", "up.weight"]),
+        (Folds(("up-down",)), ["up.weight", "up.bias", "down.weight"]),
+        (Folds(("linear-linear", "ov")), []),
+        (Folds(exclude=("norm",)), ["up.weight", "up.bias", "down.weight"]),
+        (Folds(("norm-linear", "up-down"), include=("[m-o]*",)), ["norm.weight", "gate.weight", "up.weight"]),
+        (Folds(include=("*.norm", "gate")), []),
+    ],
+)
+def test_what_factors_may_be_folded_into(folds: Folds, changed: list[str]) -> None:
+    gm = annotated(capture(Gated()), gate=W8A8, up=W8A8, down=W8A8)
+    made, count, notes = smoothed(gm, BATCHES, folds=folds)
+    assert (count, notes) == (len(changed), [])
+    assert [name for name, w in gm.state_dict().items() if not torch.equal(w, made.state_dict()[name])] == changed
+    assert_same_function(gm, made, BATCHES[0], 1e-12)
 
 
 def test_golden_multiplied() -> None:
