@@ -104,8 +104,8 @@ def _differences(one: _Try, again: Spec, layers: Mapping[str, Layer] | None) -> 
             yield f"{asked.name}: its layers cannot be named; one of them is {min(differ)}"
 
 
-def _options(algorithm: Algorithm) -> tuple[str, dict[str, object]]:
-    return algorithm.name, {**defaults(algorithm.name), **dict(algorithm.options)}
+def _options(algorithm: Algorithm) -> tuple[str, dict[str, object], str]:
+    return algorithm.name, {**defaults(algorithm.name), **dict(algorithm.options)}, str(algorithm.folds)
 
 
 def _advice(

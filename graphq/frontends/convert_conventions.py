@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, final
 
+from graphq.folds import EVERYWHERE, NORMS, Folds
 from graphq.formats import Divisor, ExponentRule, Float, FloatScale, Format, Int, Mx, MxElement
 from graphq.frontends.llm_compressor.transforms import defaults
 from graphq.frontends.llmc.run import TARGETS
@@ -30,6 +31,7 @@ class Conventions:
 
     ``options``: by algorithm, those that it has, with the values that they may have, the first in place of others;
     none for any value. What it has no option for is as graphq has it by default. ``always``: those that are written.
+    ``folds``: what an algorithm for all layers folds into, where that is not everything; None where a config says it.
     ``prefixes``: those that it has with an algorithm, and without one. ``averages``: whether the extremes of integer
     inputs may be averaged over batches.
     """
@@ -45,6 +47,7 @@ class Conventions:
     orders: tuple[Order, ...] = ("sequential", "independent")
     prefixes: tuple[tuple[Prefix, ...], tuple[Prefix, ...]] = (("quantized", "float"), ("quantized", "float"))
     always: tuple[str, ...] = ()
+    folds: tuple[tuple[str, Folds], ...] | None = ()
     averages: bool = True
     own_mse: bool = False
     own_hifloat8: bool = False
@@ -65,6 +68,7 @@ CONVENTIONS: Final[Mapping[str, Conventions]] = {
             "rotate": dict.fromkeys(("r1", "r2", "r3", "r4", "kind", "block_size"), _ANY),
         },
         ("model", "calibration", "samples", "sequence_length"),
+        folds=(("smooth-quant", NORMS),),
     ),
     "llmc": Conventions(
         "LLMC",
@@ -85,6 +89,7 @@ CONVENTIONS: Final[Mapping[str, Conventions]] = {
         tuple(dict.fromkeys(TARGETS.values())),
         ("sequential",),
         (("quantized", "float"), ("quantized",)),
+        folds=(("smooth-quant", NORMS),),
         own_mse=True,
     ),
     "modelslim": Conventions(
@@ -104,6 +109,7 @@ CONVENTIONS: Final[Mapping[str, Conventions]] = {
         tuple(SAVERS.values()),
         prefixes=(("quantized",), ("quantized",)),
         always=("steps",),
+        folds=None,
         averages=False,
     ),
     "amct": Conventions(
@@ -250,7 +256,13 @@ def _algorithm(asked: Algorithm, own: Conventions, notes: list[str]) -> Algorith
             notes.append(f"{asked.name}: {name} {_word(value)} -> {_word(wanted)}: {own.tool}'s {why}")
         if allowed or name in own.always or (name in given and (name not in usual or wanted != _scalar(usual[name]))):
             options[name] = wanted
-    return dataclasses.replace(asked, options=tuple(options.items()))
+    folds = asked.folds
+    if own.folds is not None:
+        by_mappings = own.tool == "llm-compressor" and asked.match
+        folds = EVERYWHERE if by_mappings else dict(own.folds).get(asked.name, EVERYWHERE)
+    if folds != asked.folds:
+        notes.append(f"{asked.name}: folds {asked.folds} -> {folds}: {own.tool} does not choose")
+    return dataclasses.replace(asked, options=tuple(options.items()), folds=folds)
 
 
 def _scalar(value: object) -> Value:

@@ -11,6 +11,7 @@ from graphq.frontends.amct.plan import plan_of
 from graphq.frontends.amct.table import ROWS, combinations
 from graphq.frontends.amct.write import EVERY_LAYER, skipped
 from graphq.frontends.llm_compressor.combine import precedence
+from graphq.frontends.llm_compressor.transforms import folds
 from graphq.match import Blocks, Exact, Glob, Kind, Layer, Linears, Match, Name, Part, Regex
 from graphq.plan import KeepFloat, Plan
 from graphq.quant import PerGroup
@@ -19,15 +20,6 @@ from graphq.spec import Algorithm, Rule, Spec, resolve
 MIX_BITS: Final = "mix_bits"
 _ROUNDING: Final = ("gptq", "auto-round")
 _FLOAT: Final = KeepFloat("float")
-# What msModelSlim's kinds of subgraphs are read as.
-_SUBGRAPHS: Final[tuple[tuple[Match, ...], ...]] = (
-    (Linears("*", ("*down_proj", "*.w2")),),
-    (Linears("*", ("*o_proj",)),),
-    (Linears("*", ("*o_proj", "*down_proj", "*.w2")),),
-    (Linears("*o_proj"), Linears("*down_proj")),
-    (Linears("*o_proj"),),
-    (Linears("*down_proj"),),
-)
 Plans = Mapping[str, Plan]
 Layers = Mapping[str, Layer]
 _Shape = Callable[[Layer, tuple[int, ...]], Match | None]  # of a layer, and the blocks in which it is left to name
@@ -74,12 +66,12 @@ def said_again(spec: Spec, dialect: str, layers: Layers) -> tuple[Spec, list[str
         rules = [rule for rule, _ in named]
         matches = []
         for i, one in enumerate(algorithms):
-            if whole[i]:
+            if whole[i] and (is_slim or one.folds == folds(one.name, ())):
                 matches.append(())
             elif i in rounding:
                 matches.append(tuple(rule.match for rule, of in named if i in of))
             else:
-                matches.append((_subgraphs if is_slim else _endings)(scopes[i], plans, layers) or one.match)
+                matches.append((() if is_slim else _endings(scopes[i], plans, layers)) or one.match)
     again = tuple(dataclasses.replace(one, match=match) for one, match in zip(algorithms, matches, strict=True))
     return dataclasses.replace(spec, rules=tuple(rules), algorithms=again), problems
 
@@ -240,16 +232,6 @@ def _needs(plan: Plan, layers: Sequence[Layer]) -> tuple[Constraint, ...]:
     found = [row.needs(size) for row in ROWS if any(plan_of(one) == plan for one in combinations(row, size))]
     kept = (needs for needs in found if not any(broken(needs, layer) for layer in layers))
     return next(kept, found[0] if found else ())
-
-
-def _subgraphs(scope: frozenset[str], plans: Plans, layers: Layers) -> tuple[Match, ...]:
-    """The kinds of subgraphs that hold just these layers; none where there are none."""
-    for matches in _SUBGRAPHS:
-        if all(any(m.matches(layer) for layer in layers.values()) for m in matches) and (
-            scope_of(Algorithm("awq", match=matches), plans, layers) == scope
-        ):
-            return matches
-    return ()
 
 
 def _endings(scope: frozenset[str], plans: Plans, layers: Layers) -> tuple[Match, ...]:

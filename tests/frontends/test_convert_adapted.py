@@ -12,6 +12,7 @@ import yaml
 
 import graphq
 from graphq.errors import SpecError
+from graphq.folds import NORMS
 from graphq.formats import code_bits, element_name, is_asymmetric
 from graphq.frontends import DIALECTS, Converted, convert_spec, load_spec, write_spec
 from graphq.frontends.convert import converted
@@ -91,7 +92,7 @@ def test_how_many_go_where():
         "amct": "5/12 7/12 - 6/12",
         "llm-compressor": "10/17 - 4/17 9/17",
         "llmc": "- 17/21 8/21 11/21",
-        "modelslim": "1/11 5/11 0/11 -",
+        "modelslim": "2/12 5/12 1/12 -",
         "native": "4/8 8/8 3/8 4/8",
         "preset": "12/19 17/19 8/19 9/19",
     }
@@ -108,7 +109,7 @@ def test_all_that_is_written_is_more_than_what_is_written_strictly():
         except SpecError:
             pass
     assert strict == 17
-    assert sum(not isinstance(made, SpecError) for made in matrix(32).values()) == 148  # of 291
+    assert sum(not isinstance(made, SpecError) for made in matrix(32).values()) == 150  # of 295
 
 
 def test_everywhere():
@@ -241,7 +242,6 @@ spec:
 def test_msmodelslim_as_a_recipe():
     found = convert_spec(load_spec(CONFIGS / "modelslim/w8a8_static.yaml"), "llm-compressor", llama(32), adapt=True)
     assert found.notes == (
-        BY_NAME,
         "int8/channel -> int8/half/channel: llm-compressor divides the extreme by (2^bits - 1) / 2",
         "int8/tensor -> int8/half/tensor: llm-compressor divides the extreme by (2^bits - 1) / 2",
         "smooth-quant: statistic magnitude -> range: llm-compressor's SmoothQuant measures from smallest to largest",
@@ -252,25 +252,20 @@ def test_msmodelslim_as_a_recipe():
         == r"""
 quant_stage:
   quant_modifiers:
-    SmoothQuantModifier:
-      mappings:
-        - - - re:.*q_proj$
-            - re:.*k_proj$
-            - re:.*v_proj$
-          - re:.*input_layernorm$
-        - - - re:.*gate_proj$
-            - re:.*up_proj$
-          - re:.*post_attention_layernorm$
+    SmoothQuantModifier: {}
     QuantizationModifier:
       config_groups:
         group_0:
           targets:
-            - re:model\.layers\.[0-9]+\.self_attn\.v_proj$
-            - re:model\.layers\.[0-9]+\.self_attn\.q_proj$
-            - re:model\.layers\.[0-9]+\.self_attn\.o_proj$
-            - re:model\.layers\.[0-9]+\.self_attn\.k_proj$
-            - re:model\.layers\.[0-9]+\.mlp\.up_proj$
-            - re:model\.layers\.[0-9]+\.mlp\.gate_proj$
+            - re:.*\.down_proj$
+      ignore:
+        - lm_head
+  quant_1_modifiers:
+    QuantizationModifier:
+      config_groups:
+        group_0:
+          targets:
+            - re:(?!.*\.down_proj$)(?!lm_head$).*$
           weights:
             num_bits: 8
             type: int
@@ -386,7 +381,7 @@ NAMES = "with --model MODEL_DIR, layers can be said by their names"
         ),
         (
             doc("int8/channel", None, {"awq": {"match": "q_proj#0"}}), "modelslim", {"layers": llama(2), "adapt": True},
-            ["awq: q_proj#0: msModelSlim chooses kinds of subgraphs, not layers"],
+            ["awq: q_proj#0: msModelSlim chooses what factors are folded into, not the layers that are scaled; write folds instead of match"],
         ),
         (doc("int4/g128/hqq"), "llm-compressor", {"layers": llama(2), "adapt": True}, ["llm-compressor: int4/half/g128/hqq: llm-compressor has no observer like hqq"]),
         (
@@ -455,11 +450,13 @@ def test_algorithms_keep_their_layers():
         rf"re:model\.layers\.[0-9]+\.mlp\.{p}_proj$" for p in ("up", "gate", "down")
     ]
     smooth = load_spec(doc("int8/channel", DYNAMIC, {"smooth-quant": {"match": ["o_proj", "mlp.down_proj"]}}))
-    (found,) = load_spec(convert_spec(smooth, "modelslim", llama(4)).text, "modelslim").algorithms
-    assert [str(match) for match in found.match] == ["linear:*o_proj", "linear:*down_proj"]
+    with pytest.raises(SpecError, match="chooses what factors are folded into, not the layers that are scaled"):
+        convert_spec(smooth, "modelslim", llama(4))
     everywhere = load_spec(doc("int8/channel", DYNAMIC, {"smooth-quant": {"match": ["self_attn", "mlp"]}}))
-    (found,) = load_spec(convert_spec(everywhere, "llmc", llama(4)).text, "llmc").algorithms
-    assert found.match == ()
+    again = convert_spec(everywhere, "llmc", llama(4), adapt=True)
+    (found,) = load_spec(again.text, "llmc").algorithms
+    assert (found.match, found.folds) == ((), NORMS)
+    assert "smooth-quant: folds everything -> norm-linear: LLMC does not choose" in again.notes
 
 
 def test_what_a_dialect_holds_is_as_it_was():

@@ -273,6 +273,9 @@ algorithms:
   - smooth-quant:
       statistic: range
       alpha: 0.8
+      folds:
+        kinds:
+          - norm-linear
   - gptq:
       act_order: static
       scales: plan

@@ -259,6 +259,8 @@ HALF = "compressed-tensors' 4-bit integers are int4/half"
             "int8/tensor: compressed-tensors' 8-bit integers are int8/half", "float8_e5m2/channel: compressed-tensors has no float8_e5m2"]),
         ([f"re:a | {W4}\n    exclusive: x", f"re:b | {W4}\n    may_match_nothing: true"], "", [
             "re:a: exclusive: targets have no such word", "re:b: may_match_nothing: a target that quantizes may not"]),
+        ([f"re:a | {W4}"], "algorithms: [{smooth-quant: {statistic: range}}, {awq: {clip: false, folds: {exclude: [x]}}}]\n", [
+            "smooth-quant: folds: everything: llm-compressor folds into norm-linear", "awq: folds: everything but x: llm-compressor folds into everything"]),
         ([f"re:a | {W4}"], "algorithms: [gptq, awq, smooth-quant, equalize]\n", [
             "awq: clip is true; llm-compressor's is false",
             "smooth-quant: statistic is magnitude; llm-compressor's is range",
@@ -266,7 +268,7 @@ HALF = "compressed-tensors' 4-bit integers are int4/half"
             "gptq: scales is search; llm-compressor's is plan"]),
         ([f"re:a | {W4}"], "algorithms: [{gptq: {scales: plan, min_samples: 0, x: 1}}]\n", [
             "gptq has no option x", "gptq: min_samples is 0; llm-compressor's is 32"]),
-        ([f"re:a | {W4}"], "algorithms: [{smooth-quant: {alpha: search, statistic: range}}, {rotate: {r1: false, r2: false}}]\n", [
+        ([f"re:a | {W4}"], "algorithms: [{smooth-quant: {alpha: search, statistic: range, folds: {kinds: [norm-linear]}}}, {rotate: {r1: false, r2: false}}]\n", [
             "smooth-quant: alpha is search; llm-compressor's smoothing_strength is a number", "rotate: it rotates nothing"]),
         ([f"re:a | {W4}"], "algorithms: [{awq: {clip: false, where: multiply, power: 4}}]\n", [
             "awq: power is 4; llm-compressor's is 2", "awq: where is multiply; llm-compressor's is fold"]),

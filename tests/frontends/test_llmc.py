@@ -214,6 +214,9 @@ rules:
 algorithms:
   - smooth-quant:
       alpha: 0.8
+      folds:
+        kinds:
+          - norm-linear
 prefix: float
 run:
   model: /path/to/model
@@ -376,7 +379,6 @@ NOTES = {
         "13:calib.bs: ignored: a window is a batch",
         "15:calib.preproc: ignored: calibration takes windows of plain text, one after the other",
         "30:save.save_path: ignored: graphq compile takes --out",
-        "17:quant.method: factors are folded wherever the graph allows it; LLMC's into norms alone",
     ],
     "stdlib_llama_w4_mixed": [
         "10:quant.mix_bits: read as documented; LLMC's code ignores it since May 2025",

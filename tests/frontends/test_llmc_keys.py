@@ -8,6 +8,7 @@ import pytest
 
 from graphq.algorithms import problems
 from graphq.errors import SpecError
+from graphq.folds import NORMS
 from graphq.frontends import load_spec
 from graphq.frontends.llmc import METHODS
 from graphq.match import parse_match
@@ -81,7 +82,7 @@ def test_methods_and_their_options():
         "GPTQ": (
             Algorithm("gptq", (("act_order", "none"), ("scales", "plan"), ("block_size", 128), ("dampening", 0.01))),
         ),
-        "SmoothQuant": (Algorithm("smooth-quant"),),
+        "SmoothQuant": (Algorithm("smooth-quant", folds=NORMS),),
         "Quarot": (Algorithm("rotate", (*OFFLINE, ("kind", "random_hadamard"))),),
         "HQQ": (),
     }
@@ -110,7 +111,7 @@ def test_options_are_translated():
     given = {"actorder": True, "static_groups": True, "percdamp": 0.02, "blocksize": 64, "true_sequential": True}
     options = (("act_order", "static"), ("scales", "plan"), ("block_size", 64), ("dampening", 0.02))
     assert algorithm("GPTQ", **given) == Algorithm("gptq", options)
-    assert algorithm("SmoothQuant", alpha=0.8) == Algorithm("smooth-quant", (("alpha", 0.8),))
+    assert algorithm("SmoothQuant", alpha=0.8) == Algorithm("smooth-quant", (("alpha", 0.8),), folds=NORMS)
     random = algorithm("Quarot", rotate_mode="random", online_rotate=True, fp32_had=True)
     assert random == Algorithm("rotate", (*ONLINE, ("kind", "orthogonal")))
     offline = algorithm("Quarot", rotate_mode="hadamard", online_rotate=False)

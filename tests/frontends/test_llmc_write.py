@@ -9,6 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from graphq.errors import SpecError
+from graphq.folds import NORMS
 from graphq.frontends import load_spec, print_spec, write_spec
 from graphq.match import Blocks, Name, parse_match
 from graphq.plan import Decision, KeepFloat, Plan
@@ -334,6 +335,7 @@ def quants(weight: str, input: str | None = None) -> Plan:
         (Spec((BASE,), (Algorithm("gptq", (("scales", "plan"), ("block_size", "x"), ("dampening", True), ("act_order", "dynamic"))),)), [
             "gptq: act_order: 'dynamic': LLMC's GPTQ has no such setting", "gptq: block_size: 'x': LLMC's GPTQ has no such setting", "gptq: dampening: True: LLMC's GPTQ has no such setting"]),
         (Spec((BASE,), (Algorithm("smooth-quant", (("alpha", "search"), ("where", "fold"))),)), [
+            "smooth-quant: folds: everything: LLMC's SmoothQuant folds into norm-linear",
             "smooth-quant: alpha: 'search': LLMC's SmoothQuant has no such setting", "smooth-quant: where: 'fold': LLMC's SmoothQuant has no such setting"]),
         (Spec((BASE,), (Algorithm("rotate"),)), ["rotate: r2: True: LLMC's Quarot has no such setting"]),
         (Spec((BASE,), (Algorithm("rotate", (("r1", False), ("r3", True), ("r4", True), ("kind", "hadamard"), ("block_size", None))),)), [
@@ -345,7 +347,8 @@ def quants(weight: str, input: str | None = None) -> Plan:
         (Spec((BASE,), (Algorithm("spqr", (("scales.bit", 3),)),)), ["spqr: LLMC's SpQR has no such options"]),
         (Spec((BASE,), (Algorithm("spqr", (("scale", 1), ("scale.bit", 3))),)), ["spqr: LLMC's SpQR has no such options"]),
         (Spec((BASE,), (Algorithm("spqr", (("scale" + 9999 * ".a", 1),)),)), ["spqr: LLMC's SpQR has no such options"]),
-        (Spec((BASE,), (Algorithm("smooth-quant", match=(Name("mlp"),)),)), ["smooth-quant: match: LLMC's methods are for all layers"]),
+        (Spec((BASE,), (Algorithm("awq", (("duo", True), ("clip", False)), folds=NORMS),)), ["awq: folds: norm-linear: LLMC's Awq folds into everything"]),
+        (Spec((BASE,), (Algorithm("smooth-quant", match=(Name("mlp"),), folds=NORMS),)), ["smooth-quant: match: LLMC's methods are for all layers"]),
         (Spec((BASE,), (Algorithm("rotate"), Algorithm("gptq", match=(Name("mlp"),)))), [
             "algorithms: rotate and gptq: an LLMC config has one method", "gptq: match: LLMC's methods are for all layers"]),
         (Spec((BASE,), pipeline="independent"), ["pipeline: independent: LLMC goes from block to block"]),

@@ -35,6 +35,46 @@ algorithms:
   - auto-round:
       steps: 10
 """,
+    "deepseek_w4a8_awq": """\
+graphq: 1
+rules:
+  - match: linear:*.kv_b_proj
+    float: linear_quant excludes it
+    may_match_nothing: true
+  - match: linear:*.mlp.gate
+    float: linear_quant excludes it
+    may_match_nothing: true
+  - match: linear:*.self_attn.* but *.kv_b_proj *.mlp.gate
+    weight: int8/channel
+    input: int8/token/dynamic
+  - match: linear:*.mlp.* but *.kv_b_proj *.mlp.gate
+    weight: int8/channel
+    input: int8/token/dynamic
+  - match: linear:*.mlp.experts.*
+    weight: int4/channel/ssz10
+    input: int8/token/dynamic
+algorithms:
+  - awq:
+      duo: false
+      clip: false
+      folds:
+        kinds:
+          - up-down
+        include:
+          - '*.mlp.experts.*'
+  - smooth-quant:
+      alpha: search
+      folds:
+        kinds:
+          - norm-linear
+          - ov
+          - up-down
+        exclude:
+          - '*.mlp.experts.*'
+          - '*.kv_a_layernorm'
+run:
+  target: ascend
+""",
     "deepseek_w4a8_mix": """\
 graphq: 1
 rules:
@@ -93,7 +133,10 @@ rules:
 algorithms:
   - smooth-quant:
       alpha: search
-      match: linear:* but *down_proj *.w2
+      folds:
+        kinds:
+          - norm-linear
+          - ov
 run:
   target: ascend
   calibration: mix_calib.jsonl
@@ -189,7 +232,9 @@ rules:
 algorithms:
   - smooth-quant:
       alpha: 0.5
-      match: linear:* but *o_proj *down_proj *.w2
+      folds:
+        kinds:
+          - norm-linear
 run:
   target: ascend
 """,
@@ -207,6 +252,11 @@ rules:
 algorithms:
   - smooth-quant:
       alpha: 0.9
+      folds:
+        kinds:
+          - norm-linear
+          - ov
+          - up-down
 cache: int8/channel
 run:
   target: ascend
@@ -330,8 +380,11 @@ def test_examples_compiled(path):
 
 
 @pytest.mark.slow
-def test_a_mix_for_all_linears_of_deepseek_compiled():
-    compiled, error = compile_with(tiny("deepseek"), CONFIGS / "deepseek_w4a8_ssz.yaml")
+@pytest.mark.parametrize(
+    ("name", "experts"), [("deepseek_w4a8_ssz", "int4/channel/ssz30"), ("deepseek_w4a8_awq", "int4/channel/ssz10")]
+)
+def test_a_mix_for_all_linears_of_deepseek_compiled(name, experts):
+    compiled, error = compile_with(tiny("deepseek"), CONFIGS / f"{name}.yaml")
     plans = Counter(str(row.weight) for row in compiled.report.layers)
-    assert plans == {"int8/channel": 14, "int4/channel/ssz30": 12, "None": 5}
+    assert plans == {"int8/channel": 14, experts: 12, "None": 5}
     assert 0 < error < 0.5

@@ -137,15 +137,14 @@ def refused(config: dict[str, Any]) -> list[str]:
             'spec.process[0].online: rotation at run time is written in the native form alone: algorithms: [{rotate: {r4: true}}]',
             'spec.process[0].block_size: 48 is neither -1 nor a power of two',
         ]),
-        (cfg({"type":"iter_smooth","alpha":1.5,"scale_min":0.1,"symmetric":False,"enable_subgraph_type":["norm_linear"],"include":["*self_attn*"],"exclude":["a"]},lq()), [
+        (cfg({"type":"iter_smooth","alpha":1.5,"scale_min":0.1,"symmetric":False,"enable_subgraph_type":["norm_linear"],"include":["{self_attn*"],"exclude":"a"},lq()), [
             'spec.process[0].scale_min: factors are at least 1e-05 here; write that, or leave it out',
             'spec.process[0].alpha: 1.5 is not a number from 0 to 1',
             'spec.process[0].symmetric: a shift of channels is not supported; write true',
-            "spec.process[0].include: names what factors are folded into (a norm, up_proj, v_proj), and graphq is given the layers that are scaled; leave it out, or write a native spec with the algorithm's match",
-            "spec.process[0].exclude: names what factors are folded into (a norm, up_proj, v_proj), and graphq is given the layers that are scaled; leave it out, or write a native spec with the algorithm's match",
             "spec.process[0].enable_subgraph_type[0]: 'norm_linear' is not a kind of subgraph; did you mean norm-linear?",
+            "spec.process[0].include[0]: '{self_attn*': a brace is not closed",
+            "spec.process[0].exclude: 'a' is not a list; write ['a']",
         ]),
-        (cfg({"type":"iter_smooth","enable_subgraph_type":["linear-linear"]},lq()), ['spec.process[0]: linear-linear alone is not supported; graphq finds such pairs with the other kinds']),
         (cfg({"type":"flex_smooth_quant","alpha":0.5},lq()), ['spec.process[0].alpha: beta is 1 - alpha in graphq; write such a pair, or neither to have them searched']),
         (cfg({"type":"flex_smooth_quant","alpha":0.5,"beta":0.6},lq()), ['spec.process[0].alpha: beta is 1 - alpha in graphq; write such a pair, or neither to have them searched']),
         (cfg({"type":"flex_awq_ssz","alpha":0.5},lq()), [

@@ -74,16 +74,20 @@ LEARNED = st.sampled_from(
 )
 STRATEGY = st.builds(lambda w, s: {"qconfig": {"act": TOKEN8, "weight": w}, **s}, LEARNED, SELECTED)
 KINDS = st.lists(st.sampled_from(["norm-linear", "linear-linear", "ov", "up-down"]), max_size=4, unique=True)
+SOURCES = st.fixed_dictionaries({}, optional={"include": LISTS, "exclude": LISTS})
 SMOOTH = (
-    st.just({"type": "smooth_quant", "alpha": 0.4})
+    st.builds(lambda s: {"type": "smooth_quant", "alpha": 0.4, **s}, SOURCES)
     | st.builds(
-        lambda a, k: {"type": "iter_smooth", "alpha": a, "enable_subgraph_type": k},
+        lambda a, k, s: {"type": "iter_smooth", "alpha": a, "enable_subgraph_type": k, **s},
         st.sampled_from([0, 0.5, "1e-1"]),
         KINDS,
+        SOURCES,
     )
-    | st.builds(lambda k: {"type": "flex_smooth_quant", "enable_subgraph_type": k}, KINDS)
-    | st.builds(lambda k, q: {"type": "flex_awq_ssz", "qconfig": q, "enable_subgraph_type": k}, KINDS, QCONFIGS)
-    | st.builds(lambda n: {"type": "awq", **n}, st.sampled_from([{}, {"n_grid": 5}]))
+    | st.builds(lambda k, s: {"type": "flex_smooth_quant", "enable_subgraph_type": k, **s}, KINDS, SOURCES)
+    | st.builds(
+        lambda k, q, s: {"type": "flex_awq_ssz", "qconfig": q, "enable_subgraph_type": k, **s}, KINDS, QCONFIGS, SOURCES
+    )
+    | st.builds(lambda n, s: {"type": "awq", **n, **s}, st.sampled_from([{}, {"n_grid": 5}]), SOURCES)
 )
 QUANTIZER = (
     LINEAR
@@ -333,9 +337,12 @@ GPTQ = {"act_order": "none", "scales": "plan"}
             "rotate: msModelSlim has no r4 True", "smooth-quant: msModelSlim has no where multiply",
             "auto-round: msModelSlim's has steps, which are to be written, and no other option"]),
         (native(rule(), algorithms=[{"rotate": {"match": "x"}}, {"smooth-quant": {"match": "self_attn"}}, {"awq": {"duo": False, "clip": False, "n_grid": 3, "match": "x"}}]), [
-            "rotate: quarot is for the whole model; the algorithm has a match",
-            "smooth-quant: self_attn: msModelSlim chooses kinds of subgraphs, not layers",
-            "awq: of msModelSlim's processors with n_grid none is for some layers alone"]),
+            "rotate: x: quarot is for the whole model",
+            "smooth-quant: self_attn: msModelSlim chooses what factors are folded into, not the layers that are scaled; write folds instead of match",
+            "awq: x: msModelSlim chooses what factors are folded into, not the layers that are scaled; write folds instead of match"]),
+        (native(rule(), algorithms=[{"awq": {"duo": False, "clip": False, "n_grid": 3, "folds": {"kinds": ["ov"]}}}]), [
+            "awq: of msModelSlim's processors with n_grid none is for some kinds of subgraphs"]),
+        (native(rule(), algorithms=[{"smooth-quant": {"folds": {"include": ["{a,b}"]}}}]), ["smooth-quant: msModelSlim cannot ask for it so"]),
         (native(rule(), algorithms=["gptq"]), ["gptq: msModelSlim has no act_order static; its gptq is act_order none, scales plan",]),
         (native(rule(), algorithms=[{"gptq": {**GPTQ, "min_samples": 3}}]), [
             "gptq: msModelSlim has no min_samples 3; its gptq is act_order none, scales plan"]),

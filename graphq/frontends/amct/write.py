@@ -8,6 +8,7 @@ import yaml
 
 from graphq.constraint import Constraint
 from graphq.errors import SpecError
+from graphq.folds import EVERYWHERE
 from graphq.frontends.amct.plan import CACHE, algorithm_of, plan_of
 from graphq.frontends.amct.table import ALGORITHMS, NO_ALGORITHM, ROWS, Combination, Row, combinations
 from graphq.frontends.document import Plain, show
@@ -172,6 +173,8 @@ def _algorithm_problem(one: Algorithm) -> str:
         if known is not None and known.name == one.name:
             if one.match:
                 return f"{one.name}: AMCT's is for every layer; leave out its match"
+            if one.folds != EVERYWHERE:
+                return f"{one.name}: folds: {one.folds}: AMCT folds nothing; leave it out"
             has = ", ".join(f"{option} {value}" for option, value in known.options)
             return f"{one.name}: AMCT's has {has}"
     return f"{one.name}: AMCT has no such algorithm"

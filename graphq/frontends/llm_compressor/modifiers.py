@@ -21,6 +21,7 @@ from graphq.frontends.llm_compressor.schemes import (
     read_scheme,
     read_targets,
 )
+from graphq.frontends.llm_compressor.transforms import folds
 from graphq.match import Match
 from graphq.plan import Plan
 from graphq.quant import Quant
@@ -104,7 +105,8 @@ def read_modifier(name: str, section: Section) -> Modifier | None:
     algorithm = None
     if name != "QuantizationModifier":
         source = section.document.origin(section.at, name)
-        algorithm = section.made(lambda: Algorithm(_NAMES[name], tuple(options.items()), source, match))
+        into = folds(_NAMES[name], match)
+        algorithm = section.made(lambda: Algorithm(_NAMES[name], tuple(options.items()), source, match, into))
     return Modifier(
         section,
         name,

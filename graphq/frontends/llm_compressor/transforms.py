@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from graphq.errors import SpecError
+from graphq.folds import EVERYWHERE, NORMS, Folds
 from graphq.frontends.document import Plain
 from graphq.frontends.llm_compressor.targets import write_target
 from graphq.match import Match, Regex
@@ -38,6 +39,11 @@ _IN_FRONT: Final[Mapping[str, tuple[str, ...]]] = {
 def defaults(name: str) -> dict[str, object]:
     """The options of an algorithm that are not written because graphq has them anyhow."""
     return dict(_DEFAULTS.get(name, {}))
+
+
+def folds(name: str, match: tuple[Match, ...]) -> Folds:
+    """What llm-compressor folds factors into: where no mappings say so, SmoothQuant into norms alone."""
+    return NORMS if name == "smooth-quant" and not match else EVERYWHERE
 
 
 def _options(algorithm: Algorithm) -> dict[str, Value]:
@@ -82,6 +88,8 @@ def write_transform(algorithm: Algorithm) -> tuple[str, dict[str, Plain]]:
     """The class and the fields of a modifier that changes weights before they are rounded. Raises ``SpecError``."""
     options, given = _options(algorithm), dict(algorithm.options)
     fields: dict[str, Plain] = {}
+    if algorithm.folds != (own := folds(algorithm.name, algorithm.match)):
+        raise SpecError(f"{algorithm.name}: folds: {algorithm.folds}: llm-compressor folds into {own}")
     if algorithm.name == "awq":
         fields["duo_scaling"] = "both" if options["duo"] is None else options["duo"]
         if "n_grid" in given:

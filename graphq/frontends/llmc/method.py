@@ -7,6 +7,7 @@ noted. A method that graphq lacks keeps its name and options, which ``compile`` 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final
 
+from graphq.folds import EVERYWHERE, NORMS, Folds
 from graphq.frontends.document import MAX_DEPTH, Document, Plain, Section, nearest, show
 from graphq.frontends.llmc.tensor import read_hqq
 from graphq.quant import Hqq
@@ -63,17 +64,20 @@ def read_method(quant: Section, method: str | None) -> tuple[tuple[Algorithm, ..
     if method == "HQQ":
         _read_common(special, method)
         return (), _hqq(special)
-    if method == "SmoothQuant":
-        quant.note("factors are folded wherever the graph allows it; LLMC's into norms alone", "method")
     if method in _TRANSLATED:
         name, translate = _TRANSLATED[method]
         found = translate(special)
         _read_common(special, method)
-        algorithm = special.made(lambda: Algorithm(name, tuple(found.items()), source))
+        folds = _folds(method)
+        algorithm = special.made(lambda: Algorithm(name, tuple(found.items()), source, folds=folds))
     else:
         options = tuple(_scalars("", dict(special.values)))
         algorithm = special.made(lambda: Algorithm(method.lower(), options, source))
     return () if algorithm is None else (algorithm,), None
+
+
+def _folds(method: str) -> Folds:
+    return NORMS if method == "SmoothQuant" else EVERYWHERE
 
 
 def _read_common(special: Section, method: str) -> None:
@@ -192,6 +196,8 @@ def write_method(algorithms: Sequence[Algorithm]) -> tuple[str, dict[str, Plain]
     lacking = {m.lower(): m for m in METHODS if m not in (*_TRANSLATED, "RTN", "HQQ")}
     if algorithm.name in methods:
         method = methods[algorithm.name]
+        if algorithm.folds != _folds(method):
+            problems.append(f"{algorithm.name}: folds: {algorithm.folds}: LLMC's {method} folds into {_folds(method)}")
         wanted = _DEFAULTS[method] | dict(algorithm.options)
         special = _special(method, wanted, algorithm)
         got = _DEFAULTS[method] | _TRANSLATED[method][1](Section(Document(), special))

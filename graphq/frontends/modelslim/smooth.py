@@ -1,22 +1,23 @@
 """msModelSlim's processors that come before quantization, as algorithms: rotation, smoothing, AWQ; and back.
 
-They are given by kinds of subgraphs (``norm-linear``, ``ov``, ``up-down``, ``linear-linear``). graphq finds subgraphs
-by the graph's edges and is given layers, so some of the kinds are told by the names of the layers that are scaled.
+They are given by kinds of subgraphs (``norm-linear``, ``ov``, ``up-down``, ``linear-linear``) and by the names of what
+factors are folded into, which are the folds of an algorithm.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Final
 
 from graphq.errors import SpecError
+from graphq.folds import EVERYWHERE, NORMS, SUBGRAPHS, Folds, Subgraph, kinds_among
 from graphq.frontends.document import Plain, Section, nearest, show
+from graphq.frontends.modelslim.globs import read_patterns
 from graphq.frontends.modelslim.qconfig import Scalar, read_number, read_qconfig, read_side
-from graphq.match import Linears, Match
 from graphq.spec import Algorithm
 
-_KINDS: Final = ("norm-linear", "linear-linear", "ov", "up-down")
-_OV: Final = "*o_proj"
-_DOWN: Final = ("*down_proj", "*.w2")  # DeepSeek-V4's name comes second: what no layer has must not be asked for
 _SCALE_MIN: Final = 1e-5
+_BY_SOURCE: Final = (
+    "msModelSlim chooses what factors are folded into, not the layers that are scaled; write folds instead of match"
+)
 _SUBGRAPHS: Final = ("enable_subgraph_type", "include", "exclude")
 REFUSED: Final[Mapping[str, str]] = {
     "online_quarot": "rotation at run time is written in the native form alone: algorithms: [{rotate: {r4: true}}]",
@@ -33,14 +34,14 @@ def read_preparation(section: Section, kind: str) -> Algorithm | None:
     """The algorithm that a processor of this type is."""
     read = _READ[kind]
     before = len(section.document.problems)
-    name, options, match = read(section)
+    name, options, folds = read(section)
     if len(section.document.problems) > before:
         return None
     source = section.document.origin(section.at, f"process[{section.at[-1]}]")
-    return section.made(lambda: Algorithm(name, options, source, match))
+    return section.made(lambda: Algorithm(name, options, source, folds=folds))
 
 
-_Read = tuple[str, tuple[tuple[str, Scalar], ...], tuple[Match, ...]]
+_Read = tuple[str, tuple[tuple[str, Scalar], ...], Folds]
 
 
 def _quarot(section: Section) -> _Read:
@@ -53,12 +54,12 @@ def _quarot(section: Section) -> _Read:
     size = section.integer("block_size")
     if size is not None and size != -1 and (size < 1 or size & (size - 1)):
         section.report(f"{size} is neither -1 nor a power of two", "block_size")
-    return "rotate", () if size in (None, -1) else (("block_size", size),), ()
+    return "rotate", () if size in (None, -1) else (("block_size", size),), EVERYWHERE
 
 
 def _smooth_quant(section: Section) -> _Read:
     section.only(("type", "alpha", "symmetric", "include", "exclude"))
-    return "smooth-quant", (("alpha", _alpha(section, 0.5)),), _scaled(section, ("norm-linear",))
+    return "smooth-quant", (("alpha", _alpha(section, 0.5)),), _folds(section, NORMS.kinds)
 
 
 def _iter_smooth(section: Section) -> _Read:
@@ -66,18 +67,18 @@ def _iter_smooth(section: Section) -> _Read:
     least = read_number(section, "scale_min")
     if least not in (None, _SCALE_MIN):
         section.report(f"factors are at least {_SCALE_MIN:g} here; write that, or leave it out", "scale_min")
-    return "smooth-quant", (("alpha", _alpha(section, 0.9)),), _scaled(section)
+    return "smooth-quant", (("alpha", _alpha(section, 0.9)),), _folds(section)
 
 
 def _flex_smooth(section: Section) -> _Read:
     section.only(("type", "alpha", "beta", *_SUBGRAPHS))
     alpha, beta = (None if section.values.get(key) is None else read_number(section, key) for key in ("alpha", "beta"))
-    match = _scaled(section)
+    folds = _folds(section)
     if alpha is None and beta is None:
-        return "smooth-quant", (("alpha", "search"),), match
+        return "smooth-quant", (("alpha", "search"),), folds
     if alpha is None or beta is None or abs(alpha + beta - 1) > 1e-9:
         section.report("beta is 1 - alpha in graphq; write such a pair, or neither to have them searched", "alpha")
-    return "smooth-quant", (("alpha", _alpha(section, 0.5)),), match
+    return "smooth-quant", (("alpha", _alpha(section, 0.5)),), folds
 
 
 def _flex_awq(section: Section) -> _Read:
@@ -88,7 +89,7 @@ def _flex_awq(section: Section) -> _Read:
     qconfig = section.section("qconfig", required=True)
     if qconfig is not None and read_qconfig(qconfig) is not None:
         section.unused("qconfig", "factors are judged by each layer's own plan")
-    return "awq", (("duo", False), ("clip", False)), _scaled(section)
+    return "awq", (("duo", False), ("clip", False)), _folds(section)
 
 
 def _awq(section: Section) -> _Read:
@@ -102,7 +103,7 @@ def _awq(section: Section) -> _Read:
         options.insert(0, ("n_grid", grid))
         if grid < 1:
             section.report(f"{grid} is not a whole number from 1", "n_grid")
-    return "awq", tuple(options), _scaled(section, _KINDS)
+    return "awq", tuple(options), _folds(section, SUBGRAPHS)
 
 
 _READ: Final[Mapping[str, Callable[[Section], _Read]]] = {
@@ -125,36 +126,21 @@ def _alpha(section: Section, default: float) -> float:
     return default if alpha is None else alpha
 
 
-def _scaled(section: Section, only: Sequence[str] = ()) -> tuple[Match, ...]:
-    """The layers that are scaled: none for every layer. ``only``: the kinds of a processor that does not say."""
-    kinds = list(only)
-    for key in ("include", "exclude"):
-        if section.values.get(key) not in (None, [], *([["*"]] if key == "include" else [])):
-            section.report(
-                "names what factors are folded into (a norm, up_proj, v_proj), and graphq is given the layers that are"
-                " scaled; leave it out, or write a native spec with the algorithm's match",
-                key,
-            )
+def _folds(section: Section, only: tuple[Subgraph, ...] = ()) -> Folds:
+    """What factors are folded into. ``only``: the kinds of a processor that does not say."""
+    kinds = only
     if not only:
-        listed = section.items("enable_subgraph_type") if section.values.get("enable_subgraph_type") else _KINDS
+        listed = section.items("enable_subgraph_type") if section.values.get("enable_subgraph_type") else SUBGRAPHS
         for index, kind in enumerate(listed):
-            if kind not in _KINDS:
-                near = nearest(str(kind), _KINDS)
+            if kind not in SUBGRAPHS:
+                near = nearest(str(kind), SUBGRAPHS)
                 section.report(f"{show(kind)} is not a kind of subgraph{near}", "enable_subgraph_type", index)
-        kinds = [kind for kind in _KINDS if kind in listed]
-    if {"norm-linear", "ov", "up-down"} <= set(kinds):
-        return ()
-    section.document.notes.append(
-        f"{section.document.prefix(section.at)}kinds of subgraphs are told by names: ov is {_OV}, up-down is"
-        f" {' and '.join(_DOWN)}, norm-linear is every other"
+        kinds = kinds_among(map(str, listed))
+    include, exclude = (
+        read_patterns(section, key) if section.values.get(key) is not None else () for key in ("include", "exclude")
     )
-    if "norm-linear" in kinds:
-        but = [_OV] * ("ov" not in kinds) + [*_DOWN] * ("up-down" not in kinds)
-        return (Linears("*", tuple(but)),)
-    found = [Linears(_OV)] * ("ov" in kinds) + [Linears(_DOWN[0])] * ("up-down" in kinds)
-    if not found and kinds:
-        section.report("linear-linear alone is not supported; graphq finds such pairs with the other kinds")
-    return tuple(found)
+    folds = section.made(lambda: Folds(kinds or SUBGRAPHS, include or EVERYWHERE.include, exclude))
+    return folds or EVERYWHERE
 
 
 def write_preparation(algorithm: Algorithm, qconfig: dict[str, Plain]) -> dict[str, Plain]:
@@ -162,46 +148,35 @@ def write_preparation(algorithm: Algorithm, qconfig: dict[str, Plain]) -> dict[s
 
     ``qconfig``: one of the spec's, for processors that ask for one.
     """
-    options = dict(algorithm.options)
+    options, folds = dict(algorithm.options), algorithm.folds
     found: dict[str, Plain]
+    if algorithm.match:
+        what = "quarot is for the whole model" if algorithm.name == "rotate" else _BY_SOURCE
+        raise SpecError(f"{algorithm.name}: {', '.join(map(str, algorithm.match))}: {what}")
     match algorithm.name:
         case "rotate":
             found = {"type": "quarot", "block_size": options.pop("block_size", None) or -1}
-            if algorithm.match:
-                raise SpecError("rotate: quarot is for the whole model; the algorithm has a match")
         case "smooth-quant":
             alpha = options.pop("alpha", 0.5)
             found = {"type": "flex_smooth_quant"} if alpha == "search" else {"type": "iter_smooth", "alpha": alpha}
-            found["enable_subgraph_type"] = _kinds(algorithm)
+            found["enable_subgraph_type"] = [*folds.kinds]
         case "awq":
             if options.pop("duo", None) is not False or options.pop("clip", True) is not False:
                 raise SpecError("awq: msModelSlim's awq is duo false, clip false")
             grid = options.pop("n_grid", None)
-            if algorithm.match and grid is not None:
-                raise SpecError("awq: of msModelSlim's processors with n_grid none is for some layers alone")
-            if algorithm.match:
-                found = {"type": "flex_awq_ssz", "qconfig": qconfig, "enable_subgraph_type": _kinds(algorithm)}
-            else:
+            if folds.kinds == SUBGRAPHS:
                 found = {"type": "awq", "weight_qconfig": qconfig.get("weight", {})}
                 found |= {} if grid is None else {"n_grid": grid}
+            elif grid is not None:
+                raise SpecError("awq: of msModelSlim's processors with n_grid none is for some kinds of subgraphs")
+            else:
+                found = {"type": "flex_awq_ssz", "qconfig": qconfig, "enable_subgraph_type": [*folds.kinds]}
         case name:
             raise SpecError(f"{name}: msModelSlim has no such algorithm")
     if options:
         raise SpecError(f"{algorithm.name}: msModelSlim has no {next(iter(options))} {next(iter(options.values()))}")
+    if folds.include != EVERYWHERE.include:
+        found["include"] = [*folds.include]
+    if folds.exclude:
+        found["exclude"] = [*folds.exclude]
     return found
-
-
-def _kinds(algorithm: Algorithm) -> list[Plain]:
-    """The kinds of subgraphs that are read as the algorithm's match."""
-    given = algorithm.match
-    norm, ov, down = "norm-linear", "ov", "up-down"
-    for kinds in ([*_KINDS], [norm, ov], [norm, down], [norm], [ov, down], [ov], [down]):
-        but = [_OV] * (ov not in kinds) + [*_DOWN] * (down not in kinds)
-        match: tuple[Match, ...] = (Linears("*", tuple(but)),) if but else ()
-        if norm not in kinds:
-            match = tuple([Linears(_OV)] * (ov in kinds) + [Linears(_DOWN[0])] * (down in kinds))
-        if match == given:
-            return [*kinds]
-    raise SpecError(
-        f"{algorithm.name}: {', '.join(map(str, given))}: msModelSlim chooses kinds of subgraphs, not layers"
-    )

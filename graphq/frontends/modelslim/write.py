@@ -263,7 +263,7 @@ def _canonical(algorithm: Algorithm, spec: Spec) -> tuple[object, ...]:
     options = {"alpha": 0.5} if algorithm.name == "smooth-quant" else {}
     planned = {rule.match for rule in spec.rules if isinstance(rule.decision, Plan)}
     match = () if planned <= set(algorithm.match) else algorithm.match
-    return algorithm.name, options | dict(algorithm.options), match
+    return algorithm.name, options | dict(algorithm.options), match, algorithm.folds
 
 
 @final
