@@ -17,6 +17,7 @@ from graphq.frontends.yaml_text import read_file
 from graphq.match import Layer, parse_match
 from graphq.plan import Plan
 from graphq.spec import Spec
+from tests.frontends.test_llm_compressor_keys import several
 from tests.frontends.test_llmc import llama
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
@@ -432,6 +433,18 @@ def test_a_recipe_is_written_as_it_was_read(recipe):
     assert again == spec
     assert print_spec(again) == print_spec(spec)
     assert written(again) == text
+
+
+def test_targets_of_one_algorithm_are_one_modifier():
+    """Though another modifier's target stands between them in the order of names."""
+    algorithm = {"targets": ["lm_head", "re:.*q_proj$"], "scheme": "FP8"}
+    spec = load_spec(
+        several(("GPTQModifier", algorithm), ("QuantizationModifier", {"targets": ["a.b"], "scheme": "W8A8"}))
+    )
+    assert [str(rule.match) for rule in spec.rules] == ["re:.*q_proj$", "=a.b", "=lm_head"]
+    text = written(spec)
+    assert text.count("GPTQModifier") == text.count("QuantizationModifier") == 1
+    assert load_spec(text) == spec
 
 
 @given(recipes())

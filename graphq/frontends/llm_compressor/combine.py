@@ -3,7 +3,7 @@
 A later modifier decides anew for the layers that it targets; those it ignores keep what earlier ones decided.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import Final
@@ -115,13 +115,15 @@ def precedence(rule: Rule) -> tuple[int, tuple[int, ...]]:
 
 def in_order(rules: Iterable[Rule]) -> list[Rule]:
     """The rules, those side by side that no layer has in common in the order of their targets."""
-    found: list[Rule] = []
-    for kind, run in groupby(rules, key=_run):
-        one = list(run)
-        texts = {write_target(rule.match) for rule in one}
-        apart = kind[0] in (Exact, Kind) and not kind[1] and len(texts) == len(one)
-        found += sorted(one, key=precedence) if apart else one
-    return found
+    return [rule for run, apart in runs(rules) for rule in (sorted(run, key=precedence) if apart else run)]
+
+
+def runs(rules: Iterable[Rule]) -> Iterator[tuple[list[Rule], bool]]:
+    """Rules of one kind that stand side by side, and whether no layer has two of them: their order says nothing."""
+    for kind, group in groupby(rules, key=_run):
+        run = list(group)
+        texts = {write_target(rule.match) for rule in run}
+        yield run, kind[0] in (Exact, Kind) and not kind[1] and len(texts) == len(run)
 
 
 def _run(rule: Rule) -> tuple[type, bool]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Final, final
 
 from graphq.errors import SpecError
-from graphq.frontends.llm_compressor.combine import in_order, precedence, restored
+from graphq.frontends.llm_compressor.combine import precedence, restored, runs
 from graphq.frontends.llm_compressor.presets import UNQUANTIZED
 from graphq.match import Exact, Kind, Match, Regex
 from graphq.plan import KeepFloat, Plan
@@ -35,7 +35,7 @@ def divide(rules: Sequence[Rule], algorithms: Sequence[Algorithm]) -> list[Segme
     whole = next((algorithm for algorithm in rounding if not algorithm.match), None)
     segments: list[Segment] = []
     earlier: list[Rule] = []  # those of the segments before the last one
-    for rule in in_order(rules):
+    for rule in _together(rules, rounding):
         last = segments[-1] if segments else None
         if isinstance(rule.decision, KeepFloat):
             if last is not None and rule.decision != UNQUANTIZED and _is_left_float(earlier, rule):
@@ -43,7 +43,7 @@ def divide(rules: Sequence[Rule], algorithms: Sequence[Algorithm]) -> list[Segme
                 continue
             algorithm = whole if last is None else last.algorithm
         else:
-            algorithm = next((a for a in rounding if _covers(a, rule.match)), None)
+            algorithm = _algorithm(rule, rounding)
         is_other = last is not None and last.quantizes and last.algorithm != algorithm
         if last is None or last.ignored or is_other or not _follows(last.rules, rule):
             earlier += [] if last is None else [*last.rules, *last.ignored]
@@ -53,6 +53,23 @@ def divide(rules: Sequence[Rule], algorithms: Sequence[Algorithm]) -> list[Segme
             last.algorithm = algorithm
         last.rules.append(rule)
     return segments
+
+
+def _together(rules: Sequence[Rule], rounding: Sequence[Algorithm]) -> list[Rule]:
+    """The rules, those whose order says nothing by the algorithm that rounds them: that of the rule in front first."""
+    found: list[Rule] = []
+    for run, apart in runs(rules):
+        if apart:
+            front = _algorithm(found[-1], rounding) if found else None
+            own = {id(rule): _algorithm(rule, rounding) for rule in run}
+            places = [front, *rounding, None]
+            run.sort(key=lambda rule: (places.index(own[id(rule)]), precedence(rule)))
+        found += run
+    return found
+
+
+def _algorithm(rule: Rule, rounding: Sequence[Algorithm]) -> Algorithm | None:
+    return next((algorithm for algorithm in rounding if _covers(algorithm, rule.match)), None)
 
 
 def _covers(algorithm: Algorithm, match: Match) -> bool:
