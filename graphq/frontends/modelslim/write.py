@@ -14,7 +14,7 @@ import yaml
 from graphq.errors import SpecError
 from graphq.formats import Int
 from graphq.frontends.document import Plain
-from graphq.frontends.modelslim.globs import MAX_EXPANDED, expand, matches_of, may_meet
+from graphq.frontends.modelslim.globs import MAX_EXPANDED, expand, is_inside, matches_of, may_meet
 from graphq.frontends.modelslim.qconfig import Rounding, beyond, side_of, write_qconfig
 from graphq.frontends.modelslim.read import SAVERS, parse
 from graphq.frontends.modelslim.smooth import write_preparation
@@ -116,7 +116,7 @@ def _chosen(spec: Spec, problems: list[str]) -> Iterator[_Chosen]:
         if len(include) < len(rules):
             continue
         if isinstance(decision, KeepFloat):
-            kept += include
+            kept += _excluded(rules, problems)
             continue
         left_out = [one for one in kept if any(may_meet(one, other) for other in include)]
         exclude = tuple(dict.fromkeys((*_but(match), *left_out)))
@@ -125,6 +125,19 @@ def _chosen(spec: Spec, problems: list[str]) -> Iterator[_Chosen]:
             problems.append(f"a processor with more than {MAX_EXPANDED:,} patterns, the first {include[0]}")
         if include:
             yield _Chosen(include, exclude, decision, roundings.get(match))
+
+
+def _excluded(rules: Sequence[Rule], problems: list[str]) -> Iterator[str]:
+    """The patterns of rules that keep layers float."""
+    for rule in rules:
+        pattern, but = _pattern(rule, []) or "", _but(rule.match)
+        if any(is_inside(pattern, other) for other in but):
+            continue
+        if any(may_meet(pattern, other) for other in but):
+            problems.append(
+                f"{rule.match}: msModelSlim excludes all that a pattern has; give what but leaves a plan behind"
+            )
+        yield pattern
 
 
 def _rule_problems(rule: Rule) -> Iterator[str]:
