@@ -103,6 +103,26 @@ def test_each_and_together(algorithms: list[Any], rounded: graphq.Compiled) -> N
         assert error(made) < error(rounded)
 
 
+@pytest.mark.parametrize(
+    "algorithm", [{"smooth-quant": {}}, {"awq": {"clip": False}}, {"awq": {"clip": False, "power": 4}}]
+)
+def test_what_factors_are_folded_into(algorithm: dict[str, Any], rounded: graphq.Compiled) -> None:
+    (name, options), plain = next(iter(algorithm.items())), codes(rounded)
+    changed = {
+        kind: {
+            path.split(".")[-2]
+            for path, q in codes(compiled({name: {**options, "folds": {"kinds": [kind]}}})).items()
+            if not torch.equal(q, plain[path])
+        }
+        for kind in ("norm-linear", "ov", "up-down", "linear-linear")
+    }
+    # The rows of v and up are divided, each with its own scale: codes stay, but for roundings.
+    assert changed["norm-linear"] == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
+    assert changed["ov"] - {"v_proj"} == {"o_proj"}
+    assert changed["up-down"] - {"up_proj"} == {"down_proj"}
+    assert changed["linear-linear"] == set()
+
+
 @pytest.mark.parametrize("pipeline", ["sequential", "independent"])
 def test_scopes(pipeline: str, rounded: graphq.Compiled) -> None:
     attention, mlp = {"awq": {"match": "self_attn", "clip": False}}, {"gptq": {"match": "mlp"}}
