@@ -8,6 +8,7 @@ import graphq
 from graphq.errors import SpecError
 from graphq.folds import EVERYWHERE, NORMS, SUBGRAPHS, Folds, kinds_among
 from graphq.frontends import load_spec, print_spec
+from graphq.spec import Algorithm
 from tests.models import tiny
 
 
@@ -46,6 +47,11 @@ def test_bad_fields(fields: dict[str, Any], problem: str) -> None:
     with pytest.raises(SpecError) as caught:
         Folds(**fields)
     assert list(caught.value.problems) == [problem]
+
+
+def test_no_option() -> None:
+    with pytest.raises(SpecError, match=r"awq: folds is no option; give it as Algorithm\(\.\.\., folds=\.\.\.\)"):
+        Algorithm("awq", (("folds", 1),))
 
 
 def spec(**algorithms: Any) -> dict[str, Any]:

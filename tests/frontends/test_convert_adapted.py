@@ -12,7 +12,7 @@ import yaml
 
 import graphq
 from graphq.errors import SpecError
-from graphq.folds import NORMS
+from graphq.folds import EVERYWHERE, NORMS
 from graphq.formats import code_bits, element_name, is_asymmetric
 from graphq.frontends import DIALECTS, Converted, convert_spec, load_spec, write_spec
 from graphq.frontends.convert import converted
@@ -457,6 +457,20 @@ def test_algorithms_keep_their_layers():
     (found,) = load_spec(again.text, "llmc").algorithms
     assert (found.match, found.folds) == ((), NORMS)
     assert "smooth-quant: folds everything -> norm-linear: LLMC does not choose" in again.notes
+
+
+def test_smoothing_that_folds_everywhere_has_mappings_for_every_layer():
+    everywhere = {"smooth-quant": {"statistic": "range"}}
+    text = convert_spec(load_spec(doc("int8/half/channel", None, everywhere)), "llm-compressor", llama(4)).text
+    (found,) = load_spec(text).algorithms
+    assert [str(match) for match in found.match] == [
+        f"re:.*{p}_proj$" for p in ("q", "k", "v", "o", "gate", "up", "down")
+    ]
+    some = {"smooth-quant": {"match": ["re:.*o_proj$"]}}
+    (found,) = load_spec(
+        convert_spec(load_spec(doc("int8/half/channel", None, some)), "llm-compressor", llama(4), adapt=True).text
+    ).algorithms
+    assert ([str(match) for match in found.match], found.folds) == (["re:.*o_proj$"], EVERYWHERE)
 
 
 def test_what_a_dialect_holds_is_as_it_was():

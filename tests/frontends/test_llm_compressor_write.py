@@ -447,6 +447,20 @@ def test_targets_of_one_algorithm_are_one_modifier():
     assert load_spec(text) == spec
 
 
+def test_targets_of_the_algorithm_in_front_come_first():
+    spec = load_spec(
+        several(
+            ("AutoRoundModifier", {"targets": ["re:.*x$", "b"], "scheme": "W4A16"}),
+            ("GPTQModifier", {"targets": ["a"], "scheme": "W4A16"}),
+            pipeline="independent",
+        )
+    )
+    assert [str(rule.match) for rule in spec.rules] == ["re:.*x$", "=a", "=b"]
+    text = written(spec)
+    assert text.count("AutoRoundModifier") == text.count("GPTQModifier") == 1
+    assert load_spec(text) == spec
+
+
 @given(recipes())
 def test_what_is_written_means_the_same(recipe):
     """Layer by layer, where a recipe is written at all."""

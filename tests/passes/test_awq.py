@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from graphq.folds import Folds
 from graphq.numerics import awq, fake_quantize
 from graphq.numerics.scales import choose_scale
 from graphq.passes.awq import AWQ, ErrorObserver
@@ -332,3 +333,9 @@ def test_amct_s_numbers() -> None:
     scales = torch.tensor([0.0988031, 0.1837222, 0.1065589, 0.1511772, 0.0311191, 0.1574762, 0.0419937, 0.1469778])
     torch.testing.assert_close(made.state_dict()["0.weight_scale"].flatten(), scales, rtol=2e-6, atol=0)
     assert float((run(made, x) - x @ w.T).square().mean()) == pytest.approx(0.0085131, rel=1e-4)
+
+
+def test_only_groups_that_may_be_folded_are_tried() -> None:
+    gm = annotated(capture(Gated()), gate=W4, up=W4, down=W4)
+    wanted = list(AWQ(power=4, clip=False, folds=Folds(("up-down",))).wanted(gm))
+    assert [one.observer.layers for one in wanted if isinstance(one.observer, ErrorObserver)] == [("down",)]
