@@ -27,7 +27,7 @@ from graphq.passes.raise_grouped_linear import RaiseGroupedLinear
 from graphq.passes.remove_no_ops import RemoveNoOps
 from graphq.passes.split_gate_up import SplitGateUp
 from graphq.pipeline import Batches, Pass, Pipeline
-from graphq.report import Difference, Report, difference, make_report, spec_settings
+from graphq.report import Difference, Report, algorithm_text, difference, make_report, spec_settings
 from graphq.runtime.model import CompiledModel
 from graphq.source import source_of
 from graphq.spec import Spec
@@ -310,7 +310,8 @@ def _explained(gm: fx.GraphModule, spec: Spec) -> Report:
     resolved, notes = decide(gm, spec)
     source = source_of(gm)
     nowhere = unmatched(spec, {fqn: found.layer for fqn, found in resolved.items()}, _modules(gm))
-    asked = [f"dialect: {spec.dialect}", *(f"algorithm: {a.name}" for a in spec.algorithms)]
+    asked = [f"dialect: {spec.dialect}"]
+    asked += [f"{f'{a.source}: ' if a.source else ''}algorithm {algorithm_text(a)}" for a in spec.algorithms]
     asked += [f"cache: {spec.cache}"] if spec.cache else []
     refused = [f"compile refuses: {problem}" for problem in (*refusals(spec), *nowhere)]
     bits = source.dtype.itemsize * 8

@@ -179,7 +179,7 @@ def spec_settings(spec: Spec) -> dict[str, str]:
     """What a spec says beside its rules, by name, in words."""
     found = {
         "dialect": spec.dialect,
-        "algorithms": ", ".join(map(_algorithm, spec.algorithms)) or "rtn",
+        "algorithms": ", ".join(map(algorithm_text, spec.algorithms)) or "rtn",
         "pipeline": spec.pipeline,
         "prefix": spec.prefix,
         "cache": "float" if spec.cache is None else str(spec.cache),
@@ -188,7 +188,8 @@ def spec_settings(spec: Spec) -> dict[str, str]:
     return found | {name: str(value) for name, value in run.items()}
 
 
-def _algorithm(algorithm: Algorithm) -> str:
+def algorithm_text(algorithm: Algorithm) -> str:
+    """An algorithm with its options, the layers it is for, and what it folds into, in words."""
     options = ", ".join(f"{name}={value}" for name, value in algorithm.options)
     where = " or ".join(map(str, algorithm.match))
     into = "" if algorithm.folds == EVERYWHERE else f" into {algorithm.folds}"

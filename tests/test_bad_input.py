@@ -117,7 +117,7 @@ def test_options():
 
 def test_an_algorithm_that_graphq_lacks_can_be_explained_and_rounded():
     spec = llmc(method="OmniQuant")
-    assert "algorithm: omniquant" in graphq.explain(Blocks(), spec, inputs=X).notes
+    assert "quant.method: algorithm omniquant" in graphq.explain(Blocks(), spec, inputs=X).notes
     rounded = graphq.compile(Blocks(), spec, inputs=X, algorithm="rtn")
     assert [bool(layer.weight) for layer in rounded.report.layers] == [True] * 4 + [False]
     assert (

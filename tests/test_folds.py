@@ -137,6 +137,16 @@ def test_the_difference_says_it() -> None:
     assert "algorithms: awq -> awq into ov" in str(graphq.compare(tiny("llama"), plain, chosen)).splitlines()[0]
 
 
+def test_explain_says_it() -> None:
+    asked = spec(gptq={"match": ["mlp", "lm_head"], "block_size": 64}, awq={"folds": {"kinds": ["ov"]}}, rtn={})
+    notes = graphq.explain(tiny("llama"), asked).notes
+    assert [note for note in notes if "algorithm" in note] == [
+        "algorithms[0]: algorithm gptq(block_size=64) for mlp or lm_head",
+        "algorithms[1]: algorithm awq into ov",
+        "algorithms[2]: algorithm rtn",
+    ]
+
+
 def test_in_place_nothing_is_folded() -> None:
     with pytest.raises(SpecError, match=r"awq: folds: nothing is folded in place; use graphq\.compile"):
         graphq.quantize(tiny("llama"), spec(awq={"folds": {"kinds": ["ov"]}}))
