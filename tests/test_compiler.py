@@ -393,7 +393,7 @@ def test_explain_says_what_compile_does() -> None:
     explained = graphq.explain(model, spec, inputs=x)
     compiled = graphq.compile(model, spec, inputs=x, algorithm="rtn").report
     assert [{**row, "sqnr_db": None} for row in compiled.to_json()] == explained.to_json()
-    assert "algorithm: awq" in explained.notes
+    assert "algorithms[0]: algorithm awq" in explained.notes
 
 
 # -- which layer becomes what ------------------------------------------------------------------------------------------
