@@ -167,6 +167,8 @@ def test_refused(recipe, found):
         ([ROUND, ("QuantizationModifier", {"scheme": "W8A8"})], ["[0].GPTQModifier: a later modifier has all of its targets; leave one of them out"]),
         ([("GPTQModifier", {"scheme": "W4A16", "targets": ["re:a"]}), ("QuantizationModifier", {"scheme": "W8A8"})],
          ["[0].GPTQModifier: kind:linear takes layers from re:a; write targets that do not overlap"]),
+        ([("QuantizationModifier", {"scheme": "W8A8", "targets": ["Conv2d"]}), ROUND, ("QuantizationModifier", {"scheme": "W8A8", "targets": ["re:b"]})],
+         ["[1].GPTQModifier: kind:conv2d is not told from what is left of its targets; write targets that do not overlap"]),
         ([("GPTQModifier", {"scheme": "W4A16", "targets": ["re:(?i)a"]}), ("QuantizationModifier", {"scheme": "W8A8", "targets": ["re:b"]})],
          ["[0].GPTQModifier: re:(?i)a overlaps another modifier's targets, and cannot be taken from them"]),
         ([("QuantizationModifier", {"scheme": "W4A16", "targets": ["Embedding"]}), ("QuantizationModifier", {"scheme": "W8A8", "ignore": ["re:b"]})],

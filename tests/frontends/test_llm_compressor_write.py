@@ -447,6 +447,29 @@ def test_targets_of_one_algorithm_are_one_modifier():
     assert load_spec(text) == spec
 
 
+def test_a_class_of_another_modifier_is_told_from_linears():
+    spec = load_spec(
+        several(
+            ("QuantizationModifier", {"targets": ["Embedding"], "scheme": "FP8"}),
+            ("GPTQModifier", {"targets": ["Linear"], "scheme": "FP8"}),
+            ("QuantizationModifier", {"targets": ["re:.*q_proj$"], "scheme": "FP8"}),
+        )
+    )
+    assert [str(match) for match in spec.algorithms[0].match] == ["re:(?!.*q_proj$).*"]
+    assert load_spec(written(spec)) == spec
+
+
+def test_a_class_of_another_modifier_beside_expressions():
+    spec = load_spec(
+        several(
+            ("QuantizationModifier", {"targets": ["Conv2d"], "scheme": "W8A8"}),
+            ("GPTQModifier", {"targets": ["re:.*mlp.*"], "scheme": "W4A16"}),
+            ("QuantizationModifier", {"targets": ["re:.*mlp.down$"], "scheme": "W4A16"}),
+        )
+    )
+    assert [str(match) for match in spec.algorithms[0].match] == ["re:(?!.*mlp.down$)(?:.*mlp.*)"]
+
+
 def test_targets_of_the_algorithm_in_front_come_first():
     spec = load_spec(
         several(

@@ -93,6 +93,13 @@ def _scope(modifier: Modifier, quantizing: Sequence[Modifier]) -> tuple[Match, .
     if _is_too_much(own, others):
         raise SpecError("has too many targets beside those of other modifiers")
     found = [without(match, [other for other in others if not _apart(match, other)]) for match in own]
+    theirs = [rule.match for other in quantizing if other is not modifier for rule in other.rules]
+    convolutions = [other for other in theirs if isinstance(other, Kind) and other.kind.startswith("conv")]
+    by_name = (isinstance(m, Kind) and isinstance(left, Regex) for m, left in zip(own, found, strict=True))
+    if convolutions and any(by_name):
+        raise SpecError(
+            f"{convolutions[0]} is not told from what is left of its targets; write targets that do not overlap"
+        )
     return tuple(dict.fromkeys(match for match in found if match is not None))
 
 

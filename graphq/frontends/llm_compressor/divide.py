@@ -79,7 +79,7 @@ def _covers(algorithm: Algorithm, match: Match) -> bool:
     if isinstance(match, Exact):
         endings: tuple[str, ...] = ()
     elif isinstance(match, Kind):
-        endings = (").*",)
+        endings = (").*",) if match.kind == "linear" else ()
     else:
         endings = (f")(?:{match.pattern})",) if isinstance(match, Regex) else ()
     patterns = [one.pattern for one in algorithm.match if isinstance(one, Regex) and one.pattern.startswith("(?!")]
