@@ -9,7 +9,7 @@ fourth power of the error, which AMCT takes, needs the outputs: the data comes b
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Final, Literal, final
+from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor, fx
@@ -40,8 +40,6 @@ from graphq.pipeline import Batches, Pass
 from graphq.quant import MinMax, PerChannel, PerGroup, Quant
 from graphq.state import tensor_of
 from graphq.views import CONVOLUTIONS, Op, Param, Weighted
-
-RANGE: Final = MinMax()
 
 
 @final
