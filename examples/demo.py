@@ -21,7 +21,7 @@ EXAMPLES: Final = Path(__file__).resolve().parent
 MODEL: Final = EXAMPLES / "models" / "stdlib-llama"
 CONFIG: Final = EXAMPLES / "configs" / "llmc" / "stdlib_llama_w4_mixed.yaml"
 OUT: Final = Path("build/demo")
-PLAN_LINES: Final = 9
+SHOWN: Final = 8  # layers of the plan
 
 
 def main(count: int = 320) -> None:
@@ -48,11 +48,9 @@ def main(count: int = 320) -> None:
     layers = [layer for layer in compiled.report.layers if layer.weight is not None]
     before, after = sum(layer.float_nbytes for layer in layers), sum(layer.nbytes for layer in layers)
     print(f"the {len(layers)} quantized layers alone: {before / 1e6:.2f} in bfloat16, {after / 1e6:.2f} now\n")
-    lines = str(compiled.report).splitlines()
-    print("\n".join(lines[:PLAN_LINES]))
-    print(
-        f"... {len(lines) - PLAN_LINES} more: graphq explain {os.path.relpath(MODEL)} --spec {os.path.relpath(CONFIG)}"
-    )
+    print("\n".join(str(compiled.report).splitlines()[: 1 + SHOWN]))
+    more = len(compiled.report.layers) - SHOWN
+    print(f"... {more} more: graphq explain {os.path.relpath(MODEL)} --spec {os.path.relpath(CONFIG)}")
 
 
 def row(name: str, files: list[Path], model: Callable[..., Any], windows: torch.Tensor) -> None:

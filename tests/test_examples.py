@@ -73,6 +73,7 @@ def check_demo(printed: str) -> dict[str, tuple[float, float]]:
     assert 1.005 < found["torch"][1] / found["source"][1] < 1.03
     assert found["onnx"][1] == pytest.approx(found["torch"][1], rel=1e-4)
     assert "the 36 quantized layers alone: 8.65 in bfloat16, 2.53 now" in printed
+    assert "\n... 36 more: graphq explain " in printed  # of 44 layers, 8 are shown; notes are no layers
     plan = printed[printed.index("\nlayer ") :]
     assert re.search(
         r"^model.layers.0.self_attn.q_proj +int4/asym/g128 +float .*quant .*35328 +\d\d\.\d$", plan, re.MULTILINE
