@@ -21,7 +21,7 @@ from torch import Tensor
 
 from graphq.numerics import gptq
 from graphq.passes.statistics import HessianObserver
-from graphq.quant import parse_quant
+from graphq.spec.quant import parse_quant
 
 QUANT = parse_quant("int4/g128")
 

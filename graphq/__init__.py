@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from graphq.in_place import convert, in_place_report, quantize
     from graphq.lowering.torch_module import load
     from graphq.lowering.verify import verify
-    from graphq.spec import Spec
+    from graphq.spec.rules import Spec
     from graphq.text import dump
 
 _HOMES = {
@@ -31,7 +31,7 @@ _HOMES = {
     "quantize": "graphq.in_place",
     "load": "graphq.lowering.torch_module",
     "verify": "graphq.lowering.verify",
-    "Spec": "graphq.spec",
+    "Spec": "graphq.spec.rules",
     "dump": "graphq.text",
 }
 

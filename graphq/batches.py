@@ -9,7 +9,7 @@ from torch import Tensor
 
 from graphq.errors import SpecError
 from graphq.source import PAST, SEQUENCE, TOTAL, Source, TensorInput
-from graphq.spec import Run
+from graphq.spec.rules import Run
 
 
 def complete(source: Source, batch: object, where: str = "inputs") -> tuple[Tensor, ...]:

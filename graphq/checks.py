@@ -11,9 +11,9 @@ from graphq.algorithms import problems as algorithm_problems
 from graphq.errors import GraphError, SpecError, TargetError
 from graphq.layers import sites
 from graphq.passes.quantize_weights import check_finite
-from graphq.plan import Plan
-from graphq.quant import Ofmr
-from graphq.spec import Resolved, Spec
+from graphq.spec.plan import Plan
+from graphq.spec.quant import Ofmr
+from graphq.spec.rules import Resolved, Spec
 from graphq.state import tensor_of
 from graphq.views import Param, ops_of
 

@@ -19,9 +19,9 @@ from graphq.model_text import calibration_batches, check_fit, file_windows
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from graphq.match import Layer
     from graphq.report import Report
-    from graphq.spec import Run
+    from graphq.spec.match import Layer
+    from graphq.spec.rules import Run
 
 P = ParamSpec("P")
 T = TypeVar("T")

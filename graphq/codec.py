@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from graphq.errors import SpecError
-from graphq.formats import Int, TwoLevel, element_name, find_format, has_global_scale, is_asymmetric
 from graphq.numerics import (
     Scales,
     activation_block,
@@ -18,7 +17,8 @@ from graphq.numerics import (
 from graphq.numerics import fake_quantize as _fake_quantize
 from graphq.numerics.blocks import channel_block
 from graphq.numerics.ranges import weight_scales
-from graphq.quant import (
+from graphq.spec.formats import Int, TwoLevel, element_name, find_format, has_global_scale, is_asymmetric
+from graphq.spec.quant import (
     Entropy,
     Histogram,
     MinMax,

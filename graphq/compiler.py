@@ -19,7 +19,6 @@ from graphq.errors import GraphError, SpecError
 from graphq.files import check_place
 from graphq.frontends import load_spec
 from graphq.frontends.native import print_spec
-from graphq.match import Layer
 from graphq.passes.annotate import Annotate, decide
 from graphq.passes.calibrate import Calibrate
 from graphq.passes.quantize_weights import QuantizeWeights
@@ -30,7 +29,8 @@ from graphq.pipeline import Batches, Pass, Pipeline
 from graphq.report import Difference, Report, algorithm_text, difference, make_report, spec_settings
 from graphq.runtime.model import CompiledModel
 from graphq.source import source_of
-from graphq.spec import Spec
+from graphq.spec.match import Layer
+from graphq.spec.rules import Spec
 from graphq.state import put_tensor, tensor_of
 
 _SILENT: Final = Told()

@@ -17,16 +17,16 @@ from graphq.algorithms import DATA, Told, quantization, unmatched
 from graphq.capture import unwrapped
 from graphq.checks import is_calibrated, refusals
 from graphq.errors import GraphError, SpecError
-from graphq.folds import EVERYWHERE
 from graphq.frontends import amct, load_spec
 from graphq.in_place_graph import Layer
 from graphq.in_place_layer import FACTORS, InPlaceLayer
 from graphq.in_place_tree import check_weights, describe, float_layers, notes_on, why_not
 from graphq.passes.annotate import decide_on
-from graphq.plan import KeepFloat, Plan
 from graphq.report import Report, make_report
 from graphq.runtime.layers import QuantizedLayer
-from graphq.spec import Algorithm, Resolved, Spec
+from graphq.spec.folds import EVERYWHERE
+from graphq.spec.plan import KeepFloat, Plan
+from graphq.spec.rules import Algorithm, Resolved, Spec
 
 _STATE: Final = "_graphq_in_place"
 _ALONE: Final = ("rtn", "smooth-quant", "awq", "gptq")  # what can be done to a layer by itself

@@ -9,9 +9,9 @@ from torch.fx.node import map_arg
 
 from graphq.layers import LAYER, PLAN
 from graphq.numerics import Scales
-from graphq.plan import Plan
 from graphq.runtime.layers import Convolution, Factors, Form
 from graphq.source import BATCH, KEY, Source, TensorInput
+from graphq.spec.plan import Plan
 from graphq.state import put_tensor
 
 aten = torch.ops.aten

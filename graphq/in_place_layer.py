@@ -13,15 +13,15 @@ from torch import Tensor, fx, nn
 
 from graphq import numerics
 from graphq.errors import SpecError
-from graphq.formats import is_asymmetric
 from graphq.in_place_graph import Layer, factors_of, form_of, layer_graph
 from graphq.numerics import Scales
 from graphq.passes.calibrate import Calibrate
 from graphq.passes.observe import observers
 from graphq.pipeline import Pass, Pipeline
-from graphq.plan import Plan
-from graphq.quant import Ofmr
 from graphq.runtime.layers import Factors, Form, QuantizedLayer, fake_quantized, flat, unflat
+from graphq.spec.formats import is_asymmetric
+from graphq.spec.plan import Plan
+from graphq.spec.quant import Ofmr
 from graphq.state import put_tensor, tensor_of
 
 FACTORS: Final = (

@@ -11,8 +11,8 @@ from graphq.checks import QUANTIZABLE
 from graphq.errors import GraphError
 from graphq.export import block_lists
 from graphq.in_place_graph import Layer as Float
-from graphq.match import Layer
 from graphq.source import Source
+from graphq.spec.match import Layer
 
 _HEAD: Final = "output head"
 _OUTSIDE: Final = "outside of the repeated blocks"

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any, final
 
 from graphq import numerics, packing
-from graphq.folds import EVERYWHERE
-from graphq.formats import Format, Int, code_bits, element_name, is_asymmetric
-from graphq.match import Layer
-from graphq.plan import Plan
-from graphq.quant import Granularity, PerBlock, PerGroup, Quant, granularity_name
-from graphq.spec import Algorithm, Resolved, Spec
+from graphq.spec.folds import EVERYWHERE
+from graphq.spec.formats import Format, Int, code_bits, element_name, is_asymmetric
+from graphq.spec.match import Layer
+from graphq.spec.plan import Plan
+from graphq.spec.quant import Granularity, PerBlock, PerGroup, Quant, granularity_name
+from graphq.spec.rules import Algorithm, Resolved, Spec
 
 
 def quant_json(quant: Quant | None) -> dict[str, Any] | None:

@@ -12,10 +12,10 @@ import onnxscript
 import torch
 
 from graphq import numerics
-from graphq.formats import Float, Format, Int
 from graphq.lowering.onnx_form import expert_linears, onnx_block
 from graphq.numerics.scales import BY_SIGN_SMALLEST
 from graphq.runtime import ops
+from graphq.spec.formats import Float, Format, Int
 
 op18: Any = onnxscript.opset18  # untyped: its annotations are those of eager tensors
 op21: Any = onnxscript.opset21

@@ -8,11 +8,11 @@ from torch import fx
 
 from graphq.errors import SpecError
 from graphq.layers import LAYER, PLAN, layers, sites, unnamed
-from graphq.match import Layer
 from graphq.pipeline import Batches, Invariant, Pass
-from graphq.plan import PerExpert, Plan
-from graphq.quant import Ofmr, PerGroup, PerToken
-from graphq.spec import Resolved, Spec, resolve
+from graphq.spec.match import Layer
+from graphq.spec.plan import PerExpert, Plan
+from graphq.spec.quant import Ofmr, PerGroup, PerToken
+from graphq.spec.rules import Resolved, Spec, resolve
 
 
 def decide(gm: fx.GraphModule, spec: Spec) -> tuple[dict[str, Resolved], tuple[str, ...]]:

@@ -10,7 +10,6 @@ from torch.nn import functional
 
 from graphq import edit, numerics
 from graphq.errors import SpecError
-from graphq.formats import Int, has_global_scale
 from graphq.layers import sites
 from graphq.numerics import Scales, rounding
 from graphq.numerics.blocks import block_extremes
@@ -27,10 +26,11 @@ from graphq.passes.quantize_weights import (
     with_weights,
 )
 from graphq.pipeline import Batches, Pass
-from graphq.quant import MinMax, Quant
 from graphq.runtime import ops
 from graphq.samples import Pool, draw, in_turn, pools_of
 from graphq.source import source_of
+from graphq.spec.formats import Int, has_global_scale
+from graphq.spec.quant import MinMax, Quant
 from graphq.state import tensor_of
 from graphq.views import Embedding, GroupedLinear, Weighted, ops_of
 

@@ -15,8 +15,6 @@ import torch
 from torch import Tensor, fx
 
 from graphq import edit
-from graphq.folds import EVERYWHERE, Folds
-from graphq.formats import Float, Int
 from graphq.layers import LAYER, PLAN
 from graphq.numerics import awq, weight_block
 from graphq.passes.annotate import annotated
@@ -37,7 +35,9 @@ from graphq.passes.statistics import (
     seen_by,
 )
 from graphq.pipeline import Batches, Pass
-from graphq.quant import MinMax, PerChannel, PerGroup, Quant
+from graphq.spec.folds import EVERYWHERE, Folds
+from graphq.spec.formats import Float, Int
+from graphq.spec.quant import MinMax, PerChannel, PerGroup, Quant
 from graphq.state import tensor_of
 from graphq.views import CONVOLUTIONS, Op, Param, Weighted
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, fx
 
 from graphq import edit
-from graphq.folds import Subgraph
 from graphq.passes.labels import (
     EVEN,
     FIRST,
@@ -27,6 +26,7 @@ from graphq.passes.labels import (
     Walk,
     is_own,
 )
+from graphq.spec.folds import Subgraph
 from graphq.views import Cast, GroupedLinear, Op, Param, TransposedLinear, Weighted, view
 
 aten = torch.ops.aten

@@ -12,9 +12,9 @@ from graphq.layers import LAYER, PLAN
 from graphq.passes.observer import Observer
 from graphq.passes.range_observers import OfmrWeightObserver, OutputMap, RangeObserver, observer_for
 from graphq.pipeline import Batches, Pass
-from graphq.plan import PerExpert, Plan
-from graphq.quant import Ofmr, Quant
 from graphq.runtime import ops
+from graphq.spec.plan import PerExpert, Plan
+from graphq.spec.quant import Ofmr, Quant
 from graphq.state import tensor_of
 from graphq.views import (
     Dequantize,

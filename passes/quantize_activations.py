@@ -6,12 +6,12 @@ from typing import ClassVar, final
 from torch import fx
 
 from graphq import edit, numerics
-from graphq.formats import has_global_scale, is_asymmetric
 from graphq.layers import LAYER
 from graphq.passes.observe import free_path, observer_on, observers, remove_observers, to_quantize
 from graphq.pipeline import Batches, Invariant, Pass
-from graphq.quant import Quant
 from graphq.runtime import ops
+from graphq.spec.formats import has_global_scale, is_asymmetric
+from graphq.spec.quant import Quant
 from graphq.views import Op, Weighted, view
 
 

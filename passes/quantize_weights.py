@@ -9,15 +9,15 @@ from torch import Tensor, fx
 
 from graphq import edit, numerics
 from graphq.errors import GraphError, PassError
-from graphq.formats import Nvfp4
 from graphq.layers import PLAN, Site, sites
 from graphq.numerics import Scales
 from graphq.numerics.ranges import weight_scales
 from graphq.passes.annotate import annotated
 from graphq.passes.observe import weight_observer_on, weight_quants
 from graphq.pipeline import Batches, Invariant, Pass
-from graphq.quant import Ofmr, Quant
 from graphq.source import SHARED
+from graphq.spec.formats import Nvfp4
+from graphq.spec.quant import Ofmr, Quant
 from graphq.state import remove_tensor, tensor_of
 from graphq.views import Dequantize, Op, Param, ops_of
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from graphq.errors import PassError, SpecError
-from graphq.formats import Int, Nvfp4
 from graphq.numerics import (
     Scales,
     activation_block,
@@ -21,7 +20,8 @@ from graphq.numerics import (
 from graphq.numerics import scale_from_extremes as from_extremes
 from graphq.numerics.ranges import weight_scales
 from graphq.passes.observer import Observer
-from graphq.quant import (
+from graphq.spec.formats import Int, Nvfp4
+from graphq.spec.quant import (
     Entropy,
     Histogram,
     Hqq,

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, fx
 
 from graphq import edit
-from graphq.folds import EVERYWHERE, Folds
 from graphq.layers import LAYER, PLAN
 from graphq.numerics import fake_quantize, weight_block
 from graphq.numerics.ranges import weight_scales
@@ -16,8 +15,9 @@ from graphq.passes.channels import Blocked, Flow, flow_into, move_factors, subgr
 from graphq.passes.labels import NONE, Part, Reader, is_own
 from graphq.passes.observe import free_path, weight_quants
 from graphq.passes.statistics import as_problems, channel_axis
-from graphq.plan import Plan
-from graphq.quant import MinMax, Mse, Quant
+from graphq.spec.folds import EVERYWHERE, Folds
+from graphq.spec.plan import Plan
+from graphq.spec.quant import MinMax, Mse, Quant
 from graphq.state import tensor_of
 from graphq.views import CONVOLUTIONS, Embedding, GroupedLinear, Op, Param, Weighted, ops_of
 

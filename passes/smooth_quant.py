@@ -11,8 +11,6 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor, fx
 
-from graphq.folds import EVERYWHERE, Folds
-from graphq.formats import Int
 from graphq.layers import PLAN
 from graphq.numerics.awq import output_error
 from graphq.passes.annotate import annotated
@@ -27,7 +25,9 @@ from graphq.passes.statistics import (
     seen_by,
 )
 from graphq.pipeline import Batches, Pass
-from graphq.quant import PerTensor
+from graphq.spec.folds import EVERYWHERE, Folds
+from graphq.spec.formats import Int
+from graphq.spec.quant import PerTensor
 from graphq.state import tensor_of
 
 SMALLEST = 1e-5

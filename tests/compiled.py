@@ -6,13 +6,13 @@ import torch
 
 from graphq.compiler import Compiled, passes_for
 from graphq.frontends import load_spec
-from graphq.match import parse_match
 from graphq.passes.annotate import decide
 from graphq.pipeline import Pipeline
-from graphq.plan import Plan
-from graphq.quant import parse_quant
 from graphq.report import make_report
-from graphq.spec import Rule, Spec
+from graphq.spec.match import parse_match
+from graphq.spec.plan import Plan
+from graphq.spec.quant import parse_quant
+from graphq.spec.rules import Rule, Spec
 from tests.models import captured, random_inputs
 
 

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, fx
 
 from graphq import edit
-from graphq.match import parse_match
 from graphq.passes.annotate import Annotate
-from graphq.plan import Decision, KeepFloat, Plan
-from graphq.quant import parse_quant
-from graphq.spec import Rule, Spec
+from graphq.spec.match import parse_match
+from graphq.spec.plan import Decision, KeepFloat, Plan
+from graphq.spec.quant import parse_quant
+from graphq.spec.rules import Rule, Spec
 from graphq.state import put_tensor
 
 

@@ -14,12 +14,12 @@ from graphq import compiler
 from graphq.algorithms import OPTIONS, problems
 from graphq.batches import complete
 from graphq.errors import SpecError
-from graphq.match import parse_match
 from graphq.pipeline import Pipeline
-from graphq.plan import KeepFloat
 from graphq.runtime.onnx_session import OnnxSession
 from graphq.source import source_of
-from graphq.spec import Algorithm, Rule, Spec
+from graphq.spec.match import parse_match
+from graphq.spec.plan import KeepFloat
+from graphq.spec.rules import Algorithm, Rule, Spec
 from tests.graphs import run
 from tests.models import ConvBnRelu, captured, tiny
 

@@ -9,7 +9,7 @@ import torch
 from graphq.batches import complete, complete_all, first_batches
 from graphq.errors import SpecError
 from graphq.source import BATCH, PAST, SEQUENCE, TOTAL, Source, TensorInput
-from graphq.spec import Run
+from graphq.spec.rules import Run
 
 IMAGES = Source(
     inputs=(

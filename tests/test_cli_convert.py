@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from graphq.cli import app
 from graphq.frontends import load_spec
-from graphq.plan import Plan
+from graphq.spec.plan import Plan
 from tests.checkpoints import save_checkpoint
 
 BY_NAME = "note: the layers are named as this model has them: the text is for this model alone"

@@ -9,9 +9,9 @@ from torch import Tensor
 import graphq
 from graphq import numerics
 from graphq.errors import SpecError
-from graphq.formats import Float, Int
 from graphq.numerics import Scales
-from graphq.quant import PerChannel, PerGroup, Quant
+from graphq.spec.formats import Float, Int
+from graphq.spec.quant import PerChannel, PerGroup, Quant
 
 NAMES = "float8_e4m3fn, float8_e5m2, float6_e2m3, float6_e3m2, float4_e2m1, float4_e1m2, hifloat8, e8m0"
 X = torch.tensor([[0.5, -1.25, 3.0, 8.0], [0.0, 2.5, -6.0, 1.0]])

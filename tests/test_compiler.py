@@ -20,8 +20,8 @@ import graphq
 from graphq import compiler, numerics
 from graphq.compiler import Compiled
 from graphq.errors import SpecError
-from graphq.quant import parse_quant
 from graphq.source import source_of
+from graphq.spec.quant import parse_quant
 from graphq.state import tensor_of
 from graphq.text import dump
 from tests.models import MLP, Attention, Blocks, ConvBnRelu, MoE, Tied, random_inputs, tiny

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import graphq
 from graphq.runtime.layers import QuantizedLayer
 from graphq.runtime.modules import Int8Linear, PackedWeight
-from graphq.spec import Spec
+from graphq.spec.rules import Spec
 from tests.models import MLP, Blocks, tiny
 
 

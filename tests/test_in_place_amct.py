@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import graphq
 from graphq.errors import SpecError
-from graphq.spec import Spec
+from graphq.spec.rules import Spec
 from tests.models import tiny
 from tests.numerics.test_gptq import CODES, MSE, W, X
 from tests.test_in_place import Net, data, held, seeded

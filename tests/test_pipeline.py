@@ -13,7 +13,7 @@ from graphq import edit
 from graphq.errors import PassError
 from graphq.layers import PLAN
 from graphq.pipeline import Batches, Invariant, Pass, Pipeline, fingerprint
-from graphq.plan import PerExpert
+from graphq.spec.plan import PerExpert
 from graphq.state import tensor_of
 from graphq.views import Linear, ops_of, view
 from tests.graphs import annotated, plan, run, targets

@@ -20,12 +20,12 @@ HEAVY = ("compressed_tensors", "networkx", "onnx", "onnx_ir", "onnxruntime", "on
 # Each may import the ones above it; a name stands for its submodules too, but for graphq, which is the public API.
 LAYERS = (
     ("graphq.errors",),
-    ("graphq.formats",),
-    ("graphq.quant",),
+    ("graphq.spec.formats",),
+    ("graphq.spec.quant",),
     ("graphq.plan",),
-    ("graphq.match", "graphq.folds"),
-    ("graphq.constraint",),
-    ("graphq.spec",),
+    ("graphq.spec.match", "graphq.folds"),
+    ("graphq.spec.constraint",),
+    ("graphq.spec.rules",),
     ("graphq.views",),
     ("graphq.edit", "graphq.text"),
     ("graphq.pipeline",),
@@ -40,16 +40,16 @@ LEAVES = {
     "graphq.evaluate": {"graphq.errors"},
     "graphq.frontends": {
         "graphq.errors",
-        "graphq.formats",
-        "graphq.quant",
+        "graphq.spec.formats",
+        "graphq.spec.quant",
         "graphq.plan",
-        "graphq.match",
-        "graphq.folds",
-        "graphq.constraint",
-        "graphq.spec",
+        "graphq.spec.match",
+        "graphq.spec.folds",
+        "graphq.spec.constraint",
+        "graphq.spec.rules",
     },
-    "graphq.numerics": {"graphq.errors", "graphq.formats", "graphq.quant"},
-    "graphq.packing": {"graphq.errors", "graphq.formats"},
+    "graphq.numerics": {"graphq.errors", "graphq.spec.formats", "graphq.spec.quant"},
+    "graphq.packing": {"graphq.errors", "graphq.spec.formats"},
 }
 TORCH_ALONE = {"graphq.numerics": {"jaxtyping", "torch"}, "graphq.packing": {"jaxtyping", "torch"}}  # and below them
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from graphq.compiler import passes_for
-from graphq.match import Blocks, Name
 from graphq.pipeline import Pipeline
-from graphq.plan import KeepFloat, Plan
-from graphq.quant import parse_quant
-from graphq.spec import Rule, Spec
+from graphq.spec.match import Blocks, Name
+from graphq.spec.plan import KeepFloat, Plan
+from graphq.spec.quant import parse_quant
+from graphq.spec.rules import Rule, Spec
 from graphq.text import dump
 from tests.models import captured, random_inputs
 

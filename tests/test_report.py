@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import graphq
-from graphq.match import Exact, Layer, Name
-from graphq.plan import KeepFloat, Plan
-from graphq.quant import parse_quant
 from graphq.report import Report, difference, make_report, quant_json, spec_settings, stored_nbytes
-from graphq.spec import Algorithm, Resolved, Rule, Run, Spec, resolve
+from graphq.spec.match import Exact, Layer, Name
+from graphq.spec.plan import KeepFloat, Plan
+from graphq.spec.quant import parse_quant
+from graphq.spec.rules import Algorithm, Resolved, Rule, Run, Spec, resolve
 
 UP = Layer("blocks.0.up", "linear", (12, 8), block=0)
 CONV = Layer("conv", "conv2d", (8, 4, 3, 3))

@@ -12,8 +12,8 @@ from graphq.frontends.document import Document, nearest, read_mapping, show
 from graphq.frontends.json_text import read_json_file
 from graphq.frontends.native import print_spec
 from graphq.frontends.yaml_text import read_file, read_text
-from graphq.match import Layer
-from graphq.spec import Spec
+from graphq.spec.match import Layer
+from graphq.spec.rules import Spec
 
 __all__ = ["DIALECTS", "Converted", "convert_spec", "load_spec", "print_spec", "write_spec"]
 

@@ -8,9 +8,9 @@ from graphq.errors import SpecError
 from graphq.frontends.convert_conventions import CONVENTIONS, adapted
 from graphq.frontends.convert_layers import bare, plans_of, said_again, scope_of
 from graphq.frontends.llm_compressor.transforms import defaults
-from graphq.match import Layer
-from graphq.plan import Plan
-from graphq.spec import Algorithm, Spec
+from graphq.spec.match import Layer
+from graphq.spec.plan import Plan
+from graphq.spec.rules import Algorithm, Spec
 
 _BY_NAME: Final = "the layers are named as this model has them: the text is for this model alone"
 

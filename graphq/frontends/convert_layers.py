@@ -6,16 +6,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
-from graphq.constraint import Constraint, broken
 from graphq.frontends.amct.plan import plan_of
 from graphq.frontends.amct.table import ROWS, combinations
 from graphq.frontends.amct.write import EVERY_LAYER, skipped
 from graphq.frontends.llm_compressor.combine import precedence
 from graphq.frontends.llm_compressor.transforms import folds
-from graphq.match import Blocks, Exact, Glob, Kind, Layer, Linears, Match, Name, Part, Regex
-from graphq.plan import KeepFloat, Plan
-from graphq.quant import PerGroup
-from graphq.spec import Algorithm, Rule, Spec, resolve
+from graphq.spec.constraint import Constraint, broken
+from graphq.spec.match import Blocks, Exact, Glob, Kind, Layer, Linears, Match, Name, Part, Regex
+from graphq.spec.plan import KeepFloat, Plan
+from graphq.spec.quant import PerGroup
+from graphq.spec.rules import Algorithm, Rule, Spec, resolve
 
 MIX_BITS: Final = "mix_bits"
 _ROUNDING: Final = ("gptq", "auto-round")

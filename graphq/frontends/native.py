@@ -5,13 +5,13 @@ from typing import Final, TypeVar, assert_never, final
 
 import yaml
 
-from graphq.constraint import Constraint, parse_constraint
-from graphq.folds import EVERYWHERE, SUBGRAPHS, Folds, kinds_among
 from graphq.frontends.document import Document, Plain, Section, nearest, show
-from graphq.match import Blocks, Glob, Match, parse_match
-from graphq.plan import Decision, KeepFloat, Plan
-from graphq.quant import parse_quant
-from graphq.spec import Algorithm, Order, Prefix, Rule, Run, Spec
+from graphq.spec.constraint import Constraint, parse_constraint
+from graphq.spec.folds import EVERYWHERE, SUBGRAPHS, Folds, kinds_among
+from graphq.spec.match import Blocks, Glob, Match, parse_match
+from graphq.spec.plan import Decision, KeepFloat, Plan
+from graphq.spec.quant import parse_quant
+from graphq.spec.rules import Algorithm, Order, Prefix, Rule, Run, Spec
 
 SIGN: Final = "a top-level key graphq"
 VERSION: Final = 1

@@ -1,6 +1,5 @@
 """The mathematics of quantization: element formats, scales, codes, ranges. Pure functions on tensors."""
 
-from graphq.formats import Format, parse_format
 from graphq.numerics.blocks import activation_block, block_extremes, expand_scale, scale_shape, weight_block
 from graphq.numerics.codes import dequantize, fake_quantize, quantize
 from graphq.numerics.error import sqnr_db
@@ -15,6 +14,7 @@ from graphq.numerics.scales import (
     scale_dtype,
     scale_from_extremes,
 )
+from graphq.spec.formats import Format, parse_format
 
 __all__ = [
     "Format",

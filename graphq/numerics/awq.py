@@ -10,10 +10,10 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from graphq.formats import Format, Int
 from graphq.numerics.blocks import beside_scales, block_extremes, expand_scale
 from graphq.numerics.codes import fake_quantize
 from graphq.numerics.scales import Scales, scale_from_extremes
+from graphq.spec.formats import Format, Int
 
 _SMALLEST: Final = 1e-4
 SHARES: Final = tuple(1 - i / 20 for i in range(11))

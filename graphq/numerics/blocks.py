@@ -11,7 +11,7 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
-from graphq.quant import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken
+from graphq.spec.quant import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken
 
 
 def weight_block(

@@ -11,8 +11,6 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from graphq import formats
-from graphq.formats import Format, Int, Mx, Nvfp4, TwoLevel
 from graphq.numerics import elements, mx
 from graphq.numerics.blocks import beside_scales
 from graphq.numerics.scales import (
@@ -23,6 +21,8 @@ from graphq.numerics.scales import (
     effective_scale,
     over_channels,
 )
+from graphq.spec import formats
+from graphq.spec.formats import Format, Int, Mx, Nvfp4, TwoLevel
 
 
 def quantize(

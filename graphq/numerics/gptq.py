@@ -13,8 +13,8 @@ from typing import Final, final
 import torch
 from torch import Tensor
 
-from graphq.formats import Format
 from graphq.numerics.codes import round_scaled
+from graphq.spec.formats import Format
 
 ESCALATION: Final = 10.0
 MOST_DAMPENING: Final = 1.0

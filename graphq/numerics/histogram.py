@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from graphq.errors import PassError
-from graphq.formats import Format, Int
 from graphq.numerics.codes import dequantize, quantize
 from graphq.numerics.scales import Scales, code_range, scale_from_extremes
+from graphq.spec.formats import Format, Int
 
 SIDE: Final = 2048  # bins on each side of 0: the largest magnitude fills at least half of one
 _FINEST: Final = -170  # below float32's smallest number by more than SIDE

@@ -19,11 +19,11 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from graphq.formats import Float, Int
 from graphq.numerics.blocks import block_sum, expand_scale
 from graphq.numerics.codes import code_values, quantize
 from graphq.numerics.scales import Scales, choose_scale, code_dtype, code_range, computed
-from graphq.quant import Hqq
+from graphq.spec.formats import Float, Int
+from graphq.spec.quant import Hqq
 
 _AT_A_TIME: Final = 1 << 18  # elements: what a processor's cache holds of a few float32 tensors
 

@@ -20,9 +20,9 @@ from typing import Final, assert_never
 import torch
 from torch import Tensor
 
-from graphq.formats import Mx
 from graphq.numerics import elements
 from graphq.numerics.elements import Rounding
+from graphq.spec.formats import Mx
 
 _EMAX: Final = {
     "float8_e4m3fn": 8,

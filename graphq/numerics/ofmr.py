@@ -11,8 +11,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from graphq.formats import Format
 from graphq.numerics.scales import scale_from_extremes
+from graphq.spec.formats import Format
 
 AROUND: Final = 5
 

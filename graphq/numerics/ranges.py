@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from graphq.errors import PassError
-from graphq.formats import Float, Format, Int
 from graphq.numerics.blocks import block_extremes, block_sum, expand_scale, scale_shape, split_blocks
 from graphq.numerics.codes import fake_quantize
 from graphq.numerics.hqq import hqq_scales
 from graphq.numerics.scales import Scales, choose_scale, code_range, computed, scale_from_extremes
-from graphq.quant import Entropy, Histogram, Hqq, MinMax, MovingAverage, Mse, Ofmr, Percentile, RangeMethod, Ssz
+from graphq.spec.formats import Float, Format, Int
+from graphq.spec.quant import Entropy, Histogram, Hqq, MinMax, MovingAverage, Mse, Ofmr, Percentile, RangeMethod, Ssz
 
 _SEARCH: Final = Mse(norm=2.0, grid=20, shrink=0.6, patience=20)  # 1, 0.95, ... 0.45
 

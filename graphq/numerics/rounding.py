@@ -11,9 +11,9 @@ from typing import Final
 from jaxtyping import Float
 from torch import Tensor
 
-from graphq.formats import Int
 from graphq.numerics.blocks import beside_scales, expand_scale
 from graphq.numerics.scales import Scales, code_range, computed, scale_from_extremes
+from graphq.spec.formats import Int
 
 OFFSETS: Final = (-0.5, 0.5)
 SHARES: Final = (0.01, 1.0)  # a share of 0 leaves no range, whose scale has no gradient to come back by

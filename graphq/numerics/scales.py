@@ -12,9 +12,9 @@ from typing import Final, NamedTuple, assert_never
 import torch
 from torch import Tensor
 
-from graphq.formats import Float, Format, Int, Mx, Nvfp4, TwoLevel
 from graphq.numerics import elements, mx
 from graphq.numerics.blocks import block_extremes, channel_block, expand_scale, scale_shape
+from graphq.spec.formats import Float, Format, Int, Mx, Nvfp4, TwoLevel
 
 _AT_A_TIME: Final = 1 << 18  # elements that are rounded at once: temporary copies stay small
 BY_SIGN_SMALLEST: Final = 2.0**-23  # AMCT makes a smaller scale 1

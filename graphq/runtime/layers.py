@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graphq import numerics
-from graphq.formats import Nvfp4, has_global_scale, is_asymmetric
 from graphq.numerics import Scales
-from graphq.plan import Plan
-from graphq.quant import PerChannel, PerTensor, PerToken, Quant
 from graphq.runtime import ops
 from graphq.runtime.modules import FixedDtypes, Int8Linear, PackedWeight, hold_linear, hold_weight
+from graphq.spec.formats import Nvfp4, has_global_scale, is_asymmetric
+from graphq.spec.plan import Plan
+from graphq.spec.quant import PerChannel, PerTensor, PerToken, Quant
 
 INT8: Final = ("int8", "int8/asym", "int8/asym/joint", "int8/half", "int8/by_sign")
 

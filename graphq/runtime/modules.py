@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from graphq import numerics, packing
 from graphq.errors import PassError
-from graphq.formats import Format, code_bits, has_global_scale, is_asymmetric
 from graphq.numerics import Scales
+from graphq.spec.formats import Format, code_bits, has_global_scale, is_asymmetric
 
 _onednn: Any = torch.ops.onednn
 _SCALES: Final = ("weight_scale", "weight_zero_point", "weight_global_scale")

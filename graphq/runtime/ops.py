@@ -12,8 +12,8 @@ from torch import Tensor
 
 from graphq import numerics
 from graphq.errors import PassError
-from graphq.formats import has_global_scale
 from graphq.numerics import Format, Scales
+from graphq.spec.formats import has_global_scale
 
 _library = torch.library.Library("graphq", "DEF")  # held for the process: its ops vanish with it
 _library.define(

@@ -17,9 +17,9 @@ with atheris.instrument_imports(include=["graphq.frontends"]):
     from graphq.errors import SpecError
     from graphq.frontends import DIALECTS, load_spec, print_spec, write_spec
     from graphq.frontends.yaml_text import read_file
-    from graphq.match import Layer
-    from graphq.plan import Plan
-    from graphq.spec import Spec, resolve
+    from graphq.spec.match import Layer
+    from graphq.spec.plan import Plan
+    from graphq.spec.rules import Spec, resolve
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 NAMES = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")

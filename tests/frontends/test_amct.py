@@ -11,8 +11,8 @@ from torch import Tensor, nn
 import graphq
 from graphq.errors import SpecError
 from graphq.frontends import amct, load_spec, print_spec
-from graphq.match import Layer
-from graphq.spec import Spec, resolve
+from graphq.spec.match import Layer
+from graphq.spec.rules import Spec, resolve
 from tests.models import tiny
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs" / "amct"

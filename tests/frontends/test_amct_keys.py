@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from graphq.errors import SpecError
 from graphq.frontends import load_spec, print_spec
-from graphq.match import Layer
-from graphq.spec import resolve
+from graphq.spec.match import Layer
+from graphq.spec.rules import resolve
 
 INT8: dict[str, Any] = {"type": "int8", "symmetric": True, "strategy": "channel"}
 INT4: dict[str, Any] = INT8 | {"type": "int4"}

@@ -15,7 +15,7 @@ from graphq.capture import capture_module
 from graphq.errors import SpecError
 from graphq.frontends import load_spec, print_spec, write_spec
 from graphq.passes.annotate import decide
-from graphq.plan import Plan
+from graphq.spec.plan import Plan
 
 # inputs | weights | algorithms | strategies of weights, group sizes | strategies of inputs | signs of weights | of inputs
 # | dtypes | layers | what else a layer needs. S: symmetric, A: asymmetric. Sizes that are written as 32n: multiples.

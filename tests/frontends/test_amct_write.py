@@ -8,13 +8,13 @@ from expecttest import assert_expected_inline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphq.constraint import Multiple
 from graphq.errors import SpecError
 from graphq.frontends import amct, load_spec, print_spec, write_spec
-from graphq.match import Glob, Kind, Part, parse_match
-from graphq.plan import KeepFloat, Plan
-from graphq.quant import parse_quant
-from graphq.spec import Algorithm, Rule, Run, Spec
+from graphq.spec.constraint import Multiple
+from graphq.spec.match import Glob, Kind, Part, parse_match
+from graphq.spec.plan import KeepFloat, Plan
+from graphq.spec.quant import parse_quant
+from graphq.spec.rules import Algorithm, Rule, Run, Spec
 from tests.frontends.test_amct_table import LEGAL, config
 
 ALGORITHMS = sorted({one[1] for one in LEGAL if one[1] is not None})

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 
-from graphq.constraint import parse_constraint
 from graphq.errors import SpecError
 from graphq.frontends import DIALECTS, load_spec, write_spec
-from graphq.match import Blocks, Kind, Layer
-from graphq.plan import Plan
-from graphq.quant import parse_quant
-from graphq.spec import Rule, Spec, resolve
+from graphq.spec.constraint import parse_constraint
+from graphq.spec.match import Blocks, Kind, Layer
+from graphq.spec.plan import Plan
+from graphq.spec.quant import parse_quant
+from graphq.spec.rules import Rule, Spec, resolve
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 FILES = sorted(path for folder in CONFIGS.iterdir() for path in folder.iterdir())

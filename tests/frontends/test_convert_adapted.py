@@ -12,17 +12,17 @@ import yaml
 
 import graphq
 from graphq.errors import SpecError
-from graphq.folds import EVERYWHERE, NORMS
-from graphq.formats import code_bits, element_name, is_asymmetric
 from graphq.frontends import DIALECTS, Converted, convert_spec, load_spec, write_spec
 from graphq.frontends.convert import converted
 from graphq.frontends.convert_conventions import adapted
 from graphq.frontends.convert_layers import plans_of
 from graphq.frontends.presets import SCHEMES
-from graphq.match import Layer, Name
-from graphq.plan import Plan
-from graphq.quant import Quant
-from graphq.spec import Spec
+from graphq.spec.folds import EVERYWHERE, NORMS
+from graphq.spec.formats import code_bits, element_name, is_asymmetric
+from graphq.spec.match import Layer, Name
+from graphq.spec.plan import Plan
+from graphq.spec.quant import Quant
+from graphq.spec.rules import Spec
 from tests.frontends.test_convert import CONFIGS, FILES, decoder
 
 BY_NAME = "the layers are named as this model has them: the text is for this model alone"

@@ -13,8 +13,8 @@ import graphq
 from graphq import compiler
 from graphq.checks import refusals
 from graphq.frontends import load_spec, print_spec, write_spec
-from graphq.match import Layer, parse_match
-from graphq.spec import resolve
+from graphq.spec.match import Layer, parse_match
+from graphq.spec.rules import resolve
 from tests.frontends.test_llmc import llama
 from tests.models import captured, tiny
 

@@ -6,7 +6,7 @@ import pytest
 
 from graphq.frontends import load_spec
 from graphq.frontends.llm_compressor.presets import PRESETS
-from graphq.spec import Rule, Run
+from graphq.spec.rules import Rule, Run
 
 PREFIX = "quant_stage.quant_modifiers.QuantizationModifier."
 RTN = ("QuantizationModifier", {"scheme": "W4A16"})

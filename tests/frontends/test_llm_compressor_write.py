@@ -14,9 +14,9 @@ from graphq.frontends import load_spec, print_spec, write_spec
 from graphq.frontends.llm_compressor.presets import PRESETS
 from graphq.frontends.llm_compressor.targets import write_target
 from graphq.frontends.yaml_text import read_file
-from graphq.match import Layer, parse_match
-from graphq.plan import Plan
-from graphq.spec import Spec
+from graphq.spec.match import Layer, parse_match
+from graphq.spec.plan import Plan
+from graphq.spec.rules import Spec
 from tests.frontends.test_llm_compressor_keys import several
 from tests.frontends.test_llmc import llama
 

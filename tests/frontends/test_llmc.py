@@ -8,9 +8,9 @@ import pytest
 
 from graphq.errors import SpecError
 from graphq.frontends import load_spec, print_spec
-from graphq.match import Layer, parse_match
-from graphq.plan import Plan
-from graphq.spec import resolve
+from graphq.spec.match import Layer, parse_match
+from graphq.spec.plan import Plan
+from graphq.spec.rules import resolve
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs" / "llmc"
 LINEARS = (

@@ -8,12 +8,12 @@ import pytest
 
 from graphq.algorithms import problems
 from graphq.errors import SpecError
-from graphq.folds import NORMS
 from graphq.frontends import load_spec
 from graphq.frontends.llmc import METHODS
-from graphq.match import parse_match
-from graphq.plan import KeepFloat
-from graphq.spec import Algorithm, Rule, Spec
+from graphq.spec.folds import NORMS
+from graphq.spec.match import parse_match
+from graphq.spec.plan import KeepFloat
+from graphq.spec.rules import Algorithm, Rule, Spec
 
 WEIGHT = {"bit": 4, "symmetric": False, "granularity": "per_group", "group_size": 128}
 ACT = {"bit": 8, "symmetric": True, "granularity": "per_token"}

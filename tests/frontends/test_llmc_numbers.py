@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from graphq.codec import fake_quantize
-from graphq.formats import Int
 from graphq.frontends import load_spec
 from graphq.numerics.ranges import weight_scales
-from graphq.plan import Plan
-from graphq.quant import parse_quant
+from graphq.spec.formats import Int
+from graphq.spec.plan import Plan
+from graphq.spec.quant import parse_quant
 
 
 def weight(**keys: object) -> str:

@@ -7,7 +7,7 @@ import pytest
 
 from graphq.errors import SpecError
 from graphq.frontends import load_spec, write_spec
-from graphq.spec import Run
+from graphq.spec.rules import Run
 
 QUANT = {"method": "RTN", "weight": {"bit": 8, "symmetric": True, "granularity": "per_channel"}}
 

@@ -9,12 +9,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from graphq.errors import SpecError
-from graphq.folds import NORMS
 from graphq.frontends import load_spec, print_spec, write_spec
-from graphq.match import Blocks, Name, parse_match
-from graphq.plan import Decision, KeepFloat, Plan
-from graphq.quant import parse_quant
-from graphq.spec import Algorithm, Rule, Run, Spec, resolve
+from graphq.spec.folds import NORMS
+from graphq.spec.match import Blocks, Name, parse_match
+from graphq.spec.plan import Decision, KeepFloat, Plan
+from graphq.spec.quant import parse_quant
+from graphq.spec.rules import Algorithm, Rule, Run, Spec, resolve
 from tests.frontends.test_llmc import llama
 
 SCALAR = st.fixed_dictionaries({"bit": st.integers(2, 8), "symmetric": st.booleans()})

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from graphq.errors import SpecError
 from graphq.frontends import DIALECTS, load_spec
 from graphq.frontends.yaml_text import read_file
-from graphq.match import Blocks
-from graphq.plan import Plan
-from graphq.quant import parse_quant
-from graphq.spec import Rule, Spec
+from graphq.spec.match import Blocks
+from graphq.spec.plan import Plan
+from graphq.spec.quant import parse_quant
+from graphq.spec.rules import Rule, Spec
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 

@@ -11,9 +11,9 @@ import torch
 import graphq
 from graphq.checks import refusals
 from graphq.frontends import load_spec, print_spec, write_spec
-from graphq.match import Layer
 from graphq.passes.annotate import decide
-from graphq.spec import resolve
+from graphq.spec.match import Layer
+from graphq.spec.rules import resolve
 from tests.models import captured, tiny
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs" / "modelslim"

@@ -8,8 +8,8 @@ import pytest
 from graphq.algorithms import problems
 from graphq.errors import SpecError
 from graphq.frontends import load_spec
-from graphq.match import Exact, Layer
-from graphq.spec import resolve
+from graphq.spec.match import Exact, Layer
+from graphq.spec.rules import resolve
 
 V1 = {"version": "1.0.0", "metadata": {}, "group_size": 0, "optional": {}}
 IGNORED = "ignored: the layers' own types hold"

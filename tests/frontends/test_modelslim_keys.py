@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from graphq.algorithms import problems
 from graphq.errors import SpecError
 from graphq.frontends import load_spec
-from graphq.match import Layer
-from graphq.spec import resolve
+from graphq.spec.match import Layer
+from graphq.spec.rules import resolve
 
 A8 = {"scope": "per_token", "dtype": "int8", "symmetric": True, "method": "minmax"}
 S8 = {"scope": "per_tensor", "dtype": "int8", "symmetric": False, "method": "minmax"}

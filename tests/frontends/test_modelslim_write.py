@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from graphq.errors import SpecError
 from graphq.frontends import load_spec, print_spec, write_spec
-from graphq.match import Exact, Glob, Kind, Layer, Linears
-from graphq.plan import KeepFloat, Plan
-from graphq.quant import parse_quant
-from graphq.spec import Rule, Spec
+from graphq.spec.match import Exact, Glob, Kind, Layer, Linears
+from graphq.spec.plan import KeepFloat, Plan
+from graphq.spec.quant import parse_quant
+from graphq.spec.rules import Rule, Spec
 
 
 def side(dtype: str, scope: str, symmetric: Any = True, method: str = "minmax", **ext: Any) -> dict[str, Any]:

@@ -8,14 +8,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from graphq.errors import SpecError
-from graphq.folds import EVERYWHERE, SUBGRAPHS, Folds, kinds_among
-from graphq.formats import Int
 from graphq.frontends import load_spec, native, print_spec
 from graphq.frontends.yaml_text import read_text
-from graphq.match import Blocks, Exact, Glob, Kind, Name, Part, Regex
-from graphq.plan import ACTIVATION_BITS, KeepFloat, Plan
-from graphq.quant import PerChannel, PerGroup, PerTensor, PerToken, Quant, parse_quant
-from graphq.spec import Algorithm, Rule, Run, Spec
+from graphq.spec.folds import EVERYWHERE, SUBGRAPHS, Folds, kinds_among
+from graphq.spec.formats import Int
+from graphq.spec.match import Blocks, Exact, Glob, Kind, Name, Part, Regex
+from graphq.spec.plan import ACTIVATION_BITS, KeepFloat, Plan
+from graphq.spec.quant import PerChannel, PerGroup, PerTensor, PerToken, Quant, parse_quant
+from graphq.spec.rules import Algorithm, Rule, Run, Spec
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs" / "native"
 

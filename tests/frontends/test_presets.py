@@ -10,10 +10,10 @@ import graphq
 from graphq.errors import SpecError
 from graphq.frontends import load_spec
 from graphq.frontends.presets import SCHEMES
-from graphq.match import Blocks
-from graphq.plan import Plan
-from graphq.quant import parse_quant
-from graphq.spec import Algorithm, Rule, Spec
+from graphq.spec.match import Blocks
+from graphq.spec.plan import Plan
+from graphq.spec.quant import parse_quant
+from graphq.spec.rules import Algorithm, Rule, Spec
 
 
 @pytest.mark.parametrize("name", SCHEMES)

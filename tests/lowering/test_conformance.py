@@ -15,15 +15,15 @@ from torch import Tensor, fx, nn
 from graphq.compiler import passes_for
 from graphq.lowering import manifest, onnx, torch_module
 from graphq.lowering.verify import verify
-from graphq.match import Blocks, Exact, Name
 from graphq.pipeline import Pipeline
-from graphq.plan import KeepFloat, Plan
-from graphq.quant import parse_quant
 from graphq.runtime import ops
 from graphq.runtime.model import CompiledModel
 from graphq.runtime.onnx_session import OnnxSession
 from graphq.source import source_of
-from graphq.spec import Rule, Spec
+from graphq.spec.match import Blocks, Exact, Name
+from graphq.spec.plan import KeepFloat, Plan
+from graphq.spec.quant import parse_quant
+from graphq.spec.rules import Rule, Spec
 from tests.models import (
     FAMILIES,
     MLP,

@@ -7,8 +7,8 @@ from torch import Tensor
 
 import graphq
 from graphq import numerics
-from graphq.formats import Float, Format, Int
 from graphq.numerics import Scales, elements, ofmr
+from graphq.spec.formats import Float, Format, Int
 
 TINY = torch.finfo(torch.float32).tiny
 BY_SIGN = {bits: Int(bits, divisor="by_sign") for bits in (4, 8)}

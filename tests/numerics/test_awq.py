@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from graphq.formats import Format, Int
 from graphq.numerics import awq, fake_quantize
 from graphq.numerics.scales import choose_scale
+from graphq.spec.formats import Format, Int
 
 INT4, ASYM = Int(4), Int(4, symmetric=False)
 

@@ -23,8 +23,8 @@ from torch import Tensor
 
 import graphq
 from graphq import numerics
-from graphq.formats import Float, Format, Int, Mx, Nvfp4
 from graphq.numerics import Scales, elements
+from graphq.spec.formats import Float, Format, Int, Mx, Nvfp4
 from tests.numerics.tables import MINIFLOATS, beside, halves
 
 THEIRS: Any = forward  # which takes None where its signature says Tensor

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from graphq import numerics
-from graphq.formats import Format, Int, Nvfp4, parse_format
 from graphq.numerics import Scales, gptq
 from graphq.numerics.codes import round_scaled
 from graphq.numerics.gptq import Rows, compensate, factor, order_of
 from graphq.numerics.scales import effective_scale
+from graphq.spec.formats import Format, Int, Nvfp4, parse_format
 
 
 def numbers(seed: int, *shape: int) -> Tensor:

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import graphq
-from graphq.formats import Float
 from graphq.numerics import elements, scale_from_extremes
+from graphq.spec.formats import Float
 from tests.numerics.tables import HIFLOAT8, INF, NAN, beside, every, halves, hifloat8_code
 
 

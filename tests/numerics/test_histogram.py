@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from graphq.errors import PassError
-from graphq.formats import Float, Format, Int
 from graphq.numerics import histogram
 from graphq.numerics.histogram import Distribution
+from graphq.spec.formats import Float, Format, Int
 
 
 def of(x: Tensor) -> Distribution:

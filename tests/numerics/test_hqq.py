@@ -10,12 +10,12 @@ from torch import Tensor
 
 import graphq
 from graphq import numerics
-from graphq.formats import Float, Int
 from graphq.numerics import Scales, hqq
 from graphq.numerics.blocks import block_sum
 from graphq.numerics.hqq import hqq_scales, shrink
 from graphq.numerics.ranges import weight_scales
-from graphq.quant import Hqq, MinMax
+from graphq.spec.formats import Float, Int
+from graphq.spec.quant import Hqq, MinMax
 
 ASYMMETRIC = [Int(4, symmetric=False), Int(2, symmetric=False), Int(8, symmetric=False, signed=False)]
 SYMMETRIC = [Int(4), Int(3, divisor="half"), Float("float4_e2m1"), Float("float8_e4m3fn"), Float("hifloat8", "to15")]

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from graphq import numerics
-from graphq.formats import Int
 from graphq.numerics import Scales
-from graphq.quant import PerChannel, PerGroup, PerTensor, PerToken
+from graphq.spec.formats import Int
+from graphq.spec.quant import PerChannel, PerGroup, PerTensor, PerToken
 
 TINY = torch.finfo(torch.float32).tiny
 FORMATS = [

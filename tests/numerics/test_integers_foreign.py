@@ -8,8 +8,8 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
 from graphq import numerics
-from graphq.formats import Int
 from graphq.numerics import Scales
+from graphq.spec.formats import Int
 
 ONNX_TYPES = {4: TensorProto.INT4, 8: TensorProto.INT8, 16: TensorProto.INT16}
 ONNX_CASES = [

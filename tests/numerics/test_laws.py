@@ -11,9 +11,9 @@ from torch import Tensor
 
 import graphq
 from graphq import numerics
-from graphq.formats import Float, FloatLayout, Format, Int, Mx, Nvfp4, TwoLevel, element_name
 from graphq.numerics import Scales, elements
 from graphq.numerics.codes import code_values
+from graphq.spec.formats import Float, FloatLayout, Format, Int, Mx, Nvfp4, TwoLevel, element_name
 from tests.numerics.tables import MINIFLOATS
 
 FORMATS: list[Format] = [

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from graphq import numerics
-from graphq.formats import ExponentRule, Mx, MxElement
 from graphq.numerics import Scales, elements, mx
+from graphq.spec.formats import ExponentRule, Mx, MxElement
 from tests.numerics.tables import MINIFLOATS, beside, minifloat_code
 
 RULES = get_args(ExponentRule)

@@ -11,10 +11,10 @@ from torch import Tensor
 import graphq
 from graphq import numerics
 from graphq.errors import PassError
-from graphq.formats import Float, Format, Int
 from graphq.numerics import Scales
 from graphq.numerics.ranges import mse_extremes, percentile_extremes, ssz_scale, weight_scales
-from graphq.quant import Histogram, MinMax, MovingAverage, Mse, Ofmr, Percentile, Ssz
+from graphq.spec.formats import Float, Format, Int
+from graphq.spec.quant import Histogram, MinMax, MovingAverage, Mse, Ofmr, Percentile, Ssz
 
 FORMATS = [Int(4), Int(4, divisor="half"), Int(4, symmetric=False), Int(2), Int(3, divisor="by_sign")]
 FLOATS = [Float("float4_e2m1"), Float("hifloat8"), Float("float8_e4m3fn")]

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from graphq import numerics
-from graphq.formats import Int
 from graphq.numerics import Scales, rounding
 from graphq.numerics.blocks import block_extremes
 from graphq.numerics.scales import choose_scale, computed, scale_from_extremes
+from graphq.spec.formats import Int
 
 FORMATS = [
     *(Int(bits, symmetric=symmetric) for bits, symmetric in itertools.product((2, 3, 4, 8), (True, False))),

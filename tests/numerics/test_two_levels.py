@@ -6,8 +6,8 @@ import torch
 
 import graphq
 from graphq import numerics
-from graphq.formats import Nvfp4, TwoLevel
 from graphq.numerics import Scales
+from graphq.spec.formats import Nvfp4, TwoLevel
 from tests.numerics.tables import FLOAT4_E2M1, FLOAT8_E4M3, minifloat_code
 
 F4 = np.array(FLOAT4_E2M1 + [-v for v in FLOAT4_E2M1], dtype=np.float32)

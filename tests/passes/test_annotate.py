@@ -7,11 +7,11 @@ from torch import Tensor, fx, nn
 
 from graphq.errors import PassError, SpecError
 from graphq.layers import LAYER, PLAN
-from graphq.match import Exact
 from graphq.passes.annotate import Annotate, annotated, decide
 from graphq.pipeline import Pipeline
-from graphq.plan import KeepFloat, PerExpert, Plan
-from graphq.spec import Rule, Spec
+from graphq.spec.match import Exact
+from graphq.spec.plan import KeepFloat, PerExpert, Plan
+from graphq.spec.rules import Rule, Spec
 from graphq.text import dump
 from graphq.views import ops_of
 from tests.graphs import plan, spec, targets

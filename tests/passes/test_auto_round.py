@@ -16,7 +16,6 @@ from graphq import numerics
 from graphq.algorithms import Told, quantization
 from graphq.errors import SpecError
 from graphq.layers import LAYER, PLAN, layers
-from graphq.match import parse_match
 from graphq.passes.auto_round import AutoRound
 from graphq.passes.awq import AWQ
 from graphq.passes.blockwise import Blockwise
@@ -26,9 +25,10 @@ from graphq.passes.quantize_activations import QuantizeActivations
 from graphq.passes.quantize_weights import QuantizeWeights
 from graphq.passes.split_gate_up import SplitGateUp
 from graphq.pipeline import Pass, Pipeline, fingerprint
-from graphq.plan import Decision
 from graphq.source import SHARED
-from graphq.spec import Algorithm
+from graphq.spec.match import parse_match
+from graphq.spec.plan import Decision
+from graphq.spec.rules import Algorithm
 from graphq.state import tensor_of
 from graphq.text import dump
 from tests.graphs import annotated, assert_vals, plan, run, spec, targets

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from graphq.folds import Folds
 from graphq.numerics import awq, fake_quantize
 from graphq.numerics.scales import choose_scale
 from graphq.passes.awq import AWQ, ErrorObserver
@@ -17,6 +16,7 @@ from graphq.passes.observe import Observe, observers
 from graphq.passes.quantize_weights import QuantizeWeights
 from graphq.passes.stop_observing import StopObserving
 from graphq.pipeline import Pipeline
+from graphq.spec.folds import Folds
 from graphq.state import tensor_of
 from graphq.text import dump
 from tests.graphs import annotated, assert_vals, plan, run

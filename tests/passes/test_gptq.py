@@ -18,8 +18,8 @@ from graphq.passes.quantize_activations import QuantizeActivations
 from graphq.passes.quantize_weights import QuantizeWeights
 from graphq.passes.statistics import HessianObserver
 from graphq.pipeline import Pipeline
-from graphq.plan import Plan
-from graphq.quant import Quant, parse_quant
+from graphq.spec.plan import Plan
+from graphq.spec.quant import Quant, parse_quant
 from graphq.state import put_tensor, tensor_of
 from graphq.text import dump
 from graphq.views import Dequantize, ops_of

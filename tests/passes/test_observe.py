@@ -10,8 +10,8 @@ from graphq.layers import BY, LAYER
 from graphq.passes.observe import Observe, input_quants, observer_on, observers, weight_observer_on
 from graphq.passes.range_observers import OfmrObserver, OfmrWeightObserver
 from graphq.pipeline import Pipeline
-from graphq.plan import KeepFloat, PerExpert
-from graphq.quant import parse_quant
+from graphq.spec.plan import KeepFloat, PerExpert
+from graphq.spec.quant import parse_quant
 from graphq.text import dump
 from graphq.views import Linear, ops_of
 from tests.graphs import annotated, assert_vals, plan, run

@@ -12,8 +12,8 @@ from graphq.passes.observe import Observe, observer_on, observers
 from graphq.passes.observe_means import ObserveMeans, mean_of, planned_layers, why_uncorrectable
 from graphq.passes.statistics import MeanObserver
 from graphq.pipeline import Pipeline
-from graphq.plan import KeepFloat
-from graphq.quant import parse_quant
+from graphq.spec.plan import KeepFloat
+from graphq.spec.quant import parse_quant
 from graphq.text import dump
 from graphq.views import Linear, ops_of
 from tests.graphs import annotated, assert_vals, plan, run

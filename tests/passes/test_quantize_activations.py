@@ -20,8 +20,8 @@ from graphq.passes.raise_grouped_linear import RaiseGroupedLinear
 from graphq.passes.remove_no_ops import RemoveNoOps
 from graphq.passes.split_gate_up import SplitGateUp
 from graphq.pipeline import Pipeline
-from graphq.plan import Decision
-from graphq.quant import parse_quant
+from graphq.spec.plan import Decision
+from graphq.spec.quant import parse_quant
 from graphq.state import tensor_of
 from graphq.text import dump
 from graphq.views import ops_of

@@ -19,7 +19,7 @@ from graphq.passes.observe import Observe
 from graphq.passes.quantize_weights import QuantizeWeights
 from graphq.passes.split_gate_up import SplitGateUp
 from graphq.pipeline import Pipeline
-from graphq.plan import Decision
+from graphq.spec.plan import Decision
 from graphq.state import tensor_of
 from graphq.text import dump
 from graphq.views import Dequantize, ops_of

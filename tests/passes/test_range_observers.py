@@ -24,7 +24,7 @@ from graphq.passes.range_observers import (
     observer_for,
 )
 from graphq.passes.statistics import MeanObserver
-from graphq.quant import parse_quant
+from graphq.spec.quant import parse_quant
 
 QUANT = parse_quant("int8/tensor")
 

@@ -14,7 +14,6 @@ import graphq
 from graphq import edit
 from graphq.batches import complete
 from graphq.compiler import canonical_passes
-from graphq.folds import Folds
 from graphq.passes import gptq as gptq_pass
 from graphq.passes.calibrate import Calibrate
 from graphq.passes.gptq import GPTQ
@@ -27,6 +26,7 @@ from graphq.passes.statistics import ChannelObserver, statistic_on
 from graphq.passes.stop_observing import StopObserving
 from graphq.pipeline import Pipeline
 from graphq.source import source_of
+from graphq.spec.folds import Folds
 from graphq.state import tensor_of
 from graphq.text import dump
 from tests.graphs import annotated, assert_vals, plan, run

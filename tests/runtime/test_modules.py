@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from graphq import numerics, packing
 from graphq.errors import PassError
-from graphq.formats import Int
 from graphq.numerics import Scales
 from graphq.runtime import modules
 from graphq.runtime.modules import (
@@ -23,6 +22,7 @@ from graphq.runtime.modules import (
     scales_of,
     settings_of,
 )
+from graphq.spec.formats import Int
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

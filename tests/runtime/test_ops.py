@@ -9,9 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graphq import numerics
 from graphq.errors import PassError
-from graphq.formats import Int
 from graphq.numerics import Scales
 from graphq.runtime import ops
+from graphq.spec.formats import Int
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -6,10 +6,10 @@ magnitude to 16 (at run time to 15), MX blocks have the exponents of AMCT's modu
 
 from typing import Final
 
-from graphq.formats import Float, Int, Mx, TwoLevel
 from graphq.frontends.amct.table import Combination
-from graphq.plan import Plan
-from graphq.quant import (
+from graphq.spec.formats import Float, Int, Mx, TwoLevel
+from graphq.spec.plan import Plan
+from graphq.spec.quant import (
     Granularity,
     MinMax,
     MovingAverage,
@@ -21,7 +21,7 @@ from graphq.quant import (
     Quant,
     RangeMethod,
 )
-from graphq.spec import Algorithm
+from graphq.spec.rules import Algorithm
 
 GRIDS: Final = 20
 STRENGTH: Final = 0.5

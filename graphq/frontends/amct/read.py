@@ -8,9 +8,9 @@ from graphq.frontends.amct.table import NO_ALGORITHM, Combination, legal, neares
 from graphq.frontends.amct.tensor import Inputs, Weights, read_cache, read_inputs, read_patterns, read_weights
 from graphq.frontends.amct.write import EVERY_LAYER, MAX_BATCHES, NO_WEIGHTS, skipped
 from graphq.frontends.document import Document, Section, show
-from graphq.match import Glob, Kind, Match, Part
-from graphq.plan import KeepFloat
-from graphq.spec import Algorithm, Rule, Run, Spec
+from graphq.spec.match import Glob, Kind, Match, Part
+from graphq.spec.plan import KeepFloat
+from graphq.spec.rules import Algorithm, Rule, Run, Spec
 
 SIGN: Final = "a top-level quant_cfg"
 _KEYS: Final = ("batch_num", "quant_cfg", "algorithm", "skip_layers")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, final
 
-from graphq.constraint import (
+from graphq.spec.constraint import (
     AtMost,
     Constraint,
     MoreThan,
@@ -20,7 +20,7 @@ from graphq.constraint import (
     OfKind,
     ZeroPadding,
 )
-from graphq.match import LayerKind
+from graphq.spec.match import LayerKind
 
 WEIGHTS: Final = (
     *("int8", "int4", "hifloat8", "float8_e4m3fn", "mxfp4_e2m1", "float4_e2m1", "float4_e1m2", "mxfp8_e4m3fn"),

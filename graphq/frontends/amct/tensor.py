@@ -6,7 +6,7 @@ from typing import Final, final
 
 from graphq.frontends.amct.table import INPUTS, WEIGHTS
 from graphq.frontends.document import Section, nearest, show
-from graphq.quant import MAX_GROUP_SIZE
+from graphq.spec.quant import MAX_GROUP_SIZE
 
 _WEIGHT_STRATEGIES: Final = ("tensor", "channel", "group")
 _INPUT_STRATEGIES: Final = ("tensor", "token", "group")

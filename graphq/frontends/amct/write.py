@@ -6,16 +6,16 @@ from typing import Final
 
 import yaml
 
-from graphq.constraint import Constraint
 from graphq.errors import SpecError
-from graphq.folds import EVERYWHERE
 from graphq.frontends.amct.plan import CACHE, algorithm_of, plan_of
 from graphq.frontends.amct.table import ALGORITHMS, NO_ALGORITHM, ROWS, Combination, Row, combinations
 from graphq.frontends.document import Plain, show
-from graphq.match import Glob, Kind, Match, Part
-from graphq.plan import Decision, KeepFloat, Plan
-from graphq.quant import PerGroup
-from graphq.spec import Algorithm, Rule, Run, Spec
+from graphq.spec.constraint import Constraint
+from graphq.spec.folds import EVERYWHERE
+from graphq.spec.match import Glob, Kind, Match, Part
+from graphq.spec.plan import Decision, KeepFloat, Plan
+from graphq.spec.quant import PerGroup
+from graphq.spec.rules import Algorithm, Rule, Run, Spec
 
 NO_WEIGHTS: Final = "quant_cfg has no weights for it"
 EVERY_LAYER: Final = Kind("linear|conv2d")

@@ -8,10 +8,10 @@ import re
 from typing import Final, Literal
 
 from graphq.errors import SpecError
-from graphq.formats import Float, Format, Int, Mx, Nvfp4
 from graphq.frontends.document import Plain, Section, nearest, show
 from graphq.frontends.llm_compressor.observer import read_method, write_method
-from graphq.quant import (
+from graphq.spec.formats import Float, Format, Int, Mx, Nvfp4
+from graphq.spec.quant import (
     Granularity,
     MinMax,
     PerBlock,

@@ -12,9 +12,9 @@ from graphq.errors import SpecError
 from graphq.frontends.llm_compressor.modifiers import Modifier
 from graphq.frontends.llm_compressor.presets import UNQUANTIZED
 from graphq.frontends.llm_compressor.targets import both, order, without, write_target
-from graphq.match import Exact, Kind, Match, Regex
-from graphq.plan import KeepFloat, Plan
-from graphq.spec import Algorithm, Order, Prefix, Rule
+from graphq.spec.match import Exact, Kind, Match, Regex
+from graphq.spec.plan import KeepFloat, Plan
+from graphq.spec.rules import Algorithm, Order, Prefix, Rule
 
 CALIBRATED: Final = ("SmoothQuantModifier", "AWQModifier", "GPTQModifier", "AutoRoundModifier")
 _MOST_PAIRS: Final = 50_000  # of targets, each of which may make a rule

@@ -7,9 +7,9 @@ from typing import Final, final
 from graphq.errors import SpecError
 from graphq.frontends.llm_compressor.combine import precedence, restored, runs
 from graphq.frontends.llm_compressor.presets import UNQUANTIZED
-from graphq.match import Exact, Kind, Match, Regex
-from graphq.plan import KeepFloat, Plan
-from graphq.spec import Algorithm, Rule
+from graphq.spec.match import Exact, Kind, Match, Regex
+from graphq.spec.plan import KeepFloat, Plan
+from graphq.spec.rules import Algorithm, Rule
 
 ROUNDING: Final = ("gptq", "auto-round")
 _MOST_EARLIER: Final = 1000  # beyond, to look for what they decide for each float rule would take long

@@ -22,10 +22,10 @@ from graphq.frontends.llm_compressor.schemes import (
     read_targets,
 )
 from graphq.frontends.llm_compressor.transforms import folds
-from graphq.match import Match
-from graphq.plan import Plan
-from graphq.quant import Quant
-from graphq.spec import Algorithm, Rule
+from graphq.spec.match import Match
+from graphq.spec.plan import Plan
+from graphq.spec.quant import Quant
+from graphq.spec.rules import Algorithm, Rule
 
 Scalar = str | int | float | bool | None
 

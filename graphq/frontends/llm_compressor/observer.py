@@ -11,7 +11,7 @@ from typing import Final
 
 from graphq.errors import SpecError
 from graphq.frontends.document import Plain, Section, nearest, show
-from graphq.quant import MinMax, MovingAverage, Mse, Quant, RangeMethod
+from graphq.spec.quant import MinMax, MovingAverage, Mse, Quant, RangeMethod
 
 _MIN_MAX: Final = ("memoryless_minmax", "static_minmax", "minmax")
 _MSE: Final = ("memoryless_mse", "mse")

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, final
 
-from graphq.formats import Float, Int, Mx, Nvfp4
 from graphq.frontends.document import Section, nearest, show
 from graphq.frontends.llm_compressor.observer import method_of
-from graphq.plan import Decision, KeepFloat, Plan
-from graphq.quant import PerBlock, PerChannel, PerGroup, PerTensor, PerToken, Quant
+from graphq.spec.formats import Float, Int, Mx, Nvfp4
+from graphq.spec.plan import Decision, KeepFloat, Plan
+from graphq.spec.quant import PerBlock, PerChannel, PerGroup, PerTensor, PerToken, Quant
 
 UNQUANTIZED: Final = KeepFloat("UNQUANTIZED")
 _E4M3: Final = Float("float8_e4m3fn")

@@ -7,7 +7,7 @@ from graphq.frontends.llm_compressor.args import filled, read_args
 from graphq.frontends.llm_compressor.presets import Observers
 from graphq.frontends.llm_compressor.recipe import STAGE, no_layers, parse_recipe
 from graphq.frontends.llm_compressor.schemes import Groups, read_groups, read_ignore
-from graphq.spec import Spec
+from graphq.spec.rules import Spec
 
 SIGN: Final = (
     "a key that ends in _stage, _modifiers or Modifier, or a quantization_config with quant_method compressed-tensors"

@@ -15,8 +15,8 @@ from graphq.frontends.llm_compressor.combine import (
 )
 from graphq.frontends.llm_compressor.modifiers import Modifier, read_modifier
 from graphq.frontends.llm_compressor.presets import UNQUANTIZED
-from graphq.match import Kind
-from graphq.spec import Order, Prefix, Rule, Run, Spec
+from graphq.spec.match import Kind
+from graphq.spec.rules import Order, Prefix, Rule, Run, Spec
 
 STAGE: Final = re.compile(r".*_stage(_\d+)?", re.DOTALL)
 _RUN: Final[Mapping[str, str]] = {

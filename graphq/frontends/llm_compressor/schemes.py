@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final, final
 
-from graphq.formats import Int, Mx, Nvfp4
 from graphq.frontends.document import KeyPath, Section, nearest, show
 from graphq.frontends.llm_compressor.args import filled, read_actorder, read_args
 from graphq.frontends.llm_compressor.presets import UNQUANTIZED, Observers, read_preset
 from graphq.frontends.llm_compressor.targets import is_other_class, order, read_target
-from graphq.match import Exact, Match
-from graphq.plan import Decision, KeepFloat, Plan
-from graphq.spec import Rule
+from graphq.spec.formats import Int, Mx, Nvfp4
+from graphq.spec.match import Exact, Match
+from graphq.spec.plan import Decision, KeepFloat, Plan
+from graphq.spec.rules import Rule
 
 IGNORED: Final = KeepFloat("ignore")
 FORMATS: Final = (

@@ -8,7 +8,7 @@ from typing import Final
 
 from graphq.errors import SpecError
 from graphq.frontends.document import nearest
-from graphq.match import Blocks, Exact, Glob, Kind, Linears, Match, Name, Part, Regex
+from graphq.spec.match import Blocks, Exact, Glob, Kind, Linears, Match, Name, Part, Regex
 
 CLASSES: Final[dict[str, Match]] = {
     "Linear": Kind("linear"),

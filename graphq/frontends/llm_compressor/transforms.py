@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from graphq.errors import SpecError
-from graphq.folds import EVERYWHERE, NORMS, Folds
 from graphq.frontends.document import Plain
 from graphq.frontends.llm_compressor.targets import write_target
-from graphq.match import Match, Regex
-from graphq.spec import Algorithm
+from graphq.spec.folds import EVERYWHERE, NORMS, Folds
+from graphq.spec.match import Match, Regex
+from graphq.spec.rules import Algorithm
 
 Value = str | int | float | bool | None
 

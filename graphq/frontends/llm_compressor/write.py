@@ -14,9 +14,9 @@ from graphq.frontends.llm_compressor.divide import Segment, divide
 from graphq.frontends.llm_compressor.recipe import parse_recipe
 from graphq.frontends.llm_compressor.targets import read_target, whole_name, write_target
 from graphq.frontends.llm_compressor.transforms import defaults, write_rounding, write_transform
-from graphq.match import Exact, Kind, Match
-from graphq.plan import Decision, KeepFloat, Plan
-from graphq.spec import Algorithm, Rule, Spec
+from graphq.spec.match import Exact, Kind, Match
+from graphq.spec.plan import Decision, KeepFloat, Plan
+from graphq.spec.rules import Algorithm, Rule, Spec
 
 T = TypeVar("T")
 _RUN: Final = (

@@ -7,10 +7,10 @@ format's largest value. It knows neither NaN nor infinity: e4m3 and e5m2 then ha
 from dataclasses import dataclass
 from typing import Final, Literal, final
 
-from graphq.formats import MIN_BITS, Float, FloatLayout, Format, Int
 from graphq.frontends.document import Plain, Section, nearest, show
-from graphq.plan import ACTIVATION_BITS, MAX_WEIGHT_BITS
-from graphq.quant import RangeMethod
+from graphq.spec.formats import MIN_BITS, Float, FloatLayout, Format, Int
+from graphq.spec.plan import ACTIVATION_BITS, MAX_WEIGHT_BITS
+from graphq.spec.quant import RangeMethod
 
 Role = Literal["weight", "act", "kvcache"]
 Kind = Literal["int-quant", "float-quant"]

@@ -7,11 +7,11 @@ noted. A method that graphq lacks keeps its name and options, which ``compile`` 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final
 
-from graphq.folds import EVERYWHERE, NORMS, Folds
 from graphq.frontends.document import MAX_DEPTH, Document, Plain, Section, nearest, show
 from graphq.frontends.llmc.tensor import read_hqq
-from graphq.quant import Hqq
-from graphq.spec import Algorithm
+from graphq.spec.folds import EVERYWHERE, NORMS, Folds
+from graphq.spec.quant import Hqq
+from graphq.spec.rules import Algorithm
 
 Scalar = str | int | float | bool | None
 

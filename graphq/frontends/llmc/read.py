@@ -9,10 +9,10 @@ from graphq.frontends.llmc.format import Around, read_kind
 from graphq.frontends.llmc.method import METHODS, read_method
 from graphq.frontends.llmc.run import SECTIONS, read_run
 from graphq.frontends.llmc.tensor import read_tensor
-from graphq.match import Blocks, Exact, Name, parse_blocks
-from graphq.plan import KeepFloat, Plan
-from graphq.quant import PerBlock, PerGroup, Quant
-from graphq.spec import Prefix, Rule, Spec
+from graphq.spec.match import Blocks, Exact, Name, parse_blocks
+from graphq.spec.plan import KeepFloat, Plan
+from graphq.spec.quant import PerBlock, PerGroup, Quant
+from graphq.spec.rules import Prefix, Rule, Spec
 
 SIGN: Final = "a top-level quant with method or weight, or quant or sparse beside base and model"
 _QUANT: Final = ("method", "weight", "act", "kvcache", "special", "mix_bits", "quant_out", "tp", "quant_type")

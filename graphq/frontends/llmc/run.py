@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from graphq.frontends.document import Plain, Section, nearest, show
-from graphq.spec import Run
+from graphq.spec.rules import Run
 
 SECTIONS: Final = ("base", "model", "calib", "eval", "save", "opencompass")
 

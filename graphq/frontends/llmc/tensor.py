@@ -7,10 +7,10 @@ way graphq does not have is refused by name, and a key without effect is noted.
 import dataclasses
 from typing import Final
 
-from graphq.formats import Float, Int, is_asymmetric
 from graphq.frontends.document import Plain, Section, show
 from graphq.frontends.llmc.format import BITS, Around, Role, either, read_format, write_format
-from graphq.quant import (
+from graphq.spec.formats import Float, Int, is_asymmetric
+from graphq.spec.quant import (
     Granularity,
     Histogram,
     Hqq,

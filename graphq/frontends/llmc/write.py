@@ -17,10 +17,10 @@ from graphq.frontends.llmc.format import Role
 from graphq.frontends.llmc.method import write_method
 from graphq.frontends.llmc.run import write_run
 from graphq.frontends.llmc.tensor import write_hqq, write_tensor
-from graphq.match import Blocks, Exact, Name
-from graphq.plan import Decision, KeepFloat, Plan
-from graphq.quant import Hqq, PerBlock, PerGroup, Quant
-from graphq.spec import Rule, Spec
+from graphq.spec.match import Blocks, Exact, Name
+from graphq.spec.plan import Decision, KeepFloat, Plan
+from graphq.spec.quant import Hqq, PerBlock, PerGroup, Quant
+from graphq.spec.rules import Rule, Spec
 
 MIX_BITS: Final = "mix_bits"
 Place = Literal["setting", "ignored"]

@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from graphq.errors import SpecError
-from graphq.formats import Int, TwoLevel
 from graphq.frontends.document import Document, Section, nearest, show
 from graphq.frontends.modelslim.qconfig import Side, plan_of
-from graphq.match import Exact
-from graphq.plan import Decision, KeepFloat, Plan
-from graphq.quant import PerChannel, PerGroup, Quant
-from graphq.spec import Algorithm, Rule, Spec
+from graphq.spec.formats import Int, TwoLevel
+from graphq.spec.match import Exact
+from graphq.spec.plan import Decision, KeepFloat, Plan
+from graphq.spec.quant import PerChannel, PerGroup, Quant
+from graphq.spec.rules import Algorithm, Rule, Spec
 
 FLOAT: Final = "FLOAT"
 MAX_SHOWN: Final = 20

@@ -10,7 +10,7 @@ from typing import Final
 
 from graphq.errors import SpecError
 from graphq.frontends.document import Section, show
-from graphq.match import Exact, Linears
+from graphq.spec.match import Exact, Linears
 
 MAX_EXPANDED: Final = 1000  # wcmatch's own limit
 MAX_LENGTH: Final = 128

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from typing import Final, final
 
 from graphq.errors import SpecError
-from graphq.formats import Int
 from graphq.frontends.document import Section, nearest, show
 from graphq.frontends.modelslim.globs import is_inside, is_name, matches_any, matches_of, may_meet, read_patterns
 from graphq.frontends.modelslim.qconfig import Qconfig, Rounding, read_qconfig
 from graphq.frontends.modelslim.smooth import PREPARATIONS, REFUSED, read_preparation
-from graphq.match import Exact, Linears, Match
-from graphq.plan import KeepFloat
-from graphq.quant import PerChannel, Quant
-from graphq.spec import Algorithm, Rule
+from graphq.spec.formats import Int
+from graphq.spec.match import Exact, Linears, Match
+from graphq.spec.plan import KeepFloat
+from graphq.spec.quant import PerChannel, Quant
+from graphq.spec.rules import Algorithm, Rule
 
 MAX_PATTERNS: Final = 2000
 MAX_PAIRS: Final = 3000

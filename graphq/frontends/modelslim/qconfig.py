@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Final, Literal, assert_never, final
 
 from graphq.errors import SpecError
-from graphq.formats import Float, Int, Mx, Nvfp4, TwoLevel
 from graphq.frontends.document import Plain, Section, nearest, show
-from graphq.plan import Plan
-from graphq.quant import Histogram, MinMax, PerChannel, PerGroup, PerTensor, PerToken, Quant, Ssz
+from graphq.spec.formats import Float, Int, Mx, Nvfp4, TwoLevel
+from graphq.spec.plan import Plan
+from graphq.spec.quant import Histogram, MinMax, PerChannel, PerGroup, PerTensor, PerToken, Quant, Ssz
 
 Role = Literal["act", "weight"]
 Scalar = str | int | float | bool | None

@@ -6,7 +6,7 @@ from graphq.frontends.document import Document, Section, nearest, show
 from graphq.frontends.modelslim.description import parse_description
 from graphq.frontends.modelslim.description import recognises as is_description
 from graphq.frontends.modelslim.process import read_process
-from graphq.spec import Order, Run, Spec
+from graphq.spec.rules import Order, Run, Spec
 
 SIGN: Final = "a top-level apiversion, model_quant_type, or <layer>.weight with a type such as W8A8"
 VERSIONS: Final = ("modelslim_v1",)

@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from graphq.errors import SpecError
-from graphq.folds import EVERYWHERE, NORMS, SUBGRAPHS, Folds, Subgraph, kinds_among
 from graphq.frontends.document import Plain, Section, nearest, show
 from graphq.frontends.modelslim.globs import read_patterns
 from graphq.frontends.modelslim.qconfig import Scalar, read_number, read_qconfig, read_side
-from graphq.spec import Algorithm
+from graphq.spec.folds import EVERYWHERE, NORMS, SUBGRAPHS, Folds, Subgraph, kinds_among
+from graphq.spec.rules import Algorithm
 
 _SCALE_MIN: Final = 1e-5
 _BY_SOURCE: Final = (

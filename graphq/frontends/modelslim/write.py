@@ -12,17 +12,17 @@ from typing import Final, final
 import yaml
 
 from graphq.errors import SpecError
-from graphq.formats import Int
 from graphq.frontends.document import Plain
 from graphq.frontends.modelslim.globs import MAX_EXPANDED, expand, is_inside, matches_of, may_meet
 from graphq.frontends.modelslim.qconfig import Rounding, beyond, side_of, write_qconfig
 from graphq.frontends.modelslim.read import SAVERS, parse
 from graphq.frontends.modelslim.smooth import write_preparation
 from graphq.frontends.yaml_text import read_text
-from graphq.match import Exact, Glob, Kind, Linears, Match
-from graphq.plan import KeepFloat, Plan
-from graphq.quant import PerChannel, Quant
-from graphq.spec import Algorithm, Rule, Spec
+from graphq.spec.formats import Int
+from graphq.spec.match import Exact, Glob, Kind, Linears, Match
+from graphq.spec.plan import KeepFloat, Plan
+from graphq.spec.quant import PerChannel, Quant
+from graphq.spec.rules import Algorithm, Rule, Spec
 
 _ROUNDING: Final = ("gptq", "auto-round")
 

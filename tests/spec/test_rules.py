@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphq.errors import SpecError
-from graphq.formats import Int
-from graphq.match import MAX_BLOCK, Blocks, Exact, Glob, Layer, Name, nearest_layer, parse_blocks, parse_match
-from graphq.plan import KeepFloat, Plan
-from graphq.quant import MAX_GROUP_SIZE, PerChannel, PerGroup, PerTensor, PerToken, Quant, parse_quant
-from graphq.spec import Algorithm, Rule, Spec, resolve
+from graphq.spec.formats import Int
+from graphq.spec.match import MAX_BLOCK, Blocks, Exact, Glob, Layer, Name, nearest_layer, parse_blocks, parse_match
+from graphq.spec.plan import KeepFloat, Plan
+from graphq.spec.quant import MAX_GROUP_SIZE, PerChannel, PerGroup, PerTensor, PerToken, Quant, parse_quant
+from graphq.spec.rules import Algorithm, Rule, Spec, resolve
 
 BITS = st.sampled_from([2, 3, 4, 5, 6, 7, 8, 16])
 FORMATS = st.builds(Int, BITS, st.just(True), st.sampled_from(["max", "half", "by_sign"])) | st.builds(

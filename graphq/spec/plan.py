@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Final, final
 
 from graphq.errors import SpecError
-from graphq.formats import Int, Nvfp4, TwoLevel
-from graphq.quant import (
+from graphq.spec.formats import Int, Nvfp4, TwoLevel
+from graphq.spec.quant import (
     Entropy,
     Histogram,
     Hqq,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, assert_never, final
 
 from graphq.errors import SpecError
-from graphq.formats import MX_BLOCK, NVFP4_BLOCK, Float, Format, Int, Mx, Nvfp4, TwoLevel, find_format
+from graphq.spec.formats import MX_BLOCK, NVFP4_BLOCK, Float, Format, Int, Mx, Nvfp4, TwoLevel, find_format
 
 MAX_GROUP_SIZE: Final = 10**9 - 1  # what the text form writes, in nine digits
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from graphq import numerics
 from graphq.errors import SpecError
-from graphq.formats import (
+from graphq.spec.formats import (
     Divisor,
     ExponentRule,
     Float,
@@ -25,8 +25,8 @@ from graphq.formats import (
     code_bits,
     parse_format,
 )
-from graphq.plan import Plan
-from graphq.quant import (
+from graphq.spec.plan import Plan
+from graphq.spec.quant import (
     Entropy,
     Histogram,
     Hqq,

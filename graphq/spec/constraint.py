@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, cast, final, get_args
 
 from graphq.errors import SpecError
-from graphq.match import MAX_SIZE, Layer, LayerKind
+from graphq.spec.match import MAX_SIZE, Layer, LayerKind
 
 Axis = Literal["N", "K"]
 

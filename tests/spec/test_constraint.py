@@ -12,7 +12,10 @@ from torch import nn
 
 import graphq
 from graphq import compiler
-from graphq.constraint import (
+from graphq.errors import SpecError
+from graphq.frontends import load_spec, print_spec
+from graphq.layers import layers
+from graphq.spec.constraint import (
     AtMost,
     MoreThan,
     Multiple,
@@ -23,13 +26,10 @@ from graphq.constraint import (
     broken,
     parse_constraint,
 )
-from graphq.errors import SpecError
-from graphq.frontends import load_spec, print_spec
-from graphq.layers import layers
-from graphq.match import Kind, Layer, parse_match
-from graphq.plan import KeepFloat, Plan
-from graphq.quant import parse_quant
-from graphq.spec import Rule, Spec, resolve
+from graphq.spec.match import Kind, Layer, parse_match
+from graphq.spec.plan import KeepFloat, Plan
+from graphq.spec.quant import parse_quant
+from graphq.spec.rules import Rule, Spec, resolve
 from tests.models import capture, captured, tiny
 
 LAYER = Layer("a", "linear", (48, 100), dtype="bfloat16", bias=True)

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal, final
 
-from graphq.constraint import Constraint, broken
 from graphq.errors import SpecError
-from graphq.folds import EVERYWHERE, Folds
-from graphq.match import Exact, Layer, Match, unmatched_hint
-from graphq.plan import Decision, KeepFloat, Plan
-from graphq.quant import Quant
+from graphq.spec.constraint import Constraint, broken
+from graphq.spec.folds import EVERYWHERE, Folds
+from graphq.spec.match import Exact, Layer, Match, unmatched_hint
+from graphq.spec.plan import Decision, KeepFloat, Plan
+from graphq.spec.quant import Quant
 
 Order = Literal["sequential", "independent"]
 Prefix = Literal["quantized", "float"]

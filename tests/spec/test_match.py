@@ -3,10 +3,10 @@
 import pytest
 
 from graphq.errors import SpecError
-from graphq.match import Exact, Kind, Layer, Linears, Part, Regex, parse_match
-from graphq.plan import KeepFloat, Plan
-from graphq.quant import parse_quant
-from graphq.spec import Rule, Spec, resolve
+from graphq.spec.match import Exact, Kind, Layer, Linears, Part, Regex, parse_match
+from graphq.spec.plan import KeepFloat, Plan
+from graphq.spec.quant import parse_quant
+from graphq.spec.rules import Rule, Spec, resolve
 
 LAYERS = {
     layer.fqn: layer

@@ -6,9 +6,9 @@ import pytest
 
 import graphq
 from graphq.errors import SpecError
-from graphq.folds import EVERYWHERE, NORMS, SUBGRAPHS, Folds, kinds_among
 from graphq.frontends import load_spec, print_spec
-from graphq.spec import Algorithm
+from graphq.spec.folds import EVERYWHERE, NORMS, SUBGRAPHS, Folds, kinds_among
+from graphq.spec.rules import Algorithm
 from tests.models import tiny
 
 

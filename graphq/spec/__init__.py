@@ -1,0 +1,1 @@
+"""What the user wants, as data: number formats, plans, rules, matches."""
