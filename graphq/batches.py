@@ -7,8 +7,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from graphq.capture.source import PAST, SEQUENCE, TOTAL, Source, TensorInput
 from graphq.errors import SpecError
-from graphq.source import PAST, SEQUENCE, TOTAL, Source, TensorInput
 from graphq.spec.rules import Run
 
 

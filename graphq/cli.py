@@ -372,7 +372,7 @@ def _language_model(path: Path) -> Callable[..., Any]:
     from graphq.lowering import manifest
 
     if not (path / manifest.NAME).is_file():
-        from graphq.hugging_face import is_causal_lm, load_model
+        from graphq.capture.hugging_face import is_causal_lm, load_model
 
         loaded = load_model(path)
         if not is_causal_lm(loaded):

@@ -10,10 +10,11 @@ from typing import Any, Final, Literal, cast, final
 import torch
 from torch import Tensor, fx, nn
 
-from graphq import hugging_face
 from graphq.algorithms import DATA, Told, preparations, quantization, unmatched
 from graphq.batches import complete_all, first_batches
-from graphq.capture import capture_module, unwrapped
+from graphq.capture import hugging_face
+from graphq.capture.modules import capture_module, unwrapped
+from graphq.capture.source import source_of
 from graphq.checks import check_calibration, check_options, check_tensors, refusals
 from graphq.errors import GraphError, SpecError
 from graphq.files import check_place
@@ -28,7 +29,6 @@ from graphq.passes.split_gate_up import SplitGateUp
 from graphq.pipeline import Batches, Pass, Pipeline
 from graphq.report import Difference, Report, algorithm_text, difference, make_report, spec_settings
 from graphq.runtime.model import CompiledModel
-from graphq.source import source_of
 from graphq.spec.match import Layer
 from graphq.spec.rules import Spec
 from graphq.state import put_tensor, tensor_of

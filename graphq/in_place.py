@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from graphq.algorithms import DATA, Told, quantization, unmatched
-from graphq.capture import unwrapped
+from graphq.capture.modules import unwrapped
 from graphq.checks import is_calibrated, refusals
 from graphq.errors import GraphError, SpecError
 from graphq.frontends import amct, load_spec

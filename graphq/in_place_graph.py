@@ -7,10 +7,10 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import map_arg
 
+from graphq.capture.source import BATCH, KEY, Source, TensorInput
 from graphq.layers import LAYER, PLAN
 from graphq.numerics import Scales
 from graphq.runtime.layers import Convolution, Factors, Form
-from graphq.source import BATCH, KEY, Source, TensorInput
 from graphq.spec.plan import Plan
 from graphq.state import put_tensor
 

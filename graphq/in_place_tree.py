@@ -6,12 +6,12 @@ from typing import Any, Final, cast
 import torch
 from torch import nn
 
-from graphq import hugging_face
+from graphq.capture import hugging_face
+from graphq.capture.export import block_lists
+from graphq.capture.source import Source
 from graphq.checks import QUANTIZABLE
 from graphq.errors import GraphError
-from graphq.export import block_lists
 from graphq.in_place_graph import Layer as Float
-from graphq.source import Source
 from graphq.spec.match import Layer
 
 _HEAD: Final = "output head"

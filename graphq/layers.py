@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 from torch._ops import OpOverload
 
-from graphq.source import source_of
+from graphq.capture.source import source_of
 from graphq.spec.match import Layer, LayerKind
 from graphq.state import tensor_of
 from graphq.views import (

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
+from graphq.capture.source import source_of
 from graphq.layers import LAYER, PLAN
-from graphq.source import source_of
 from graphq.views import Weighted, view
 
 _DTYPES: Final = {

@@ -12,9 +12,9 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor, fx
 
+from graphq.capture.source import Source, TensorInput, source_of
 from graphq.errors import TargetError
 from graphq.files import FORMAT, MANIFEST
-from graphq.source import Source, TensorInput, source_of
 from graphq.state import tensor_of
 from graphq.views import Dequantize, Op, Param, Quantize, ops_of
 

@@ -16,15 +16,15 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from graphq import numerics
+from graphq.capture.export import dynamic_shapes
+from graphq.capture.source import PAST, SEQUENCE, TOTAL, Source, source_of
 from graphq.errors import TargetError
-from graphq.export import dynamic_shapes
 from graphq.files import whole_directory
 from graphq.lowering import manifest
 from graphq.lowering.legalize import Limits, legalize, where
 from graphq.lowering.onnx_form import onnx_form
 from graphq.lowering.onnx_names import check_names, name_outputs, restore_names
 from graphq.lowering.onnx_tensors import NAME, initializers
-from graphq.source import PAST, SEQUENCE, TOTAL, Source, source_of
 from graphq.spec.formats import Float, Int
 from graphq.views import Dequantize, Op, ops_of, view
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, fx
 
 from graphq import edit
+from graphq.capture.source import KEY, PAST, SEQUENCE, TOTAL, source_of
 from graphq.lowering.pack import copy_graph
-from graphq.source import KEY, PAST, SEQUENCE, TOTAL, source_of
 from graphq.state import put_tensor, tensor_of
 from graphq.views import Dequantize, GroupedLinear, Input, Op, Param, Quantize, TransposedLinear, ops_of, view
 

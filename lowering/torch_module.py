@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, fx
 
+from graphq.capture.source import KEY, Source
 from graphq.errors import TargetError
 from graphq.files import whole_directory
 from graphq.lowering import manifest
@@ -17,7 +18,6 @@ from graphq.lowering.pack import pack
 from graphq.runtime.graph_json import allowed, graph_from_json, graph_to_json
 from graphq.runtime.model import CompiledModel
 from graphq.runtime.modules import Int8Linear, PackedWeight, codes_of, format_of, scales_of
-from graphq.source import KEY, Source
 from graphq.views import Op
 
 _GRAPH: Final = "graph.json"

@@ -130,7 +130,7 @@ def _describe(x: Tensor) -> str:
 
 def _recompile(directory: Path, described: Mapping[str, Any], model: Path) -> dict[str, Tensor]:
     """The codes, scales and zero points of the model's weights by the manifest's spec."""
-    from graphq import hugging_face
+    from graphq.capture import hugging_face
     from graphq.frontends import load_spec
     from graphq.passes.annotate import Annotate
     from graphq.passes.quantize_weights import QuantizeWeights

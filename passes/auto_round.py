@@ -9,6 +9,7 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from graphq import edit, numerics
+from graphq.capture.source import source_of
 from graphq.errors import SpecError
 from graphq.layers import sites
 from graphq.numerics import Scales, rounding
@@ -28,7 +29,6 @@ from graphq.passes.quantize_weights import (
 from graphq.pipeline import Batches, Pass
 from graphq.runtime import ops
 from graphq.samples import Pool, draw, in_turn, pools_of
-from graphq.source import source_of
 from graphq.spec.formats import Int, has_global_scale
 from graphq.spec.quant import MinMax, Quant
 from graphq.state import tensor_of

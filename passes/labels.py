@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
+from graphq.capture.source import SHARED, source_of
 from graphq.layers import weight_param
-from graphq.source import SHARED, source_of
 from graphq.state import is_tied
 from graphq.views import (
     CONVOLUTIONS,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from graphq import edit, numerics
+from graphq.capture.source import SHARED
 from graphq.errors import GraphError, PassError
 from graphq.layers import PLAN, Site, sites
 from graphq.numerics import Scales
@@ -15,7 +16,6 @@ from graphq.numerics.ranges import weight_scales
 from graphq.passes.annotate import annotated
 from graphq.passes.observe import weight_observer_on, weight_quants
 from graphq.pipeline import Batches, Invariant, Pass
-from graphq.source import SHARED
 from graphq.spec.formats import Nvfp4
 from graphq.spec.quant import Ofmr, Quant
 from graphq.state import remove_tensor, tensor_of

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, fx
 
 from graphq import edit
+from graphq.capture.source import source_of
 from graphq.layers import weight_param
 from graphq.numerics.hadamard import Rotation, rotate_axis, rotation
-from graphq.source import source_of
 from graphq.state import tensor_of
 from graphq.streams import Stream, shared
 from graphq.vectors import ATTENTION, PRODUCTS, SHAPE_ONLY, carried, moved, place, width

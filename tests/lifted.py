@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from graphq.batches import complete
-from graphq.source import source_of
+from graphq.capture.source import source_of
 from graphq.state import put_tensor, tensor_of
 
 

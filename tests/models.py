@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from graphq.batches import complete
-from graphq.capture import capture_module
+from graphq.capture.modules import capture_module
+from graphq.capture.source import source_of
 from graphq.runtime import ops
-from graphq.source import source_of
 
 DECODERS = ("llama", "qwen3", "gemma3", "mixtral", "deepseek", "opt", "gpt2")
 FAMILIES = (*DECODERS, "bert", "vit", "resnet")
@@ -112,7 +112,7 @@ def tiny(family: str, **options: Any) -> Any:
 
 @functools.cache
 def _captured(family: str) -> fx.GraphModule:
-    from graphq.hugging_face import capture_pretrained
+    from graphq.capture.hugging_face import capture_pretrained
 
     return capture_pretrained(tiny(family))
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from graphq.batches import complete, complete_all, first_batches
+from graphq.capture.source import BATCH, PAST, SEQUENCE, TOTAL, Source, TensorInput
 from graphq.errors import SpecError
-from graphq.source import BATCH, PAST, SEQUENCE, TOTAL, Source, TensorInput
 from graphq.spec.rules import Run
 
 IMAGES = Source(

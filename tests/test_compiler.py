@@ -18,9 +18,9 @@ from torch import Tensor, fx, nn
 
 import graphq
 from graphq import compiler, numerics
+from graphq.capture.source import source_of
 from graphq.compiler import Compiled
 from graphq.errors import SpecError
-from graphq.source import source_of
 from graphq.spec.quant import parse_quant
 from graphq.state import tensor_of
 from graphq.text import dump

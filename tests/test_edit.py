@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from graphq import edit
-from graphq.capture import capture_module
+from graphq.capture.modules import capture_module
 from graphq.errors import PassError
 from graphq.layers import BY, LAYER, PLAN
 from graphq.state import tensor_of

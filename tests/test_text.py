@@ -111,7 +111,7 @@ def test_experts_plans_are_summed_up() -> None:
 
 
 def test_two_captures_and_copies_print_alike() -> None:
-    from graphq.hugging_face import capture_pretrained
+    from graphq.capture.hugging_face import capture_pretrained
 
     first = captured("llama")
     again = capture_pretrained(tiny("llama"))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from graphq.capture import capture_module
+from graphq.capture.modules import capture_module
 from graphq.vectors import carried, cut_of, moved, place
 from graphq.views import Input, Op, view
 

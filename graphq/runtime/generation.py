@@ -11,8 +11,8 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from graphq.batches import complete
+from graphq.capture.source import Source
 from graphq.errors import GraphqError
-from graphq.source import Source
 
 
 class _Generator(PreTrainedModel, GenerationMixin):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphq.batches import complete
+from graphq.capture.source import Source, source_of
 from graphq.errors import GraphqError, SpecError
-from graphq.source import Source, source_of
 
 
 @final

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from graphq.batches import complete
+from graphq.capture.source import Source
 from graphq.errors import TargetError
 from graphq.runtime.model import by_name
-from graphq.source import Source
 
 
 @final

@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 import graphq
-from graphq.capture import capture_module
+from graphq.capture.modules import capture_module
 from graphq.errors import SpecError
 from graphq.frontends import load_spec, print_spec, write_spec
 from graphq.passes.annotate import decide

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from graphq.capture.source import source_of
 from graphq.compiler import passes_for
 from graphq.lowering import manifest, onnx, torch_module
 from graphq.lowering.verify import verify
@@ -19,7 +20,6 @@ from graphq.pipeline import Pipeline
 from graphq.runtime import ops
 from graphq.runtime.model import CompiledModel
 from graphq.runtime.onnx_session import OnnxSession
-from graphq.source import source_of
 from graphq.spec.match import Blocks, Exact, Name
 from graphq.spec.plan import KeepFloat, Plan
 from graphq.spec.quant import parse_quant

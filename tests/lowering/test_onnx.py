@@ -15,11 +15,11 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 import graphq
+from graphq.capture.source import source_of
 from graphq.compiler import Compiled
 from graphq.errors import TargetError
 from graphq.lowering import onnx as target
 from graphq.runtime.onnx_session import OnnxSession
-from graphq.source import source_of
 from graphq.state import tensor_of
 from tests.compiled import blocks_spec, compile_captured
 from tests.models import FAMILIES, MLP, ConvBnRelu, Tied, random_inputs, tiny

@@ -14,8 +14,8 @@ from torch import Tensor, fx, nn
 
 import graphq
 from graphq import numerics
+from graphq.capture.source import source_of
 from graphq.lowering.onnx_form import OnnxBlock, expert_linears, onnx_block, onnx_form, onnx_scale
-from graphq.source import source_of
 from graphq.spec.formats import Int
 from graphq.state import tensor_of
 from graphq.text import dump

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import graphq
+from graphq.capture.source import source_of
 from graphq.errors import TargetError
-from graphq.source import source_of
 
 
 class Layer(nn.Module):

@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import graphq
+from graphq.capture.source import source_of
 from graphq.compiler import Compiled
 from graphq.errors import TargetError
 from graphq.lowering.manifest import quantized_tensors
 from graphq.lowering.torch_module import load, stored_codes, weight_nbytes
 from graphq.lowering.verify import verify
-from graphq.source import source_of
 from tests.compiled import compile_captured
 from tests.models import MLP, ConvBnRelu, MoE, Tied, random_inputs
 

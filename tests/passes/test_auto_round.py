@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 import graphq
 from graphq import numerics
 from graphq.algorithms import Told, quantization
+from graphq.capture.source import SHARED
 from graphq.errors import SpecError
 from graphq.layers import LAYER, PLAN, layers
 from graphq.passes.auto_round import AutoRound
@@ -25,7 +26,6 @@ from graphq.passes.quantize_activations import QuantizeActivations
 from graphq.passes.quantize_weights import QuantizeWeights
 from graphq.passes.split_gate_up import SplitGateUp
 from graphq.pipeline import Pass, Pipeline, fingerprint
-from graphq.source import SHARED
 from graphq.spec.match import parse_match
 from graphq.spec.plan import Decision
 from graphq.spec.rules import Algorithm

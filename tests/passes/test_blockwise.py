@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from graphq.capture.source import SHARED, source_of
 from graphq.compiler import canonical_passes
 from graphq.errors import SpecError
 from graphq.passes.blockwise import Blockwise, cut, extract, merge
@@ -12,7 +13,6 @@ from graphq.passes.observe import Observe, observers
 from graphq.passes.quantize_activations import QuantizeActivations
 from graphq.passes.quantize_weights import QuantizeWeights, planned_weights
 from graphq.pipeline import Batches, Pass, Pipeline, fingerprint
-from graphq.source import SHARED, source_of
 from graphq.state import tensor_of
 from graphq.text import dump
 from tests.graphs import annotated, plan, run

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from graphq.batches import complete
+from graphq.capture.hugging_face import capture_pretrained
+from graphq.capture.source import SHARED, source_of
 from graphq.compiler import canonical_passes
-from graphq.hugging_face import capture_pretrained
 from graphq.passes.channels import Blocked, Flow, flow_from, flow_into, move_factors, producers_behind, subgraph_of
 from graphq.pipeline import Pipeline
-from graphq.source import SHARED, source_of
 from graphq.state import tensor_of
 from graphq.views import Embedding, Op, Param, Weighted, ops_of, view
 from tests.graphs import assert_vals

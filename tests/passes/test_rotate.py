@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from graphq.hugging_face import capture_pretrained
+from graphq.capture.hugging_face import capture_pretrained
 from graphq.numerics.hadamard import rotation
 from graphq.passes.fold_norms import FoldNorms
 from graphq.passes.rotate import Rotate

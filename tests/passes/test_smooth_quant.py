@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 import graphq
 from graphq import edit
 from graphq.batches import complete
+from graphq.capture.source import source_of
 from graphq.compiler import canonical_passes
 from graphq.passes import gptq as gptq_pass
 from graphq.passes.calibrate import Calibrate
@@ -25,7 +26,6 @@ from graphq.passes.smooth_quant import ALPHAS, SmoothQuant, expected_error, smoo
 from graphq.passes.statistics import ChannelObserver, statistic_on
 from graphq.passes.stop_observing import StopObserving
 from graphq.pipeline import Pipeline
-from graphq.source import source_of
 from graphq.spec.folds import Folds
 from graphq.state import tensor_of
 from graphq.text import dump

@@ -213,7 +213,7 @@ def test_a_half_whose_name_is_taken() -> None:
 
 
 def test_without_weights_the_graph_is_the_same() -> None:
-    from graphq.hugging_face import capture_config
+    from graphq.capture.hugging_face import capture_config
     from graphq.passes.raise_grouped_linear import RaiseGroupedLinear
     from tests.models import captured, tiny_config
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 import graphq
+from graphq.capture.hugging_face import capture_pretrained
+from graphq.capture.source import source_of
 from graphq.errors import GraphqError
-from graphq.hugging_face import capture_pretrained
 from graphq.runtime.model import CompiledModel
-from graphq.source import source_of
 from tests import models
 from tests.compiled import compile_captured
 from tests.models import DECODERS, tiny

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 import graphq
-from graphq.capture import capture_module
+from graphq.capture.modules import capture_module
+from graphq.capture.source import source_of
 from graphq.errors import GraphqError, SpecError
 from graphq.runtime.model import CompiledModel
-from graphq.source import source_of
 from tests import models
 from tests.models import MLP, Tied, tiny
 

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from graphq.capture.export import FlatModel, export_flat
+from graphq.capture.source import BATCH, KEY, PAST, SEQUENCE, TOTAL, Source, TensorInput
 from graphq.errors import GraphError
-from graphq.export import FlatModel, export_flat
 from graphq.files import MANIFEST
-from graphq.source import BATCH, KEY, PAST, SEQUENCE, TOTAL, Source, TensorInput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

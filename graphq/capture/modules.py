@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from graphq.capture.export import FlatModel, SpecializedError, export_flat
+from graphq.capture.source import BATCH, KEY, SEQUENCE, Source, TensorInput
 from graphq.errors import GraphError
-from graphq.export import FlatModel, SpecializedError, export_flat
-from graphq.source import BATCH, KEY, SEQUENCE, Source, TensorInput
 
 
 def capture_module(model: nn.Module, inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> fx.GraphModule:

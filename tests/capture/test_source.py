@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import fx, nn
 
+from graphq.capture.source import KEY, TOTAL, Source, TensorInput, source_of
 from graphq.errors import PassError
-from graphq.source import KEY, TOTAL, Source, TensorInput, source_of
 
 IDS = TensorInput("input_ids", torch.int64, ("batch", "sequence"))
 SOURCE = Source((IDS,), ("logits",), "dict", torch.bfloat16, blocks=("model.layers", "h"))

@@ -17,7 +17,7 @@ from typing import Any, Final, cast, final
 
 import sympy
 
-from graphq.source import TOTAL
+from graphq.capture.source import TOTAL
 
 _SIZE: Final = re.compile(r"L\['tensors'\]\[(\d+)\]\.size\(\)\[(\d+)\]")
 _MAX_BOXES: Final = 512  # cuts of the ranges, some milliseconds each, after which a guard counts as not implied

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphq.guards import unproved
-from graphq.source import TOTAL
+from graphq.capture.guards import unproved
+from graphq.capture.source import TOTAL
 
 RANGES = {"batch": (1, 1 << 20), "sequence": (1, 4096), "past_sequence": (0, 1 << 20), "groups": (2, 1 << 20)}
 # Inputs as a causal language model declares them: ids, mask, and one cache.

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from torch import Tensor, fx, nn
 
-from graphq.capture import capture_module
+from graphq.capture.modules import capture_module
+from graphq.capture.source import TensorInput, source_of
 from graphq.errors import GraphError
 from graphq.layers import layers
-from graphq.source import TensorInput, source_of
 from graphq.state import tensor_of
 from graphq.text import dump
 from tests.models import MLP, Attention, Blocks, ConvBnRelu, MoE, Tied, Twice

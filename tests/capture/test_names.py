@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graphq
+from graphq.capture.source import source_of
 from graphq.errors import GraphError, TargetError
 from graphq.lowering.verify import verify
 from graphq.runtime.onnx_session import OnnxSession
-from graphq.source import source_of
 
 W8: dict[str, Any] = {"graphq": 1, "rules": [{"match": "*", "weight": "int8/channel"}]}
 W8A8: dict[str, Any] = {"graphq": 1, "rules": [{"match": "*", "weight": "int8/channel", "input": "int8/token/dynamic"}]}

@@ -20,10 +20,10 @@ from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram
 
+from graphq.capture.guards import unproved
+from graphq.capture.names import check_names
+from graphq.capture.source import KEY, TOTAL, Source, TensorInput
 from graphq.errors import GraphError
-from graphq.guards import unproved
-from graphq.names import check_names
-from graphq.source import KEY, TOTAL, Source, TensorInput
 from graphq.state import put_input, put_tensor, tensor_of
 
 MAX_SIZE: Final = 1 << 20  # the declared upper end of every dynamic dimension

@@ -10,10 +10,10 @@ from torch import Tensor, fx
 
 from graphq import compiler
 from graphq.batches import complete
+from graphq.capture.hugging_face import capture_config, capture_pretrained, is_pretrained
+from graphq.capture.source import source_of
 from graphq.errors import GraphError
-from graphq.hugging_face import capture_config, capture_pretrained, is_pretrained
 from graphq.runtime import ops
-from graphq.source import source_of
 from graphq.state import tensor_of
 from graphq.text import dump
 from tests import models

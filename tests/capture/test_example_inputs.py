@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graphq.capture import capture_module
+from graphq.capture.modules import capture_module
+from graphq.capture.source import source_of
 from graphq.errors import GraphError
-from graphq.source import source_of
 from tests.models import MLP, Tied
 
 

@@ -1,0 +1,1 @@
+"""Any model as a flat FX graph."""
