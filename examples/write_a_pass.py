@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, fx, nn
 
 import graphq
-from graphq import edit
 from graphq.compiler import capture
-from graphq.pipeline import Batches, Pass, Pipeline
-from graphq.views import Cast, Op, ops_of
+from graphq.ir import edit
+from graphq.ir.pipeline import Batches, Pass, Pipeline
+from graphq.ir.views import Cast, Op, ops_of
 
 
 @final

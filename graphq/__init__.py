@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     from graphq.compiler import Compiled, compare, compile, explain  # noqa: A004
     from graphq.frontends import convert_spec, load_spec, write_spec
     from graphq.in_place import convert, in_place_report, quantize
+    from graphq.ir.text import dump
     from graphq.lowering.torch_module import load
     from graphq.lowering.verify import verify
     from graphq.spec.rules import Spec
-    from graphq.text import dump
 
 _HOMES = {
     "Compiled": "graphq.compiler",
@@ -32,7 +32,7 @@ _HOMES = {
     "load": "graphq.lowering.torch_module",
     "verify": "graphq.lowering.verify",
     "Spec": "graphq.spec.rules",
-    "dump": "graphq.text",
+    "dump": "graphq.ir.text",
 }
 
 __all__ = [

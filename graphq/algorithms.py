@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, cast, final
 
+from graphq.ir.pipeline import Pass
 from graphq.passes.auto_round import AutoRound
 from graphq.passes.awq import AWQ
 from graphq.passes.blockwise import Blockwise
@@ -22,7 +23,6 @@ from graphq.passes.rotate import Rotate
 from graphq.passes.smooth_quant import SmoothQuant
 from graphq.passes.stop_observing import StopObserving
 from graphq.passes.untie import Untie
-from graphq.pipeline import Pass
 from graphq.spec.folds import EVERYWHERE
 from graphq.spec.match import Layer, nearest_layer, unmatched_hint
 from graphq.spec.rules import Algorithm, Spec

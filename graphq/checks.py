@@ -9,13 +9,13 @@ from torch import fx, nn
 from graphq.algorithms import DATA
 from graphq.algorithms import problems as algorithm_problems
 from graphq.errors import GraphError, SpecError, TargetError
-from graphq.layers import sites
+from graphq.ir.layers import sites
+from graphq.ir.views import Param, ops_of
 from graphq.passes.quantize_weights import check_finite
 from graphq.spec.plan import Plan
 from graphq.spec.quant import Ofmr
 from graphq.spec.rules import Resolved, Spec
 from graphq.state import tensor_of
-from graphq.views import Param, ops_of
 
 TARGETS: Final = ("torch", "onnx")
 QUANTIZABLE: Final = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -266,7 +266,7 @@ def dump(
     """Print the graph, one line a node. Reads weights only where a pass needs them."""
     from graphq.compiler import graph_after
     from graphq.frontends import load_spec
-    from graphq.text import dump
+    from graphq.ir.text import dump
 
     parsed = load_spec(spec, dialect)
     batches = _calibration(model, calibration, samples, sequence_length, parsed.run)
@@ -331,7 +331,7 @@ def _model(given: Path | None, run: "Run") -> Path:
 def _layers(model: Path) -> "dict[str, Layer]":
     """The layers of the model in a directory, whose weights are not read."""
     from graphq.compiler import capture
-    from graphq.layers import layers
+    from graphq.ir.layers import layers
 
     return layers(capture(model, weights=False))
 

@@ -20,13 +20,13 @@ from graphq.errors import GraphError, SpecError
 from graphq.files import check_place
 from graphq.frontends import load_spec
 from graphq.frontends.native import print_spec
+from graphq.ir.pipeline import Batches, Pass, Pipeline
 from graphq.passes.annotate import Annotate, decide
 from graphq.passes.calibrate import Calibrate
 from graphq.passes.quantize_weights import QuantizeWeights
 from graphq.passes.raise_grouped_linear import RaiseGroupedLinear
 from graphq.passes.remove_no_ops import RemoveNoOps
 from graphq.passes.split_gate_up import SplitGateUp
-from graphq.pipeline import Batches, Pass, Pipeline
 from graphq.report import Difference, Report, algorithm_text, difference, make_report, spec_settings
 from graphq.runtime.model import CompiledModel
 from graphq.spec.match import Layer

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import map_arg
 
 from graphq.capture.source import BATCH, KEY, Source, TensorInput
-from graphq.layers import LAYER, PLAN
+from graphq.ir.layers import LAYER, PLAN
 from graphq.numerics import Scales
 from graphq.runtime.layers import Convolution, Factors, Form
 from graphq.spec.plan import Plan

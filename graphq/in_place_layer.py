@@ -14,10 +14,10 @@ from torch import Tensor, fx, nn
 from graphq import numerics
 from graphq.errors import SpecError
 from graphq.in_place_graph import Layer, factors_of, form_of, layer_graph
+from graphq.ir.pipeline import Pass, Pipeline
 from graphq.numerics import Scales
 from graphq.passes.calibrate import Calibrate
 from graphq.passes.observe import observers
-from graphq.pipeline import Pass, Pipeline
 from graphq.runtime.layers import Factors, Form, QuantizedLayer, fake_quantized, flat, unflat
 from graphq.spec.formats import is_asymmetric
 from graphq.spec.plan import Plan

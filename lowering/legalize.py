@@ -7,8 +7,8 @@ from typing import final
 from torch import fx
 
 from graphq.errors import TargetError
-from graphq.layers import LAYER
-from graphq.views import Op, ops_of
+from graphq.ir.layers import LAYER
+from graphq.ir.views import Op, ops_of
 
 
 @final

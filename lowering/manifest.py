@@ -15,8 +15,8 @@ from torch import Tensor, fx
 from graphq.capture.source import Source, TensorInput, source_of
 from graphq.errors import TargetError
 from graphq.files import FORMAT, MANIFEST
+from graphq.ir.views import Dequantize, Op, Param, Quantize, ops_of
 from graphq.state import tensor_of
-from graphq.views import Dequantize, Op, Param, Quantize, ops_of
 
 NAME: Final = MANIFEST
 _COMPANIONS: Final = (

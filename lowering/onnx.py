@@ -20,13 +20,13 @@ from graphq.capture.export import dynamic_shapes
 from graphq.capture.source import PAST, SEQUENCE, TOTAL, Source, source_of
 from graphq.errors import TargetError
 from graphq.files import whole_directory
+from graphq.ir.views import Dequantize, Op, ops_of, view
 from graphq.lowering import manifest
 from graphq.lowering.legalize import Limits, legalize, where
 from graphq.lowering.onnx_form import onnx_form
 from graphq.lowering.onnx_names import check_names, name_outputs, restore_names
 from graphq.lowering.onnx_tensors import NAME, initializers
 from graphq.spec.formats import Float, Int
-from graphq.views import Dequantize, Op, ops_of, view
 
 _DATA: Final = "model.onnx.data"
 _INLINE_BYTES: Final = 1 << 30  # protobuf ends at 2 GiB

@@ -11,11 +11,11 @@ from typing import Final, cast, final
 import torch
 from torch import Tensor, fx
 
-from graphq import edit
 from graphq.capture.source import KEY, PAST, SEQUENCE, TOTAL, source_of
+from graphq.ir import edit
+from graphq.ir.views import Dequantize, GroupedLinear, Input, Op, Param, Quantize, TransposedLinear, ops_of, view
 from graphq.lowering.pack import copy_graph
 from graphq.state import put_tensor, tensor_of
-from graphq.views import Dequantize, GroupedLinear, Input, Op, Param, Quantize, TransposedLinear, ops_of, view
 
 _BY: Final = "onnx-form"
 _library = torch.library.Library("graphq", "FRAGMENT")

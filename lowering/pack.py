@@ -5,12 +5,12 @@ from typing import cast
 import torch
 from torch import Tensor, fx, nn
 
-from graphq import edit
+from graphq.ir import edit
+from graphq.ir.views import Dequantize, Linear, Op, Param, Quantize, TransposedLinear, Weighted, ops_of, view
 from graphq.numerics import Scales
 from graphq.runtime.layers import INT8
 from graphq.runtime.modules import Int8Linear, PackedWeight, hold_linear, hold_weight
 from graphq.state import put_input, put_tensor, tensor_of
-from graphq.views import Dequantize, Linear, Op, Param, Quantize, TransposedLinear, Weighted, ops_of, view
 
 
 def pack(gm: fx.GraphModule) -> fx.GraphModule:

@@ -132,12 +132,12 @@ def _recompile(directory: Path, described: Mapping[str, Any], model: Path) -> di
     """The codes, scales and zero points of the model's weights by the manifest's spec."""
     from graphq.capture import hugging_face
     from graphq.frontends import load_spec
+    from graphq.ir.pipeline import Pipeline
     from graphq.passes.annotate import Annotate
     from graphq.passes.quantize_weights import QuantizeWeights
     from graphq.passes.raise_grouped_linear import RaiseGroupedLinear
     from graphq.passes.remove_no_ops import RemoveNoOps
     from graphq.passes.split_gate_up import SplitGateUp
-    from graphq.pipeline import Pipeline
 
     file = directory / manifest.NAME
     if described.get("algorithm") != "rtn":

@@ -7,8 +7,8 @@ from typing import ClassVar, assert_never, final
 from torch import fx
 
 from graphq.errors import SpecError
-from graphq.layers import LAYER, PLAN, layers, sites, unnamed
-from graphq.pipeline import Batches, Invariant, Pass
+from graphq.ir.layers import LAYER, PLAN, layers, sites, unnamed
+from graphq.ir.pipeline import Batches, Invariant, Pass
 from graphq.spec.match import Layer
 from graphq.spec.plan import PerExpert, Plan
 from graphq.spec.quant import Ofmr, PerGroup, PerToken

@@ -8,10 +8,13 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from graphq import edit, numerics
+from graphq import numerics
 from graphq.capture.source import source_of
 from graphq.errors import SpecError
-from graphq.layers import sites
+from graphq.ir import edit
+from graphq.ir.layers import sites
+from graphq.ir.pipeline import Batches, Pass
+from graphq.ir.views import Embedding, GroupedLinear, Weighted, ops_of
 from graphq.numerics import Scales, rounding
 from graphq.numerics.blocks import block_extremes
 from graphq.numerics.scales import computed, scale_from_extremes
@@ -26,13 +29,11 @@ from graphq.passes.quantize_weights import (
     replace_weight,
     with_weights,
 )
-from graphq.pipeline import Batches, Pass
 from graphq.runtime import ops
 from graphq.samples import Pool, draw, in_turn, pools_of
 from graphq.spec.formats import Int, has_global_scale
 from graphq.spec.quant import MinMax, Quant
 from graphq.state import tensor_of
-from graphq.views import Embedding, GroupedLinear, Weighted, ops_of
 
 Codes = list[list[QuantizedWeight | None]]  # of the parts of each layer
 

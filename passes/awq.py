@@ -14,11 +14,13 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor, fx
 
-from graphq import edit
-from graphq.layers import LAYER, PLAN
+from graphq.ir import edit
+from graphq.ir.labels import Reader, is_own
+from graphq.ir.layers import LAYER, PLAN
+from graphq.ir.pipeline import Batches, Pass
+from graphq.ir.views import CONVOLUTIONS, Op, Param, Weighted
 from graphq.numerics import awq, weight_block
 from graphq.passes.annotate import annotated
-from graphq.passes.labels import Reader, is_own
 from graphq.passes.observe import Wanted, weight_quants
 from graphq.passes.observer import Observer
 from graphq.passes.quantize_weights import with_weights
@@ -34,12 +36,10 @@ from graphq.passes.statistics import (
     samples_of,
     seen_by,
 )
-from graphq.pipeline import Batches, Pass
 from graphq.spec.folds import EVERYWHERE, Folds
 from graphq.spec.formats import Float, Int
 from graphq.spec.quant import MinMax, PerChannel, PerGroup, Quant
 from graphq.state import tensor_of
-from graphq.views import CONVOLUTIONS, Op, Param, Weighted
 
 
 @final

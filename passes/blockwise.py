@@ -13,12 +13,12 @@ from typing import Any, ClassVar, Final, cast, final
 import torch
 from torch import Tensor, fx, nn
 
-from graphq import edit
 from graphq.capture.source import KEY, SHARED, source_of
 from graphq.errors import SpecError
-from graphq.layers import PLAN
+from graphq.ir import edit
+from graphq.ir.layers import PLAN
+from graphq.ir.pipeline import Batches, Pass, Pipeline
 from graphq.passes.calibrate import see_batch
-from graphq.pipeline import Batches, Pass, Pipeline
 from graphq.spec.plan import PerExpert, Plan
 from graphq.spec.rules import Prefix
 from graphq.state import put_input, put_tensor, remove_tensor, tensor_of

@@ -7,8 +7,8 @@ import torch
 from torch import fx
 
 from graphq.errors import GraphqError, SpecError
+from graphq.ir.pipeline import Batches, Pass
 from graphq.passes.observe import observers
-from graphq.pipeline import Batches, Pass
 
 
 @final

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from graphq import edit
-from graphq.biases import bias_of, channel_axis, set_bias
-from graphq.layers import LAYER
+from graphq.ir import edit
+from graphq.ir.biases import bias_of, channel_axis, set_bias
+from graphq.ir.layers import LAYER
+from graphq.ir.pipeline import Batches, Invariant, Pass
+from graphq.ir.views import Dequantize, Op, Param, TransposedLinear, view
 from graphq.passes.observe import observers
 from graphq.passes.observe_means import (
     Correctable,
@@ -26,9 +28,7 @@ from graphq.passes.observe_means import (
     why_uncorrectable,
 )
 from graphq.passes.statistics import MeanObserver
-from graphq.pipeline import Batches, Invariant, Pass
 from graphq.state import tensor_of
-from graphq.views import Dequantize, Op, Param, TransposedLinear, view
 
 
 def _float_weight(gm: fx.GraphModule) -> str | None:

@@ -12,14 +12,14 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor, fx
 
-from graphq.layers import LAYER
+from graphq.ir.channels import Flow, flow_into
+from graphq.ir.layers import LAYER
+from graphq.ir.pipeline import Batches, Pass
+from graphq.ir.views import Op, Weighted
 from graphq.passes.annotate import annotated
-from graphq.passes.channels import Flow, flow_into
 from graphq.passes.quantize_weights import with_weights
 from graphq.passes.scaled import Group, chosen_layers, column_magnitudes, scale
-from graphq.pipeline import Batches, Pass
 from graphq.state import tensor_of
-from graphq.views import Op, Weighted
 
 CLOSE = 1e-3
 

@@ -12,11 +12,10 @@ from typing import ClassVar, cast, final
 import torch
 from torch import Tensor, fx
 
-from graphq import edit
-from graphq.biases import Biased, bias_of, set_bias, weight_of, why_no_bias
-from graphq.pipeline import Batches, Pass
-from graphq.state import is_tied, tensor_of
-from graphq.views import (
+from graphq.ir import edit
+from graphq.ir.biases import Biased, bias_of, set_bias, weight_of, why_no_bias
+from graphq.ir.pipeline import Batches, Pass
+from graphq.ir.views import (
     BatchNorm,
     ConvTranspose1d,
     ConvTranspose2d,
@@ -26,6 +25,7 @@ from graphq.views import (
     TransposedLinear,
     ops_of,
 )
+from graphq.state import is_tied, tensor_of
 
 
 @final

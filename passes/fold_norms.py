@@ -13,14 +13,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, fx, nn
 
-from graphq import edit
-from graphq.layers import layer_path, weight_param
+from graphq.ir import edit
+from graphq.ir.layers import layer_path, weight_param
+from graphq.ir.pipeline import Batches, Pass
+from graphq.ir.streams import shared
+from graphq.ir.vectors import LAYER_NORM, NORMS, SHAPE_ONLY, constant, gain_of, is_normalized, moved, place, width
+from graphq.ir.views import Cast, GroupedLinear, Linear, Op, Param, TransposedLinear, Weighted, ops_of, view
 from graphq.passes.quantize_weights import with_weights
-from graphq.pipeline import Batches, Pass
 from graphq.state import tensor_of
-from graphq.streams import shared
-from graphq.vectors import LAYER_NORM, NORMS, SHAPE_ONLY, constant, gain_of, is_normalized, moved, place, width
-from graphq.views import Cast, GroupedLinear, Linear, Op, Param, TransposedLinear, Weighted, ops_of, view
 
 aten = torch.ops.aten
 

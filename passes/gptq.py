@@ -7,7 +7,10 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor, fx
 
-from graphq import edit, numerics
+from graphq import numerics
+from graphq.ir import edit
+from graphq.ir.pipeline import Batches, Pass
+from graphq.ir.views import Embedding, GroupedLinear, Param, Weighted
 from graphq.numerics import gptq
 from graphq.numerics.ranges import searched_scales
 from graphq.numerics.scales import effective_scale
@@ -24,8 +27,6 @@ from graphq.passes.quantize_weights import (
     with_weights,
 )
 from graphq.passes.statistics import HessianObserver, as_problems, as_weight, hessians, seen_by, vectors_of
-from graphq.pipeline import Batches, Pass
-from graphq.views import Embedding, GroupedLinear, Param, Weighted
 
 
 @final

@@ -7,16 +7,11 @@ from typing import ClassVar, Protocol, cast, final, runtime_checkable
 
 from torch import Tensor, fx
 
-from graphq import edit, numerics
-from graphq.layers import LAYER, PLAN
-from graphq.passes.observer import Observer
-from graphq.passes.range_observers import OfmrWeightObserver, OutputMap, RangeObserver, observer_for
-from graphq.pipeline import Batches, Pass
-from graphq.runtime import ops
-from graphq.spec.plan import PerExpert, Plan
-from graphq.spec.quant import Ofmr, Quant
-from graphq.state import tensor_of
-from graphq.views import (
+from graphq import numerics
+from graphq.ir import edit
+from graphq.ir.layers import LAYER, PLAN
+from graphq.ir.pipeline import Batches, Pass
+from graphq.ir.views import (
     Dequantize,
     Embedding,
     GroupedLinear,
@@ -29,6 +24,12 @@ from graphq.views import (
     ops_of,
     view,
 )
+from graphq.passes.observer import Observer
+from graphq.passes.range_observers import OfmrWeightObserver, OutputMap, RangeObserver, observer_for
+from graphq.runtime import ops
+from graphq.spec.plan import PerExpert, Plan
+from graphq.spec.quant import Ofmr, Quant
+from graphq.state import tensor_of
 
 
 def input_quants(decision: object) -> tuple[Quant | None, ...]:

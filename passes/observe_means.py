@@ -6,14 +6,10 @@ from typing import ClassVar, Final, final
 
 from torch import fx
 
-from graphq.biases import channel_axis, channels_of, why_no_bias
-from graphq.layers import LAYER, PLAN
-from graphq.numerics.taps import Window, window
-from graphq.passes.annotate import annotated
-from graphq.passes.observe import Wanted, add_observers, observer_of, weight_quants
-from graphq.passes.statistics import MeanObserver
-from graphq.pipeline import Batches, Invariant, Pass
-from graphq.views import (
+from graphq.ir.biases import channel_axis, channels_of, why_no_bias
+from graphq.ir.layers import LAYER, PLAN
+from graphq.ir.pipeline import Batches, Invariant, Pass
+from graphq.ir.views import (
     Cast,
     Conv1d,
     Conv1dPadding,
@@ -26,6 +22,10 @@ from graphq.views import (
     Weighted,
     ops_of,
 )
+from graphq.numerics.taps import Window, window
+from graphq.passes.annotate import annotated
+from graphq.passes.observe import Wanted, add_observers, observer_of, weight_quants
+from graphq.passes.statistics import MeanObserver
 
 Correctable = Linear | TransposedLinear | Conv1d | Conv1dPadding | Conv2d | Conv2dPadding
 

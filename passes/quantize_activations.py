@@ -5,14 +5,15 @@ from typing import ClassVar, final
 
 from torch import fx
 
-from graphq import edit, numerics
-from graphq.layers import LAYER
+from graphq import numerics
+from graphq.ir import edit
+from graphq.ir.layers import LAYER
+from graphq.ir.pipeline import Batches, Invariant, Pass
+from graphq.ir.views import Op, Weighted, view
 from graphq.passes.observe import free_path, observer_on, observers, remove_observers, to_quantize
-from graphq.pipeline import Batches, Invariant, Pass
 from graphq.runtime import ops
 from graphq.spec.formats import has_global_scale, is_asymmetric
 from graphq.spec.quant import Quant
-from graphq.views import Op, Weighted, view
 
 
 def _uncalibrated(gm: fx.GraphModule) -> str | None:

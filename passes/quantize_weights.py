@@ -7,19 +7,20 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor, fx
 
-from graphq import edit, numerics
+from graphq import numerics
 from graphq.capture.source import SHARED
 from graphq.errors import GraphError, PassError
-from graphq.layers import PLAN, Site, sites
+from graphq.ir import edit
+from graphq.ir.layers import PLAN, Site, sites
+from graphq.ir.pipeline import Batches, Invariant, Pass
+from graphq.ir.views import Dequantize, Op, Param, ops_of
 from graphq.numerics import Scales
 from graphq.numerics.ranges import weight_scales
 from graphq.passes.annotate import annotated
 from graphq.passes.observe import weight_observer_on, weight_quants
-from graphq.pipeline import Batches, Invariant, Pass
 from graphq.spec.formats import Nvfp4
 from graphq.spec.quant import Ofmr, Quant
 from graphq.state import remove_tensor, tensor_of
-from graphq.views import Dequantize, Op, Param, ops_of
 
 
 @final

@@ -10,10 +10,10 @@ from typing import Any, ClassVar, Final, cast, final
 import torch
 from torch import fx
 
-from graphq import edit
-from graphq.pipeline import Batches, Pass
+from graphq.ir import edit
+from graphq.ir.pipeline import Batches, Pass
+from graphq.ir.views import Op, Param, Transpose, ops_of, view
 from graphq.runtime import ops
-from graphq.views import Op, Param, Transpose, ops_of, view
 
 aten = torch.ops.aten
 _PRODUCTS: Final = ("transformers.grouped_mm_fallback.default", "aten._grouped_mm.default")

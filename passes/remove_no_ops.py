@@ -7,9 +7,9 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from graphq import edit
-from graphq.pipeline import Batches, Pass
-from graphq.views import Input, Op, Param, ops_of, view
+from graphq.ir import edit
+from graphq.ir.pipeline import Batches, Pass
+from graphq.ir.views import Input, Op, Param, ops_of, view
 
 aten = torch.ops.aten
 _COPIES: Final = (  # of what they are given, though some of them into another layout or dtype

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from graphq import edit
+from graphq.ir import edit
+from graphq.ir.pipeline import Batches, Pass
+from graphq.ir.streams import Stream, residual_streams, value_streams
+from graphq.ir.vectors import LAYER_NORM, SHAPE_ONLY, place
+from graphq.ir.views import Op, view
 from graphq.numerics.hadamard import RotationKind, centre_axis, rotate_axis, rotation
 from graphq.passes.quantize_weights import with_weights
 from graphq.passes.rotate_online import Change, no_matrix, not_caches, rotate_inputs, rotate_keys
-from graphq.pipeline import Batches, Pass
-from graphq.streams import Stream, residual_streams, value_streams
-from graphq.vectors import LAYER_NORM, SHAPE_ONLY, place
-from graphq.views import Op, view
 
 aten = torch.ops.aten
 _HALVES: Final = (torch.float16, torch.bfloat16)

@@ -11,14 +11,14 @@ from typing import Final, cast
 import torch
 from torch import Tensor, fx
 
-from graphq import edit
 from graphq.capture.source import source_of
-from graphq.layers import weight_param
+from graphq.ir import edit
+from graphq.ir.layers import weight_param
+from graphq.ir.streams import Stream, shared
+from graphq.ir.vectors import ATTENTION, PRODUCTS, SHAPE_ONLY, carried, moved, place, width
+from graphq.ir.views import Input, Op, Param, Weighted, ops_of, view
 from graphq.numerics.hadamard import Rotation, rotate_axis, rotation
 from graphq.state import tensor_of
-from graphq.streams import Stream, shared
-from graphq.vectors import ATTENTION, PRODUCTS, SHAPE_ONLY, carried, moved, place, width
-from graphq.views import Input, Op, Param, Weighted, ops_of, view
 
 aten = torch.ops.aten
 Change = Callable[[Tensor], Tensor]

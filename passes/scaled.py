@@ -7,19 +7,19 @@ from typing import Literal, final
 import torch
 from torch import Tensor, fx
 
-from graphq import edit
-from graphq.layers import LAYER, PLAN
+from graphq.ir import edit
+from graphq.ir.channels import Blocked, Flow, flow_into, move_factors, subgraph_of
+from graphq.ir.labels import NONE, Part, Reader, is_own
+from graphq.ir.layers import LAYER, PLAN
+from graphq.ir.views import CONVOLUTIONS, Embedding, GroupedLinear, Op, Param, Weighted, ops_of
 from graphq.numerics import fake_quantize, weight_block
 from graphq.numerics.ranges import weight_scales
-from graphq.passes.channels import Blocked, Flow, flow_into, move_factors, subgraph_of
-from graphq.passes.labels import NONE, Part, Reader, is_own
 from graphq.passes.observe import free_path, weight_quants
 from graphq.passes.statistics import as_problems, channel_axis
 from graphq.spec.folds import EVERYWHERE, Folds
 from graphq.spec.plan import Plan
 from graphq.spec.quant import MinMax, Mse, Quant
 from graphq.state import tensor_of
-from graphq.views import CONVOLUTIONS, Embedding, GroupedLinear, Op, Param, Weighted, ops_of
 
 Where = Literal["fold", "fold-or-multiply", "multiply"]
 

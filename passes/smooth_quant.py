@@ -11,7 +11,8 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor, fx
 
-from graphq.layers import PLAN
+from graphq.ir.layers import PLAN
+from graphq.ir.pipeline import Batches, Pass
 from graphq.numerics.awq import output_error
 from graphq.passes.annotate import annotated
 from graphq.passes.observe import Wanted, input_quants
@@ -24,7 +25,6 @@ from graphq.passes.statistics import (
     hessians,
     seen_by,
 )
-from graphq.pipeline import Batches, Pass
 from graphq.spec.folds import EVERYWHERE, Folds
 from graphq.spec.formats import Int
 from graphq.spec.quant import PerTensor

@@ -7,11 +7,11 @@ from typing import Any, ClassVar, Final, cast, final
 import torch
 from torch import fx
 
-from graphq import edit
-from graphq.pipeline import Batches, Pass
+from graphq.ir import edit
+from graphq.ir.pipeline import Batches, Pass
+from graphq.ir.views import GroupedLinear, Op, Param, Split, ops_of, view
 from graphq.runtime import ops
 from graphq.state import tensor_of
-from graphq.views import GroupedLinear, Op, Param, Split, ops_of, view
 
 aten = torch.ops.aten
 _FUSED: Final = "gate_up_proj"

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, fx
 
 from graphq.errors import PassError
-from graphq.layers import LAYER
+from graphq.ir.layers import LAYER
+from graphq.ir.views import CONVOLUTIONS, GroupedLinear, Op, Weighted, view
 from graphq.numerics.taps import Window, tap_sums
 from graphq.passes.observe import Wanted
 from graphq.passes.observer import Observer
-from graphq.views import CONVOLUTIONS, GroupedLinear, Op, Weighted, view
 
 Samples = Callable[..., Iterable[tuple[int, Tensor]]]
 

@@ -5,9 +5,9 @@ from typing import ClassVar, final
 
 from torch import fx
 
+from graphq.ir.pipeline import Batches, Invariant, Pass
 from graphq.passes.observe import remove_observers
 from graphq.passes.quantize_activations import no_observers
-from graphq.pipeline import Batches, Invariant, Pass
 
 
 @final

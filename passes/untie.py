@@ -5,11 +5,11 @@ from typing import ClassVar, final
 
 from torch import fx
 
-from graphq import edit
-from graphq.layers import weight_param
-from graphq.pipeline import Batches, Pass
-from graphq.streams import tied_to
-from graphq.views import Embedding, ops_of
+from graphq.ir import edit
+from graphq.ir.layers import weight_param
+from graphq.ir.pipeline import Batches, Pass
+from graphq.ir.streams import tied_to
+from graphq.ir.views import Embedding, ops_of
 
 
 @final

@@ -6,8 +6,8 @@ import torch
 
 from graphq.compiler import Compiled, passes_for
 from graphq.frontends import load_spec
+from graphq.ir.pipeline import Pipeline
 from graphq.passes.annotate import decide
-from graphq.pipeline import Pipeline
 from graphq.report import make_report
 from graphq.spec.match import parse_match
 from graphq.spec.plan import Plan

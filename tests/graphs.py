@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graphq import edit
+from graphq.ir import edit
 from graphq.passes.annotate import Annotate
 from graphq.spec.match import parse_match
 from graphq.spec.plan import Decision, KeepFloat, Plan

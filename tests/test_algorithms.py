@@ -15,7 +15,7 @@ from graphq.algorithms import OPTIONS, problems
 from graphq.batches import complete
 from graphq.capture.source import source_of
 from graphq.errors import SpecError
-from graphq.pipeline import Pipeline
+from graphq.ir.pipeline import Pipeline
 from graphq.runtime.onnx_session import OnnxSession
 from graphq.spec.match import parse_match
 from graphq.spec.plan import KeepFloat

@@ -21,9 +21,9 @@ from graphq import compiler, numerics
 from graphq.capture.source import source_of
 from graphq.compiler import Compiled
 from graphq.errors import SpecError
+from graphq.ir.text import dump
 from graphq.spec.quant import parse_quant
 from graphq.state import tensor_of
-from graphq.text import dump
 from tests.models import MLP, Attention, Blocks, ConvBnRelu, MoE, Tied, random_inputs, tiny
 
 ROOT = Path(__file__).parents[1]

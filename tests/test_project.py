@@ -26,9 +26,9 @@ LAYERS = (
     ("graphq.spec.match", "graphq.folds"),
     ("graphq.spec.constraint",),
     ("graphq.spec.rules",),
-    ("graphq.views",),
-    ("graphq.edit", "graphq.text"),
-    ("graphq.pipeline",),
+    ("graphq.ir.views",),
+    ("graphq.ir.edit", "graphq.text"),
+    ("graphq.ir.pipeline",),
     ("graphq.passes",),
     ("graphq.lowering",),
     ("graphq.compiler",),
@@ -154,7 +154,7 @@ def test_imports_go_one_way() -> None:
         ("graphq.passes.fold", "from graphq.passes.other import Other", []),
         ("graphq.passes.fold", "from graphq import edit, views", []),
         ("graphq.lowering.torch_module", "from graphq.passes import fold", []),
-        ("graphq.text", "from graphq.edit import insert", ["{} imports graphq.edit"]),
+        ("graphq.ir.text", "from graphq.edit import insert", ["{} imports graphq.edit"]),
         ("graphq.errors", "from graphq.spec import Spec", ["{} imports graphq.spec"]),
         ("graphq.compiler", "import graphq.lowering.torch_module", []),
         ("graphq.frontends.llmc", "from graphq.spec import Spec\nfrom graphq.frontends import native", []),
@@ -167,7 +167,9 @@ def test_imports_go_one_way() -> None:
     ],
 )  # fmt: skip
 def test_the_check_sees_a_wrong_import(module: str, line: str, problems: list[str]) -> None:
-    texts = dict.fromkeys(("graphq", "graphq.edit", "graphq.views", "graphq.lowering", "graphq.frontends.native"), "")
+    texts = dict.fromkeys(
+        ("graphq", "graphq.ir.edit", "graphq.ir.views", "graphq.lowering", "graphq.frontends.native"), ""
+    )
     texts |= {"graphq.cut": "from graphq import lowering", "graphq.other": "import graphq.fresh"}
     assert sorted(wrong_imports(texts | {module: line})) == [problem.format(module) for problem in problems]
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from graphq.compiler import passes_for
-from graphq.pipeline import Pipeline
+from graphq.ir.pipeline import Pipeline
+from graphq.ir.text import dump
 from graphq.spec.match import Blocks, Name
 from graphq.spec.plan import KeepFloat, Plan
 from graphq.spec.quant import parse_quant
 from graphq.spec.rules import Rule, Spec
-from graphq.text import dump
 from tests.models import captured, random_inputs
 
 GOLDEN = Path(__file__).with_name("golden")

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from graphq.ir.pipeline import Batches, Pass, Pipeline
 from graphq.passes.blockwise import Blockwise
-from graphq.pipeline import Batches, Pass, Pipeline
 from graphq.samples import Pool, draw, in_turn, pools_of
 from tests.graphs import annotated, run
 from tests.models import MLP, capture, captured, random_inputs

@@ -13,9 +13,9 @@ from graphq.batches import complete
 from graphq.capture.hugging_face import capture_config, capture_pretrained, is_pretrained
 from graphq.capture.source import source_of
 from graphq.errors import GraphError
+from graphq.ir.text import dump
 from graphq.runtime import ops
 from graphq.state import tensor_of
-from graphq.text import dump
 from tests import models
 from tests.models import DECODERS, FAMILIES, MLP, random_inputs, tiny, tiny_config
 

@@ -14,9 +14,9 @@ from torch import Tensor, fx, nn
 from graphq.capture.modules import capture_module
 from graphq.capture.source import TensorInput, source_of
 from graphq.errors import GraphError
-from graphq.layers import layers
+from graphq.ir.layers import layers
+from graphq.ir.text import dump
 from graphq.state import tensor_of
-from graphq.text import dump
 from tests.models import MLP, Attention, Blocks, ConvBnRelu, MoE, Tied, Twice
 
 

@@ -14,9 +14,9 @@ from torch import Tensor, fx, nn
 
 from graphq.capture.source import source_of
 from graphq.compiler import passes_for
+from graphq.ir.pipeline import Pipeline
 from graphq.lowering import manifest, onnx, torch_module
 from graphq.lowering.verify import verify
-from graphq.pipeline import Pipeline
 from graphq.runtime import ops
 from graphq.runtime.model import CompiledModel
 from graphq.runtime.onnx_session import OnnxSession

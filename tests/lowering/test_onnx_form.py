@@ -15,11 +15,11 @@ from torch import Tensor, fx, nn
 import graphq
 from graphq import numerics
 from graphq.capture.source import source_of
+from graphq.ir.text import dump
+from graphq.ir.views import Dequantize, Param, ops_of
 from graphq.lowering.onnx_form import OnnxBlock, expert_linears, onnx_block, onnx_form, onnx_scale
 from graphq.spec.formats import Int
 from graphq.state import tensor_of
-from graphq.text import dump
-from graphq.views import Dequantize, Param, ops_of
 from tests.compiled import blocks_spec, compile_captured
 from tests.models import MLP, MoE, random_inputs
 

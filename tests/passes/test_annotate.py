@@ -6,14 +6,14 @@ from expecttest import assert_expected_inline
 from torch import Tensor, fx, nn
 
 from graphq.errors import PassError, SpecError
-from graphq.layers import LAYER, PLAN
+from graphq.ir.layers import LAYER, PLAN
+from graphq.ir.pipeline import Pipeline
+from graphq.ir.text import dump
+from graphq.ir.views import ops_of
 from graphq.passes.annotate import Annotate, annotated, decide
-from graphq.pipeline import Pipeline
 from graphq.spec.match import Exact
 from graphq.spec.plan import KeepFloat, PerExpert, Plan
 from graphq.spec.rules import Rule, Spec
-from graphq.text import dump
-from graphq.views import ops_of
 from tests.graphs import plan, spec, targets
 from tests.models import MLP, Blocks, ConvBnRelu, MoE, Tied, Twice, capture
 

@@ -16,7 +16,9 @@ from graphq import numerics
 from graphq.algorithms import Told, quantization
 from graphq.capture.source import SHARED
 from graphq.errors import SpecError
-from graphq.layers import LAYER, PLAN, layers
+from graphq.ir.layers import LAYER, PLAN, layers
+from graphq.ir.pipeline import Pass, Pipeline, fingerprint
+from graphq.ir.text import dump
 from graphq.passes.auto_round import AutoRound
 from graphq.passes.awq import AWQ
 from graphq.passes.blockwise import Blockwise
@@ -25,12 +27,10 @@ from graphq.passes.observe import Observe, observers
 from graphq.passes.quantize_activations import QuantizeActivations
 from graphq.passes.quantize_weights import QuantizeWeights
 from graphq.passes.split_gate_up import SplitGateUp
-from graphq.pipeline import Pass, Pipeline, fingerprint
 from graphq.spec.match import parse_match
 from graphq.spec.plan import Decision
 from graphq.spec.rules import Algorithm
 from graphq.state import tensor_of
-from graphq.text import dump
 from tests.graphs import annotated, assert_vals, plan, run, spec, targets
 from tests.models import MLP, Blocks, ConvBnRelu, MoE, Tied, Twice, capture, captured, random_inputs
 

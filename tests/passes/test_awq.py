@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from graphq.ir.pipeline import Pipeline
+from graphq.ir.text import dump
 from graphq.numerics import awq, fake_quantize
 from graphq.numerics.scales import choose_scale
 from graphq.passes.awq import AWQ, ErrorObserver
@@ -15,10 +17,8 @@ from graphq.passes.calibrate import Calibrate
 from graphq.passes.observe import Observe, observers
 from graphq.passes.quantize_weights import QuantizeWeights
 from graphq.passes.stop_observing import StopObserving
-from graphq.pipeline import Pipeline
 from graphq.spec.folds import Folds
 from graphq.state import tensor_of
-from graphq.text import dump
 from tests.graphs import annotated, assert_vals, plan, run
 from tests.lifted import assert_same_answers, assert_same_function, copied, lifted
 from tests.models import MoE, random_inputs

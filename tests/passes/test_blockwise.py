@@ -7,14 +7,14 @@ from torch import Tensor, fx, nn
 from graphq.capture.source import SHARED, source_of
 from graphq.compiler import canonical_passes
 from graphq.errors import SpecError
+from graphq.ir.pipeline import Batches, Pass, Pipeline, fingerprint
+from graphq.ir.text import dump
 from graphq.passes.blockwise import Blockwise, cut, extract, merge
 from graphq.passes.calibrate import Calibrate
 from graphq.passes.observe import Observe, observers
 from graphq.passes.quantize_activations import QuantizeActivations
 from graphq.passes.quantize_weights import QuantizeWeights, planned_weights
-from graphq.pipeline import Batches, Pass, Pipeline, fingerprint
 from graphq.state import tensor_of
-from graphq.text import dump
 from tests.graphs import annotated, plan, run
 from tests.models import FAMILIES, MLP, Blocks, capture, captured, random_inputs
 

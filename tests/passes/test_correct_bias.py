@@ -9,15 +9,15 @@ from expecttest import assert_expected_inline
 from torch import Tensor, fx, nn
 
 from graphq.errors import GraphError, PassError, SpecError
+from graphq.ir.pipeline import Pipeline
+from graphq.ir.text import dump
 from graphq.passes.calibrate import Calibrate
 from graphq.passes.correct_bias import CorrectBias
 from graphq.passes.observe import Observe, observers
 from graphq.passes.observe_means import ObserveMeans
 from graphq.passes.quantize_activations import QuantizeActivations
 from graphq.passes.quantize_weights import QuantizeWeights
-from graphq.pipeline import Pipeline
 from graphq.state import put_tensor, tensor_of
-from graphq.text import dump
 from tests.graphs import annotated, assert_vals, plan, run
 from tests.models import MLP, Blocks, ConvBnRelu, MoE, Tied, Twice, capture, captured, random_inputs
 

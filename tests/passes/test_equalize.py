@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from torch import Tensor, fx, nn
 
+from graphq.ir.pipeline import Pipeline
+from graphq.ir.text import dump
 from graphq.passes.equalize import Equalize, equalizing
-from graphq.pipeline import Pipeline
 from graphq.state import tensor_of
-from graphq.text import dump
 from tests.graphs import annotated
 from tests.lifted import assert_same_function, copied, lifted
 from tests.models import MLP, ConvBnRelu

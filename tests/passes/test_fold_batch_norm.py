@@ -9,12 +9,12 @@ from expecttest import assert_expected_inline
 from torch import Tensor, fx, nn
 
 from graphq.errors import GraphError
-from graphq.layers import BY
+from graphq.ir.layers import BY
+from graphq.ir.pipeline import Pipeline
+from graphq.ir.text import dump
+from graphq.ir.views import BatchNorm, Conv2d, InferenceBatchNorm, ops_of
 from graphq.passes.fold_batch_norm import FoldBatchNorm, scale_channels
-from graphq.pipeline import Pipeline
 from graphq.state import put_tensor, tensor_of
-from graphq.text import dump
-from graphq.views import BatchNorm, Conv2d, InferenceBatchNorm, ops_of
 from tests.graphs import assert_vals, run, targets, without_data
 from tests.lifted import assert_same_function, lifted
 from tests.models import ConvBnRelu, capture, captured, random_inputs

@@ -10,11 +10,11 @@ from expecttest import assert_expected_inline
 from torch import Tensor, fx, nn
 
 from graphq.compiler import canonical_passes
+from graphq.ir.pipeline import Pipeline
+from graphq.ir.text import dump
 from graphq.passes.fold_norms import FoldNorms
-from graphq.pipeline import Pipeline
 from graphq.runtime import ops
 from graphq.state import tensor_of
-from graphq.text import dump
 from tests.decoder import RMS
 from tests.graphs import assert_vals, run
 from tests.lifted import assert_same_function, lifted

@@ -10,19 +10,19 @@ from torch import Tensor, fx, nn
 
 from graphq import numerics
 from graphq.errors import PassError, SpecError
-from graphq.layers import PLAN
+from graphq.ir.layers import PLAN
+from graphq.ir.pipeline import Pipeline
+from graphq.ir.text import dump
+from graphq.ir.views import Dequantize, ops_of
 from graphq.passes.calibrate import Calibrate
 from graphq.passes.gptq import GPTQ
 from graphq.passes.observe import Observe, observers
 from graphq.passes.quantize_activations import QuantizeActivations
 from graphq.passes.quantize_weights import QuantizeWeights
 from graphq.passes.statistics import HessianObserver
-from graphq.pipeline import Pipeline
 from graphq.spec.plan import Plan
 from graphq.spec.quant import Quant, parse_quant
 from graphq.state import put_tensor, tensor_of
-from graphq.text import dump
-from graphq.views import Dequantize, ops_of
 from tests.graphs import annotated, assert_vals, run
 from tests.models import MLP, Attention, MoE, Tied, Twice, capture
 from tests.numerics.test_gptq import CODES, MSE, W, X

@@ -5,15 +5,15 @@ import torch
 from expecttest import assert_expected_inline
 from torch import Tensor, fx, nn
 
-from graphq import edit
-from graphq.layers import BY, LAYER
+from graphq.ir import edit
+from graphq.ir.layers import BY, LAYER
+from graphq.ir.pipeline import Pipeline
+from graphq.ir.text import dump
+from graphq.ir.views import Linear, ops_of
 from graphq.passes.observe import Observe, input_quants, observer_on, observers, weight_observer_on
 from graphq.passes.range_observers import OfmrObserver, OfmrWeightObserver
-from graphq.pipeline import Pipeline
 from graphq.spec.plan import KeepFloat, PerExpert
 from graphq.spec.quant import parse_quant
-from graphq.text import dump
-from graphq.views import Linear, ops_of
 from tests.graphs import annotated, assert_vals, plan, run
 from tests.models import MLP, Attention, Blocks, MoE, Twice, capture
 

@@ -7,15 +7,15 @@ import torch
 from expecttest import assert_expected_inline
 from torch import Tensor, fx, nn
 
+from graphq.ir.pipeline import Pipeline
+from graphq.ir.text import dump
+from graphq.ir.views import Linear, ops_of
 from graphq.passes.calibrate import Calibrate
 from graphq.passes.observe import Observe, observer_on, observers
 from graphq.passes.observe_means import ObserveMeans, mean_of, planned_layers, why_uncorrectable
 from graphq.passes.statistics import MeanObserver
-from graphq.pipeline import Pipeline
 from graphq.spec.plan import KeepFloat
 from graphq.spec.quant import parse_quant
-from graphq.text import dump
-from graphq.views import Linear, ops_of
 from tests.graphs import annotated, assert_vals, plan, run
 from tests.models import MLP, Attention, ConvBnRelu, MoE, Tied, Twice, capture
 

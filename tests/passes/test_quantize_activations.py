@@ -8,9 +8,13 @@ import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from torch import Tensor, fx, nn
 
-from graphq import edit, numerics
+from graphq import numerics
 from graphq.errors import PassError
-from graphq.layers import BY, LAYER
+from graphq.ir import edit
+from graphq.ir.layers import BY, LAYER
+from graphq.ir.pipeline import Pipeline
+from graphq.ir.text import dump
+from graphq.ir.views import ops_of
 from graphq.passes.annotate import Annotate
 from graphq.passes.calibrate import Calibrate
 from graphq.passes.observe import Observe, observers
@@ -19,12 +23,9 @@ from graphq.passes.quantize_weights import QuantizeWeights
 from graphq.passes.raise_grouped_linear import RaiseGroupedLinear
 from graphq.passes.remove_no_ops import RemoveNoOps
 from graphq.passes.split_gate_up import SplitGateUp
-from graphq.pipeline import Pipeline
 from graphq.spec.plan import Decision
 from graphq.spec.quant import parse_quant
 from graphq.state import tensor_of
-from graphq.text import dump
-from graphq.views import ops_of
 from tests.graphs import annotated, assert_vals, plan, run, spec, targets
 from tests.models import MLP, Attention, ConvBnRelu, MoE, Twice, capture, captured, random_inputs
 

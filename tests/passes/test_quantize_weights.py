@@ -12,17 +12,17 @@ from expecttest import assert_expected_inline
 from torch import Tensor, fx, nn
 
 from graphq.errors import GraphError, PassError
-from graphq.layers import BY, LAYER, PLAN
+from graphq.ir.layers import BY, LAYER, PLAN
+from graphq.ir.pipeline import Pipeline
+from graphq.ir.text import dump
+from graphq.ir.views import Dequantize, ops_of
 from graphq.passes.annotate import Annotate
 from graphq.passes.calibrate import Calibrate
 from graphq.passes.observe import Observe
 from graphq.passes.quantize_weights import QuantizeWeights
 from graphq.passes.split_gate_up import SplitGateUp
-from graphq.pipeline import Pipeline
 from graphq.spec.plan import Decision
 from graphq.state import tensor_of
-from graphq.text import dump
-from graphq.views import Dequantize, ops_of
 from tests.graphs import annotated, assert_vals, plan, run, spec, targets, without_data
 from tests.models import MLP, Attention, ConvBnRelu, MoE, Tied, Twice, capture
 

@@ -8,13 +8,13 @@ import torch
 from expecttest import assert_expected_inline
 from torch import Tensor, fx, nn
 
-from graphq import edit
-from graphq.layers import layers
+from graphq.ir import edit
+from graphq.ir.layers import layers
+from graphq.ir.pipeline import Pipeline
+from graphq.ir.text import dump
+from graphq.ir.views import ops_of, view
 from graphq.passes.raise_grouped_linear import RaiseGroupedLinear
-from graphq.pipeline import Pipeline
 from graphq.state import tensor_of
-from graphq.text import dump
-from graphq.views import ops_of, view
 from tests.graphs import assert_vals, run, targets
 from tests.models import capture, captured, random_inputs, route
 

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from torch import Tensor, fx, nn
 
-from graphq import edit
+from graphq.ir import edit
+from graphq.ir.pipeline import Pipeline
+from graphq.ir.text import dump
+from graphq.ir.views import view
 from graphq.passes.remove_no_ops import RemoveNoOps
-from graphq.pipeline import Pipeline
 from graphq.state import tensor_of
-from graphq.text import dump
-from graphq.views import view
 from tests.graphs import assert_vals, run, targets
 from tests.models import MLP, capture
 

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from graphq.capture.hugging_face import capture_pretrained
+from graphq.ir.pipeline import Pipeline
+from graphq.ir.views import ops_of
 from graphq.numerics.hadamard import rotation
 from graphq.passes.fold_norms import FoldNorms
 from graphq.passes.rotate import Rotate
 from graphq.passes.untie import Untie
-from graphq.pipeline import Pipeline
 from graphq.state import put_tensor, tensor_of
-from graphq.views import ops_of
 from tests.decoder import RMS, TOKENS, Decoder
 from tests.graphs import assert_vals, run, targets
 from tests.lifted import assert_same_function, lifted, run_lifted

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from torch import Tensor, nn
 
+from graphq.ir.text import dump
 from graphq.state import tensor_of
-from graphq.text import dump
 from tests.decoder import TOKENS, Decoder
 from tests.graphs import assert_vals, run, targets
 from tests.lifted import lifted, run_lifted

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 
+from graphq.ir.pipeline import Pipeline
+from graphq.ir.views import Linear, ops_of
 from graphq.passes.scaled import chosen_layers, column_magnitudes, groups, names_of, rounding_change, scale
 from graphq.passes.split_gate_up import SplitGateUp
-from graphq.pipeline import Pipeline
 from graphq.spec.folds import Folds
 from graphq.state import tensor_of
-from graphq.views import Linear, ops_of
 from tests.graphs import annotated, run
 from tests.models import MLP, Attention, MoE, capture
 

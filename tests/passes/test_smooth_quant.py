@@ -11,10 +11,12 @@ from expecttest import assert_expected_inline
 from torch import Tensor, fx, nn
 
 import graphq
-from graphq import edit
 from graphq.batches import complete
 from graphq.capture.source import source_of
 from graphq.compiler import canonical_passes
+from graphq.ir import edit
+from graphq.ir.pipeline import Pipeline
+from graphq.ir.text import dump
 from graphq.passes import gptq as gptq_pass
 from graphq.passes.calibrate import Calibrate
 from graphq.passes.gptq import GPTQ
@@ -25,10 +27,8 @@ from graphq.passes.scaled import column_magnitudes, groups
 from graphq.passes.smooth_quant import ALPHAS, SmoothQuant, expected_error, smoothing
 from graphq.passes.statistics import ChannelObserver, statistic_on
 from graphq.passes.stop_observing import StopObserving
-from graphq.pipeline import Pipeline
 from graphq.spec.folds import Folds
 from graphq.state import tensor_of
-from graphq.text import dump
 from tests.graphs import annotated, assert_vals, plan, run
 from tests.lifted import assert_same_answers, assert_same_function, copied, lifted
 from tests.models import capture as capture_small

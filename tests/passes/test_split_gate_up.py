@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from torch import Tensor, fx, nn
 
-from graphq.layers import layers
+from graphq.ir.layers import layers
+from graphq.ir.pipeline import Pipeline
+from graphq.ir.text import dump
 from graphq.passes.split_gate_up import SplitGateUp
-from graphq.pipeline import Pipeline
 from graphq.runtime import ops
 from graphq.state import tensor_of
-from graphq.text import dump
 from tests.graphs import assert_vals, run
 from tests.models import MoE, capture, route
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from graphq.errors import PassError, SpecError
+from graphq.ir.views import Weighted, ops_of
 from graphq.passes.statistics import ChannelObserver, HessianObserver, as_problems, as_weight, channel_axis, samples_of
-from graphq.views import Weighted, ops_of
 from tests.models import MoE, capture
 
 

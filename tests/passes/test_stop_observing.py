@@ -2,12 +2,12 @@
 
 import torch
 
+from graphq.ir.pipeline import Pipeline
+from graphq.ir.text import dump
 from graphq.passes.calibrate import Calibrate
 from graphq.passes.gptq import GPTQ
 from graphq.passes.observe import Observe, observers
 from graphq.passes.stop_observing import StopObserving
-from graphq.pipeline import Pipeline
-from graphq.text import dump
 from tests.graphs import annotated, plan
 from tests.models import MLP, capture
 

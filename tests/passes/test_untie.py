@@ -3,10 +3,10 @@
 import torch
 from torch import fx, nn
 
+from graphq.ir.pipeline import Pipeline
+from graphq.ir.streams import tied_to
 from graphq.passes.untie import Untie
-from graphq.pipeline import Pipeline
 from graphq.state import put_tensor, tensor_of
-from graphq.streams import tied_to
 from tests.graphs import run
 from tests.models import Blocks, Tied, capture
 

@@ -14,7 +14,7 @@ import graphq
 from graphq import compiler
 from graphq.errors import SpecError
 from graphq.frontends import load_spec, print_spec
-from graphq.layers import layers
+from graphq.ir.layers import layers
 from graphq.spec.constraint import (
     AtMost,
     MoreThan,

@@ -10,8 +10,8 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from graphq.capture.source import source_of
-from graphq.layers import LAYER, PLAN
-from graphq.views import Weighted, view
+from graphq.ir.layers import LAYER, PLAN
+from graphq.ir.views import Weighted, view
 
 _DTYPES: Final = {
     torch.float64: "f64",

@@ -14,10 +14,10 @@ from graphq.batches import complete
 from graphq.capture.hugging_face import capture_pretrained
 from graphq.capture.source import SHARED, source_of
 from graphq.compiler import canonical_passes
-from graphq.passes.channels import Blocked, Flow, flow_from, flow_into, move_factors, producers_behind, subgraph_of
-from graphq.pipeline import Pipeline
+from graphq.ir.channels import Blocked, Flow, flow_from, flow_into, move_factors, producers_behind, subgraph_of
+from graphq.ir.pipeline import Pipeline
+from graphq.ir.views import Embedding, Op, Param, Weighted, ops_of, view
 from graphq.state import tensor_of
-from graphq.views import Embedding, Op, Param, Weighted, ops_of, view
 from tests.graphs import assert_vals
 from tests.lifted import assert_same_function, lifted
 from tests.models import FAMILIES, capture, random_inputs, tiny

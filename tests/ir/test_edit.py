@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from graphq import edit
 from graphq.capture.modules import capture_module
 from graphq.errors import PassError
-from graphq.layers import BY, LAYER, PLAN
+from graphq.ir import edit
+from graphq.ir.layers import BY, LAYER, PLAN
+from graphq.ir.text import dump
+from graphq.ir.views import Op, view
 from graphq.state import tensor_of
-from graphq.text import dump
-from graphq.views import Op, view
 from tests.graphs import annotated, assert_vals, run, targets, without_data
 from tests.models import MLP, capture
 

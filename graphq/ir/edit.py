@@ -11,9 +11,9 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
 from graphq.errors import PassError
-from graphq.layers import BY, LAYER, PLAN
+from graphq.ir.layers import BY, LAYER, PLAN
+from graphq.ir.views import Op, view
 from graphq.state import put_tensor, remove_tensor, tensor_of
-from graphq.views import Op, view
 
 
 def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode:

@@ -15,15 +15,15 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from graphq.capture.source import SHARED, source_of
-from graphq.layers import weight_param
-from graphq.state import is_tied
-from graphq.views import (
+from graphq.ir.layers import weight_param
+from graphq.ir.views import (
     CONVOLUTIONS,
     Op,
     Param,
     Weighted,
     view,
 )
+from graphq.state import is_tied
 
 aten = torch.ops.aten
 NONE: Final = -1

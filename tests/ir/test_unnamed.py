@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphq.layers import unnamed
+from graphq.ir.layers import unnamed
 from tests.models import FAMILIES, MoE, capture, captured
 
 FLAT, ROWS = torch.ones(3, 8), torch.ones(3, 5, 8)

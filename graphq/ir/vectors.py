@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from graphq.layers import layer_path, weight_param
+from graphq.ir.layers import layer_path, weight_param
+from graphq.ir.views import Cast, Op, Param, Weighted, view
 from graphq.state import tensor_of
-from graphq.views import Cast, Op, Param, Weighted, view
 
 aten = torch.ops.aten
 COPIES: Final = (

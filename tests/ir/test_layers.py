@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from torch import Tensor, fx, nn
 
-from graphq.layers import layer_path, layers, sites, weight_param
+from graphq.ir.layers import layer_path, layers, sites, weight_param
+from graphq.ir.views import Weighted, ops_of
 from graphq.passes.raise_grouped_linear import RaiseGroupedLinear
 from graphq.passes.split_gate_up import SplitGateUp
-from graphq.views import Weighted, ops_of
 from tests.models import Blocks, ConvBnRelu, MoE, Tied, Twice, capture, captured, route
 
 

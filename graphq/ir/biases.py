@@ -5,10 +5,9 @@ from typing import Any, cast
 
 from torch import Tensor, fx, nn
 
-from graphq import edit
 from graphq.errors import GraphError
-from graphq.state import is_tied
-from graphq.views import (
+from graphq.ir import edit
+from graphq.ir.views import (
     Conv1d,
     Conv1dPadding,
     Conv2d,
@@ -21,6 +20,7 @@ from graphq.views import (
     TransposedLinear,
     view,
 )
+from graphq.state import is_tied
 
 Biased = Linear | TransposedLinear | Conv1d | Conv1dPadding | Conv2d | Conv2dPadding | ConvTranspose1d | ConvTranspose2d
 

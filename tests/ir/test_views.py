@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import fx, nn
 
-from graphq import views
 from graphq.errors import PassError
-from graphq.runtime import ops
-from graphq.views import (
+from graphq.ir import views
+from graphq.ir.views import (
     Cast,
     Conv2d,
     Conv2dPadding,
@@ -28,6 +27,7 @@ from graphq.views import (
     ops_of,
     view,
 )
+from graphq.runtime import ops
 
 aten = torch.ops.aten
 

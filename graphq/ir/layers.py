@@ -9,9 +9,7 @@ from torch import fx, nn
 from torch._ops import OpOverload
 
 from graphq.capture.source import source_of
-from graphq.spec.match import Layer, LayerKind
-from graphq.state import tensor_of
-from graphq.views import (
+from graphq.ir.views import (
     CONVOLUTIONS,
     Cast,
     Embedding,
@@ -24,6 +22,8 @@ from graphq.views import (
     ops_of,
     view,
 )
+from graphq.spec.match import Layer, LayerKind
+from graphq.state import tensor_of
 
 LAYER: Final = "graphq.layer"
 PLAN: Final = "graphq.plan"

@@ -12,8 +12,8 @@ from typing import cast, final
 import torch
 from torch import Tensor, fx
 
-from graphq import edit
-from graphq.passes.labels import (
+from graphq.ir import edit
+from graphq.ir.labels import (
     EVEN,
     FIRST,
     NONE,
@@ -26,8 +26,8 @@ from graphq.passes.labels import (
     Walk,
     is_own,
 )
+from graphq.ir.views import Cast, GroupedLinear, Op, Param, TransposedLinear, Weighted, view
 from graphq.spec.folds import Subgraph
-from graphq.views import Cast, GroupedLinear, Op, Param, TransposedLinear, Weighted, view
 
 aten = torch.ops.aten
 

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from torch import Tensor, fx, nn
 
-from graphq import edit
-from graphq.text import dump
-from graphq.views import view
+from graphq.ir import edit
+from graphq.ir.text import dump
+from graphq.ir.views import view
 from tests.graphs import annotated, plan
 from tests.models import MLP, Attention, MoE, capture, captured, tiny
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from graphq import edit
 from graphq.errors import PassError
-from graphq.layers import PLAN
-from graphq.pipeline import Batches, Invariant, Pass, Pipeline, fingerprint
+from graphq.ir import edit
+from graphq.ir.layers import PLAN
+from graphq.ir.pipeline import Batches, Invariant, Pass, Pipeline, fingerprint
+from graphq.ir.views import Linear, ops_of, view
 from graphq.spec.plan import PerExpert
 from graphq.state import tensor_of
-from graphq.views import Linear, ops_of, view
 from tests.graphs import annotated, plan, run, targets
 from tests.models import MLP, MoE, capture
 

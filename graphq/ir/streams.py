@@ -10,9 +10,8 @@ from typing import Any, cast, final
 import torch
 from torch import Tensor, fx
 
-from graphq.layers import weight_param
-from graphq.state import tensor_of
-from graphq.vectors import (
+from graphq.ir.layers import weight_param
+from graphq.ir.vectors import (
     ATTENTION,
     COPIES,
     DROPOUTS,
@@ -35,7 +34,7 @@ from graphq.vectors import (
     times_read,
     width,
 )
-from graphq.views import (
+from graphq.ir.views import (
     Cast,
     Embedding,
     GroupedLinear,
@@ -48,6 +47,7 @@ from graphq.views import (
     ops_of,
     view,
 )
+from graphq.state import tensor_of
 
 aten = torch.ops.aten
 Part = tuple[int, int, int]  # (period, offset, length)

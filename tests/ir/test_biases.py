@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from graphq.biases import Biased, bias_of, channel_axis, channels_of, set_bias, weight_of, why_no_bias
 from graphq.errors import GraphError
+from graphq.ir.biases import Biased, bias_of, channel_axis, channels_of, set_bias, weight_of, why_no_bias
+from graphq.ir.views import Param, ops_of
 from graphq.state import tensor_of
-from graphq.views import Param, ops_of
 from tests.graphs import assert_vals, run
 from tests.models import MLP, Twice, capture
 

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.passes.test_channels import BOTH, IMAGE, SHARED_READER, SUM, Net, X, check, extra, linears, producer, up
 from torch import Tensor, nn
 
-from graphq.passes.channels import Flow, flow_from
+from graphq.ir.channels import Flow, flow_from
 from tests.models import MoE, capture
-from tests.passes.test_channels import BOTH, IMAGE, SHARED_READER, SUM, Net, X, check, extra, linears, producer, up
 
 
 def between(f: Callable[..., Any], **more: Any) -> Net:

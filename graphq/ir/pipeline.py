@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from graphq.errors import PassError
-from graphq.text import dump
+from graphq.ir.text import dump
 
 Batches = Iterable[tuple[Tensor, ...]]  # calibration inputs of this graph, complete and in its order
 log = logging.getLogger("graphq")

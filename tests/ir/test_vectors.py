@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from graphq.capture.modules import capture_module
-from graphq.vectors import carried, cut_of, moved, place
-from graphq.views import Input, Op, view
+from graphq.ir.vectors import carried, cut_of, moved, place
+from graphq.ir.views import Input, Op, view
 
 
 class Each(nn.Module):

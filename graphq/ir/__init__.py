@@ -1,0 +1,1 @@
+"""The graph of a model, and what can be known of it."""
