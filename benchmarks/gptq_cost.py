@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from graphq.numerics import gptq
-from graphq.passes.statistics import HessianObserver
+from graphq.observers.statistics import HessianObserver
 from graphq.spec.quant import parse_quant
 
 QUANT = parse_quant("int4/g128")

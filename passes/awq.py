@@ -20,12 +20,8 @@ from graphq.ir.layers import LAYER, PLAN
 from graphq.ir.pipeline import Batches, Pass
 from graphq.ir.views import CONVOLUTIONS, Op, Param, Weighted
 from graphq.numerics import awq, weight_block
-from graphq.passes.annotate import annotated
-from graphq.passes.observe import Wanted, weight_quants
-from graphq.passes.observer import Observer
-from graphq.passes.quantize_weights import with_weights
-from graphq.passes.scaled import Group, Where, chosen_layers, groups, names_of, rounding_change, scale
-from graphq.passes.statistics import (
+from graphq.observers.observer import Observer
+from graphq.observers.statistics import (
     ChannelObserver,
     HessianObserver,
     Samples,
@@ -36,6 +32,10 @@ from graphq.passes.statistics import (
     samples_of,
     seen_by,
 )
+from graphq.passes.annotate import annotated
+from graphq.passes.observe import Wanted, weight_quants
+from graphq.passes.quantize_weights import with_weights
+from graphq.passes.scaled import Group, Where, chosen_layers, groups, names_of, rounding_change, scale
 from graphq.spec.folds import EVERYWHERE, Folds
 from graphq.spec.formats import Float, Int
 from graphq.spec.quant import MinMax, PerChannel, PerGroup, Quant

@@ -18,6 +18,7 @@ from graphq.ir.biases import bias_of, channel_axis, set_bias
 from graphq.ir.layers import LAYER
 from graphq.ir.pipeline import Batches, Invariant, Pass
 from graphq.ir.views import Dequantize, Op, Param, TransposedLinear, view
+from graphq.observers.statistics import MeanObserver
 from graphq.passes.observe import observers
 from graphq.passes.observe_means import (
     Correctable,
@@ -27,7 +28,6 @@ from graphq.passes.observe_means import (
     stored_weight,
     why_uncorrectable,
 )
-from graphq.passes.statistics import MeanObserver
 from graphq.state import tensor_of
 
 

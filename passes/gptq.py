@@ -14,6 +14,7 @@ from graphq.ir.views import Embedding, GroupedLinear, Param, Weighted
 from graphq.numerics import gptq
 from graphq.numerics.ranges import searched_scales
 from graphq.numerics.scales import effective_scale
+from graphq.observers.statistics import HessianObserver, as_problems, as_weight, hessians, seen_by, vectors_of
 from graphq.passes.annotate import annotated
 from graphq.passes.observe import Wanted
 from graphq.passes.quantize_weights import (
@@ -26,7 +27,6 @@ from graphq.passes.quantize_weights import (
     replace_weight,
     with_weights,
 )
-from graphq.passes.statistics import HessianObserver, as_problems, as_weight, hessians, seen_by, vectors_of
 
 
 @final

@@ -24,8 +24,8 @@ from graphq.ir.views import (
     ops_of,
     view,
 )
-from graphq.passes.observer import Observer
-from graphq.passes.range_observers import OfmrWeightObserver, OutputMap, RangeObserver, observer_for
+from graphq.observers.observer import Observer
+from graphq.observers.ranges import OfmrWeightObserver, OutputMap, RangeObserver, observer_for
 from graphq.runtime import ops
 from graphq.spec.plan import PerExpert, Plan
 from graphq.spec.quant import Ofmr, Quant

@@ -23,9 +23,9 @@ from graphq.ir.views import (
     ops_of,
 )
 from graphq.numerics.taps import Window, window
+from graphq.observers.statistics import MeanObserver
 from graphq.passes.annotate import annotated
 from graphq.passes.observe import Wanted, add_observers, observer_of, weight_quants
-from graphq.passes.statistics import MeanObserver
 
 Correctable = Linear | TransposedLinear | Conv1d | Conv1dPadding | Conv2d | Conv2dPadding
 

@@ -14,8 +14,8 @@ from graphq.ir.layers import LAYER, PLAN
 from graphq.ir.views import CONVOLUTIONS, Embedding, GroupedLinear, Op, Param, Weighted, ops_of
 from graphq.numerics import fake_quantize, weight_block
 from graphq.numerics.ranges import weight_scales
+from graphq.observers.statistics import as_problems, channel_axis
 from graphq.passes.observe import free_path, weight_quants
-from graphq.passes.statistics import as_problems, channel_axis
 from graphq.spec.folds import EVERYWHERE, Folds
 from graphq.spec.plan import Plan
 from graphq.spec.quant import MinMax, Mse, Quant

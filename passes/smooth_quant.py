@@ -14,17 +14,17 @@ from torch import Tensor, fx
 from graphq.ir.layers import PLAN
 from graphq.ir.pipeline import Batches, Pass
 from graphq.numerics.awq import output_error
-from graphq.passes.annotate import annotated
-from graphq.passes.observe import Wanted, input_quants
-from graphq.passes.quantize_weights import with_weights
-from graphq.passes.scaled import Group, Where, chosen_layers, column_magnitudes, groups, rounding_change, scale
-from graphq.passes.statistics import (
+from graphq.observers.statistics import (
     ChannelObserver,
     HessianObserver,
     channels,
     hessians,
     seen_by,
 )
+from graphq.passes.annotate import annotated
+from graphq.passes.observe import Wanted, input_quants
+from graphq.passes.quantize_weights import with_weights
+from graphq.passes.scaled import Group, Where, chosen_layers, column_magnitudes, groups, rounding_change, scale
 from graphq.spec.folds import EVERYWHERE, Folds
 from graphq.spec.formats import Int
 from graphq.spec.quant import PerTensor

@@ -9,9 +9,9 @@ from torch import Tensor, fx, nn
 
 from graphq.errors import SpecError
 from graphq.ir.pipeline import Pipeline
+from graphq.observers.ranges import RangeObserver
 from graphq.passes.calibrate import Calibrate
 from graphq.passes.observe import Observe, observers
-from graphq.passes.range_observers import RangeObserver
 from graphq.state import tensor_of
 from tests.graphs import annotated, plan
 from tests.models import MLP, capture, captured, random_inputs

@@ -14,12 +14,12 @@ from graphq.ir.layers import PLAN
 from graphq.ir.pipeline import Pipeline
 from graphq.ir.text import dump
 from graphq.ir.views import Dequantize, ops_of
+from graphq.observers.statistics import HessianObserver
 from graphq.passes.calibrate import Calibrate
 from graphq.passes.gptq import GPTQ
 from graphq.passes.observe import Observe, observers
 from graphq.passes.quantize_activations import QuantizeActivations
 from graphq.passes.quantize_weights import QuantizeWeights
-from graphq.passes.statistics import HessianObserver
 from graphq.spec.plan import Plan
 from graphq.spec.quant import Quant, parse_quant
 from graphq.state import put_tensor, tensor_of

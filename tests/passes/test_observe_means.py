@@ -10,10 +10,10 @@ from torch import Tensor, fx, nn
 from graphq.ir.pipeline import Pipeline
 from graphq.ir.text import dump
 from graphq.ir.views import Linear, ops_of
+from graphq.observers.statistics import MeanObserver
 from graphq.passes.calibrate import Calibrate
 from graphq.passes.observe import Observe, observer_on, observers
 from graphq.passes.observe_means import ObserveMeans, mean_of, planned_layers, why_uncorrectable
-from graphq.passes.statistics import MeanObserver
 from graphq.spec.plan import KeepFloat
 from graphq.spec.quant import parse_quant
 from tests.graphs import annotated, assert_vals, plan, run

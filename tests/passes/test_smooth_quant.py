@@ -17,6 +17,7 @@ from graphq.compiler import canonical_passes
 from graphq.ir import edit
 from graphq.ir.pipeline import Pipeline
 from graphq.ir.text import dump
+from graphq.observers.statistics import ChannelObserver, statistic_on
 from graphq.passes import gptq as gptq_pass
 from graphq.passes.calibrate import Calibrate
 from graphq.passes.gptq import GPTQ
@@ -25,7 +26,6 @@ from graphq.passes.quantize_activations import QuantizeActivations
 from graphq.passes.quantize_weights import QuantizeWeights
 from graphq.passes.scaled import column_magnitudes, groups
 from graphq.passes.smooth_quant import ALPHAS, SmoothQuant, expected_error, smoothing
-from graphq.passes.statistics import ChannelObserver, statistic_on
 from graphq.passes.stop_observing import StopObserving
 from graphq.spec.folds import Folds
 from graphq.state import tensor_of

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from graphq.errors import PassError
-from graphq.passes.observer import Observer
+from graphq.observers.observer import Observer
 
 
 class Sum(Observer):

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from graphq.errors import PassError, SpecError
 from graphq.ir.views import Weighted, ops_of
-from graphq.passes.statistics import ChannelObserver, HessianObserver, as_problems, as_weight, channel_axis, samples_of
+from graphq.observers.statistics import (
+    ChannelObserver,
+    HessianObserver,
+    as_problems,
+    as_weight,
+    channel_axis,
+    samples_of,
+)
 from tests.models import MoE, capture
 
 

@@ -10,8 +10,8 @@ from graphq.errors import PassError
 from graphq.ir.layers import LAYER
 from graphq.ir.views import CONVOLUTIONS, GroupedLinear, Op, Weighted, view
 from graphq.numerics.taps import Window, tap_sums
+from graphq.observers.observer import Observer
 from graphq.passes.observe import Wanted
-from graphq.passes.observer import Observer
 
 Samples = Callable[..., Iterable[tuple[int, Tensor]]]
 

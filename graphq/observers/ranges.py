@@ -19,7 +19,7 @@ from graphq.numerics import (
 )
 from graphq.numerics import scale_from_extremes as from_extremes
 from graphq.numerics.ranges import weight_scales
-from graphq.passes.observer import Observer
+from graphq.observers.observer import Observer
 from graphq.spec.formats import Int, Nvfp4
 from graphq.spec.quant import (
     Entropy,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from graphq.errors import PassError, SpecError
 from graphq.numerics import histogram
 from graphq.numerics.taps import Window, window
-from graphq.passes.range_observers import (
+from graphq.observers.ranges import (
     HistogramObserver,
     MinMaxObserver,
     MovingAverageObserver,
@@ -23,7 +23,7 @@ from graphq.passes.range_observers import (
     RangeObserver,
     observer_for,
 )
-from graphq.passes.statistics import MeanObserver
+from graphq.observers.statistics import MeanObserver
 from graphq.spec.quant import parse_quant
 
 QUANT = parse_quant("int8/tensor")

@@ -1,0 +1,1 @@
+"""What calibration keeps of activations."""
