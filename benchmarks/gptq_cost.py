@@ -92,7 +92,7 @@ def main() -> int:
         x = torch.randn(options.tokens, width, generator=generator)
         weights = [torch.randn(width, width, generator=generator) for _ in range(3)]
         observer = HessianObserver(("layer",), (1, width), lambda batch: [(0, batch)])
-        hessian_time = median(lambda observer=observer, x=x: observer.see(x), options.rounds)
+        hessian_time = median(lambda observer=observer, x=x: observer.update(x), options.rounds)
         hessian = observer.mean()
         factor_time = median(lambda hessian=hessian: gptq.factor(hessian, 0.01), options.rounds)
         one = median(lambda weights=weights, hessian=hessian: compensate(weights[:1], hessian), options.rounds)

@@ -5,32 +5,32 @@ from typing import TYPE_CHECKING, Any
 from graphq.errors import GraphError, GraphqError, PassError, SpecError, TargetError
 
 if TYPE_CHECKING:
-    from graphq import evaluate
-    from graphq.codec import decode, encode, fake_quantize
     from graphq.compiler import Compiled, compare, compile, explain  # noqa: A004
+    from graphq.data import evaluate
     from graphq.frontends import convert_spec, load_spec, write_spec
-    from graphq.in_place import convert, in_place_report, quantize
+    from graphq.in_place.quantizer import convert, in_place_report, quantize
     from graphq.ir.text import dump
-    from graphq.lowering.torch_module import load
-    from graphq.lowering.verify import verify
+    from graphq.lowering.torch.module import load
+    from graphq.numerics.codec import decode, encode, fake_quantize
     from graphq.spec.rules import Spec
+    from graphq.verifier import verify
 
 _HOMES = {
     "Compiled": "graphq.compiler",
-    "decode": "graphq.codec",
-    "encode": "graphq.codec",
-    "fake_quantize": "graphq.codec",
+    "decode": "graphq.numerics.codec",
+    "encode": "graphq.numerics.codec",
+    "fake_quantize": "graphq.numerics.codec",
     "compare": "graphq.compiler",
     "compile": "graphq.compiler",
     "explain": "graphq.compiler",
     "convert_spec": "graphq.frontends",
     "load_spec": "graphq.frontends",
     "write_spec": "graphq.frontends",
-    "convert": "graphq.in_place",
-    "in_place_report": "graphq.in_place",
-    "quantize": "graphq.in_place",
-    "load": "graphq.lowering.torch_module",
-    "verify": "graphq.lowering.verify",
+    "convert": "graphq.in_place.quantizer",
+    "in_place_report": "graphq.in_place.quantizer",
+    "quantize": "graphq.in_place.quantizer",
+    "load": "graphq.lowering.torch.module",
+    "verify": "graphq.verifier",
     "Spec": "graphq.spec.rules",
     "dump": "graphq.ir.text",
 }
@@ -69,5 +69,5 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     if name == "evaluate":
-        return importlib.import_module("graphq.evaluate")
+        return importlib.import_module("graphq.data.evaluate")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,7 +15,7 @@ from graphq.passes.equalize import Equalize
 from graphq.passes.fold_batch_norm import FoldBatchNorm
 from graphq.passes.fold_norms import FoldNorms
 from graphq.passes.gptq import GPTQ
-from graphq.passes.observe import Asking, Observe
+from graphq.passes.observe import NeedsStatistics, Observe
 from graphq.passes.observe_means import ObserveMeans
 from graphq.passes.quantize_activations import QuantizeActivations
 from graphq.passes.quantize_weights import QuantizeWeights
@@ -151,7 +151,7 @@ def scope(algorithm: Algorithm, layers: Mapping[str, Layer]) -> frozenset[str] |
 
 @final
 @dataclass(frozen=True)
-class Told:
+class PassContext:
     """Whom passes tell: ``record`` each layer's error, ``note`` what the report should say; and the seed of what they
     draw.
     """
@@ -161,25 +161,29 @@ class Told:
     seed: int = 0
 
 
-def preparations(spec: Spec, told: Told) -> list[Pass]:
+def preparations(spec: Spec, context: PassContext) -> list[Pass]:
     """The passes over the whole graph that come before any decision."""
     passes: list[Pass] = []
     for algorithm in spec.algorithms:
         if algorithm.name == "fold-batch-norm":
             passes.append(FoldBatchNorm())
         elif algorithm.name == "rotate":
-            passes += [Untie(), FoldNorms(told.note), Rotate(seed=told.seed, note=told.note, **_options(algorithm))]
+            passes += [
+                Untie(),
+                FoldNorms(context.note),
+                Rotate(seed=context.seed, note=context.note, **_options(algorithm)),
+            ]
     return passes
 
 
-def quantization(spec: Spec, layers: Mapping[str, Layer], told: Told, blocks: bool) -> list[Pass]:
+def quantization(spec: Spec, layers: Mapping[str, Layer], context: PassContext, blocks: bool) -> list[Pass]:
     """The passes from decisions to the QDQ form. ``blocks``: block by block, which needs calibration."""
     passes: list[Pass] = []
     calibrated: list[tuple[Algorithm, frozenset[str] | None]] = []
     for algorithm in spec.algorithms:
         own = scope(algorithm, layers)
         if algorithm.name == "equalize":
-            passes.append(Equalize(own, note=told.note, **_options(algorithm)))
+            passes.append(Equalize(own, note=context.note, **_options(algorithm)))
         elif algorithm.name in ("smooth-quant", "awq", *ROUNDING):
             calibrated.append((algorithm, own))
     means = any(a.name == "correct-bias" for a in spec.algorithms)
@@ -188,17 +192,17 @@ def quantization(spec: Spec, layers: Mapping[str, Layer], told: Told, blocks: bo
     for number, walk in enumerate(walks):
         is_last = number == len(walks) - 1
         later = [own for other in walks[number + 1 :] for _, own in other]
-        inner = _walk(walk, calibrated, told, means, is_last, _left(walk, later, layers))
+        inner = _walk(walk, calibrated, context, means, is_last, _finished(walk, later, layers))
         passes += [Blockwise(tuple(inner), spec.prefix)] if blocks else inner
     if blocks:  # what several parts share was left to the whole
-        passes += [Observe(), Calibrate(), QuantizeWeights(told.record), QuantizeActivations()]
+        passes += [Observe(), Calibrate(), QuantizeWeights(context.record), QuantizeActivations()]
     return passes
 
 
 def _walk(
     walk: Iterable[tuple[Algorithm, frozenset[str] | None]],
     every: Iterable[tuple[Algorithm, frozenset[str] | None]],
-    told: Told,
+    context: PassContext,
     means: bool,
     is_last: bool,
     finished: frozenset[str],
@@ -209,39 +213,41 @@ def _walk(
     unclipped = _union([own for algorithm, own in every if algorithm.name in ROUNDING])
     passes: list[Pass] = []
     rounding: list[Pass] = []
-    asking: list[Asking] = []  # those of them that need statistics
+    need_statistics: list[NeedsStatistics] = []  # those of them that need statistics
     for algorithm, own in walk:
         options = _options(algorithm)
         match algorithm.name:
             case "smooth-quant":
-                step: Pass = SmoothQuant(own, folds=algorithm.folds, note=told.note, **options)
+                step: Pass = SmoothQuant(own, folds=algorithm.folds, note=context.note, **options)
             case "awq":
                 clip = options.pop("clip", True) and unclipped is not None
                 unclipped_layers = unclipped or frozenset()
-                step = AWQ(own, clip=clip, unclipped=unclipped_layers, folds=algorithm.folds, note=told.note, **options)
+                step = AWQ(
+                    own, clip=clip, unclipped=unclipped_layers, folds=algorithm.folds, note=context.note, **options
+                )
             case "auto-round":
-                rounding.append(AutoRound(own, seed=told.seed, record=told.record, note=told.note, **options))
+                rounding.append(AutoRound(own, seed=context.seed, record=context.record, note=context.note, **options))
                 continue
             case _:
-                gptq = GPTQ(own, record=told.record, note=told.note, **options)
+                gptq = GPTQ(own, record=context.record, note=context.note, **options)
                 rounding.append(gptq)
-                asking.append(gptq)
+                need_statistics.append(gptq)
                 continue
-        passes += [Observe((cast(Asking, step),), ranges=False), Calibrate(), step, StopObserving()]
+        passes += [Observe((cast(NeedsStatistics, step),), ranges=False), Calibrate(), step, StopObserving()]
     if is_last:
-        passes.append(Observe(tuple(asking)))
+        passes.append(Observe(tuple(need_statistics)))
         passes += [ObserveMeans()] if means else []
-        passes += [Calibrate(), *rounding, QuantizeWeights(told.record)]
-        passes += [CorrectBias(told.note)] if means else []
+        passes += [Calibrate(), *rounding, QuantizeWeights(context.record)]
+        passes += [CorrectBias(context.note)] if means else []
         passes.append(QuantizeActivations())
     elif rounding:
-        passes += [Observe(tuple(asking), ranges=False), Calibrate(), *rounding, StopObserving()]
+        passes += [Observe(tuple(need_statistics), ranges=False), Calibrate(), *rounding, StopObserving()]
     elif finished:
-        passes.append(QuantizeWeights(told.record, finished))
+        passes.append(QuantizeWeights(context.record, finished))
     return passes
 
 
-def _left(
+def _finished(
     walk: Iterable[tuple[Algorithm, frozenset[str] | None]],
     later: list[frozenset[str] | None],
     layers: Mapping[str, Layer],

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NoReturn, Para
 
 import typer
 
+from graphq.data.model_text import calibration_batches, check_fit, file_windows
 from graphq.errors import GraphError, GraphqError, PassError
-from graphq.model_text import calibration_batches, check_fit, file_windows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -288,7 +288,7 @@ def eval_(
     debug: Debug = False,
 ) -> None:
     """Measure the perplexity of a causal language model: lower is better."""
-    from graphq import evaluate
+    from graphq.data import evaluate
 
     call = _language_model(model)
     tokenizer = evaluate.load_tokenizer(model)
@@ -311,7 +311,7 @@ def verify(
     debug: Debug = False,
 ) -> None:
     """Compare an artifact's integers, scales and files, bit for bit, with what was compiled. Exit 1 on a difference."""
-    from graphq.lowering.verify import verify
+    from graphq.verifier import verify
 
     found = verify(artifact, against)
     for line in (*found.differences, *(f"note: {note}" for note in found.notes)):
@@ -369,7 +369,7 @@ def _print_report(report: "Report", as_json: bool) -> None:
 
 def _language_model(path: Path) -> Callable[..., Any]:
     """The causal language model in a model directory or an artifact. Raises ``GraphError`` for another model."""
-    from graphq.lowering import manifest
+    from graphq.artifacts import manifest
 
     if not (path / manifest.NAME).is_file():
         from graphq.capture.hugging_face import is_causal_lm, load_model
@@ -383,10 +383,10 @@ def _language_model(path: Path) -> Callable[..., Any]:
     if not source.is_causal_lm:
         raise GraphError(f"{path}: not a causal language model; it has no perplexity")
     if described.get("target") == "onnx":
-        from graphq.lowering.onnx_tensors import NAME
+        from graphq.lowering.onnx.tensors import NAME
         from graphq.runtime.onnx_session import OnnxSession
 
         return OnnxSession(path / NAME, source)
-    from graphq.lowering.torch_module import load
+    from graphq.lowering.torch.module import load
 
     return load(path)

@@ -10,12 +10,12 @@ from typing import Any, Final, Literal, cast, final
 import torch
 from torch import Tensor, fx, nn
 
-from graphq.algorithms import DATA, Told, preparations, quantization, unmatched
-from graphq.batches import complete_all, first_batches
+from graphq.algorithms import DATA, PassContext, preparations, quantization, unmatched
 from graphq.capture import hugging_face
 from graphq.capture.modules import capture_module, unwrapped
 from graphq.capture.source import source_of
 from graphq.checks import check_calibration, check_options, check_tensors, refusals
+from graphq.data.batches import complete_all, first_batches
 from graphq.errors import GraphError, SpecError
 from graphq.files import check_place
 from graphq.frontends import load_spec
@@ -33,7 +33,7 @@ from graphq.spec.match import Layer
 from graphq.spec.rules import Spec
 from graphq.state import put_tensor, tensor_of
 
-_SILENT: Final = Told()
+_SILENT: Final = PassContext()
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
 
@@ -43,7 +43,7 @@ def canonical_passes() -> list[Pass]:
 
 
 def passes_for(
-    spec: Spec, layers: Mapping[str, Layer] | None = None, told: Told = _SILENT, blocks: bool = False
+    spec: Spec, layers: Mapping[str, Layer] | None = None, told: PassContext = _SILENT, blocks: bool = False
 ) -> list[Pass]:
     """The whole pipeline for a spec and a model of these layers, in order. ``blocks``: block by block."""
     return [
@@ -71,7 +71,7 @@ class Compiled:
     def module(self) -> CompiledModel:
         """The packed torch module."""
         if self._packed is None:
-            from graphq.lowering.pack import pack
+            from graphq.lowering.torch.pack import pack
 
             self._packed = CompiledModel(pack(self.graph)).eval()
         return self._packed
@@ -103,9 +103,9 @@ class Compiled:
         }
         match target:
             case "torch":
-                from graphq.lowering.torch_module import emit
+                from graphq.lowering.torch.module import emit
             case "onnx":
-                from graphq.lowering.onnx import emit
+                from graphq.lowering.onnx.emit import emit
             case _:
                 raise AssertionError(target)
         emit(self.graph, Path(path), made_from, **options)
@@ -215,7 +215,7 @@ def compile(  # noqa: A001
         by_blocks = any(a.name in DATA for a in parsed.algorithms)
         if by_blocks and batches is not None:
             batches = list(batches)  # several walks over the blocks, and what they leave to the whole, read them
-        passes = passes_for(parsed, found, Told(sqnr.__setitem__, told.append, seed), by_blocks)
+        passes = passes_for(parsed, found, PassContext(sqnr.__setitem__, told.append, seed), by_blocks)
         Pipeline(passes).run(gm, batches)
     _own_tensors(gm, theirs)
     bits = source.dtype.itemsize * 8

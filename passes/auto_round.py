@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from graphq import numerics
 from graphq.capture.source import source_of
+from graphq.data.samples import Pool, draw, in_turn, pools_of
 from graphq.errors import SpecError
 from graphq.ir import edit
 from graphq.ir.layers import sites
@@ -30,7 +31,6 @@ from graphq.passes.quantize_weights import (
     with_weights,
 )
 from graphq.runtime import ops
-from graphq.samples import Pool, draw, in_turn, pools_of
 from graphq.spec.formats import Int, has_global_scale
 from graphq.spec.quant import MinMax, Quant
 from graphq.state import tensor_of

@@ -15,29 +15,20 @@ import torch
 from torch import Tensor, fx
 
 from graphq.ir import edit
+from graphq.ir.channel_groups import Group, Where, apply_factors, chosen_layers, groups, names_of, rounding_change
 from graphq.ir.labels import Reader, is_own
 from graphq.ir.layers import LAYER, PLAN
+from graphq.ir.matrices import Samples, as_matrices, as_weight, input_vectors
 from graphq.ir.pipeline import Batches, Pass
 from graphq.ir.views import CONVOLUTIONS, Op, Param, Weighted
 from graphq.numerics import awq, weight_block
-from graphq.observers.observer import Observer
-from graphq.observers.statistics import (
-    ChannelObserver,
-    HessianObserver,
-    Samples,
-    as_problems,
-    as_weight,
-    channels,
-    hessians,
-    samples_of,
-    seen_by,
-)
+from graphq.observers.observer import Observer, ObserverRequest
+from graphq.observers.statistics import ChannelObserver, HessianObserver, channels, hessians, required_statistic
 from graphq.passes.annotate import annotated
-from graphq.passes.observe import Wanted, weight_quants
 from graphq.passes.quantize_weights import with_weights
-from graphq.passes.scaled import Group, Where, chosen_layers, groups, names_of, rounding_change, scale
 from graphq.spec.folds import EVERYWHERE, Folds
 from graphq.spec.formats import Float, Int
+from graphq.spec.plan import weight_quants
 from graphq.spec.quant import MinMax, PerChannel, PerGroup, Quant
 from graphq.state import tensor_of
 
@@ -69,7 +60,7 @@ class AWQ(Pass):
     name: ClassVar[str] = "awq"
     requires: ClassVar = (annotated, with_weights)
 
-    def wanted(self, gm: fx.GraphModule) -> Iterator[Wanted]:
+    def observer_requests(self, gm: fx.GraphModule) -> Iterator[ObserverRequest]:
         """The mean magnitudes of each channel of the inputs, and their second moments or the outputs' errors."""
         chosen = chosen_layers(gm, self.only)
         yield from channels(gm, chosen)
@@ -81,9 +72,9 @@ class AWQ(Pass):
             judged = _judged(gm, group)
             tried = functools.cache(lambda group=group, judged=judged: self._candidates(gm, group, judged))
             for one in judged:
-                samples, rest = samples_of(one.op)
+                samples, rest = input_vectors(one.op)
                 observer = ErrorObserver((str(one.op.node.meta[LAYER]),), self._count, one, tried, samples, self.power)
-                yield Wanted(one.op.input_op, observer, one.op, rest)
+                yield ObserverRequest(one.op.input_op, observer, one.op, rest)
 
     @property
     def _count(self) -> int:
@@ -98,7 +89,7 @@ class AWQ(Pass):
         for group in list(groups(gm, self.only, self.where, self.note, self.folds)):
             found = self._search(gm, group, moments)
             if found is not None:
-                count += scale(gm, group, found, self.name)
+                count += apply_factors(gm, group, found, self.name)
                 for reader in group.chosen:
                     scaled[reader.op] = group.at(torch.where(group.moved, found, 1.0), reader.channels)
         if self.clip:
@@ -107,7 +98,7 @@ class AWQ(Pass):
         return count
 
     def _moments(self, gm: fx.GraphModule, op: Weighted) -> Tensor:
-        seen = seen_by(gm, op, HessianObserver, self.name)
+        seen = required_statistic(gm, op, HessianObserver, self.name)
         assert isinstance(seen, HessianObserver)
         return seen.mean()
 
@@ -150,7 +141,7 @@ class AWQ(Pass):
         old = tensor_of(gm, param.fqn).detach()
         if isinstance(op, CONVOLUTIONS) and size > 0:
             return 0
-        w = as_problems(old.float(), op)
+        w = as_matrices(old.float(), op)
         new = as_weight(awq.clipped(w, hessian, quant.format, [1, 1, size]), op, old).to(old.dtype)
         if torch.equal(new, old):
             return 0
@@ -199,7 +190,7 @@ class _Judged:
         self.quants = members
 
     def activations(self, gm: fx.GraphModule, by: str) -> Tensor:
-        seen = seen_by(gm, self.op, ChannelObserver, by)
+        seen = required_statistic(gm, self.op, ChannelObserver, by)
         assert isinstance(seen, ChannelObserver)
         return seen.mean
 
@@ -231,7 +222,7 @@ class ErrorObserver(Observer):
     """
 
     errors: Tensor
-    looks = 2
+    sweeps = 2
 
     def __init__(
         self,
@@ -247,28 +238,28 @@ class ErrorObserver(Observer):
         self.register_buffer("errors", torch.zeros(count, dtype=torch.float64))
 
     @property
-    def has_seen(self) -> bool:
+    def has_observed(self) -> bool:
         return bool(self.batches)
 
     def settings(self) -> tuple[object, ...]:
         return self.errors.shape, self.power
 
-    def see(self, x: Tensor, *rest: Tensor) -> None:
+    def update(self, x: Tensor, *rest: Tensor) -> None:
         pass
 
-    def see_again(self, x: Tensor, *rest: Tensor) -> None:
+    def refine(self, x: Tensor, *rest: Tensor) -> None:
         for number, factors in enumerate(self.tried()):
             change = self.judged.change(factors)
             for index, rows in self.samples(x, *rest):
                 error = (rows.to(change.dtype) @ change[index].T).double().square_()
                 self.errors[number] += (error.square_() if self.power == 4 else error).sum()  # pow is slow
 
-    def take(self, later: Observer) -> None:
+    def absorb(self, later: Observer) -> None:
         assert isinstance(later, ErrorObserver)
         self.errors += later.errors
 
 
 def _errors_seen(gm: fx.GraphModule, op: Weighted, by: str) -> Tensor:
-    seen = seen_by(gm, op, ErrorObserver, by)
+    seen = required_statistic(gm, op, ErrorObserver, by)
     assert isinstance(seen, ErrorObserver)
     return seen.errors

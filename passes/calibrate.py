@@ -14,7 +14,7 @@ from graphq.passes.observe import observers
 @final
 @dataclass(frozen=True)
 class Calibrate(Pass):
-    """Every observer has seen every batch, as often as it looks. Without observers the batches are not run."""
+    """Every observer has seen every batch, in as many sweeps as it asks for. Without observers no batch is run."""
 
     name: ClassVar[str] = "calibrate"
 
@@ -24,19 +24,19 @@ class Calibrate(Pass):
             return 0
         gm.recompile()
         count = 0
-        looks = max(observer.looks for _, observer in watching)
-        if looks > 1 and batches is not None:
+        sweeps = max(observer.sweeps for _, observer in watching)
+        if sweeps > 1 and batches is not None:
             batches = list(batches)
-        for look in range(looks):
+        for sweep in range(sweeps):
             for _, observer in watching:
-                observer.look = look
+                observer.sweep = sweep
             with torch.inference_mode():
                 for number, batch in enumerate(batches or ()):
                     see_batch(gm, batch, number)
                     count += 1
         if count == 0:
             raise SpecError("calibration: no batches; static scales need at least one")
-        unseen = dict.fromkeys(layer for _, seen in watching if not seen.has_seen for layer in seen.layers)
+        unseen = dict.fromkeys(layer for _, seen in watching if not seen.has_observed for layer in seen.layers)
         if unseen:
             problem = "calibration: no data reached {}; calibrate with data that uses it"
             raise SpecError([problem.format(layer) for layer in unseen])

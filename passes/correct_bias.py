@@ -62,7 +62,7 @@ class CorrectBias(Pass):
             reason = why_uncorrectable(gm, uses)
             biased = [op for op in uses if isinstance(op, Correctable)]
             means = [mean for op in biased for mean in (mean_of(gm, op.input_op, read_by(op)), _output(gm, op))]
-            seen = [mean for mean in means if mean is not None and mean.has_seen]
+            seen = [mean for mean in means if mean is not None and mean.has_observed]
             if reason is None and len(seen) < len(means):
                 reason = "its means were not observed"
             if reason is None:

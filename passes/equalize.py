@@ -12,13 +12,13 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor, fx
 
+from graphq.ir.channel_groups import Group, apply_factors, chosen_layers, column_magnitudes
 from graphq.ir.channels import Flow, flow_into
 from graphq.ir.layers import LAYER
 from graphq.ir.pipeline import Batches, Pass
 from graphq.ir.views import Op, Weighted
 from graphq.passes.annotate import annotated
 from graphq.passes.quantize_weights import with_weights
-from graphq.passes.scaled import Group, chosen_layers, column_magnitudes, scale
 from graphq.state import tensor_of
 
 CLOSE = 1e-3
@@ -48,7 +48,7 @@ class Equalize(Pass):
                 found = equalizing(_row_magnitudes(gm, pair), column_magnitudes(gm, pair))
                 if bool((found.log().abs() > CLOSE).any()):
                     far = True
-                    scale(gm, pair, found, self.name)
+                    apply_factors(gm, pair, found, self.name)
                     assert pair.flow is not None
                     changed |= {part.fqn for part in pair.flow.produced} | {r.weight.fqn for r in pair.readers}
             if not far:

@@ -9,14 +9,15 @@ from torch import Tensor, fx
 
 from graphq import numerics
 from graphq.ir import edit
+from graphq.ir.matrices import as_matrices, as_weight, input_key
 from graphq.ir.pipeline import Batches, Pass
 from graphq.ir.views import Embedding, GroupedLinear, Param, Weighted
 from graphq.numerics import gptq
 from graphq.numerics.ranges import searched_scales
 from graphq.numerics.scales import effective_scale
-from graphq.observers.statistics import HessianObserver, as_problems, as_weight, hessians, seen_by, vectors_of
+from graphq.observers.observer import ObserverRequest
+from graphq.observers.statistics import HessianObserver, hessians, required_statistic
 from graphq.passes.annotate import annotated
-from graphq.passes.observe import Wanted
 from graphq.passes.quantize_weights import (
     PlannedWeight,
     QuantizedWeight,
@@ -57,7 +58,7 @@ class GPTQ(Pass):
     name: ClassVar[str] = "gptq"
     requires: ClassVar = (annotated, with_weights)
 
-    def wanted(self, gm: fx.GraphModule) -> Iterator[Wanted]:
+    def observer_requests(self, gm: fx.GraphModule) -> Iterator[ObserverRequest]:
         """One Hessian for each activation that layers read alike."""
         yield from hessians(gm, [op for reads in planned_reads(gm, self.only) for op in _uses(reads)])
 
@@ -66,7 +67,7 @@ class GPTQ(Pass):
         for layer in planned_weights(gm, self.only):
             uses = _uses(layer.reads)
             if uses:
-                groups.setdefault(tuple(vectors_of(op) for op in uses), []).append(layer)
+                groups.setdefault(tuple(input_key(op) for op in uses), []).append(layer)
         count = 0
         for layers in groups.values():
             hessian, counts = self._hessian(gm, layers[0])
@@ -79,7 +80,7 @@ class GPTQ(Pass):
 
     def _hessian(self, gm: fx.GraphModule, layer: PlannedWeight) -> tuple[Tensor, Tensor]:
         """The mean of x xT over all uses of a layer, and how many vectors there were."""
-        seen = [seen_by(gm, op, HessianObserver, self.name) for op in _uses(layer.reads)]
+        seen = [required_statistic(gm, op, HessianObserver, self.name) for op in _uses(layer.reads)]
         distinct = list({id(s): s for s in seen if isinstance(s, HessianObserver)}.values())
         sums, counts = sum(s.sums for s in distinct), sum(s.counts for s in distinct)
         assert isinstance(sums, Tensor)
@@ -157,7 +158,7 @@ class _Piece:
         self.op = layer.site.op
         self.part = part
         self.quant = part.quant
-        self.w = as_problems(part.w, self.op)
+        self.w = as_matrices(part.w, self.op)
         scales = part.scales
         if scales is None and search:
             importance = hessian.diagonal(dim1=-2, dim2=-1)[:, None, :].expand(self.w.shape)
@@ -177,8 +178,8 @@ class _Piece:
             first,
             first + self.w.shape[1],
             quant.format,
-            as_problems(scale, self.op),
-            None if zero is None else as_problems(zero, self.op),
+            as_matrices(scale, self.op),
+            None if zero is None else as_matrices(zero, self.op),
         )
 
     def codes(self, w: Tensor) -> QuantizedWeight:

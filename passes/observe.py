@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, count, islice
+from itertools import count, islice
 from typing import ClassVar, Protocol, cast, final, runtime_checkable
 
 from torch import Tensor, fx
@@ -24,18 +24,12 @@ from graphq.ir.views import (
     ops_of,
     view,
 )
-from graphq.observers.observer import Observer
+from graphq.observers.observer import Observer, ObserverRequest
 from graphq.observers.ranges import OfmrWeightObserver, OutputMap, RangeObserver, observer_for
 from graphq.runtime import ops
-from graphq.spec.plan import PerExpert, Plan
+from graphq.spec.plan import input_quants, weight_quants
 from graphq.spec.quant import Ofmr, Quant
 from graphq.state import tensor_of
-
-
-def input_quants(decision: object) -> tuple[Quant | None, ...]:
-    """The input format of a layer, or of each expert of a stack."""
-    decisions = decision.decisions if isinstance(decision, PerExpert) else (decision,)
-    return tuple(d.input if isinstance(d, Plan) else None for d in decisions)
 
 
 def to_quantize(gm: fx.GraphModule) -> Iterator[tuple[Weighted, tuple[Quant | None, ...]]]:
@@ -52,12 +46,6 @@ def _is_quantized(x: Op) -> bool:
     if x.node.target is ops.select_rows:  # one of several that are
         return True
     return isinstance(x, Dequantize) and isinstance(x.codes, Quantize)
-
-
-def weight_quants(decision: object) -> tuple[Quant | None, ...]:
-    """The weight format of a layer, or of each expert of a stack."""
-    decisions = decision.decisions if isinstance(decision, PerExpert) else (decision,)
-    return tuple(d.weight if isinstance(d, Plan) else None for d in decisions)
 
 
 def output_map(gm: fx.GraphModule, op: Weighted, quant: Quant) -> OutputMap:
@@ -78,22 +66,11 @@ def output_map(gm: fx.GraphModule, op: Weighted, quant: Quant) -> OutputMap:
     return OutputMap(apply, w, -1 if is_linear else 1, tuple(block))
 
 
-@final
-@dataclass(frozen=True)
-class Wanted:
-    """An observer of ``x`` that a pass asks for. ``like``: a layer that reads it; ``rest``: what it sees besides."""
-
-    x: Op
-    observer: Observer
-    like: Weighted
-    rest: tuple[Op, ...] = ()
-
-
 @runtime_checkable  # tests check types as they run
-class Asking(Protocol):
+class NeedsStatistics(Protocol):
     """A pass that needs statistics."""
 
-    def wanted(self, gm: fx.GraphModule) -> Iterable[Wanted]:
+    def observer_requests(self, gm: fx.GraphModule) -> Iterable[ObserverRequest]:
         """The observers that are not there yet."""
         ...
 
@@ -109,40 +86,42 @@ class Observe(Pass):
     passes: those whose statistics are watched, too. ranges: whether static scales are.
     """
 
-    passes: tuple[Asking, ...] = ()
+    passes: tuple[NeedsStatistics, ...] = ()
     ranges: bool = True
     name: ClassVar[str] = "observe"
 
     def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
-        made = [found for step in self.passes for found in step.wanted(gm)]
+        made = [found for step in self.passes for found in step.observer_requests(gm)]
         if self.ranges:
             made += self._ranges(gm)
         add_observers(gm, made, by=self.name)
         return len(made)
 
-    def _ranges(self, gm: fx.GraphModule) -> list[Wanted]:
+    def _ranges(self, gm: fx.GraphModule) -> list[ObserverRequest]:
         wanted: dict[tuple[Op, Quant], list[Weighted]] = {}
         for op, quants in to_quantize(gm):
             for quant in dict.fromkeys(quants):
                 if quant is not None and not quant.dynamic and observer_on(gm, op.input_op, quant) is None:
                     wanted.setdefault((op.input_op, quant), []).append(op)
-        made: list[Wanted] = []
+        made: list[ObserverRequest] = []
         for (x, quant), readers in wanted.items():
             layers = tuple(dict.fromkeys(str(op.node.meta[LAYER]) for op in readers))
             maps = [(op, quant) for op in readers]
             observer = observer_for(quant, layers, lambda maps=maps: [output_map(gm, op, q) for op, q in maps])
-            made.append(Wanted(x, observer, readers[0]))
+            made.append(ObserverRequest(x, observer, readers[0]))
         for op in ops_of(gm):
             quant = weight_quants(op.node.meta.get(PLAN))[0] if isinstance(op, Weighted) else None
             if quant is None or not isinstance(quant.method, Ofmr) or not isinstance(op, Weighted):
                 continue
             if isinstance(op.weight_op, Param) and weight_observer_on(gm, op) is None:
                 layer = str(op.node.meta[LAYER])
-                made.append(Wanted(op.input_op, OfmrWeightObserver(quant, (layer,), output_map(gm, op, quant)), op))
+                made.append(
+                    ObserverRequest(op.input_op, OfmrWeightObserver(quant, (layer,), output_map(gm, op, quant)), op)
+                )
         return made
 
 
-def add_observers(gm: fx.GraphModule, made: Sequence[Wanted], by: str) -> None:
+def add_observers(gm: fx.GraphModule, made: Sequence[ObserverRequest], by: str) -> None:
     """Every activation is watched by the observer that is wanted; names are given in this order."""
     free = (path for i in count() if not edit.has_tensor(gm, path := f"observers.{i}"))
     paths = list(islice(free, len(made)))
@@ -190,16 +169,3 @@ def observers(gm: fx.GraphModule) -> list[tuple[Op, Observer]]:
     """The nodes that call observers, and the observers."""
     found = ((op, observer_of(gm, op)) for op in ops_of(gm))
     return [(op, observer) for op, observer in found if observer is not None]
-
-
-def free_path(gm: fx.GraphModule, layer: str, names: Sequence[str]) -> str:
-    """Where tensors of these names can be held that belong to the input of ``layer``: there, or under a name made of it
-    where they are held already, and where the layer is itself a float tensor.
-    """
-    parent, _, name = layer.rpartition(".")
-    is_tensor = isinstance(getattr(gm.get_submodule(parent), name, None), Tensor)
-    first = f"{layer}_input" if is_tensor else layer
-    further = (f"{first}.input{number}" for number in count())
-    return next(
-        path for path in chain((first,), further) if not any(edit.has_tensor(gm, f"{path}.{name}") for name in names)
-    )

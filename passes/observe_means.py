@@ -23,9 +23,11 @@ from graphq.ir.views import (
     ops_of,
 )
 from graphq.numerics.taps import Window, window
+from graphq.observers.observer import ObserverRequest
 from graphq.observers.statistics import MeanObserver
 from graphq.passes.annotate import annotated
-from graphq.passes.observe import Wanted, add_observers, observer_of, weight_quants
+from graphq.passes.observe import add_observers, observer_of
+from graphq.spec.plan import weight_quants
 
 Correctable = Linear | TransposedLinear | Conv1d | Conv1dPadding | Conv2d | Conv2dPadding
 
@@ -48,14 +50,14 @@ class ObserveMeans(Pass):
                     assert isinstance(op, Correctable), "asked for"
                     wanted.setdefault((op.input_op, read_by(op)), []).append(op)
                     wanted.setdefault((op, channel_axis(op)), []).append(op)
-        made: list[Wanted] = []
+        made: list[ObserverRequest] = []
         for (x, of), readers in wanted.items():
             if mean_of(gm, x, of) is not None:
                 continue
             layers = tuple(dict.fromkeys(str(op.node.meta[LAYER]) for op in readers))
             role = "output" if x == readers[0] else "input"
             observer = MeanObserver(layers, of, _shape(readers[0], of, role), role)
-            made.append(Wanted(x, observer, readers[0]))
+            made.append(ObserverRequest(x, observer, readers[0]))
         add_observers(gm, made, by=self.name)
         return len(made)
 

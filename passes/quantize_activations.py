@@ -7,10 +7,11 @@ from torch import fx
 
 from graphq import numerics
 from graphq.ir import edit
+from graphq.ir.edit import free_path
 from graphq.ir.layers import LAYER
 from graphq.ir.pipeline import Batches, Invariant, Pass
 from graphq.ir.views import Op, Weighted, view
-from graphq.passes.observe import free_path, observer_on, observers, remove_observers, to_quantize
+from graphq.passes.observe import observer_on, observers, remove_observers, to_quantize
 from graphq.runtime import ops
 from graphq.spec.formats import has_global_scale, is_asymmetric
 from graphq.spec.quant import Quant
@@ -21,7 +22,7 @@ def _uncalibrated(gm: fx.GraphModule) -> str | None:
         for quant in quants:
             if quant is not None and not quant.dynamic:
                 observer = observer_on(gm, op.input_op, quant)
-                if observer is None or not observer.has_seen:
+                if observer is None or not observer.has_observed:
                     return f"no data was seen of the input of {op.node.meta[LAYER]}"
     return None
 

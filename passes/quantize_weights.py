@@ -17,8 +17,9 @@ from graphq.ir.views import Dequantize, Op, Param, ops_of
 from graphq.numerics import Scales
 from graphq.numerics.ranges import weight_scales
 from graphq.passes.annotate import annotated
-from graphq.passes.observe import weight_observer_on, weight_quants
+from graphq.passes.observe import weight_observer_on
 from graphq.spec.formats import Nvfp4
+from graphq.spec.plan import weight_quants
 from graphq.spec.quant import Ofmr, Quant
 from graphq.state import remove_tensor, tensor_of
 
@@ -254,7 +255,7 @@ def _given_scales(
         return numerics.choose_scale(w, quant.format, block, numerics.nvfp4_global_scale(amax).view(shape))
     if isinstance(quant.method, Ofmr):
         observer = weight_observer_on(gm, site.op)
-        if observer is None or not observer.has_seen:
+        if observer is None or not observer.has_observed:
             raise PassError(f"{site.path}: {quant} was not calibrated")
         return observer.scales()
     return None

@@ -39,7 +39,7 @@ def rotate_keys(gm: fx.GraphModule, by: str, say: Say) -> int:
         size = width(view(op.argument("query"))) or 0
         ways = [_way_to(view(op.argument(name)), size) for name in ("query", "key")]
         turn = turn_of(size)
-        reasons = [reason for moves, made in ways for reason in _strangers(gm, op, moves, made)]
+        reasons = [reason for moves, made in ways for reason in _unrotatable_reads(gm, op, moves, made)]
         reasons += [no_matrix(size)] if turn is None else []
         say(f"{place(op)}: {reason}" for reason in reasons)
         if turn is None or reasons:
@@ -87,7 +87,7 @@ def _way_to(x: Op, size: int) -> tuple[dict[Op, None], dict[Op, None]]:
     return moves, made
 
 
-def _strangers(gm: fx.GraphModule, attention: Op, moves: Iterable[Op], made: Iterable[Op]) -> list[str]:
+def _unrotatable_reads(gm: fx.GraphModule, attention: Op, moves: Iterable[Op], made: Iterable[Op]) -> list[str]:
     """What else reads rotated vectors, and what gives some that are not: anything but a cache, which comes back."""
     found: list[str] = []
     returned = set[Op]()

@@ -11,22 +11,25 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor, fx
 
+from graphq.ir.channel_groups import (
+    Group,
+    Where,
+    apply_factors,
+    chosen_layers,
+    column_magnitudes,
+    groups,
+    rounding_change,
+)
 from graphq.ir.layers import PLAN
 from graphq.ir.pipeline import Batches, Pass
 from graphq.numerics.awq import output_error
-from graphq.observers.statistics import (
-    ChannelObserver,
-    HessianObserver,
-    channels,
-    hessians,
-    seen_by,
-)
+from graphq.observers.observer import ObserverRequest
+from graphq.observers.statistics import ChannelObserver, HessianObserver, channels, hessians, required_statistic
 from graphq.passes.annotate import annotated
-from graphq.passes.observe import Wanted, input_quants
 from graphq.passes.quantize_weights import with_weights
-from graphq.passes.scaled import Group, Where, chosen_layers, column_magnitudes, groups, rounding_change, scale
 from graphq.spec.folds import EVERYWHERE, Folds
 from graphq.spec.formats import Int
+from graphq.spec.plan import input_quants
 from graphq.spec.quant import PerTensor
 from graphq.state import tensor_of
 
@@ -60,7 +63,7 @@ class SmoothQuant(Pass):
     name: ClassVar[str] = "smooth-quant"
     requires: ClassVar = (annotated, with_weights)
 
-    def wanted(self, gm: fx.GraphModule) -> Iterator[Wanted]:
+    def observer_requests(self, gm: fx.GraphModule) -> Iterator[ObserverRequest]:
         """The extremes of each channel of the inputs, and for a search their second moments."""
         yield from channels(gm, chosen_layers(gm, self.only))
         if self.alpha == "search":
@@ -78,13 +81,13 @@ class SmoothQuant(Pass):
                 )
             else:
                 factors = smoothing(activations, weights, float(self.alpha))
-            count += scale(gm, group, factors, self.name)
+            count += apply_factors(gm, group, factors, self.name)
         return count
 
     def _activations(self, gm: fx.GraphModule, group: Group) -> Tensor:
         found: list[Tensor] = []
         for reader in group.chosen:
-            seen = seen_by(gm, reader.op, ChannelObserver, self.name)
+            seen = required_statistic(gm, reader.op, ChannelObserver, self.name)
             assert isinstance(seen, ChannelObserver)
             found.append(seen.magnitude if self.statistic == "magnitude" else seen.high - seen.low)
         return group.by_label(found, [reader.channels for reader in group.chosen], "amax")
@@ -110,8 +113,8 @@ def expected_error(gm: fx.GraphModule, group: Group, factors: Tensor) -> float:
         x = next((quant for quant in input_quants(op.node.meta[PLAN]) if quant is not None), None)
         w = tensor_of(gm, reader.weight.fqn).detach()
         scaled = (w.double() * group.at(factors, reader.weight.labels)).float()
-        seen = seen_by(gm, op, HessianObserver, "smooth-quant")
-        extremes = seen_by(gm, op, ChannelObserver, "smooth-quant")
+        seen = required_statistic(gm, op, HessianObserver, "smooth-quant")
+        extremes = required_statistic(gm, op, ChannelObserver, "smooth-quant")
         assert isinstance(seen, HessianObserver)
         assert isinstance(extremes, ChannelObserver)
         change = rounding_change(op, w.float(), group.at(factors, reader.weight.labels).float())

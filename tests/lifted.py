@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graphq.batches import complete
 from graphq.capture.source import source_of
+from graphq.data.batches import complete
 from graphq.state import put_tensor, tensor_of
 
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from graphq.batches import complete
 from graphq.capture.modules import capture_module
 from graphq.capture.source import source_of
+from graphq.data.batches import complete
 from graphq.runtime import ops
 
 DECODERS = ("llama", "qwen3", "gemma3", "mixtral", "deepseek", "opt", "gpt2")

@@ -12,8 +12,8 @@ from torch import Tensor, fx
 import graphq
 from graphq import compiler
 from graphq.algorithms import OPTIONS, problems
-from graphq.batches import complete
 from graphq.capture.source import source_of
+from graphq.data.batches import complete
 from graphq.errors import SpecError
 from graphq.ir.pipeline import Pipeline
 from graphq.runtime.onnx_session import OnnxSession

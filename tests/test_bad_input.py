@@ -371,7 +371,7 @@ KILLED = """
 import sys, time
 import torch
 import graphq
-from graphq.lowering import manifest
+from graphq.artifacts import manifest
 from tests.models import Blocks
 
 def stop(*_):

@@ -28,7 +28,7 @@ from graphq.state import put_input, put_tensor, tensor_of
 
 MAX_SIZE: Final = 1 << 20  # the declared upper end of every dynamic dimension
 _LOGGERS: Final = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
-_OWN_CODE: Final = str(Path(__file__).parent)
+_OWN_CODE: Final = str(Path(__file__).parents[1])
 MINIMUM: Final = {"past_sequence": 0}  # of the others: 1
 
 

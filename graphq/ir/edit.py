@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain, count
 from typing import Any, cast
 
 import torch
@@ -191,3 +192,16 @@ def drop_unused(gm: fx.GraphModule) -> None:
 
 def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+
+
+def free_path(gm: fx.GraphModule, layer: str, names: Sequence[str]) -> str:
+    """Where tensors of these names can be held that belong to the input of ``layer``: there, or under a name made of it
+    where they are held already, and where the layer is itself a float tensor.
+    """
+    parent, _, name = layer.rpartition(".")
+    is_tensor = isinstance(getattr(gm.get_submodule(parent), name, None), Tensor)
+    first = f"{layer}_input" if is_tensor else layer
+    further = (f"{first}.input{number}" for number in count())
+    return next(
+        path for path in chain((first,), further) if not any(has_tensor(gm, f"{path}.{name}") for name in names)
+    )

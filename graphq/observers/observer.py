@@ -6,45 +6,47 @@ the result is what one observer of all batches would hold. Statistics stay in fl
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, Final
+from dataclasses import dataclass
+from typing import ClassVar, Final, final
 
 import torch
 from torch import Tensor, nn
 
 from graphq.errors import PassError, SpecError
+from graphq.ir.views import Op, Weighted
 
 
 class Observer(nn.Module, ABC):
     """Hands its input on and keeps statistics of it. ``layers``: the layers that read this activation.
 
-    ``looks``: how often the batches have to come by; ``look`` counts them.
+    ``sweeps``: how often the batches have to come by; ``sweep`` counts them.
     """
 
     batches: Tensor
-    looks: ClassVar[int] = 1
+    sweeps: ClassVar[int] = 1
     role: str = "input"  # what of its layers it sees
     _is_impure: Final = True  # torch.fx: nothing needs to read its output
 
     def __init__(self, layers: tuple[str, ...]) -> None:
         super().__init__()
         self.layers = layers
-        self.look = 0
+        self.sweep = 0
         self.register_buffer("batches", torch.tensor(0))
 
     @property
     @abstractmethod
-    def has_seen(self) -> bool:
+    def has_observed(self) -> bool:
         """Whether any element came by."""
 
     @abstractmethod
-    def see(self, x: Tensor, *rest: Tensor) -> None:
+    def update(self, x: Tensor, *rest: Tensor) -> None:
         """Take in a batch; ``rest``: what else the observer is given."""
 
-    def see_again(self, x: Tensor, *rest: Tensor) -> None:
-        """Take in a batch on a further look."""
+    def refine(self, x: Tensor, *rest: Tensor) -> None:
+        """Take in a batch on a further sweep."""
 
     @abstractmethod
-    def take(self, later: "Observer") -> None:
+    def absorb(self, later: "Observer") -> None:
         """Take in what ``later``, of the same settings, saw of batches that came after these."""
 
     def settings(self) -> tuple[object, ...]:
@@ -52,11 +54,11 @@ class Observer(nn.Module, ABC):
         return ()
 
     def forward(self, x: Tensor, *rest: Tensor) -> Tensor:
-        if self.look:
-            self.see_again(x, *rest)
+        if self.sweep:
+            self.refine(x, *rest)
         else:
             if x.numel():
-                self.see(x, *rest)
+                self.update(x, *rest)
             self.batches += 1
         return x
 
@@ -68,9 +70,9 @@ class Observer(nn.Module, ABC):
 
     def merge(self, later: "Observer") -> None:
         """Take in what ``later`` saw, of batches that came after these. Raises ``PassError`` for another kind."""
-        if not isinstance(later, type(self)) or later.settings() != self.settings() or later.look != self.look:
+        if not isinstance(later, type(self)) or later.settings() != self.settings() or later.sweep != self.sweep:
             raise PassError(f"the observers of {self.layers[0]} and {later.layers[0]} differ, they cannot be merged")
-        self.take(later)
+        self.absorb(later)
         self.batches += later.batches
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Observer":
@@ -78,3 +80,14 @@ class Observer(nn.Module, ABC):
         for name, buffer in self.named_buffers(recurse=False):
             setattr(self, name, buffer.to(fn(torch.empty(0, dtype=buffer.dtype, device=buffer.device)).device))
         return self
+
+
+@final
+@dataclass(frozen=True)
+class ObserverRequest:
+    """An observer of ``x`` that a pass asks for. ``like``: a layer that reads it; ``rest``: what it sees besides."""
+
+    x: Op
+    observer: Observer
+    like: Weighted
+    rest: tuple[Op, ...] = ()

@@ -51,13 +51,13 @@ class RangeObserver(Observer):
         self.register_buffer("high", torch.tensor(-torch.inf, dtype=torch.float32))
 
     @property
-    def has_seen(self) -> bool:
+    def has_observed(self) -> bool:
         return bool(self.low <= self.high)
 
     def settings(self) -> tuple[object, ...]:
         return (self.quant,)
 
-    def see(self, x: Tensor, *rest: Tensor) -> None:
+    def update(self, x: Tensor, *rest: Tensor) -> None:
         low, high = x.amin().float(), x.amax().float()
         if not (torch.isfinite(low) and torch.isfinite(high)):
             raise self.refuse()
@@ -69,7 +69,7 @@ class RangeObserver(Observer):
     def see_within(self, x: Tensor, low: Tensor, high: Tensor) -> None:
         """Take in a batch with these extremes, before they are taken in."""
 
-    def take(self, later: Observer) -> None:
+    def absorb(self, later: Observer) -> None:
         assert isinstance(later, RangeObserver)
         self.take_within(later)
         self.low.copy_(torch.minimum(self.low, later.low))
@@ -113,14 +113,14 @@ class MovingAverageObserver(RangeObserver):
 
     def see_within(self, x: Tensor, low: Tensor, high: Tensor) -> None:
         ends = torch.stack([low, high]).double()
-        if not self.has_seen:
+        if not self.has_observed:
             self.first.copy_(ends)
         self.rest.mul_(1 - self.constant).add_(self.constant * ends)
         self.share.mul_(1 - self.constant)
 
     def take_within(self, later: "RangeObserver") -> None:
         assert isinstance(later, MovingAverageObserver)
-        if not self.has_seen:
+        if not self.has_observed:
             self.first.copy_(later.first)
         self.rest.mul_(later.share).add_(later.rest)
         self.share.mul_(later.share)
@@ -193,12 +193,12 @@ class OutputMap:
 class OfmrObserver(RangeObserver):
     """The output errors of the layers that read an activation, for each of eleven scales of it (``Ofmr``).
 
-    The first look finds the range around which the scales lie, the second measures. Layers that share an activation
+    The first sweep finds the range around which the scales lie, the second measures. Layers that share an activation
     share its scale: their losses are added.
     """
 
     losses: Tensor
-    looks = 2
+    sweeps = 2
 
     def __init__(self, quant: Quant, layers: tuple[str, ...], maps: Sequence[OutputMap]) -> None:
         super().__init__(quant, layers)
@@ -212,7 +212,7 @@ class OfmrObserver(RangeObserver):
     def _scale(self, exponent: Tensor) -> Scales:
         return Scales(torch.ldexp(torch.ones((), device=exponent.device), exponent))
 
-    def see_again(self, x: Tensor, *rest: Tensor) -> None:
+    def refine(self, x: Tensor, *rest: Tensor) -> None:
         if not x.numel():
             return
         block = activation_block(self.quant.granularity, x.dim())

@@ -1,24 +1,17 @@
 """Observers of what algorithms need to know of a layer's input: extremes by channel, and second moments."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import cast, final
+from collections.abc import Iterable, Iterator, Sequence
+from typing import final
 
 import torch
 from torch import Tensor, fx
 
 from graphq.errors import PassError
 from graphq.ir.layers import LAYER
-from graphq.ir.views import CONVOLUTIONS, GroupedLinear, Op, Weighted, view
+from graphq.ir.matrices import Samples, as_matrices, channel_axis, input_key, input_vectors
+from graphq.ir.views import Op, Weighted
 from graphq.numerics.taps import Window, tap_sums
-from graphq.observers.observer import Observer
-from graphq.passes.observe import Wanted
-
-Samples = Callable[..., Iterable[tuple[int, Tensor]]]
-
-
-def channel_axis(op: Weighted) -> int:
-    """The axis of channels in an op's input."""
-    return 1 if isinstance(op, CONVOLUTIONS) else -1
+from graphq.observers.observer import Observer, ObserverRequest
 
 
 @final
@@ -39,13 +32,13 @@ class ChannelObserver(Observer):
         self.register_buffer("count", torch.tensor(0))
 
     @property
-    def has_seen(self) -> bool:
+    def has_observed(self) -> bool:
         return bool(self.count)
 
     def settings(self) -> tuple[object, ...]:
         return self.low.shape, self.axis
 
-    def see(self, x: Tensor, *rest: Tensor) -> None:
+    def update(self, x: Tensor, *rest: Tensor) -> None:
         rows = x.movedim(self.axis, -1).flatten(0, -2)
         total = rows.abs().sum(0, dtype=torch.float64)
         if not torch.isfinite(total).all():
@@ -55,7 +48,7 @@ class ChannelObserver(Observer):
         self.total += total
         self.count += rows.shape[0]
 
-    def take(self, later: Observer) -> None:
+    def absorb(self, later: Observer) -> None:
         assert isinstance(later, ChannelObserver)
         self.low.copy_(torch.minimum(self.low, later.low))
         self.high.copy_(torch.maximum(self.high, later.high))
@@ -91,13 +84,13 @@ class MeanObserver(Observer):
         self.register_buffer("count", torch.tensor(0))
 
     @property
-    def has_seen(self) -> bool:
+    def has_observed(self) -> bool:
         return bool(self.count)
 
     def settings(self) -> tuple[object, ...]:
         return self.of, self.total.shape, self.role
 
-    def see(self, x: Tensor, *rest: Tensor) -> None:
+    def update(self, x: Tensor, *rest: Tensor) -> None:
         if isinstance(self.of, int):
             total = x.movedim(self.of, -1).flatten(0, -2).sum(0, dtype=torch.float64)
             count = x.numel() // x.shape[self.of]
@@ -108,7 +101,7 @@ class MeanObserver(Observer):
         self.total += total
         self.count += count
 
-    def take(self, later: Observer) -> None:
+    def absorb(self, later: Observer) -> None:
         assert isinstance(later, MeanObserver)
         self.total += later.total
         self.count += later.count
@@ -133,13 +126,13 @@ class HessianObserver(Observer):
         self.register_buffer("counts", torch.zeros(shape[0], dtype=torch.int64))
 
     @property
-    def has_seen(self) -> bool:
+    def has_observed(self) -> bool:
         return bool(self.counts.any())
 
     def settings(self) -> tuple[object, ...]:
         return (self.sums.shape,)
 
-    def see(self, x: Tensor, *rest: Tensor) -> None:
+    def update(self, x: Tensor, *rest: Tensor) -> None:
         for index, rows in self.samples(x, *rest):
             if rows.shape[0]:
                 rows = rows if rows.dtype == torch.float64 else rows.float()
@@ -148,7 +141,7 @@ class HessianObserver(Observer):
         if not torch.isfinite(self.sums.diagonal(dim1=-2, dim2=-1)).all():
             raise self.refuse()
 
-    def take(self, later: Observer) -> None:
+    def absorb(self, later: Observer) -> None:
         assert isinstance(later, HessianObserver)
         self.sums += later.sums
         self.counts += later.counts
@@ -156,74 +149,6 @@ class HessianObserver(Observer):
     def mean(self) -> Tensor:
         """The mean of x xT [B, K, K]; 0 where nothing was seen."""
         return self.sums / self.counts.clamp(min=1)[:, None, None]
-
-
-def samples_of(op: Weighted) -> tuple[Samples, tuple[Op, ...]]:
-    """The vectors that an op's weight multiplies, as a function of its input and of the further ops given."""
-    if isinstance(op, GroupedLinear):
-        return _by_expert, (view(op.argument("offsets")),)
-    if isinstance(op, CONVOLUTIONS):
-        return _patches(op), ()
-    return _rows, ()
-
-
-def _rows(x: Tensor) -> Iterable[tuple[int, Tensor]]:
-    return [(0, x.reshape(-1, x.shape[-1]))]
-
-
-def _by_expert(x: Tensor, offsets: Tensor) -> Iterable[tuple[int, Tensor]]:
-    start = 0
-    for expert, end in enumerate(offsets.tolist()):
-        yield expert, x[start:end]
-        start = end
-
-
-def _patches(op: Weighted) -> Samples:
-    """The patches of a convolution's input, by its groups; their elements in the order of its weight's."""
-    rank = op.weight_op.val.dim() - 2
-    kernel = [int(size) for size in op.weight_op.val.shape[2:]]
-    stride, dilation = (_each(op.argument(name), rank) for name in ("stride", "dilation"))
-    padding = op.argument("padding")
-    groups = int(op.argument("groups"))
-    if isinstance(padding, str):
-        totals = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
-        pads = [(total // 2, total - total // 2) for total in totals]
-    else:
-        pads = [(p, p) for p in _each(padding, rank)]
-
-    def patches(x: Tensor) -> Iterable[tuple[int, Tensor]]:
-        x = torch.nn.functional.pad(x, [p for pair in reversed(pads) for p in pair])
-        for axis, (size, step, apart) in enumerate(zip(kernel, stride, dilation, strict=True)):
-            x = x.unfold(2 + axis, (size - 1) * apart + 1, step)[..., ::apart]  # [B, C, places..., taps...]
-        split = x.unflatten(1, (groups, -1))  # [B, G, C / G, places..., taps...]
-        places = list(range(3, 3 + rank))
-        taps = list(range(3 + rank, 3 + 2 * rank))
-        rows = split.permute(1, 0, *places, 2, *taps).flatten(1, 1 + rank).flatten(2)  # [G, rows, K]
-        return list(enumerate(rows))
-
-    return patches
-
-
-def _each(value: object, rank: int) -> list[int]:
-    sizes = [int(v) for v in cast(list[int], value)]
-    return sizes * rank if len(sizes) == 1 else sizes
-
-
-def as_problems(w: Tensor, op: Weighted) -> Tensor:
-    """A weight as [B, N, K], alike to the vectors of ``samples_of``: N outputs of each of B experts or groups."""
-    if isinstance(op, GroupedLinear):
-        return w
-    if isinstance(op, CONVOLUTIONS):
-        groups = int(op.argument("groups"))
-        return w.reshape(groups, w.shape[0] // groups, -1)
-    return (w if op.out_axis == 0 else w.T)[None]
-
-
-def as_weight(problems: Tensor, op: Weighted, like: Tensor) -> Tensor:
-    """The inverse of ``as_problems``, in the shape of ``like``."""
-    if isinstance(op, (GroupedLinear, *CONVOLUTIONS)):
-        return problems.reshape(like.shape)
-    return problems[0] if op.out_axis == 0 else problems[0].T
 
 
 def statistic_on(gm: fx.GraphModule, op: Weighted, kind: type[Observer]) -> Observer | None:
@@ -235,37 +160,29 @@ def statistic_on(gm: fx.GraphModule, op: Weighted, kind: type[Observer]) -> Obse
     return None
 
 
-def seen_by(gm: fx.GraphModule, op: Weighted, kind: type[Observer], by: str) -> Observer:
+def required_statistic(gm: fx.GraphModule, op: Weighted, kind: type[Observer], by: str) -> Observer:
     """The same, which has seen data. Raises ``PassError`` where there is none."""
     found = statistic_on(gm, op, kind)
-    if found is None or not found.has_seen:
+    if found is None or not found.has_observed:
         raise PassError(f"{by}: no data was seen of the input of {op.node.meta.get(LAYER)}")
     return found
 
 
-def vectors_of(op: Weighted) -> object:
-    """Equal for ops whose weights multiply the same vectors."""
-    _, rest = samples_of(op)
-    if isinstance(op, CONVOLUTIONS):
-        return op.input_op, op.node.target, op.node.args[3:], str(op.node.kwargs), tuple(op.weight_op.val.shape[1:])
-    return op.input_op, rest, type(op)
-
-
-def hessians(gm: fx.GraphModule, ops: Iterable[Weighted]) -> Iterator[Wanted]:
+def hessians(gm: fx.GraphModule, ops: Iterable[Weighted]) -> Iterator[ObserverRequest]:
     """One observer of second moments for all of ``ops`` that multiply the same vectors, where there is none."""
     made: dict[object, list[Weighted]] = {}
     for op in ops:
         if statistic_on(gm, op, HessianObserver) is None:
-            made.setdefault(vectors_of(op), []).append(op)
+            made.setdefault(input_key(op), []).append(op)
     for alike in made.values():
-        samples, rest = samples_of(alike[0])
+        samples, rest = input_vectors(alike[0])
         names = tuple(dict.fromkeys(str(op.node.meta[LAYER]) for op in alike))
-        problems = as_problems(torch.empty(tuple(alike[0].weight_op.val.shape), device="meta"), alike[0])
+        problems = as_matrices(torch.empty(tuple(alike[0].weight_op.val.shape), device="meta"), alike[0])
         observer = HessianObserver(names, (problems.shape[0], problems.shape[2]), samples)
-        yield Wanted(alike[0].input_op, observer, alike[0], rest)
+        yield ObserverRequest(alike[0].input_op, observer, alike[0], rest)
 
 
-def channels(gm: fx.GraphModule, ops: Iterable[Weighted]) -> Iterator[Wanted]:
+def channels(gm: fx.GraphModule, ops: Iterable[Weighted]) -> Iterator[ObserverRequest]:
     """One observer of channels for each input of ``ops``, where there is none."""
     made: dict[tuple[Op, int], list[Weighted]] = {}
     for op in ops:
@@ -273,4 +190,4 @@ def channels(gm: fx.GraphModule, ops: Iterable[Weighted]) -> Iterator[Wanted]:
             made.setdefault((op.input_op, channel_axis(op)), []).append(op)
     for (x, axis), readers in made.items():
         names = tuple(dict.fromkeys(str(op.node.meta[LAYER]) for op in readers))
-        yield Wanted(x, ChannelObserver(names, int(x.val.shape[axis]), axis), readers[0])
+        yield ObserverRequest(x, ChannelObserver(names, int(x.val.shape[axis]), axis), readers[0])

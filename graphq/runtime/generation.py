@@ -10,8 +10,8 @@ from transformers import AutoConfig, DynamicCache, GenerationConfig, GenerationM
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from graphq.batches import complete
 from graphq.capture.source import Source
+from graphq.data.batches import complete
 from graphq.errors import GraphqError
 
 

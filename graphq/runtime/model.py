@@ -7,8 +7,8 @@ from typing import Any, Self, cast, final
 import torch
 from torch import Tensor, fx, nn
 
-from graphq.batches import complete
 from graphq.capture.source import Source, source_of
+from graphq.data.batches import complete
 from graphq.errors import GraphqError, SpecError
 
 

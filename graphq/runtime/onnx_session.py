@@ -6,8 +6,8 @@ from typing import Any, cast, final
 import torch
 from torch import Tensor
 
-from graphq.batches import complete
 from graphq.capture.source import Source
+from graphq.data.batches import complete
 from graphq.errors import TargetError
 from graphq.runtime.model import by_name
 

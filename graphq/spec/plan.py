@@ -97,3 +97,15 @@ class PerExpert:
     def __str__(self) -> str:
         counts = {str(d): self.decisions.count(d) for d in dict.fromkeys(self.decisions)}
         return "; ".join(f"{count} x {text}" for text, count in counts.items())
+
+
+def weight_quants(decision: object) -> tuple[Quant | None, ...]:
+    """The weight format of a layer, or of each expert of a stack."""
+    decisions = decision.decisions if isinstance(decision, PerExpert) else (decision,)
+    return tuple(d.weight if isinstance(d, Plan) else None for d in decisions)
+
+
+def input_quants(decision: object) -> tuple[Quant | None, ...]:
+    """The input format of a layer, or of each expert of a stack."""
+    decisions = decision.decisions if isinstance(decision, PerExpert) else (decision,)
+    return tuple(d.input if isinstance(d, Plan) else None for d in decisions)

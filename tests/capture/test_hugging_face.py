@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, fx
 
 from graphq import compiler
-from graphq.batches import complete
 from graphq.capture.hugging_face import capture_config, capture_pretrained, is_pretrained
 from graphq.capture.source import source_of
+from graphq.data.batches import complete
 from graphq.errors import GraphError
 from graphq.ir.text import dump
 from graphq.runtime import ops

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import graphq
 from graphq.capture.source import source_of
 from graphq.errors import GraphError, TargetError
-from graphq.lowering.verify import verify
 from graphq.runtime.onnx_session import OnnxSession
+from graphq.verifier import verify
 
 W8: dict[str, Any] = {"graphq": 1, "rules": [{"match": "*", "weight": "int8/channel"}]}
 W8A8: dict[str, Any] = {"graphq": 1, "rules": [{"match": "*", "weight": "int8/channel", "input": "int8/token/dynamic"}]}
@@ -160,7 +160,7 @@ class Beside(nn.Module):
 @pytest.mark.parametrize("spec", [W8, W8A8], ids=["weight", "integer product"])
 @pytest.mark.parametrize("child", [False, True], ids=["tensor", "child"])
 def test_a_layer_holds_names_of_packed_modules(child: bool, spec: dict[str, Any], tmp_path: Path) -> None:
-    from graphq.lowering.pack import pack
+    from graphq.lowering.torch.pack import pack
 
     for name in BESIDE:
         torch.manual_seed(0)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from graphq.codec import fake_quantize
 from graphq.frontends import load_spec
+from graphq.numerics.codec import fake_quantize
 from graphq.numerics.ranges import weight_scales
 from graphq.spec.formats import Int
 from graphq.spec.plan import Plan

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from graphq.batches import complete
 from graphq.capture.hugging_face import capture_pretrained
 from graphq.capture.source import SHARED, source_of
 from graphq.compiler import canonical_passes
+from graphq.data.batches import complete
 from graphq.ir.channels import Blocked, Flow, flow_from, flow_into, move_factors, producers_behind, subgraph_of
 from graphq.ir.pipeline import Pipeline
 from graphq.ir.views import Embedding, Op, Param, Weighted, ops_of, view

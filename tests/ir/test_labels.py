@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.passes.test_channels import BOTH, IMAGE, SHARED_READER, SUM, Net, X, check, extra, linears, producer, up
 from torch import Tensor, nn
 
 from graphq.ir.channels import Flow, flow_from
+from tests.ir.test_channels import BOTH, IMAGE, SHARED_READER, SUM, Net, X, check, extra, linears, producer, up
 from tests.models import MoE, capture
 
 

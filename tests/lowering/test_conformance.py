@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from graphq.artifacts import manifest
 from graphq.capture.source import source_of
 from graphq.compiler import passes_for
 from graphq.ir.pipeline import Pipeline
-from graphq.lowering import manifest, onnx, torch_module
-from graphq.lowering.verify import verify
+from graphq.lowering.onnx import emit as onnx
+from graphq.lowering.torch import module as torch_module
 from graphq.runtime import ops
 from graphq.runtime.model import CompiledModel
 from graphq.runtime.onnx_session import OnnxSession
@@ -24,6 +25,7 @@ from graphq.spec.match import Blocks, Exact, Name
 from graphq.spec.plan import KeepFloat, Plan
 from graphq.spec.quant import parse_quant
 from graphq.spec.rules import Rule, Spec
+from graphq.verifier import verify
 from tests.models import (
     FAMILIES,
     MLP,

@@ -20,19 +20,19 @@ class Sum(Observer):
         self.register_buffer("total", torch.zeros(1))
 
     @property
-    def has_seen(self) -> bool:
+    def has_observed(self) -> bool:
         return bool(self.batches)
 
     def settings(self) -> tuple[object, ...]:
         return (self.axis,)
 
-    def see(self, x: Tensor, *rest: Tensor) -> None:
+    def update(self, x: Tensor, *rest: Tensor) -> None:
         self.total += x.sum() + sum(part.sum() for part in rest)
 
-    def see_again(self, x: Tensor, *rest: Tensor) -> None:
+    def refine(self, x: Tensor, *rest: Tensor) -> None:
         self.again += 1
 
-    def take(self, later: Observer) -> None:
+    def absorb(self, later: Observer) -> None:
         assert isinstance(later, Sum)
         self.total += later.total
 
@@ -43,7 +43,7 @@ def test_it_hands_on_what_it_sees() -> None:
     assert (seen.total.item(), int(seen.batches)) == (10, 1)
     assert seen(x[:0]).shape == (0, 3)
     assert (seen.total.item(), int(seen.batches)) == (10, 2)
-    seen.look = 1
+    seen.sweep = 1
     assert seen(x) is x
     assert (seen.total.item(), int(seen.batches), seen.again) == (10, 2, 1)
     assert str(seen.refuse()) == "calibration: batch 2: the input of a holds NaN or Inf"
@@ -55,7 +55,7 @@ def test_it_merges_with_its_like_alone() -> None:
     later(torch.ones(3))
     first.merge(later)
     assert (first.total.item(), int(first.batches)) == (5, 2)
-    later.look = 1
+    later.sweep = 1
     for other in (Sum(1), later):
         with pytest.raises(PassError, match="the observers of a and a differ, they cannot be merged"):
             first.merge(other)

@@ -35,25 +35,25 @@ def make() -> MinMaxObserver:
 
 def test_extremes_are_exact_and_the_input_is_handed_on() -> None:
     seen = make()
-    assert not seen.has_seen
+    assert not seen.has_observed
     x = torch.tensor([[0.1, -0.3], [7.7, 0.2]])
     assert seen(x) is x
     seen(torch.tensor([1.0]))
     seen(torch.tensor([-0.30000004, 7.6]))
     assert (seen.low.item(), seen.high.item()) == (torch.tensor(-0.30000004).item(), torch.tensor(7.7).item())
-    assert (int(seen.batches), seen.has_seen) == (3, True)
+    assert (int(seen.batches), seen.has_observed) == (3, True)
 
 
 def test_an_empty_activation_says_nothing() -> None:
     seen = make()
     seen(torch.empty(0, 4))
-    assert (int(seen.batches), seen.has_seen) == (1, False)
+    assert (int(seen.batches), seen.has_observed) == (1, False)
 
 
 def test_a_constant_was_seen() -> None:
     seen = make()
     seen(torch.zeros(3))
-    assert (seen.low.item(), seen.high.item(), seen.has_seen) == (0, 0, True)
+    assert (seen.low.item(), seen.high.item(), seen.has_observed) == (0, 0, True)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -146,8 +146,8 @@ def weight_observer(text: str) -> OfmrWeightObserver:
 
 def look_at(seen: RangeObserver, batches: list[Tensor]) -> RangeObserver:
     """As ``Calibrate`` does."""
-    for look in range(seen.looks):
-        seen.look = look
+    for look in range(seen.sweeps):
+        seen.sweep = look
         for x in batches:
             seen(x)
     return seen
@@ -181,23 +181,23 @@ def made(drawn: list[tuple[int, int, float]]) -> list[Tensor]:
 def test_two_halves_merge_into_the_whole(text: str, first, second) -> None:
     halves, whole = (observer(text), observer(text)), observer(text)
     batches = (made(first), made(second))
-    for look in range(whole.looks):
+    for look in range(whole.sweeps):
         for half, own in zip(halves, batches, strict=True):
-            half.look = look
+            half.sweep = look
             for x in own:
                 half(x)
-        whole.look = look
+        whole.sweep = look
         for x in (*batches[0], *batches[1]):
             whole(x)
-        if look + 1 < whole.looks:  # what the halves found on the first look is shared before the second
+        if look + 1 < whole.sweeps:  # what the halves found on the first look is shared before the second
             copies = copy.deepcopy(halves)
             halves[0].merge(copies[1])
             halves[1].merge(copies[0])
             assert torch.equal(halves[0].low, whole.low)
-    halves[0].merge(halves[1]) if whole.looks == 1 else halves[0].take(halves[1])
-    if whole.looks == 1:
+    halves[0].merge(halves[1]) if whole.sweeps == 1 else halves[0].absorb(halves[1])
+    if whole.sweeps == 1:
         assert_equal_states(halves[0], whole, exactly="ema" not in text)
-    if not whole.has_seen:
+    if not whole.has_observed:
         return
     ours, theirs = halves[0].scales(), whole.scales()
     exact = "ema" not in text and "ofmr" not in text
@@ -394,4 +394,4 @@ def test_means_name_what_holds_nan() -> None:
         assert int(seen.count) == 3
     empty = MeanObserver(("a.b",), -1, [2])
     empty(torch.ones(0, 2))
-    assert not empty.has_seen
+    assert not empty.has_observed

@@ -10,15 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from graphq.errors import PassError, SpecError
+from graphq.ir.matrices import as_matrices, as_weight, channel_axis, input_vectors
 from graphq.ir.views import Weighted, ops_of
-from graphq.observers.statistics import (
-    ChannelObserver,
-    HessianObserver,
-    as_problems,
-    as_weight,
-    channel_axis,
-    samples_of,
-)
+from graphq.observers.statistics import ChannelObserver, HessianObserver
 from tests.models import MoE, capture
 
 
@@ -52,7 +46,7 @@ def test_two_halves_make_the_whole(first: int, second: int, seed: int) -> None:
             torch.testing.assert_close(
                 y, x, rtol=1e-12 if x.dtype == torch.float64 else 1e-5, atol=1e-5 * (name == "sums")
             )
-        assert whole.has_seen == bool(batches)
+        assert whole.has_observed == bool(batches)
 
 
 def test_channels_by_hand() -> None:
@@ -145,10 +139,10 @@ def weighted(model: nn.Module, x: Tensor) -> Weighted:
 def test_products_with_the_samples_are_the_layers_output(name: str) -> None:
     layer, shape = LAYERS[name]
     op = weighted(One(layer), torch.ones(shape))
-    samples, rest = samples_of(op)
+    samples, rest = input_vectors(op)
     assert rest == ()
     x, w = numbers(0, *shape).double(), numbers(1, *op.weight_op.val.shape).double()
-    problems = as_problems(w, op)
+    problems = as_matrices(w, op)
     assert torch.equal(as_weight(problems, op, w), w)
     found = torch.stack([part @ problems[i].T for i, part in samples(x)])  # [B, rows, N]
     layer.double().weight.data = w
@@ -162,14 +156,14 @@ def test_products_with_the_samples_are_the_layers_output(name: str) -> None:
 def test_transposed_weights() -> None:
     op = weighted(Call(), torch.ones(2, 6))
     w = numbers(0, 6, 4)
-    assert torch.equal(as_problems(w, op), w.T[None])
-    assert torch.equal(as_weight(as_problems(w, op), op, w), w)
+    assert torch.equal(as_matrices(w, op), w.T[None])
+    assert torch.equal(as_weight(as_matrices(w, op), op, w), w)
 
 
 def test_experts() -> None:
     gm = capture(MoE(), torch.ones(2, 8))
     op = next(op for op in ops_of(gm) if isinstance(op, Weighted) and op.own_axes)
-    samples, rest = samples_of(op)
+    samples, rest = input_vectors(op)
     assert rest == (next(o for o in ops_of(gm) if o.node is op.argument("offsets")),)
     x = numbers(0, 7, 8)
     seen = HessianObserver(("a",), (4, 8), samples)

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 import graphq
 from graphq import numerics
-from graphq.algorithms import Told, quantization
+from graphq.algorithms import PassContext, quantization
 from graphq.capture.source import SHARED
 from graphq.errors import SpecError
 from graphq.ir.layers import LAYER, PLAN, layers
@@ -408,7 +408,7 @@ def test_awq_leaves_ranges_to_it() -> None:
         ((Algorithm("awq"), Algorithm("auto-round")), False, set[str]()),
     ):
         asked = dataclasses.replace(spec(up="int4/channel"), algorithms=algorithms)
-        (step, *_) = quantization(asked, layers(gm), Told(), blocks=True)
+        (step, *_) = quantization(asked, layers(gm), PassContext(), blocks=True)
         assert isinstance(step, Blockwise)
         (awq,) = (one for one in step.passes if isinstance(one, AWQ))
         assert (awq.clip, awq.unclipped) == (clip, unclipped)

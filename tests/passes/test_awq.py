@@ -337,5 +337,5 @@ def test_amct_s_numbers() -> None:
 
 def test_only_groups_that_may_be_folded_are_tried() -> None:
     gm = annotated(capture(Gated()), gate=W4, up=W4, down=W4)
-    wanted = list(AWQ(power=4, clip=False, folds=Folds(("up-down",))).wanted(gm))
+    wanted = list(AWQ(power=4, clip=False, folds=Folds(("up-down",))).observer_requests(gm))
     assert [one.observer.layers for one in wanted if isinstance(one.observer, ErrorObserver)] == [("down",)]

@@ -209,11 +209,11 @@ def test_what_stands_behind_the_last_planned_layer_is_not_run(prefix: str, monke
     ran: list[str] = []
     plain = blockwise.see_batch
 
-    def see(gm: fx.GraphModule, batch: tuple[object, ...], number: int) -> tuple[object, ...]:
+    def update(gm: fx.GraphModule, batch: tuple[object, ...], number: int) -> tuple[object, ...]:
         ran.extend(n.name for n in gm.graph.nodes if n.op == "call_function")
         return plain(gm, batch, number)
 
-    monkeypatch.setattr(blockwise, "see_batch", see)
+    monkeypatch.setattr(blockwise, "see_batch", update)
     counted = Counted()
     gm = annotated(capture(Blocks(), torch.ones(2, 8)), blocks__0="int8/channel")
     before = dump(gm)

@@ -55,7 +55,7 @@ def test_it_can_go_on() -> None:
 def test_a_generator_of_batches_and_a_graph_that_was_not_recompiled() -> None:
     gm = observed()
     assert Calibrate().run(gm, (batch for batch in batches(1))) == 2
-    assert all(seen.has_seen for _, seen in observers(gm))
+    assert all(seen.has_observed for _, seen in observers(gm))
 
 
 def test_copies_keep_what_was_seen() -> None:

@@ -11,8 +11,8 @@ from graphq.ir.pipeline import Pipeline
 from graphq.ir.text import dump
 from graphq.ir.views import Linear, ops_of
 from graphq.observers.ranges import OfmrObserver, OfmrWeightObserver
-from graphq.passes.observe import Observe, input_quants, observer_on, observers, weight_observer_on
-from graphq.spec.plan import KeepFloat, PerExpert
+from graphq.passes.observe import Observe, observer_on, observers, weight_observer_on
+from graphq.spec.plan import KeepFloat, PerExpert, input_quants
 from graphq.spec.quant import parse_quant
 from tests.graphs import annotated, assert_vals, plan, run
 from tests.models import MLP, Attention, Blocks, MoE, Twice, capture

@@ -11,10 +11,11 @@ from expecttest import assert_expected_inline
 from torch import Tensor, fx, nn
 
 import graphq
-from graphq.batches import complete
 from graphq.capture.source import source_of
 from graphq.compiler import canonical_passes
+from graphq.data.batches import complete
 from graphq.ir import edit
+from graphq.ir.channel_groups import column_magnitudes, groups
 from graphq.ir.pipeline import Pipeline
 from graphq.ir.text import dump
 from graphq.observers.statistics import ChannelObserver, statistic_on
@@ -24,7 +25,6 @@ from graphq.passes.gptq import GPTQ
 from graphq.passes.observe import Observe
 from graphq.passes.quantize_activations import QuantizeActivations
 from graphq.passes.quantize_weights import QuantizeWeights
-from graphq.passes.scaled import column_magnitudes, groups
 from graphq.passes.smooth_quant import ALPHAS, SmoothQuant, expected_error, smoothing
 from graphq.passes.stop_observing import StopObserving
 from graphq.spec.folds import Folds

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 import graphq
 from graphq.errors import TargetError
-from graphq.lowering.pack import pack
+from graphq.lowering.torch.pack import pack
 from graphq.runtime import ops
 from graphq.runtime.graph_json import allowed, graph_from_json, graph_to_json
 from tests.models import MLP, MoE

@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphq.errors import GraphError, SpecError
-from graphq.evaluate import (
+from graphq.data.evaluate import (
     CALIBRATION,
     HELD_OUT,
     calibration_windows,
@@ -25,8 +24,9 @@ from graphq.evaluate import (
     standard_library_windows,
     text_windows,
 )
+from graphq.errors import GraphError, SpecError
 
-STDLIB_LLAMA = Path(__file__).parents[1] / "examples" / "models" / "stdlib-llama"
+STDLIB_LLAMA = Path(__file__).parents[2] / "examples" / "models" / "stdlib-llama"
 VOCABULARY = 8
 WINDOWS = torch.tensor([[0, 1, 2, 3], [4, 5, 6, 7], [1, 1, 1, 1]])
 

@@ -10,12 +10,12 @@ from graphq.errors import SpecError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from graphq.evaluate import Tokenizer
+    from graphq.data.evaluate import Tokenizer
 
 
 def calibration_batches(model: Path, place: Path, samples: int, length: int) -> "Sequence[Tensor]":
     """The windows of the text in a file or directory, a batch each."""
-    from graphq.evaluate import load_tokenizer
+    from graphq.data.evaluate import load_tokenizer
 
     files = [place]
     if place.is_dir():
@@ -29,7 +29,7 @@ def calibration_batches(model: Path, place: Path, samples: int, length: int) -> 
 
 def file_windows(tokenizer: "Tokenizer", files: Sequence[Path], length: int, most: int | None) -> "Tensor":
     """The windows of the files' text, ``most`` of them if it holds as many. Raises ``SpecError`` if it fills none."""
-    from graphq.evaluate import text_windows
+    from graphq.data.evaluate import text_windows
 
     texts: list[str] = []
     held = 0

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 import graphq
 from graphq.errors import SpecError
 from graphq.runtime.layers import QuantizedLayer
+from tests.in_place.test_quantizer import data, held, linears, seeded
 from tests.models import MLP, Tied, Twice
-from tests.test_in_place import data, held, linears, seeded
 
 STATIC = ("int8/channel", "int8/tensor")
 # Statistics that are taken as data comes by, and data that is kept for a second look.

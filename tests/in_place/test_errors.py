@@ -10,8 +10,8 @@ from torch import Tensor, nn
 import graphq
 from graphq.errors import GraphError, GraphqError, SpecError
 from graphq.runtime.layers import QuantizedLayer
+from tests.in_place.test_quantizer import data, linears, seeded
 from tests.models import MLP, Blocks, ConvBnRelu, Twice
-from tests.test_in_place import data, linears, seeded
 
 
 def snapshot(model: nn.Module) -> list[Any]:
@@ -243,7 +243,7 @@ def test_a_conversion_that_fails_leaves_the_model_as_it_was(monkeypatch: pytest.
             raise MemoryError
         return original(self)
 
-    from graphq.in_place_layer import InPlaceLayer
+    from graphq.in_place.layer import InPlaceLayer
 
     original = InPlaceLayer.quantized
     monkeypatch.setattr(InPlaceLayer, "quantized", fails)

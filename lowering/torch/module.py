@@ -9,13 +9,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, fx
 
+from graphq.artifacts import manifest
 from graphq.capture.source import KEY, Source
 from graphq.errors import TargetError
 from graphq.files import whole_directory
 from graphq.ir.views import Op
-from graphq.lowering import manifest
 from graphq.lowering.legalize import Limits, legalize
-from graphq.lowering.pack import pack
+from graphq.lowering.torch.pack import pack
 from graphq.runtime.graph_json import allowed, graph_from_json, graph_to_json
 from graphq.runtime.model import CompiledModel
 from graphq.runtime.modules import Int8Linear, PackedWeight, codes_of, format_of, scales_of

@@ -16,8 +16,8 @@ import torch
 import yaml
 from torch import Tensor
 
+from graphq.artifacts import manifest
 from graphq.errors import GraphqError, SpecError, TargetError
-from graphq.lowering import manifest
 
 _INPUTS: Final = (".input_scale", ".input_zero_point", ".input_global_scale")
 _TENSORS: Final = ("model.safetensors", "model.onnx", "model.onnx.data")
@@ -95,7 +95,7 @@ def _held(directory: Path, described: Mapping[str, Any]) -> dict[str, Tensor]:
     """All tensors that the artifact holds, by name; packed codes unpacked."""
     match described.get("target"):
         case "torch":
-            from graphq.lowering.torch_module import load, stored_codes
+            from graphq.lowering.torch.module import load, stored_codes
 
             model = load(directory)
             try:
@@ -103,7 +103,7 @@ def _held(directory: Path, described: Mapping[str, Any]) -> dict[str, Tensor]:
             except (GraphqError, RuntimeError) as error:
                 raise TargetError(f"{directory}: damaged: {error}") from error
         case "onnx":
-            from graphq.lowering.onnx_tensors import initializers
+            from graphq.lowering.onnx.tensors import initializers
 
             return initializers(directory)
         case other:
@@ -152,7 +152,7 @@ def _recompile(directory: Path, described: Mapping[str, Any], model: Path) -> di
     with torch.no_grad():
         Pipeline([RemoveNoOps(), RaiseGroupedLinear(), SplitGateUp(), Annotate(spec), QuantizeWeights()]).run(gm)
     if described["target"] == "onnx":
-        from graphq.lowering.onnx_form import onnx_form
+        from graphq.lowering.onnx.form import onnx_form
 
         gm = onnx_form(gm)
     return manifest.named_tensors(manifest.quantized_tensors(gm))

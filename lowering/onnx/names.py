@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import fx
 
+from graphq.artifacts import manifest
 from graphq.capture.source import Source, source_of
 from graphq.errors import TargetError
-from graphq.lowering import manifest
 
 
 def check_names(gm: fx.GraphModule) -> None:

@@ -18,7 +18,7 @@ import graphq
 from graphq.capture.source import source_of
 from graphq.compiler import Compiled
 from graphq.errors import TargetError
-from graphq.lowering import onnx as target
+from graphq.lowering.onnx import emit as target
 from graphq.runtime.onnx_session import OnnxSession
 from graphq.state import tensor_of
 from tests.compiled import blocks_spec, compile_captured
@@ -265,7 +265,7 @@ def test_names_and_dynamic_axes(artifact: Path) -> None:
 
 
 def source_of_llama(artifact: Path) -> list[Any]:
-    from graphq.lowering.manifest import read, source_of_artifact
+    from graphq.artifacts.manifest import read, source_of_artifact
 
     return list(source_of_artifact(artifact, read(artifact)).inputs)
 
@@ -294,7 +294,7 @@ def test_empty_caches_and_steps(llama: Compiled, artifact: Path) -> None:
 
 
 def _complete(made: Compiled, batch: Any) -> tuple[Tensor, ...]:
-    from graphq.batches import complete
+    from graphq.data.batches import complete
 
     return complete(source_of(made.graph), batch)
 

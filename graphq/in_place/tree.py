@@ -11,7 +11,7 @@ from graphq.capture.export import block_lists
 from graphq.capture.source import Source
 from graphq.checks import QUANTIZABLE
 from graphq.errors import GraphError
-from graphq.in_place_graph import Layer as Float
+from graphq.in_place.graph import Layer as Float
 from graphq.spec.match import Layer
 
 _HEAD: Final = "output head"

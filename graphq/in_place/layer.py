@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from graphq import numerics
 from graphq.errors import SpecError
-from graphq.in_place_graph import Layer, factors_of, form_of, layer_graph
+from graphq.in_place.graph import Layer, factors_of, form_of, layer_graph
 from graphq.ir.pipeline import Pass, Pipeline
 from graphq.numerics import Scales
 from graphq.passes.calibrate import Calibrate

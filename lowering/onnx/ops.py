@@ -12,7 +12,7 @@ import onnxscript
 import torch
 
 from graphq import numerics
-from graphq.lowering.onnx_form import expert_linears, onnx_block
+from graphq.lowering.onnx.form import expert_linears, onnx_block
 from graphq.numerics.scales import BY_SIGN_SMALLEST
 from graphq.runtime import ops
 from graphq.spec.formats import Float, Format, Int

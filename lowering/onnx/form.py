@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from graphq.capture.source import KEY, PAST, SEQUENCE, TOTAL, source_of
 from graphq.ir import edit
 from graphq.ir.views import Dequantize, GroupedLinear, Input, Op, Param, Quantize, TransposedLinear, ops_of, view
-from graphq.lowering.pack import copy_graph
+from graphq.lowering.torch.pack import copy_graph
 from graphq.state import put_tensor, tensor_of
 
 _BY: Final = "onnx-form"

@@ -16,16 +16,16 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from graphq import numerics
+from graphq.artifacts import manifest
 from graphq.capture.export import dynamic_shapes
 from graphq.capture.source import PAST, SEQUENCE, TOTAL, Source, source_of
 from graphq.errors import TargetError
 from graphq.files import whole_directory
 from graphq.ir.views import Dequantize, Op, ops_of, view
-from graphq.lowering import manifest
 from graphq.lowering.legalize import Limits, legalize, where
-from graphq.lowering.onnx_form import onnx_form
-from graphq.lowering.onnx_names import check_names, name_outputs, restore_names
-from graphq.lowering.onnx_tensors import NAME, initializers
+from graphq.lowering.onnx.form import onnx_form
+from graphq.lowering.onnx.names import check_names, name_outputs, restore_names
+from graphq.lowering.onnx.tensors import NAME, initializers
 from graphq.spec.formats import Float, Int
 
 _DATA: Final = "model.onnx.data"
@@ -83,7 +83,7 @@ def emit(
     import onnx_ir as ir
     from onnx_ir.passes import common
 
-    from graphq.lowering.onnx_opset import lower_opset
+    from graphq.lowering.onnx.opset import lower_opset
 
     legalize(gm, LIMITS)
     if not bfloat16:
@@ -126,7 +126,7 @@ def _samples(source: Source) -> tuple[Tensor, ...]:
 
 
 def _export(gm: fx.GraphModule) -> Any:
-    from graphq.lowering.onnx_ops import translations
+    from graphq.lowering.onnx.ops import translations
 
     source = source_of(gm)
     ranges = {name: (low, high) for name, low, high in source.ranges}
@@ -219,7 +219,7 @@ def _set_types(model: Any, gm: fx.GraphModule) -> None:
     """
     import onnx_ir as ir
 
-    from graphq.lowering.onnx_ops import FLOAT8
+    from graphq.lowering.onnx.ops import FLOAT8
 
     for node in model.graph:
         if node.op_type == "Cast" and node.attributes["to"].as_int() in FLOAT8.values():

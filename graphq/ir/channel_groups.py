@@ -9,15 +9,15 @@ from torch import Tensor, fx
 
 from graphq.ir import edit
 from graphq.ir.channels import Blocked, Flow, flow_into, move_factors, subgraph_of
+from graphq.ir.edit import free_path
 from graphq.ir.labels import NONE, Part, Reader, is_own
 from graphq.ir.layers import LAYER, PLAN
+from graphq.ir.matrices import as_matrices, channel_axis
 from graphq.ir.views import CONVOLUTIONS, Embedding, GroupedLinear, Op, Param, Weighted, ops_of
 from graphq.numerics import fake_quantize, weight_block
 from graphq.numerics.ranges import weight_scales
-from graphq.observers.statistics import as_problems, channel_axis
-from graphq.passes.observe import free_path, weight_quants
 from graphq.spec.folds import EVERYWHERE, Folds
-from graphq.spec.plan import Plan
+from graphq.spec.plan import Plan, weight_quants
 from graphq.spec.quant import MinMax, Mse, Quant
 from graphq.state import tensor_of
 
@@ -95,7 +95,7 @@ def groups(
             if isinstance(flow, Flow):
                 own = tuple(reader for reader in flow.readers if reader.op in chosen)
                 done |= {reader.op for reader in own}
-                if _takes(folds, flow, op, note):
+                if _may_fold(folds, flow, op, note):
                     yield Group(flow.count, flow.moved, flow.readers, own, flow)
                 continue
             reason = flow.reason
@@ -111,7 +111,7 @@ def groups(
             note(f"{op.node.meta[LAYER]}: its input's channels keep their scale: {reason}")
 
 
-def _takes(folds: Folds, flow: Flow, op: Weighted, note: Callable[[str], None] | None) -> bool:
+def _may_fold(folds: Folds, flow: Flow, op: Weighted, note: Callable[[str], None] | None) -> bool:
     """Whether factors may be folded into what makes the input of ``op``."""
     kind = subgraph_of(flow.producer, op)
     taken = [folds.takes(kind, name) for name in _sources(flow)]
@@ -153,7 +153,7 @@ def _multiplied(gm: fx.GraphModule, op: Weighted, chosen: Sequence[Weighted]) ->
     return Group(count, torch.ones(count, dtype=torch.bool), tuple(readers), tuple(readers), None)
 
 
-def scale(gm: fx.GraphModule, group: Group, factors: Tensor, by: str) -> int:
+def apply_factors(gm: fx.GraphModule, group: Group, factors: Tensor, by: str) -> int:
     """The inputs' channels are divided by ``factors``, and the weights multiplied; how many tensors changed."""
     factors = torch.where(group.moved, factors.double(), 1.0)
     if group.flow is not None:
@@ -175,7 +175,7 @@ def scale(gm: fx.GraphModule, group: Group, factors: Tensor, by: str) -> int:
 
 def rounding_change(op: Weighted, w: Tensor, factors: Tensor) -> Tensor:
     """What rounding ``w``, multiplied by ``factors`` (of its shape), by its plan adds to it: [B, N, K] as
-    ``as_problems`` has it, in units of ``w`` itself. 0 for experts that stay float.
+    ``as_matrices`` has it, in units of ``w`` itself. 0 for experts that stay float.
     """
     members: dict[Quant, list[int]] = {}
     for index, quant in enumerate(weight_quants(op.node.meta[PLAN])):
@@ -189,7 +189,7 @@ def rounding_change(op: Weighted, w: Tensor, factors: Tensor) -> Tensor:
         method = quant.method if isinstance(quant.method, Mse) else MinMax()
         found = weight_scales(scaled, quant.format, block, method)
         made[pick] = (fake_quantize(scaled, found, quant.format, block) - scaled) / factors[pick]
-    return as_problems(made, op)
+    return as_matrices(made, op)
 
 
 def column_magnitudes(gm: fx.GraphModule, group: Group) -> Tensor:

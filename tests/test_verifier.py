@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import graphq
 from graphq.cli import app
 from graphq.errors import GraphError, TargetError
-from graphq.lowering.verify import Verification, _difference, verify
+from graphq.verifier import Verification, _difference, verify
 from tests.checkpoints import save_checkpoint
 from tests.models import Blocks
 

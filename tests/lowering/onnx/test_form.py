@@ -17,7 +17,7 @@ from graphq import numerics
 from graphq.capture.source import source_of
 from graphq.ir.text import dump
 from graphq.ir.views import Dequantize, Param, ops_of
-from graphq.lowering.onnx_form import OnnxBlock, expert_linears, onnx_block, onnx_form, onnx_scale
+from graphq.lowering.onnx.form import OnnxBlock, expert_linears, onnx_block, onnx_form, onnx_scale
 from graphq.spec.formats import Int
 from graphq.state import tensor_of
 from tests.compiled import blocks_spec, compile_captured

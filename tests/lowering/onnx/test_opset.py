@@ -11,7 +11,7 @@ from onnx import parser
 from onnx_ir.passes import common
 
 from graphq.errors import TargetError
-from graphq.lowering.onnx_opset import lower_opset
+from graphq.lowering.onnx.opset import lower_opset
 
 X = np.random.default_rng(0).standard_normal((2, 3, 4)).astype(np.float32)
 

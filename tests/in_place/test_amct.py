@@ -10,9 +10,9 @@ from torch import Tensor, nn
 import graphq
 from graphq.errors import SpecError
 from graphq.spec.rules import Spec
+from tests.in_place.test_quantizer import Net, data, held, seeded
 from tests.models import tiny
 from tests.numerics.test_gptq import CODES, MSE, W, X
-from tests.test_in_place import Net, data, held, seeded
 
 # Round-to-nearest of AMCT's 8 x 8 weight, int4 by channel.
 MINMAX = [

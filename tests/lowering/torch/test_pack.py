@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 import graphq
 from graphq.ir.text import dump
-from graphq.lowering.pack import copy_graph, pack
+from graphq.lowering.torch.pack import copy_graph, pack
 from graphq.runtime.modules import Int8Linear, PackedWeight, codes_of
 from graphq.state import tensor_of
 from tests.models import MLP, Attention, ConvBnRelu, MoE, Tied, Twice

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from graphq.data.samples import Pool, draw, in_turn, pools_of
 from graphq.ir.pipeline import Batches, Pass, Pipeline
 from graphq.passes.blockwise import Blockwise
-from graphq.samples import Pool, draw, in_turn, pools_of
 from tests.graphs import annotated, run
 from tests.models import MLP, capture, captured, random_inputs
 

@@ -13,14 +13,14 @@ from typing import Any, Final, cast, final
 import torch
 from torch import nn
 
-from graphq.algorithms import DATA, Told, quantization, unmatched
+from graphq.algorithms import DATA, PassContext, quantization, unmatched
 from graphq.capture.modules import unwrapped
 from graphq.checks import is_calibrated, refusals
 from graphq.errors import GraphError, SpecError
 from graphq.frontends import amct, load_spec
-from graphq.in_place_graph import Layer
-from graphq.in_place_layer import FACTORS, InPlaceLayer
-from graphq.in_place_tree import check_weights, describe, float_layers, notes_on, why_not
+from graphq.in_place.graph import Layer
+from graphq.in_place.layer import FACTORS, InPlaceLayer
+from graphq.in_place.tree import check_weights, describe, float_layers, notes_on, why_not
 from graphq.passes.annotate import decide_on
 from graphq.report import Report, make_report
 from graphq.runtime.layers import QuantizedLayer
@@ -63,7 +63,7 @@ def quantize(model: nn.Module, config: Spec | Mapping[str, Any] | str | os.PathL
     for fqn, plan in planned.items():
         own = dataclasses.replace(spec, algorithms=tuple(_own(spec, resolved[fqn])))
         needs_data = is_calibrated(plan) or any(a.name in DATA for a in own.algorithms)
-        passes = quantization(own, {}, state.told(), False)
+        passes = quantization(own, {}, state.context(), False)
         state.layers[fqn] = InPlaceLayer(fqn, found[fqn], plan, passes, needs_data)
     state.attach(model)
 
@@ -106,9 +106,9 @@ class _Calibration:
         self.is_converted = False
         self.handles: list[Any] = []
 
-    def told(self) -> Told:
+    def context(self) -> PassContext:
         """Its own methods, so that what a copied model finds goes to the copy."""
-        return Told(self._record, self._note)
+        return PassContext(self._record, self._note)
 
     def _record(self, fqn: str, sqnr_db: float) -> None:
         self.sqnr[fqn] = sqnr_db

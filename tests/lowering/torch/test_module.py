@@ -13,16 +13,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import graphq
+from graphq.artifacts.manifest import quantized_tensors
 from graphq.capture.source import source_of
 from graphq.compiler import Compiled
 from graphq.errors import TargetError
-from graphq.lowering.manifest import quantized_tensors
-from graphq.lowering.torch_module import load, stored_codes, weight_nbytes
-from graphq.lowering.verify import verify
+from graphq.lowering.torch.module import load, stored_codes, weight_nbytes
+from graphq.verifier import verify
 from tests.compiled import compile_captured
 from tests.models import MLP, ConvBnRelu, MoE, Tied, random_inputs
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def floats(*shape: int, seed: int = 0) -> Tensor:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from graphq.batches import complete, complete_all, first_batches
 from graphq.capture.source import BATCH, PAST, SEQUENCE, TOTAL, Source, TensorInput
+from graphq.data.batches import complete, complete_all, first_batches
 from graphq.errors import SpecError
 from graphq.spec.rules import Run
 

@@ -1,0 +1,1 @@
+"""Batches, samples, text and evaluation."""

@@ -1,0 +1,1 @@
+"""AMCT's calling convention, on a module tree."""
