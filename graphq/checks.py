@@ -6,12 +6,12 @@ from typing import Final
 import torch
 from torch import fx, nn
 
-from graphq.algorithms import DATA
-from graphq.algorithms import problems as algorithm_problems
 from graphq.errors import GraphError, SpecError, TargetError
 from graphq.ir.layers import sites
 from graphq.ir.views import Param, ops_of
 from graphq.passes.quantize_weights import check_finite
+from graphq.spec.algorithms import ALGORITHMS
+from graphq.spec.algorithms import problems as algorithm_problems
 from graphq.spec.plan import Plan
 from graphq.spec.quant import Ofmr
 from graphq.spec.rules import Resolved, Spec
@@ -48,7 +48,7 @@ def refusals(spec: Spec) -> list[str]:
 
 def check_calibration(spec: Spec, resolved: Mapping[str, Resolved], calibration: Iterable[object] | None) -> None:
     """Raises ``SpecError`` where the spec needs data and none is given."""
-    names = [a.name for a in spec.algorithms if a.name in DATA]
+    names = [a.name for a in spec.algorithms if ALGORITHMS[a.name].needs_data]
     if names and calibration is None:
         raise SpecError(f"calibration: none given, but the spec asks for {' and '.join(names)}")
     asking = [

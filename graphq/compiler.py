@@ -10,7 +10,7 @@ from typing import Any, Final, Literal, cast, final
 import torch
 from torch import Tensor, fx, nn
 
-from graphq.algorithms import DATA, PassContext, preparations, quantization, unmatched
+from graphq.algorithms import PassContext, preparations, quantization, unmatched
 from graphq.capture import hugging_face
 from graphq.capture.modules import capture_module, unwrapped
 from graphq.capture.source import source_of
@@ -29,6 +29,7 @@ from graphq.passes.remove_no_ops import RemoveNoOps
 from graphq.passes.split_gate_up import SplitGateUp
 from graphq.report import Difference, Report, algorithm_text, difference, make_report, spec_settings
 from graphq.runtime.model import CompiledModel
+from graphq.spec.algorithms import ALGORITHMS
 from graphq.spec.match import Layer
 from graphq.spec.rules import Spec
 from graphq.state import put_tensor, tensor_of
@@ -212,7 +213,7 @@ def compile(  # noqa: A001
             batches = first_batches(complete_all(source, calibration), parsed.run)
             batches = _progress(batches, calibration)
         found = {fqn: one.layer for fqn, one in resolved.items()}
-        by_blocks = any(a.name in DATA for a in parsed.algorithms)
+        by_blocks = any(ALGORITHMS[a.name].needs_data for a in parsed.algorithms)
         if by_blocks and batches is not None:
             batches = list(batches)  # several walks over the blocks, and what they leave to the whole, read them
         passes = passes_for(parsed, found, PassContext(sqnr.__setitem__, told.append, seed), by_blocks)

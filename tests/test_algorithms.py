@@ -11,12 +11,12 @@ from torch import Tensor, fx
 
 import graphq
 from graphq import compiler
-from graphq.algorithms import OPTIONS, problems
 from graphq.capture.source import source_of
 from graphq.data.batches import complete
 from graphq.errors import SpecError
 from graphq.ir.pipeline import Pipeline
 from graphq.runtime.onnx_session import OnnxSession
+from graphq.spec.algorithms import ALGORITHMS, problems
 from graphq.spec.match import parse_match
 from graphq.spec.plan import KeepFloat
 from graphq.spec.rules import Algorithm, Rule, Spec
@@ -239,7 +239,7 @@ def test_every_option_is_a_field_of_its_pass() -> None:
 
     for step in (AWQ, Equalize, GPTQ, SmoothQuant):
         fields = {f.name for f in dataclasses.fields(step)} - {"only", "unclipped", "folds", "note", "record"}
-        assert set(OPTIONS[step.name]) == fields
+        assert set(ALGORITHMS[step.name].options) == fields
 
 
 def test_a_match_of_nothing() -> None:

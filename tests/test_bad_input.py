@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 import graphq
 from graphq import GraphError, SpecError, TargetError
-from graphq.algorithms import OPTIONS as ALGORITHMS
 from graphq.cli import app
+from graphq.spec.algorithms import ALGORITHMS
 from tests.models import MLP, Blocks
 
 X = torch.linspace(-2, 3, 5 * 8).reshape(5, 8)

@@ -7,7 +7,7 @@ from typing import Final, final
 from graphq.errors import SpecError
 from graphq.frontends.convert_conventions import CONVENTIONS, adapted
 from graphq.frontends.convert_layers import bare, plans_of, said_again, scope_of
-from graphq.frontends.llm_compressor.transforms import defaults
+from graphq.spec.algorithms import defaults
 from graphq.spec.match import Layer
 from graphq.spec.plan import Plan
 from graphq.spec.rules import Algorithm, Spec

@@ -10,17 +10,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, final
 
-from graphq.frontends.llm_compressor.transforms import defaults
 from graphq.frontends.llmc.run import TARGETS
 from graphq.frontends.llmc.tensor import mse
 from graphq.frontends.modelslim.write import SAVERS
+from graphq.spec.algorithms import Value, defaults
 from graphq.spec.folds import EVERYWHERE, NORMS, Folds
 from graphq.spec.formats import Divisor, ExponentRule, Float, FloatScale, Format, Int, Mx, MxElement
 from graphq.spec.plan import Plan
 from graphq.spec.quant import MinMax, MovingAverage, Mse, Ofmr, PerToken, Quant
 from graphq.spec.rules import Algorithm, Order, Prefix, Run, Spec
 
-Value = str | int | float | bool | None
 _ANY: Final[tuple[Value, ...]] = ()
 
 

@@ -11,14 +11,14 @@ from graphq.frontends.amct.table import ROWS, combinations
 from graphq.frontends.amct.write import EVERY_LAYER, skipped
 from graphq.frontends.llm_compressor.combine import precedence
 from graphq.frontends.llm_compressor.transforms import folds
+from graphq.frontends.llmc.write import MIX_BITS
+from graphq.spec.algorithms import at_stage
 from graphq.spec.constraint import Constraint, broken
 from graphq.spec.match import Blocks, Exact, Glob, Kind, Layer, Linears, Match, Name, Part, Regex
 from graphq.spec.plan import KeepFloat, Plan
 from graphq.spec.quant import PerGroup
 from graphq.spec.rules import Algorithm, Rule, Spec, resolve
 
-MIX_BITS: Final = "mix_bits"
-_ROUNDING: Final = ("gptq", "auto-round")
 _FLOAT: Final = KeepFloat("float")
 Plans = Mapping[str, Plan]
 Layers = Mapping[str, Layer]
@@ -55,7 +55,7 @@ def said_again(spec: Spec, dialect: str, layers: Layers) -> tuple[Spec, list[str
         matches = [() if all_ else one.match for one, all_ in zip(algorithms, whole, strict=True)]
     else:
         is_slim = dialect == "modelslim"
-        rounding = [i for i, one in enumerate(algorithms) if one.name in _ROUNDING and not whole[i]]
+        rounding = [i for i, one in enumerate(algorithms) if one.name in at_stage("round") and not whole[i]]
         own = {fqn: tuple(i for i in rounding if fqn in scopes[i]) for fqn in plans}
         named: list[tuple[Rule, tuple[int, ...]]] = []
         for key in dict.fromkeys((plan, own[fqn]) for fqn, plan in plans.items()):

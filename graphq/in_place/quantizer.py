@@ -13,7 +13,7 @@ from typing import Any, Final, cast, final
 import torch
 from torch import nn
 
-from graphq.algorithms import DATA, PassContext, quantization, unmatched
+from graphq.algorithms import PassContext, quantization, unmatched
 from graphq.capture.modules import unwrapped
 from graphq.checks import is_calibrated, refusals
 from graphq.errors import GraphError, SpecError
@@ -24,12 +24,12 @@ from graphq.in_place.tree import check_weights, describe, float_layers, notes_on
 from graphq.passes.annotate import decide_on
 from graphq.report import Report, make_report
 from graphq.runtime.layers import QuantizedLayer
+from graphq.spec.algorithms import ALGORITHMS
 from graphq.spec.folds import EVERYWHERE
 from graphq.spec.plan import KeepFloat, Plan
 from graphq.spec.rules import Algorithm, Resolved, Spec
 
 _STATE: Final = "_graphq_in_place"
-_ALONE: Final = ("rtn", "smooth-quant", "awq", "gptq")  # what can be done to a layer by itself
 _HOOKS: Final = (
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs"),
     *("_forward_hooks_always_called",),
@@ -62,7 +62,7 @@ def quantize(model: nn.Module, config: Spec | Mapping[str, Any] | str | os.PathL
     state = _Calibration(type(model).__name__, spec, resolved, [*notes, *notes_on(model, planned, found)])
     for fqn, plan in planned.items():
         own = dataclasses.replace(spec, algorithms=tuple(_own(spec, resolved[fqn])))
-        needs_data = is_calibrated(plan) or any(a.name in DATA for a in own.algorithms)
+        needs_data = is_calibrated(plan) or any(ALGORITHMS[a.name].needs_data for a in own.algorithms)
         passes = quantization(own, {}, state.context(), False)
         state.layers[fqn] = InPlaceLayer(fqn, found[fqn], plan, passes, needs_data)
     state.attach(model)
@@ -240,7 +240,7 @@ def _beyond(spec: Spec) -> list[str]:
     return [
         f"{f'{a.source}: ' if a.source else ''}{a.name} needs the graph of the model; use graphq.compile"
         for a in spec.algorithms
-        if a.name not in _ALONE
+        if a.name in ALGORITHMS and not ALGORITHMS[a.name].in_place
     ] + [
         f"{f'{a.source}: ' if a.source else ''}{a.name}: folds: nothing is folded in place; use graphq.compile"
         for a in spec.algorithms
@@ -254,7 +254,7 @@ def _own(spec: Spec, found: Resolved) -> Iterator[Algorithm]:
         if algorithm.match and not any(match.matches(found.layer) for match in algorithm.match):
             continue
         options = dict(algorithm.options)
-        if algorithm.name in ("smooth-quant", "awq"):
+        if ALGORITHMS[algorithm.name].folds:
             options["where"] = "multiply"
         yield dataclasses.replace(algorithm, options=tuple(options.items()), match=())
 

@@ -7,11 +7,11 @@ from typing import Final, final
 from graphq.errors import SpecError
 from graphq.frontends.llm_compressor.combine import precedence, restored, runs
 from graphq.frontends.llm_compressor.presets import UNQUANTIZED
+from graphq.spec.algorithms import at_stage
 from graphq.spec.match import Exact, Kind, Match, Regex
 from graphq.spec.plan import KeepFloat, Plan
 from graphq.spec.rules import Algorithm, Rule
 
-ROUNDING: Final = ("gptq", "auto-round")
 _MOST_EARLIER: Final = 1000  # beyond, to look for what they decide for each float rule would take long
 
 
@@ -31,7 +31,7 @@ class Segment:
 
 def divide(rules: Sequence[Rule], algorithms: Sequence[Algorithm]) -> list[Segment]:
     """The modifiers that give these rules, one after the other."""
-    rounding = [algorithm for algorithm in algorithms if algorithm.name in ROUNDING]
+    rounding = [algorithm for algorithm in algorithms if algorithm.name in at_stage("round")]
     whole = next((algorithm for algorithm in rounding if not algorithm.match), None)
     segments: list[Segment] = []
     earlier: list[Rule] = []  # those of the segments before the last one

@@ -6,20 +6,12 @@ from typing import Final
 from graphq.errors import SpecError
 from graphq.frontends.document import Plain
 from graphq.frontends.llm_compressor.targets import write_target
+from graphq.spec.algorithms import Value, defaults
 from graphq.spec.folds import EVERYWHERE, NORMS, Folds
 from graphq.spec.match import Match, Regex
 from graphq.spec.rules import Algorithm
 
-Value = str | int | float | bool | None
-
-# Every option with its default in graphq.
-_DEFAULTS: Final[Mapping[str, Mapping[str, Value]]] = {
-    "gptq": {"act_order": "static", "scales": "search", "block_size": 128, "dampening": 0.01, "min_samples": 32},
-    "auto-round": {"steps": 200, "lr": None, "batch_size": 8},
-    "awq": {"duo": None, "n_grid": 20, "power": 2, "clip": True, "where": "fold"},
-    "smooth-quant": {"alpha": 0.5, "statistic": "magnitude", "where": "fold"},
-    "rotate": {"r1": True, "r2": True, "r3": False, "r4": False, "kind": "random_hadamard", "block_size": None},
-}
+_ALGORITHMS: Final = ("gptq", "auto-round", "awq", "smooth-quant", "rotate")  # those that llm-compressor has
 # What an option has to be, for llm-compressor does nothing else.
 _FIXED: Final[Mapping[str, Mapping[str, Value]]] = {
     "gptq": {"scales": "plan", "min_samples": 32},
@@ -36,11 +28,6 @@ _IN_FRONT: Final[Mapping[str, tuple[str, ...]]] = {
 }
 
 
-def defaults(name: str) -> dict[str, object]:
-    """The options of an algorithm that are not written because graphq has them anyhow."""
-    return dict(_DEFAULTS.get(name, {}))
-
-
 def folds(name: str, match: tuple[Match, ...]) -> Folds:
     """What llm-compressor folds factors into: where no mappings say so, SmoothQuant into norms alone."""
     return NORMS if name == "smooth-quant" and not match else EVERYWHERE
@@ -49,10 +36,10 @@ def folds(name: str, match: tuple[Match, ...]) -> Folds:
 def _options(algorithm: Algorithm) -> dict[str, Value]:
     """All options of an algorithm that llm-compressor has. Raises ``SpecError`` with those that it does not have."""
     name = algorithm.name
-    if name not in _DEFAULTS:
+    if name not in _ALGORITHMS:
         raise SpecError(f"{name}: llm-compressor has no such algorithm")
-    problems = [f"{name} has no option {option}" for option, _ in algorithm.options if option not in _DEFAULTS[name]]
-    options = {**_DEFAULTS[name], **dict(algorithm.options)}
+    problems = [f"{name} has no option {option}" for option, _ in algorithm.options if option not in defaults(name)]
+    options = {**defaults(name), **dict(algorithm.options)}
     for option, value in _FIXED.get(name, {}).items():
         if options[option] != value:
             shown = str(value).lower() if isinstance(value, bool) else value

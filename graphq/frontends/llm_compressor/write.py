@@ -13,7 +13,8 @@ from graphq.frontends.llm_compressor.combine import default_pipeline, default_pr
 from graphq.frontends.llm_compressor.divide import Segment, divide
 from graphq.frontends.llm_compressor.recipe import parse_recipe
 from graphq.frontends.llm_compressor.targets import read_target, whole_name, write_target
-from graphq.frontends.llm_compressor.transforms import defaults, write_rounding, write_transform
+from graphq.frontends.llm_compressor.transforms import write_rounding, write_transform
+from graphq.spec.algorithms import at_stage, defaults
 from graphq.spec.match import Exact, Kind, Match
 from graphq.spec.plan import Decision, KeepFloat, Plan
 from graphq.spec.rules import Algorithm, Rule, Spec
@@ -86,7 +87,7 @@ def _stage(spec: Spec, problems: list[str]) -> dict[str, Plain]:
     """The groups of modifiers: a class stands once in a group, so that a class that comes again opens another."""
     modifiers: list[tuple[str, dict[str, Plain]]] = []
     segments = divide(spec.rules, spec.algorithms)
-    transforms = [(index, a) for index, a in enumerate(spec.algorithms) if a.name not in ("gptq", "auto-round")]
+    transforms = [(index, a) for index, a in enumerate(spec.algorithms) if a.name not in at_stage("round")]
     cache = None if spec.cache is None else spec.cache
     written = None if cache is None else _made(lambda: write_args(cache, "kv_cache_scheme"), problems)
     for number, segment in enumerate(segments):

@@ -7,7 +7,7 @@ the first, and what a rule keeps float is excluded from every processor after it
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, final
+from typing import final
 
 import yaml
 
@@ -18,13 +18,12 @@ from graphq.frontends.modelslim.qconfig import Rounding, beyond, side_of, write_
 from graphq.frontends.modelslim.read import SAVERS, parse
 from graphq.frontends.modelslim.smooth import write_preparation
 from graphq.frontends.yaml_text import read_text
+from graphq.spec.algorithms import at_stage
 from graphq.spec.formats import Int
 from graphq.spec.match import Exact, Glob, Kind, Linears, Match
 from graphq.spec.plan import KeepFloat, Plan
 from graphq.spec.quant import PerChannel, Quant
 from graphq.spec.rules import Algorithm, Rule, Spec
-
-_ROUNDING: Final = ("gptq", "auto-round")
 
 
 @final
@@ -79,7 +78,7 @@ def _write_text(spec: Spec) -> str:
     for algorithm in spec.algorithms:
         if algorithm.name == "auto-round" and [*dict(algorithm.options)] != ["steps"]:
             problems.append("auto-round: msModelSlim's has steps, which are to be written, and no other option")
-        if algorithm.name in (*_ROUNDING, "rtn"):
+        if algorithm.name in (*at_stage("round"), "rtn"):
             continue
         try:
             process.append(write_preparation(algorithm, write_qconfig(chosen[0].plan, None) if qconfigs else {}))
@@ -194,7 +193,7 @@ def _roundings(spec: Spec) -> dict[Match, Rounding]:
     found: dict[Match, Rounding] = {}
     given = [rule.match for rule in spec.rules if isinstance(rule.decision, Plan)]
     for algorithm in spec.algorithms:
-        if algorithm.name not in _ROUNDING:
+        if algorithm.name not in at_stage("round"):
             continue
         for asked in algorithm.match or given:
             near = [match for match in given if _is_for(asked, match)]
