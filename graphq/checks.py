@@ -6,7 +6,7 @@ from typing import Final
 import torch
 from torch import fx, nn
 
-from graphq.errors import GraphError, SpecError, TargetError
+from graphq.errors import GraphError, SpecError
 from graphq.ir.layers import sites
 from graphq.ir.views import Param, ops_of
 from graphq.passes.quantize_weights import check_finite
@@ -17,25 +17,7 @@ from graphq.spec.quant import Ofmr
 from graphq.spec.rules import Resolved, Spec
 from graphq.state import tensor_of
 
-TARGETS: Final = ("torch", "onnx")
 QUANTIZABLE: Final = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-OPTIONS: Final[dict[str, dict[str, type]]] = {
-    "torch": {"overwrite": bool},
-    "onnx": {"overwrite": bool, "cache": bool, "opset": int, "bfloat16": bool},
-}
-
-
-def check_options(target: str, options: Mapping[str, object]) -> None:
-    """Raises ``TargetError`` for a target or an option that there is not."""
-    if target not in OPTIONS:
-        raise TargetError(f"{target}: no such target; there are {', '.join(TARGETS)}")
-    known = OPTIONS[target]
-    for name, value in options.items():
-        if name not in known:
-            raise TargetError(f"{target}: no option {name}; there are {', '.join(known)}")
-        if type(value) is not known[name]:
-            wanted = "true or false" if known[name] is bool else "a whole number"
-            raise TargetError(f"{target}: {name}: {value!r} is not {wanted}")
 
 
 def refusals(spec: Spec) -> list[str]:

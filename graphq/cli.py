@@ -131,7 +131,13 @@ def compile_(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where to write the artifact, a directory.")],
     model: NamedModel = None,
     target: Annotated[
-        Literal["torch", "onnx"] | None, typer.Option(help="What to write; default: what the spec names.")
+        str | None, typer.Option(metavar="NAME", help="What to write, torch or onnx; default: what the spec names.")
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE", help="An option of the target, repeatable, such as opset=21 or bfloat16=true."
+        ),
     ] = None,
     calibration: Calibration = None,
     samples: Samples = None,
@@ -149,27 +155,29 @@ def compile_(
     debug: Debug = False,
 ) -> None:
     """Quantize a model and write the artifact."""
-    if no_cache and target == "torch":
-        raise typer.BadParameter("only --target onnx can leave the cache out", param_hint="--no-cache")
     from graphq.files import check_place
     from graphq.frontends import load_spec
+    from graphq.lowering.targets import TARGETS, target_named
 
+    if target is not None and target not in TARGETS:
+        raise typer.BadParameter(f"{target} is not one of {', '.join(TARGETS)}", param_hint="--target")
     parsed = load_spec(spec, dialect)
     run = parsed.run
     model = _model(model, run)
     target_name = target or run.target
     if not target_name:
-        raise typer.BadParameter("the spec names no target: say --target torch or onnx", param_hint="--target")
+        names = " or ".join(TARGETS)
+        raise typer.BadParameter(f"the spec names no target: say --target {names}", param_hint="--target")
+    target_named(target_name)
+    options = _target_options(target_name, option or [], overwrite, no_cache)
     calibration = calibration or (Path(run.calibration) if run.calibration else None)
-    check_place(out, overwrite, [model, *([Path(spec)] if Path(spec).exists() else []), *filter(None, [calibration])])
+    read = [model, *([Path(spec)] if Path(spec).exists() else []), *filter(None, [calibration])]
+    check_place(out, options.get("overwrite") is True, read)
     from graphq import compiler
-    from graphq.checks import check_options
 
-    options: dict[str, Any] = {"cache": False} if no_cache else {}
-    check_options(target_name, options)
     batches = _calibration(model, calibration, samples, sequence_length, run)
     made = compiler.compile(model, parsed, calibration=batches, algorithm=algorithm, seed=seed)
-    made.emit(target_name, out, overwrite=overwrite, **options)
+    made.emit(target_name, out, **options)
     _print_report(made.report, as_json)
     quantized = sum(layer.weight is not None or layer.input is not None for layer in made.report.layers)
     typer.echo(f"{out}: {target_name} artifact, {quantized} of {len(made.report.layers)} layers quantized", err=True)
@@ -328,6 +336,24 @@ def _model(given: Path | None, run: "Run") -> Path:
     return given or Path(run.model)
 
 
+def _target_options(target: str, written: Sequence[str], overwrite: bool, no_cache: bool) -> dict[str, object]:
+    """The options of a target that are asked for, of the types that its ``emit`` declares."""
+    from graphq.errors import TargetError
+    from graphq.lowering.targets import read_option
+
+    options: dict[str, object] = {}
+    flags = ["overwrite=true"] * overwrite + ["cache=false"] * no_cache
+    for text in (*flags, *written):
+        try:
+            name, value = read_option(target, text)
+        except TargetError as error:
+            raise typer.BadParameter(str(error), param_hint="--option") from error
+        if name in options:
+            raise typer.BadParameter(f"{target}: {name} is given twice", param_hint="--option")
+        options[name] = value
+    return options
+
+
 def _layers(model: Path) -> "dict[str, Layer]":
     """The layers of the model in a directory, whose weights are not read."""
     from graphq.compiler import capture
@@ -382,11 +408,6 @@ def _language_model(path: Path) -> Callable[..., Any]:
     source = manifest.source_of_artifact(path, described)
     if not source.is_causal_lm:
         raise GraphError(f"{path}: not a causal language model; it has no perplexity")
-    if described.get("target") == "onnx":
-        from graphq.lowering.onnx.tensors import NAME
-        from graphq.runtime.onnx_session import OnnxSession
+    from graphq.lowering.targets import target_named
 
-        return OnnxSession(path / NAME, source)
-    from graphq.lowering.torch.module import load
-
-    return load(path)
+    return target_named(str(described.get("target"))).open(path, source)

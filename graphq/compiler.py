@@ -14,13 +14,15 @@ from graphq.algorithms import PassContext, preparations, quantization, unmatched
 from graphq.capture import hugging_face
 from graphq.capture.modules import capture_module, unwrapped
 from graphq.capture.source import source_of
-from graphq.checks import check_calibration, check_options, check_tensors, refusals
+from graphq.checks import check_calibration, check_tensors, refusals
 from graphq.data.batches import complete_all, first_batches
 from graphq.errors import GraphError, SpecError
 from graphq.files import check_place
 from graphq.frontends import load_spec
 from graphq.frontends.native import print_spec
 from graphq.ir.pipeline import Batches, Pass, Pipeline
+from graphq.lowering.targets import check_options, target_named
+from graphq.lowering.torch.pack import pack
 from graphq.passes.annotate import Annotate, decide
 from graphq.passes.calibrate import Calibrate
 from graphq.passes.quantize_weights import QuantizeWeights
@@ -72,8 +74,6 @@ class Compiled:
     def module(self) -> CompiledModel:
         """The packed torch module."""
         if self._packed is None:
-            from graphq.lowering.torch.pack import pack
-
             self._packed = CompiledModel(pack(self.graph)).eval()
         return self._packed
 
@@ -89,9 +89,9 @@ class Compiled:
     def emit(self, target: str, path: str | os.PathLike[str], **options: Any) -> None:
         """Write the artifact for ``target`` (``"torch"``, ``"onnx"``) into the directory ``path``, whole or not at all.
 
-        ``overwrite=True`` replaces an existing artifact. ONNX takes ``opset`` (13 by default; the types may ask for
-        more), ``cache=False`` and ``bfloat16=True``, without which a bfloat16 model is refused. Raises ``TargetError``
-        for a layer that the target cannot hold, for an option that it does not have, and for an existing ``path``.
+        ``options`` are the keywords of the target's own ``emit``; every target has ``overwrite=True``, which replaces
+        an existing artifact. Raises ``TargetError`` for a layer that the target cannot hold, for an option that it does
+        not have, and for an existing ``path``.
         """
         check_options(target, options)
         files = source_of(self.graph).files
@@ -102,14 +102,7 @@ class Compiled:
             "seed": self.seed,
             "report": self.report.to_json(),
         }
-        match target:
-            case "torch":
-                from graphq.lowering.torch.module import emit
-            case "onnx":
-                from graphq.lowering.onnx.emit import emit
-            case _:
-                raise AssertionError(target)
-        emit(self.graph, Path(path), made_from, **options)
+        target_named(target).emit(self.graph, Path(path), made_from, **options)
 
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Write the torch artifact, which ``graphq.load`` reads."""

@@ -17,7 +17,8 @@ import yaml
 from torch import Tensor
 
 from graphq.artifacts import manifest
-from graphq.errors import GraphqError, SpecError, TargetError
+from graphq.errors import SpecError, TargetError
+from graphq.lowering.targets import TARGETS
 
 _INPUTS: Final = (".input_scale", ".input_zero_point", ".input_global_scale")
 _TENSORS: Final = ("model.safetensors", "model.onnx", "model.onnx.data")
@@ -93,21 +94,10 @@ def _files(directory: Path, described: Mapping[str, Any]) -> tuple[dict[str, str
 
 def _held(directory: Path, described: Mapping[str, Any]) -> dict[str, Tensor]:
     """All tensors that the artifact holds, by name; packed codes unpacked."""
-    match described.get("target"):
-        case "torch":
-            from graphq.lowering.torch.module import load, stored_codes
-
-            model = load(directory)
-            try:
-                return model.graph.state_dict() | manifest.named_tensors(stored_codes(model))
-            except (GraphqError, RuntimeError) as error:
-                raise TargetError(f"{directory}: damaged: {error}") from error
-        case "onnx":
-            from graphq.lowering.onnx.tensors import initializers
-
-            return initializers(directory)
-        case other:
-            raise TargetError(f"{directory / manifest.NAME}: no such target: {other}")
+    target = TARGETS.get(str(described.get("target")))
+    if target is None:
+        raise TargetError(f"{directory / manifest.NAME}: no such target: {described.get('target')}")
+    return target.tensors(directory)
 
 
 def _difference(name: str, made: Tensor | None, held: Tensor | None) -> str | None:
@@ -151,8 +141,5 @@ def _recompile(directory: Path, described: Mapping[str, Any], model: Path) -> di
     gm = hugging_face.capture_directory(model, dtype, cache=cache)
     with torch.no_grad():
         Pipeline([RemoveNoOps(), RaiseGroupedLinear(), SplitGateUp(), Annotate(spec), QuantizeWeights()]).run(gm)
-    if described["target"] == "onnx":
-        from graphq.lowering.onnx.form import onnx_form
-
-        gm = onnx_form(gm)
-    return manifest.named_tensors(manifest.quantized_tensors(gm))
+    form = TARGETS[described["target"]].form(gm)
+    return manifest.named_tensors(manifest.quantized_tensors(form))

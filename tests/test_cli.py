@@ -70,7 +70,6 @@ def test_version():
         ["nosuch"],
         ["compile", "m", "--spec", "w4a16", "--out", "o"],
         ["compile", "m", "--spec", "s", "--out", "o", "--target", "tflite"],
-        ["compile", "m", "--spec", "s", "--out", "o", "--target", "torch", "--no-cache"],
         ["compile", "m", "--spec", "s", "--out", "o", "--target", "torch", "--algorithm", "gptq"],
         ["compile", "m", "--spec", "s", "--out", "o", "--target", "torch", "--samples", "0"],
         ["compile", "m", "--spec", "s", "--out", "o", "--target", "torch", "--sequence-length", "1"],
@@ -258,6 +257,29 @@ def test_onnx_without_a_cache(model, spec, tmp_path):
     graphq_("compile", model, "--spec", spec, "--target", "onnx", "--out", out, "--no-cache")
     inputs = [i.name for i in onnx.load(out / "model.onnx").graph.input]
     assert inputs == ["input_ids", "attention_mask", "position_ids"]
+    options = ("--option", "cache=false", "--option", "opset=21", "--option", "overwrite=true")
+    graphq_("compile", model, "--spec", spec, "--target", "onnx", "--out", out, *options)
+    written = onnx.load(out / "model.onnx")
+    assert [i.name for i in written.graph.input] == inputs
+    assert [(found.domain, found.version) for found in written.opset_import] == [("", 21)]
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "problem"),
+    [
+        ("onnx", ["--option", "opset=new"], "onnx: opset: 'new' is not a whole number"),
+        ("onnx", ["--option", "cache=0"], "onnx: cache: '0' is not true or false"),
+        ("onnx", ["--option", "opset"], "onnx: opset: write NAME=VALUE; there are overwrite, cache, opset, bfloat16"),
+        ("torch", ["--option", "opset=21"], "torch: no option opset; there are overwrite"),
+        ("torch", ["--no-cache"], "torch: no option cache; there are overwrite"),
+        ("onnx", ["--no-cache", "--option", "cache=true"], "onnx: cache is given twice"),
+    ],
+)
+def test_options_that_a_target_does_not_take(target, options, problem, spec, tmp_path):
+    result = graphq_(
+        "compile", tmp_path / "m", "--spec", spec, "--target", target, "--out", tmp_path / "o", *options, status=2
+    )
+    assert f"Invalid value for --option: {problem}" in result.stderr
 
 
 def test_eval_gives_one_number_for_every_form_of_a_model(model, artifacts, tmp_path):

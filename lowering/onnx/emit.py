@@ -26,6 +26,7 @@ from graphq.lowering.legalize import Limits, legalize, where
 from graphq.lowering.onnx.form import onnx_form
 from graphq.lowering.onnx.names import check_names, name_outputs, restore_names
 from graphq.lowering.onnx.tensors import NAME, initializers
+from graphq.runtime.onnx_session import OnnxSession
 from graphq.spec.formats import Float, Int
 
 _DATA: Final = "model.onnx.data"
@@ -67,6 +68,7 @@ def emit(
     gm: fx.GraphModule,
     path: str | Path,
     made_from: Mapping[str, Any],
+    *,
     overwrite: bool = False,
     cache: bool = True,
     opset: int = 13,
@@ -105,6 +107,11 @@ def emit(
         ir.save(model, directory / NAME, external_data=_DATA if size > _INLINE_BYTES else None)
         onnx.checker.check_model(str(directory / NAME), full_check=True)
         manifest.write(directory, prepared, "onnx", made_from, initializers(directory))
+
+
+def open_session(directory: Path, source: Source) -> OnnxSession:
+    """The artifact in ONNX Runtime. Raises ``TargetError`` for one that it cannot load."""
+    return OnnxSession(directory / NAME, source)
 
 
 def _refuse_bfloat16(gm: fx.GraphModule) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from graphq.artifacts import manifest
 from graphq.capture.source import KEY, Source
-from graphq.errors import TargetError
+from graphq.errors import GraphqError, TargetError
 from graphq.files import whole_directory
 from graphq.ir.views import Op
 from graphq.lowering.legalize import Limits, legalize
@@ -33,7 +33,7 @@ def _refuses(op: Op) -> str | None:
 LIMITS: Final = Limits("torch", _refuses)
 
 
-def emit(gm: fx.GraphModule, path: str | Path, made_from: Mapping[str, Any], overwrite: bool = False) -> None:
+def emit(gm: fx.GraphModule, path: str | Path, made_from: Mapping[str, Any], *, overwrite: bool = False) -> None:
     """The QDQ form ``gm`` as a packed torch artifact in the directory ``path``, written whole or not at all.
 
     ``made_from`` goes into the manifest. Raises ``TargetError`` for what cannot be stored and for an existing ``path``.
@@ -126,6 +126,15 @@ def stored_codes(model: CompiledModel) -> dict[str, manifest.QuantizedTensor]:
             held = (codes_of(module), *scales_of(module))
             found[path] = manifest.QuantizedTensor(path, format_of(module), *held)
     return found | manifest.quantized_tensors(model.graph)  # whose weights are packed: it holds the inputs alone
+
+
+def stored_tensors(directory: Path) -> dict[str, Tensor]:
+    """All tensors of an artifact by name, packed codes unpacked. Raises ``TargetError`` for a damaged one."""
+    model = load(directory)
+    try:
+        return model.graph.state_dict() | manifest.named_tensors(stored_codes(model))
+    except (GraphqError, RuntimeError) as error:
+        raise TargetError(f"{directory}: damaged: {error}") from error
 
 
 def weight_nbytes(model: CompiledModel) -> int:

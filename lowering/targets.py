@@ -1,0 +1,105 @@
+"""The targets that there are, a row each, and the options that each takes, as its ``emit`` declares them."""
+
+import inspect
+import re
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, Union, final, get_args, get_origin
+
+from torch import Tensor, fx
+
+from graphq.capture.source import Source
+from graphq.errors import TargetError
+from graphq.lowering.onnx.emit import emit as emit_onnx
+from graphq.lowering.onnx.emit import open_session
+from graphq.lowering.onnx.form import onnx_form
+from graphq.lowering.onnx.tensors import initializers
+from graphq.lowering.torch.module import emit as emit_torch
+from graphq.lowering.torch.module import load, stored_tensors
+
+
+@final
+@dataclass(frozen=True)
+class Target:
+    """What is done for one target.
+
+    emit: writes the QDQ form as an artifact, given the graph, the directory and what the manifest says it was made
+        from. Its parameters behind these are the target's options, by keyword alone.
+    tensors: all tensors of an artifact by name, packed codes unpacked. Raises ``TargetError`` for a damaged one.
+    open: what an artifact of this source is called as.
+    form: the QDQ form with the codes and scales that the artifact holds, and those names.
+    """
+
+    emit: Callable[..., None]
+    tensors: Callable[[Path], dict[str, Tensor]]
+    open: Callable[[Path, Source], Callable[..., Any]]
+    form: Callable[[fx.GraphModule], fx.GraphModule]
+
+
+TARGETS: Final[Mapping[str, Target]] = {
+    "torch": Target(emit_torch, stored_tensors, lambda path, source: load(path), lambda gm: gm),
+    "onnx": Target(emit_onnx, initializers, open_session, onnx_form),
+}
+
+
+def target_named(name: str) -> Target:
+    """The target of that name. Raises ``TargetError`` where there is none."""
+    if name not in TARGETS:
+        raise TargetError(f"{name}: no such target; there are {', '.join(TARGETS)}")
+    return TARGETS[name]
+
+
+def options_of(target: str) -> dict[str, Any]:
+    """The type of each option by its name. Raises ``TargetError`` for a target that there is not."""
+    parameters = inspect.signature(target_named(target).emit).parameters.values()
+    return {one.name: one.annotation for one in parameters if one.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def check_options(target: str, options: Mapping[str, object]) -> None:
+    """Raises ``TargetError`` for a target or an option that there is not, and for a value of another type."""
+    target_named(target)
+    for name, value in options.items():
+        wanted = _type_of(target, name)
+        if not _allows(wanted, value):
+            raise TargetError(f"{target}: {name}: {value!r} is not {in_words(wanted)}")
+
+
+def read_option(target: str, text: str) -> tuple[str, object]:
+    """The name and the value of an option written ``name=value``. Raises ``TargetError`` that says what it takes."""
+    name, mark, written = text.partition("=")
+    if not mark:
+        raise TargetError(f"{target}: {text}: write NAME=VALUE; there are {', '.join(options_of(target))}")
+    wanted = _type_of(target, name)
+    named: dict[str, object] = {"true": True, "false": False, "null": None}
+    readings = [named[written]] if written in named else []
+    readings += [int(written)] if re.fullmatch("-?[0-9]{1,18}", written) else []
+    for value in (*readings, written):
+        if _allows(wanted, value):
+            return name, value
+    raise TargetError(f"{target}: {name}: {written!r} is not {in_words(wanted)}")
+
+
+def in_words(wanted: Any) -> str:
+    """What an option of this type may be."""
+    if get_origin(wanted) in (types.UnionType, Union):
+        return " or ".join(in_words(one) for one in get_args(wanted))
+    if get_origin(wanted) is Literal:
+        return f"one of {', '.join(map(str, get_args(wanted)))}"
+    return {bool: "true or false", int: "a whole number", str: "text", types.NoneType: "null"}[wanted]
+
+
+def _type_of(target: str, name: str) -> Any:
+    known = options_of(target)
+    if name not in known:
+        raise TargetError(f"{target}: no option {name}; there are {', '.join(known)}")
+    return known[name]
+
+
+def _allows(wanted: Any, value: object) -> bool:
+    if get_origin(wanted) in (types.UnionType, Union):
+        return any(_allows(one, value) for one in get_args(wanted))
+    if get_origin(wanted) is Literal:
+        return any(type(value) is type(one) and value == one for one in get_args(wanted))
+    return type(value) is wanted
