@@ -157,7 +157,7 @@ def compile_(
     """Quantize a model and write the artifact."""
     from graphq.files import check_place
     from graphq.frontends import load_spec
-    from graphq.lowering.targets import TARGETS, target_named
+    from graphq.lowering.targets import TARGETS, read_options
 
     if target is not None and target not in TARGETS:
         raise typer.BadParameter(f"{target} is not one of {', '.join(TARGETS)}", param_hint="--target")
@@ -168,8 +168,7 @@ def compile_(
     if not target_name:
         names = " or ".join(TARGETS)
         raise typer.BadParameter(f"the spec names no target: say --target {names}", param_hint="--target")
-    target_named(target_name)
-    options = _target_options(target_name, option or [], overwrite, no_cache)
+    options = read_options(target_name, [*["overwrite=true"] * overwrite, *["cache=false"] * no_cache, *(option or [])])
     calibration = calibration or (Path(run.calibration) if run.calibration else None)
     read = [model, *([Path(spec)] if Path(spec).exists() else []), *filter(None, [calibration])]
     check_place(out, options.get("overwrite") is True, read)
@@ -334,24 +333,6 @@ def _model(given: Path | None, run: "Run") -> Path:
     if given is None and not run.model:
         raise typer.BadParameter("none is given, and the spec names none", param_hint="MODEL_DIR")
     return given or Path(run.model)
-
-
-def _target_options(target: str, written: Sequence[str], overwrite: bool, no_cache: bool) -> dict[str, object]:
-    """The options of a target that are asked for, of the types that its ``emit`` declares."""
-    from graphq.errors import TargetError
-    from graphq.lowering.targets import read_option
-
-    options: dict[str, object] = {}
-    flags = ["overwrite=true"] * overwrite + ["cache=false"] * no_cache
-    for text in (*flags, *written):
-        try:
-            name, value = read_option(target, text)
-        except TargetError as error:
-            raise typer.BadParameter(str(error), param_hint="--option") from error
-        if name in options:
-            raise typer.BadParameter(f"{target}: {name} is given twice", param_hint="--option")
-        options[name] = value
-    return options
 
 
 def _layers(model: Path) -> "dict[str, Layer]":

@@ -3,7 +3,7 @@
 import inspect
 import re
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, Union, final, get_args, get_origin
@@ -79,6 +79,17 @@ def read_option(target: str, text: str) -> tuple[str, object]:
         if _allows(wanted, value):
             return name, value
     raise TargetError(f"{target}: {name}: {written!r} is not {in_words(wanted)}")
+
+
+def read_options(target: str, texts: Iterable[str]) -> dict[str, object]:
+    """Options of a target by name, each given once as ``name=value``. Raises ``TargetError``."""
+    target_named(target)
+    options: dict[str, object] = {}
+    for name, value in (read_option(target, text) for text in texts):
+        if name in options:
+            raise TargetError(f"{target}: {name}: is given twice")
+        options[name] = value
+    return options
 
 
 def in_words(wanted: Any) -> str:

@@ -272,14 +272,14 @@ def test_onnx_without_a_cache(model, spec, tmp_path):
         ("onnx", ["--option", "opset"], "onnx: opset: write NAME=VALUE; there are overwrite, cache, opset, bfloat16"),
         ("torch", ["--option", "opset=21"], "torch: no option opset; there are overwrite"),
         ("torch", ["--no-cache"], "torch: no option cache; there are overwrite"),
-        ("onnx", ["--no-cache", "--option", "cache=true"], "onnx: cache is given twice"),
+        ("onnx", ["--no-cache", "--option", "cache=true"], "onnx: cache: is given twice"),
     ],
 )
 def test_options_that_a_target_does_not_take(target, options, problem, spec, tmp_path):
     result = graphq_(
-        "compile", tmp_path / "m", "--spec", spec, "--target", target, "--out", tmp_path / "o", *options, status=2
+        "compile", tmp_path / "m", "--spec", spec, "--target", target, "--out", tmp_path / "o", *options, status=1
     )
-    assert f"Invalid value for --option: {problem}" in result.stderr
+    assert result.stderr == f"{problem}\n"
 
 
 def test_eval_gives_one_number_for_every_form_of_a_model(model, artifacts, tmp_path):

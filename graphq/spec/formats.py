@@ -25,6 +25,7 @@ FloatScale = Literal["max", "to15", "unit", "pow2"]
 MxElement = Literal["float8_e4m3fn", "float8_e5m2", "float6_e2m3", "float6_e3m2", "float4_e2m1", "int8"]
 ExponentRule = Literal["ocp", "even", "amct", "amct_llm", "nearest", "ceil", "ascend"]
 MIN_BITS: Final = 2
+INT_BITS: Final = (*range(MIN_BITS, 9), 16)
 MX_BLOCK: Final = 32
 NVFP4_BLOCK: Final = 16
 
@@ -49,7 +50,7 @@ class Int:
     joint: bool = False
 
     def __post_init__(self) -> None:
-        if type(self.bits) is not int or not (MIN_BITS <= self.bits <= 8 or self.bits == 16):  # bool is an int too
+        if type(self.bits) is not int or self.bits not in INT_BITS:  # bool is an int too
             raise SpecError(f"bits: {self.bits!r} is not one of 2 to 8 or 16")
         if type(self.symmetric) is not bool:
             raise SpecError(f"symmetric: {self.symmetric!r} is not true or false")
@@ -199,7 +200,7 @@ def has_global_scale(format: Format) -> bool:
 
 
 _INT: Final = re.compile(r"int(?P<bits>\d{1,3})(?P<asym>/asym)?(?P<joint>/joint)?(/(?P<divisor>half|by_sign))?")
-_OTHERS: Final[dict[str, Format]] = {
+NAMED_FORMATS: Final[dict[str, Format]] = {  # all but signed integers
     str(format): format
     for format in (
         *(Int(bits, symmetric=False, signed=False, joint=joint) for bits in (8, 16) for joint in (False, True)),
@@ -216,8 +217,8 @@ _OTHERS: Final[dict[str, Format]] = {
 
 def find_format(text: str) -> Format | None:
     """The format whose ``str`` is ``text``, None if it is the text of none. Raises ``SpecError`` for ``int9``."""
-    if text in _OTHERS:
-        return _OTHERS[text]
+    if text in NAMED_FORMATS:
+        return NAMED_FORMATS[text]
     found = _INT.fullmatch(text)
     if not found:
         return None
@@ -233,6 +234,6 @@ def parse_format(text: str) -> Format:
     """The format whose ``str`` is ``text``. Raises ``SpecError`` for another text."""
     found = find_format(text)
     if found is None:
-        names = ", ".join(name for name in _OTHERS if "/" not in name or "/over_" in name)
+        names = ", ".join(name for name in NAMED_FORMATS if "/" not in name or "/over_" in name)
         raise SpecError(f"{text!r} is not a format; write int<bits>[/asym[/joint]|/half|/by_sign], or one of {names}")
     return found

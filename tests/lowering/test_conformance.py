@@ -58,6 +58,8 @@ ACTIVATIONS = (
     ("int6/asym/channel", "int6/asym/token/dynamic"),
     ("int4/g32", "int6/tensor"),
     ("int8/channel", "int16/tensor"),
+    ("int5/channel", "uint16/tensor"),
+    ("int7/asym/g8", None),
 )
 # What ONNX has types for, then what this target has not.
 FLOATS = (
@@ -88,6 +90,9 @@ TORCH_ONLY = (
     ("mxfp4/amct_llm", "mxfp8_e4m3/dynamic"),
     ("mxfp6_e3m2", "mxfp6_e2m3/dynamic"),
     ("mxint8", "mxint8/dynamic"),
+    ("mxfp8_e5m2", "mxfp8_e5m2/dynamic"),
+    ("mxfp8_e4m3", None),
+    ("mxfp6_e2m3", None),
     ("nvfp4", None),
     ("nvfp4", "nvfp4"),
     ("nvfp4", "nvfp4/dynamic"),

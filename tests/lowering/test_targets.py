@@ -10,7 +10,16 @@ from torch import fx
 from graphq import cli
 from graphq.errors import TargetError
 from graphq.lowering import targets
-from graphq.lowering.targets import TARGETS, Target, check_options, in_words, options_of, read_option, target_named
+from graphq.lowering.targets import (
+    TARGETS,
+    Target,
+    check_options,
+    in_words,
+    options_of,
+    read_option,
+    read_options,
+    target_named,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -110,6 +119,13 @@ def test_bad_text(text: str, problem: str, everything: str) -> None:
     assert str(caught.value) == f"everything: {problem}"
 
 
+def test_options_as_text(everything: str) -> None:
+    assert read_options(everything, ["level=2", "suffix=x"]) == {"level": 2, "suffix": "x"}
+    assert read_options(everything, []) == {}
+    with pytest.raises(TargetError, match=r"^everything: level: is given twice$"):
+        read_options(everything, ["level=2", "level=1"])
+
+
 def test_a_value_of_another_type(everything: str) -> None:
     check_options(everything, {"shard_size": None, "level": 2, "layout": "flat"})
     for name, value in (("shard_size", True), ("level", True), ("suffix", None), ("layout", 1)):
@@ -118,6 +134,11 @@ def test_a_value_of_another_type(everything: str) -> None:
 
 
 def test_a_target_that_there_is_not() -> None:
-    for ask in (lambda: check_options("tflite", {}), lambda: options_of("tflite"), lambda: target_named("tflite")):
+    for ask in (
+        lambda: check_options("tflite", {}),
+        lambda: read_options("tflite", []),
+        lambda: options_of("tflite"),
+        lambda: target_named("tflite"),
+    ):
         with pytest.raises(TargetError, match=r"^tflite: no such target; there are torch, onnx$"):
             ask()

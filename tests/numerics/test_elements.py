@@ -14,6 +14,7 @@ from graphq.numerics import elements
 from tests.numerics.tables import BITS, HIFLOAT8, INF, MINIFLOATS, NAN, beside, every, halves, minifloat_code
 
 WITH_NAN = ["float8_e4m3fn", "float8_e5m2", "hifloat8"]
+WITHOUT_NAN = ["float4_e2m1", "float4_e1m2", "float6_e2m3", "float6_e3m2", "int4", "uint8"]
 SIXTEEN_BITS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -125,7 +126,7 @@ def test_nan_stays_nan(element: str) -> None:
     assert graphq.decode(graphq.encode(signalling, element), element).isnan().all()
 
 
-@pytest.mark.parametrize("element", ["float4_e2m1", "float4_e1m2", "float6_e2m3", "float6_e3m2", "int4", "uint8"])
+@pytest.mark.parametrize("element", WITHOUT_NAN)
 def test_nan_is_an_error_where_the_format_has_none(element: str) -> None:
     with pytest.raises(SpecError) as raised:
         graphq.encode(torch.tensor([1.0, NAN]), element)
