@@ -20,6 +20,7 @@ from graphq.passes.observe_means import ObserveMeans
 from graphq.passes.quantize_activations import QuantizeActivations
 from graphq.passes.quantize_weights import QuantizeWeights
 from graphq.passes.rotate import Rotate
+from graphq.passes.rotate_online import RotateOnline
 from graphq.passes.smooth_quant import SmoothQuant
 from graphq.passes.stop_observing import StopObserving
 from graphq.passes.untie import Untie
@@ -68,8 +69,12 @@ class Request:
 
 
 def _rotate(it: Request) -> list[Pass]:
-    context = it.context
-    return [Untie(), FoldNorms(context.note), Rotate(seed=context.seed, note=context.note, **it.options)]
+    note, options = it.context.note, dict(it.options)
+    online = {key: options.pop(key) for key in ("r3", "r4") if key in options}
+    passes: list[Pass] = [Untie(), FoldNorms(note), Rotate(seed=it.context.seed, note=note, **options)]
+    if any(online.values()):
+        passes.append(RotateOnline(block_size=options.get("block_size"), note=note, **online))
+    return passes
 
 
 def _awq(it: Request) -> list[Pass]:

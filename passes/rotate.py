@@ -1,9 +1,8 @@
-"""Rotations of the residual stream and of attention heads, in weights (R1, R2) and at run time (R3, R4).
+"""Rotations of the residual stream (R1) and of the values of attention heads (R2), in weights.
 
 QuaRot (arXiv:2404.00456, section 4) and SpinQuant (arXiv:2405.16406, section 3). A model's function is the same in
 another basis, in which no channel stands out: R1 x -> x Q along the residual stream, with W -> Q^T W for what writes to
-it and W -> W Q for what reads it; R2 the same for the values of each head; R3 q and k times H after the rotary
-embedding, which cancels in their product; R4 x -> x H in front of the linear that ends an MLP, with W -> W H.
+it and W -> W Q for what reads it; R2 the same for the values of each head. ``rotate_online`` has R3 and R4.
 
 A layer norm takes the mean off x, and no Q leaves that alone. Where every norm of a stream is one, what writes to the
 stream is centred, and the layer norms become RMS norms (SliceGPT, arXiv:2401.15024, section 3.1).
@@ -15,7 +14,7 @@ from functools import partial
 from typing import ClassVar, Final, final
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphq.ir import edit
@@ -25,7 +24,7 @@ from graphq.ir.vectors import LAYER_NORM, SHAPE_ONLY, place
 from graphq.ir.views import Op, view
 from graphq.numerics.hadamard import RotationKind, centre_axis, rotate_axis, rotation
 from graphq.passes.quantize_weights import with_weights
-from graphq.passes.rotate_online import Change, no_matrix, not_caches, rotate_inputs, rotate_keys
+from graphq.passes.rotate_online import Change, in_float64, no_matrix, not_caches
 
 aten = torch.ops.aten
 _HALVES: Final = (torch.float16, torch.bfloat16)
@@ -36,17 +35,16 @@ _HALVES: Final = (torch.float16, torch.bfloat16)
 class Rotate(Pass):
     """Residual streams (``r1``) and values of heads (``r2``) are in another basis; the model's function is the same.
 
-    Cached values are in the new basis, too, and with ``r3`` so are cached keys: a cache is the graph's own. Norms must
-    be folded and heads untied before (``FoldNorms``, ``Untie``). ``kind`` and ``seed`` choose the matrices of R1 and
-    R2; R3 and R4 are plain Hadamard matrices. ``block_size``: R1 and R4 rotate blocks of this size; heads are rotated
-    whole. A size that has no Hadamard matrix is refused: ``orthogonal`` has every size. ``note`` is told what stays as
-    it is, and why.
+    Cached values are in the new basis, too: a cache is the graph's own. Norms must be folded and heads untied before
+    (``FoldNorms``, ``Untie``).
+
+    kind, seed: of the matrices. A size that has no Hadamard matrix is refused: ``orthogonal`` has every size.
+    block_size: R1 rotates blocks of this size; heads are rotated whole.
+    note: is told what stays as it is, and why.
     """
 
     r1: bool = True
     r2: bool = True
-    r3: bool = False
-    r4: bool = False
     kind: RotationKind = "random_hadamard"
     block_size: int | None = None
     seed: int = 0
@@ -56,23 +54,16 @@ class Rotate(Pass):
 
     def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
         changes: dict[str, list[Change]] = {}
-        residual = residual_streams(gm) if self.r1 or self.r4 else []
-        norms: list[Op] = []
-        if self.r1:
-            norms = self._rotate_residual(gm, residual, changes)
+        norms = self._rotate_residual(gm, residual_streams(gm), changes) if self.r1 else []
         if self.r2:
             self._rotate_values(gm, changes)
-        online = rotate_keys(gm, self.name, partial(self._say, "r3")) if self.r3 else 0
-        if self.r4:
-            say = partial(self._say, "r4")
-            online += rotate_inputs(gm, residual, self.block_size, changes, self.name, say)
         for fqn, steps in changes.items():
-            edit.set_param(gm, fqn, partial(_in_float64, steps=tuple(steps)), by=self.name)
+            edit.set_param(gm, fqn, partial(in_float64, steps=tuple(steps)), by=self.name)
         for norm in norms:
             self._take_square_mean(gm, norm)
         if norms:
             edit.drop_unused(gm)
-        return len(changes) + len(norms) + online
+        return len(changes) + len(norms)
 
     def _say(self, what: str, reasons: Iterable[str]) -> None:
         for reason in reasons:
@@ -154,10 +145,3 @@ def _read_off_centre(stream: Stream) -> list[str]:
         others = [user for user in op.users if user not in members and user.node.target not in SHAPE_ONLY]
         found += [f"{place(user)}: it reads the stream without a layer norm" for user in others]
     return found
-
-
-def _in_float64(w: Tensor, steps: Sequence[Change]) -> Tensor:
-    made = w.double()
-    for step in steps:
-        made = step(made)
-    return made.to(w.dtype)

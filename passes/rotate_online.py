@@ -1,12 +1,14 @@
-"""Rotations at run time: R3 of queries and keys, R4 of what ends an MLP. ``graphq.passes.rotate`` asks for them.
+"""Rotations at run time: of queries and keys (R3), and of the inputs of linears that end an MLP (R4).
 
-SpinQuant (arXiv:2405.16406, section 3.1, figure 1); QuaRot (arXiv:2404.00456, section 4). They are a plain matmul with
-a constant Hadamard matrix, in blocks where it is smaller than what it rotates.
+SpinQuant (arXiv:2405.16406, section 3.1, figure 1); QuaRot (arXiv:2404.00456, section 4). R3: q and k are multiplied by
+H behind the rotary embedding, which cancels in their product. R4: x -> x H in front of the linear, with W -> W H. Each
+is a plain matmul with a constant Hadamard matrix, in blocks where it is smaller than what it rotates.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
-from typing import Final, cast
+from typing import ClassVar, Final, cast, final
 
 import torch
 from torch import Tensor, fx
@@ -14,48 +16,118 @@ from torch import Tensor, fx
 from graphq.capture.source import source_of
 from graphq.ir import edit
 from graphq.ir.layers import weight_param
-from graphq.ir.streams import Stream, shared
+from graphq.ir.pipeline import Batches, Pass
+from graphq.ir.streams import residual_streams, shared
 from graphq.ir.vectors import ATTENTION, PRODUCTS, SHAPE_ONLY, carried, moved, place, width
 from graphq.ir.views import Input, Op, Param, Weighted, ops_of, view
 from graphq.numerics.hadamard import Rotation, rotate_axis, rotation
+from graphq.passes.quantize_weights import with_weights
 from graphq.state import tensor_of
 
 aten = torch.ops.aten
 Change = Callable[[Tensor], Tensor]
-Say = Callable[[Iterable[str]], None]
 _LARGE: Final = 256  # from here on two small products are cheaper than one
 
 
-def rotate_keys(gm: fx.GraphModule, by: str, say: Say) -> int:
-    """Queries and keys are multiplied by one matrix, where they are made: before the cache and repeated heads.
+@final
+@dataclass(frozen=True)
+class RotateOnline(Pass):
+    """Queries and keys (``r3``), and what ends an MLP (``r4``), are rotated; the model's function is the same.
 
-    The number of products put in. ``say`` is told of each attention that is left alone, and why.
+    Cached keys are in the new basis, too: a cache is the graph's own.
+
+    block_size: R4 rotates blocks of this size; heads are rotated whole.
+    note: is told what stays as it is, and why.
     """
-    attentions = [op for op in ops_of(gm) if op.node.target == ATTENTION]
-    if not attentions:
-        say(["no scaled_dot_product_attention is found"])
-    count, turn_of = 0, cache(partial(rotation, kind="hadamard", seed=0))
-    for op in attentions:
-        size = width(view(op.argument("query"))) or 0
-        ways = [_way_to(view(op.argument(name)), size) for name in ("query", "key")]
-        turn = turn_of(size)
-        reasons = [reason for moves, made in ways for reason in _unrotatable_reads(gm, op, moves, made)]
-        reasons += [no_matrix(size)] if turn is None else []
-        say(f"{place(op)}: {reason}" for reason in reasons)
-        if turn is None or reasons:
-            continue
-        for moves, made in ways:
-            for source in made:
-                if not isinstance(source, Input):
-                    readers = [user for user in source.users if user in moves or user == op]
-                    product = multiplied(gm, source, turn, edit.following(source), by)
-                    for reader in readers:
-                        edit.redirect(reader, source, product, by)
-                    count += 1
-            for move in moves:
-                _reshape(gm, move, by)
-        _reshape_behind(gm, op, by)
-    return count
+
+    r3: bool = False
+    r4: bool = False
+    block_size: int | None = None
+    note: Callable[[str], None] | None = None
+    name: ClassVar[str] = "rotate-online"
+    requires = (with_weights,)
+
+    def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
+        return (self._rotate_keys(gm) if self.r3 else 0) + (self._rotate_inputs(gm) if self.r4 else 0)
+
+    def _say(self, what: str, reasons: Iterable[str]) -> None:
+        for reason in reasons:
+            if self.note is not None:
+                self.note(f"rotate: {what}: {reason}")  # by the algorithm that specs name
+
+    def _rotate_keys(self, gm: fx.GraphModule) -> int:
+        """Queries and keys are multiplied by one matrix, where they are made: before the cache and repeated heads.
+
+        Returns the number of products put in.
+        """
+        attentions = [op for op in ops_of(gm) if op.node.target == ATTENTION]
+        if not attentions:
+            self._say("r3", ["no scaled_dot_product_attention is found"])
+        count, turn_of = 0, cache(partial(rotation, kind="hadamard", seed=0))
+        for op in attentions:
+            size = width(view(op.argument("query"))) or 0
+            ways = [_way_to(view(op.argument(name)), size) for name in ("query", "key")]
+            turn = turn_of(size)
+            reasons = [reason for moves, made in ways for reason in _unrotatable_reads(gm, op, moves, made)]
+            reasons += [no_matrix(size)] if turn is None else []
+            self._say("r3", (f"{place(op)}: {reason}" for reason in reasons))
+            if turn is None or reasons:
+                continue
+            for moves, made in ways:
+                for source in made:
+                    if not isinstance(source, Input):
+                        readers = [user for user in source.users if user in moves or user == op]
+                        product = multiplied(gm, source, turn, edit.following(source), self.name)
+                        for reader in readers:
+                            edit.redirect(reader, source, product, self.name)
+                        count += 1
+                for move in moves:
+                    _reshape(gm, move, self.name)
+            _reshape_behind(gm, op, self.name)
+        return count
+
+    def _rotate_inputs(self, gm: fx.GraphModule) -> int:
+        """Linears that write to a residual stream what an activation gave read it rotated, and so are their weights.
+
+        Returns the number of products put in and of weights changed.
+        """
+        order = {node: i for i, node in enumerate(gm.graph.nodes)}
+        products: dict[Op, Op] = {}
+        changes: dict[str, list[Change]] = {}
+        turn_of = cache(partial(rotation, kind="hadamard", seed=0))
+        for stream in residual_streams(gm):
+            for op in sorted(stream.writers, key=lambda op: order[op.node]):
+                x, param = op.input_op, weight_param(op)
+                if not _is_activation(x) or x in stream.members:
+                    continue
+                channels = width(x) or 0
+                size = self.block_size or channels
+                turn = turn_of(size)
+                if param is None:
+                    self._say("r4", [f"{place(op)}: its weight is computed"])
+                elif (why := shared(gm, param.fqn, {op.node})) is not None:
+                    self._say("r4", [why])
+                elif channels % size:
+                    self._say("r4", [f"{place(op)}: its {channels} inputs are no multiple of {size}"])
+                elif turn is None:
+                    self._say("r4", [f"{place(op)}: {no_matrix(size)}"])
+                else:
+                    if x not in products:
+                        products[x] = multiplied(gm, x, turn, op, self.name)
+                    edit.redirect(op, x, products[x], self.name)
+                    change = partial(rotate_axis, axis=op.in_axis, rotation=turn)
+                    changes.setdefault(param.fqn, []).append(change)
+        for fqn, steps in changes.items():
+            edit.set_param(gm, fqn, partial(in_float64, steps=tuple(steps)), by=self.name)
+        return len(products) + len(changes)
+
+
+def in_float64(w: Tensor, steps: Sequence[Change]) -> Tensor:
+    """The tensor after these changes, computed in float64 and rounded once."""
+    made = w.double()
+    for step in steps:
+        made = step(made)
+    return made.to(w.dtype)
 
 
 def _reshape(gm: fx.GraphModule, op: Op, by: str) -> None:
@@ -101,46 +173,6 @@ def _unrotatable_reads(gm: fx.GraphModule, attention: Op, moves: Iterable[Op], m
     if value in moves or value in made:
         found.append("its values are its queries or keys")
     return found + not_caches(gm, [op for op in made if isinstance(op, Input)], returned)
-
-
-def rotate_inputs(
-    gm: fx.GraphModule,
-    streams: Sequence[Stream],
-    block_size: int | None,
-    changes: dict[str, list[Change]],
-    by: str,
-    say: Say,
-) -> int:
-    """Linears that write to a residual stream what an activation gave read it rotated; the number of products put in.
-
-    What their weights become is added to ``changes``.
-    """
-    order = {node: i for i, node in enumerate(gm.graph.nodes)}
-    products: dict[Op, Op] = {}
-    turn_of = cache(partial(rotation, kind="hadamard", seed=0))
-    for stream in streams:
-        for op in sorted(stream.writers, key=lambda op: order[op.node]):
-            x, param = op.input_op, weight_param(op)
-            if not _is_activation(x) or x in stream.members:
-                continue
-            channels = width(x) or 0
-            size = block_size or channels
-            turn = turn_of(size)
-            if param is None:
-                say([f"{place(op)}: its weight is computed"])
-            elif (why := shared(gm, param.fqn, {op.node})) is not None:
-                say([why])
-            elif channels % size:
-                say([f"{place(op)}: its {channels} inputs are no multiple of {size}"])
-            elif turn is None:
-                say([f"{place(op)}: {no_matrix(size)}"])
-            else:
-                if x not in products:
-                    products[x] = multiplied(gm, x, turn, op, by)
-                edit.redirect(op, x, products[x], by)
-                change = partial(rotate_axis, axis=op.in_axis, rotation=turn)
-                changes.setdefault(param.fqn, []).append(change)
-    return len(products)
 
 
 def _is_activation(x: Op) -> bool:

@@ -241,6 +241,49 @@ def test_the_check_sees_unsafe_code(text: str, problems: list[str]) -> None:
     assert unsafe(text) == problems
 
 
+def named_passes(text: str) -> list[tuple[str, str]]:
+    """The passes that a file defines: the class, and the name that its body gives it."""
+    found: list[tuple[str, str]] = []
+    for node in ast.walk(ast.parse(text)):
+        match node:
+            case ast.ClassDef(name, [ast.Name("Pass")], body=body):
+                names = [
+                    one.value.value
+                    for one in body
+                    if isinstance(one, ast.AnnAssign | ast.Assign)
+                    and ast.unparse(one).startswith("name")
+                    and isinstance(one.value, ast.Constant)
+                ]
+                found.append((name, *map(str, names)))  # type: ignore[arg-type]
+            case _:
+                pass
+    return found
+
+
+ACRONYMS = ("AWQ", "GPTQ")
+
+
+def test_a_file_of_passes_holds_one_pass_spelled_alike() -> None:
+    for path in sorted((ROOT / "passes").glob("*.py")):
+        words = path.stem.split("_")
+        cls = "".join(word.upper() if word.upper() in ACRONYMS else word.title() for word in words)
+        expected = [] if path.stem == "__init__" else [(cls, "-".join(words))]
+        assert named_passes(path.read_text(encoding="utf-8")) == expected, path.name
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ('class Cut(Pass):\n    x: int = 3\n    name: ClassVar[str] = "cut"', [("Cut", "cut")]),
+        ('class Cut(Pass):\n    name = "cut-it"', [("Cut", "cut-it")]),
+        ("class Cut(Pass):\n    x = 1", [("Cut",)]),
+        ('class _Named:\n    name = "cut"\ndef cut(gm): ...', []),
+    ],
+)
+def test_the_check_sees_passes(text: str, found: list[Any]) -> None:
+    assert named_passes(text) == found
+
+
 def test_every_pass_has_its_test_file() -> None:
     passes = {path.stem for path in (ROOT / "passes").glob("*.py")} - {"__init__"}
     tested = {path.stem.removeprefix("test_") for path in (ROOT / "tests" / "passes").glob("test_*.py")}

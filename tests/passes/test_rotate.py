@@ -14,6 +14,7 @@ from graphq.ir.views import ops_of
 from graphq.numerics.hadamard import rotation
 from graphq.passes.fold_norms import FoldNorms
 from graphq.passes.rotate import Rotate
+from graphq.passes.rotate_online import RotateOnline
 from graphq.passes.untie import Untie
 from graphq.state import put_tensor, tensor_of
 from tests.decoder import RMS, TOKENS, Decoder
@@ -107,7 +108,8 @@ def test_vals_and_dtypes(family: str) -> None:
     FoldNorms().run(gm)
     inputs, shapes = random_inputs(gm), {name: (t.dtype, t.shape) for name, t in gm.state_dict().items()}
     before = run(gm, *inputs)
-    assert rotate(gm, r3=True, r4=True)[1] == []
+    assert rotate(gm)[1] == []
+    RotateOnline(r3=True, r4=True).run(gm)
     assert_vals(gm, *inputs)
     assert {n: (t.dtype, t.shape) for n, t in gm.state_dict().items() if "hadamard" not in n}.items() <= shapes.items()
     torch.testing.assert_close(run(gm, *inputs), before, rtol=1e-4, atol=1e-4)  # in float32
@@ -120,7 +122,8 @@ def test_caches_go_on_in_the_new_basis(family: str) -> None:
     before = lifted(perturbed(family))
     after = copy.deepcopy(before)
     FoldNorms().run(after)
-    rotate(after, r3=True, r4=True)
+    rotate(after)
+    RotateOnline(r3=True, r4=True).run(after)
     tokens = random_inputs(before, 2, 7)[0]
     found: list[Tensor] = []
     for gm in (before, after):
@@ -207,14 +210,7 @@ def test_layer_norms_of_halves_are_taken_in_float32() -> None:
 
 def test_nothing_to_rotate() -> None:
     gm = capture(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), torch.ones(2, 8))
-    assert rotate(gm, r3=True, r4=True) == (
-        0,
-        [
-            "r1: no linear reads a sum of computed values",
-            "r2: no attention is found",
-            "r3: no scaled_dot_product_attention is found",
-        ],
-    )
+    assert rotate(gm) == (0, ["r1: no linear reads a sum of computed values", "r2: no attention is found"])
 
 
 def test_a_sum_with_a_parameter_is_no_residual_add() -> None:

@@ -7,9 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from graphq.algorithms import Request
+from graphq.ir.pipeline import Pipeline
 from graphq.ir.text import dump
+from graphq.numerics.hadamard import rotation
+from graphq.passes.rotate import Rotate
+from graphq.passes.rotate_online import RotateOnline
 from graphq.state import tensor_of
 from tests.decoder import TOKENS, Decoder
 from tests.graphs import assert_vals, run, targets
@@ -18,8 +23,15 @@ from tests.models import capture, random_inputs
 from tests.passes.test_fold_norms import perturbed
 from tests.passes.test_rotate import assert_same, decoder, logits, rotate
 
-R3: dict[str, Any] = {"r1": False, "r2": False, "r3": True}
-R4: dict[str, Any] = {"r1": False, "r2": False, "r4": True}
+R3: dict[str, Any] = {"r3": True}
+R4: dict[str, Any] = {"r4": True}
+
+
+def rotate_online(gm: fx.GraphModule, **options: Any) -> tuple[int, list[str]]:
+    """The number of changes, and what stays as it is, and why."""
+    notes: list[str] = []
+    counts = Pipeline([RotateOnline(note=notes.append, **options)], strict=True).run(gm)
+    return counts["rotate-online"], [note.removeprefix("rotate: ") for note in notes]
 
 
 def test_golden() -> None:
@@ -76,7 +88,7 @@ def test_golden() -> None:
 return [%44]
 """,
     )
-    assert rotate(gm, r1=False, r2=False, r3=True, r4=True) == (4, [])  # three products, one weight
+    assert rotate_online(gm, r3=True, r4=True) == (4, [])  # three products, one weight
     assert_expected_inline(
         dump(gm),
         """\
@@ -138,7 +150,7 @@ return [%47]
 def test_golden_in_blocks() -> None:
     gm = decoder(folded=False)
     before, old = logits(gm), tensor_of(gm, "down.weight").clone()
-    assert rotate(gm, **R4, block_size=4) == (2, [])
+    assert rotate_online(gm, **R4, block_size=4) == (2, [])
     assert_expected_inline(
         "".join(line + "\n" for line in dump(gm).splitlines() if "flatten" in line or "hadamard" in line),
         """\
@@ -159,7 +171,7 @@ def test_golden_in_blocks() -> None:
 def test_a_large_matrix_is_two_small_ones(width: int, block_size: int | None) -> None:
     gm = decoder(width=width)
     before = logits(gm)
-    assert rotate(gm, **R4, block_size=block_size) == (2, [])
+    assert rotate_online(gm, **R4, block_size=block_size) == (2, [])
     assert_same(logits(gm), before)
     assert_vals(gm, TOKENS)
     held = {name: t.shape[0] for name, t in gm.state_dict().items() if "hadamard" in name}
@@ -168,13 +180,14 @@ def test_a_large_matrix_is_two_small_ones(width: int, block_size: int | None) ->
 
 
 def test_together_with_what_is_folded() -> None:
-    """One weight that R1, R2 and R4 all change is rounded once."""
     exact = decoder()
     before = logits(exact)
-    assert rotate(exact, r3=True, r4=True) == (9 + 3, [])
+    assert rotate(exact) == (9, [])
+    assert rotate_online(exact, r3=True, r4=True) == (3 + 1, [])
     assert_same(logits(exact), before)
     assert_vals(exact, TOKENS)
-    assert rotate(exact, r3=True, r4=True) == (9 + 2, [])  # with the same matrix; a product is no activation
+    assert rotate(exact) == (9, [])
+    assert rotate_online(exact, r3=True, r4=True) == (2, [])  # with the same matrix; a product is no activation
     assert_same(logits(exact), before)
     assert [name for name in exact.state_dict() if "hadamard" in name] == ["hadamard_4", "hadamard_12"]
 
@@ -200,7 +213,7 @@ def test_families(family: str, r3: int, r4: int) -> None:
     expected = run_lifted(before, inputs)
     for options, count in ((R3, r3), (R4, r4)):
         gm = copy.deepcopy(before)
-        assert rotate(gm, **options) == (count, [])
+        assert rotate_online(gm, **options) == (count, [])
         made = run_lifted(gm, inputs)
         assert_same(made[0], expected[0])
         for old, new in list(zip(expected, made, strict=True))[2::2]:  # values of caches
@@ -212,16 +225,49 @@ def test_runs_as_captured() -> None:
     for family in ("mixtral", "deepseek"):
         gm = perturbed(family)
         before = run(gm, *random_inputs(gm))
-        rotate(gm, r1=False, r2=False, r3=True, r4=True)
+        rotate_online(gm, r3=True, r4=True)
         assert_vals(gm, *random_inputs(gm))
         torch.testing.assert_close(run(gm, *random_inputs(gm)), before, rtol=1e-4, atol=1e-4)
+
+
+def test_neither_is_asked_for() -> None:
+    assert rotate_online(decoder()) == (0, [])
+
+
+def test_no_attention_and_no_residual_stream() -> None:
+    gm = capture(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), torch.ones(2, 8))
+    assert rotate_online(gm, **R3, **R4) == (0, ["r3: no scaled_dot_product_attention is found"])
+
+
+def test_the_algorithm_rotates_online_where_it_is_asked_to() -> None:
+    def steps(**options: Any) -> list[Any]:
+        return Request("rotate", options=options).make()[2:]
+
+    assert steps() == [Rotate()]
+    assert steps(r3=False, r4=False, block_size=4) == [Rotate(block_size=4)]
+    assert steps(r4=True, kind="orthogonal") == [Rotate(kind="orthogonal"), RotateOnline(r4=True)]
+    assert steps(r1=False, r3=True, block_size=4) == [
+        Rotate(r1=False, block_size=4),
+        RotateOnline(r3=True, block_size=4),
+    ]
+
+
+def test_a_weight_is_rounded_once() -> None:
+    """Its rotation is computed in float64."""
+    gm = capture(Decoder().bfloat16(), TOKENS)
+    old = tensor_of(gm, "down.weight").clone()
+    assert rotate_online(gm, **R4, block_size=4) == (2, [])
+    h = rotation(4, "hadamard", 0)
+    assert h is not None
+    exact = old.double() @ torch.block_diag(*[h.matrix()] * 3)
+    assert torch.equal(tensor_of(gm, "down.weight"), exact.bfloat16())
 
 
 def test_keys_are_rotated_before_the_cache() -> None:
     gm = lifted(perturbed("llama"))
     inputs = random_inputs(gm)
     before = run_lifted(gm, inputs)
-    rotate(gm, **R3)
+    rotate_online(gm, **R3)
     after = run_lifted(gm, inputs)
     h = tensor_of(gm, "hadamard_16")
     assert_same(after[1], before[1] @ h)
@@ -245,7 +291,7 @@ KEYS: dict[str, tuple[dict[str, Any], list[str]]] = {
 @pytest.mark.parametrize("name", KEYS)
 def test_near_misses_of_keys(name: str) -> None:
     options, reasons = KEYS[name]
-    assert rotate(decoder(**options), **R3) == (0, [f"r3: {reason}" for reason in reasons])
+    assert rotate_online(decoder(**options), **R3) == (0, [f"r3: {reason}" for reason in reasons])
 
 
 INPUTS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
@@ -269,13 +315,13 @@ INPUTS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
 def test_near_misses_of_inputs(name: str) -> None:
     decoded, options, reasons = INPUTS[name]
     count = 2 if name == "a computed weight" else 0  # for the other linear
-    assert rotate(decoder(**decoded), **R4, **options) == (count, [f"r4: {reason}" for reason in reasons])
+    assert rotate_online(decoder(**decoded), **R4, **options) == (count, [f"r4: {reason}" for reason in reasons])
 
 
 def test_no_activation_in_front() -> None:
     """What a linear gave, and what an attention gave to the other one, is not rotated."""
     gm = decoder(hidden=lambda m, x: m.up(m.seen["normed"]))
-    assert rotate(gm, **R4) == (0, [])
+    assert rotate_online(gm, **R4) == (0, [])
 
 
 def test_two_linears_read_one_product() -> None:
@@ -290,7 +336,7 @@ def test_two_linears_read_one_product() -> None:
 
     gm = capture(Twice().double(), TOKENS)
     before = logits(gm)
-    assert rotate(gm, **R4) == (2 + 3, [])
+    assert rotate_online(gm, **R4) == (2 + 3, [])
     assert_same(logits(gm), before)
     assert targets(gm).count("aten.matmul") == 2
 
@@ -298,6 +344,6 @@ def test_two_linears_read_one_product() -> None:
 def test_a_key_that_is_a_parameter() -> None:
     gm = decoder(key=lambda m, x: m.table.view(1, 1, 2, 4)[:, :, :1].expand(x.shape))
     before = logits(gm)
-    assert rotate(gm, **R3) == (2, [])
+    assert rotate_online(gm, **R3) == (2, [])
     assert_same(logits(gm), before)
     assert_vals(gm, TOKENS)
