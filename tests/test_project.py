@@ -1,6 +1,8 @@
 """The project's own rules: who imports whom, what an import may load, what a file may hold, what a wheel contains."""
 
 import ast
+import pkgutil
+import re
 import shutil
 import subprocess
 import sys
@@ -182,6 +184,56 @@ def test_importing_graphq_loads_no_heavy_library() -> None:
     assert done.stdout.strip() == "[]"
 
 
+PATHS = re.compile(
+    r"(?<![\w/.-])(?:\.\./)*((?:graphq|passes|lowering|tests|examples|benchmarks|docs|judges)/[\w./-]*\w)"
+)
+DOTTED = re.compile(r"(?<![\w./])graphq(?:\.[a-z_]\w*)+")
+OTHER_NAMES = {"graphq.json", "graphq.by", "graphq.layer", "graphq.plan", "graphq.source"}  # a file, keys of node.meta
+
+
+def absent(text: str) -> list[str]:
+    """The files and folders of the project, and the names of graphq, that ``text`` mentions and that there are not."""
+    found = [path for path in PATHS.findall(text) if not (ROOT / path).exists()]
+    for name in sorted(set(DOTTED.findall(text)) - OTHER_NAMES):
+        try:
+            pkgutil.resolve_name(name)
+        except (ImportError, AttributeError):
+            found.append(name)
+    return found
+
+
+def documentation() -> Iterator[tuple[str, str]]:
+    """Every Markdown file, and the docstrings of every Python file but tests; with its path."""
+    documents = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "judges").glob("*.md")]
+    for path in sorted(documents):
+        yield str(path.relative_to(ROOT)), path.read_text(encoding="utf-8")
+    scripts = [path for folder in ("examples", "benchmarks", "judges") for path in (ROOT / folder).rglob("*.py")]
+    for path in [*source_files(), *scripts]:
+        nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+        texts = [ast.get_docstring(node) or "" for node in nodes if isinstance(node, kinds)]
+        yield str(path.relative_to(ROOT)), "\n".join(texts)
+
+
+def test_documents_name_what_there_is() -> None:
+    assert {path: absent(text) for path, text in documentation() if absent(text)} == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("`passes/rotate.py`, [it](../graphq/ir/views.py), ``graphq.ir.views``, `graphq.compile`, graphq.json.", []),
+        ("`passes/range_observers.py` and graphq/edit.py", ["passes/range_observers.py", "graphq/edit.py"]),
+        ("``graphq.lowering.onnx_opset``", ["graphq.lowering.onnx_opset"]),
+        ("``graphq.ir.views.Lineal``", []),  # a class is spelled by its own file
+        ("``graphq.numerics.rescale``", ["graphq.numerics.rescale"]),
+        ("../shared/graphq/absent.py, my-graphq/absent.py", []),
+    ],
+)
+def test_the_check_sees_what_there_is_not(text: str, found: list[str]) -> None:
+    assert absent(text) == found
+
+
 def normal(name: str) -> str:
     return name.lower().replace("_", "-")
 
@@ -291,7 +343,7 @@ def test_every_pass_has_its_test_file() -> None:
 
 
 def test_files_are_short() -> None:
-    scripts = (path for folder in ("examples", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
+    scripts = (path for folder in ("examples", "benchmarks", "judges") for path in (ROOT / folder).rglob("*.py"))
     limits = dict.fromkeys((*source_files(), *scripts), 400) | dict.fromkeys((ROOT / "tests").rglob("*.py"), 600)
     lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in limits}
     assert {str(path.relative_to(ROOT)): lengths[path] for path in limits if lengths[path] >= limits[path]} == {}

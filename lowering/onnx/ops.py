@@ -1,4 +1,4 @@
-"""graphq's ops in ONNX, as torch's exporter takes them: in opset 18, which ``graphq.lowering.onnx_opset`` lowers.
+"""graphq's ops in ONNX, as torch's exporter takes them: in opset 18, which ``graphq.lowering.onnx.opset`` lowers.
 
 Weights go through DequantizeLinear: per tensor with a scalar scale, per axis with a 1-D scale, and in all other cases
 blocked along one axis, whose scales are expanded along the others (ONNX: "the same rank with one dimension divided").

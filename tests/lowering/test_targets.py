@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 import pytest
+import typer
 from torch import fx
 
-from graphq import cli
+from graphq.cli import app
 from graphq.errors import TargetError
 from graphq.lowering import targets
 from graphq.lowering.targets import (
@@ -74,7 +75,8 @@ def test_the_documents_name_every_target_and_option() -> None:
 
 
 def test_the_command_line_names_every_target() -> None:
-    (option,) = get_type_hints(cli.compile_, include_extras=True)["target"].__metadata__
+    command: Any = typer.main.get_command(app)
+    (option,) = (one for one in command.commands["compile"].params if one.name == "target")
     assert f"What to write, {' or '.join(TARGETS)};" in option.help
 
 

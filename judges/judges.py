@@ -1,0 +1,106 @@
+"""Run the judges: real clients, each in an environment of its own, that load and run what graphq makes.
+
+Usage: python judges/judges.py [NAME ...] [--list]
+
+Without names, every judge runs. Its environment, ``.judges/<name>``, is made when it first runs, and again when its row
+here changes; it sees the packages of the environment that runs this script, so that graphq itself and torch are
+installed once. Prints a line for each judge; exits 1 where one finds a fault or cannot be installed, 2 for a name that
+there is not.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, final
+
+ROOT: Final = Path(__file__).resolve().parents[1]
+PLACE: Final = ROOT / ".judges"
+
+
+@final
+@dataclass(frozen=True)
+class Judge:
+    """A client and what it says of graphq.
+
+    script: in this folder; its exit status is the verdict. requirements: what pip installs for it, pinned. finds: what
+    it judges, a phrase. takes: disk and time, when its environment is new.
+    """
+
+    name: str
+    requirements: tuple[str, ...]
+    script: str
+    finds: str
+    takes: str
+
+
+JUDGES: Final = (
+    Judge(
+        "lm-eval",
+        ("lm-eval==0.4.13",),
+        "run_lm_eval.py",
+        "a compiled model and a loaded artifact run a local task as HFLM(pretrained=...), offline",
+        "0.5 GB, 5 minutes",
+    ),
+)
+
+
+def environment(judge: Judge, place: Path = PLACE) -> Path:
+    """The Python of the judge's environment, which holds its requirements. Raises ``CalledProcessError``."""
+    folder = place / judge.name
+    python, stamp = folder / "bin" / "python", folder / ".installed"
+    wanted = "\n".join(judge.requirements)
+    if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
+        return python
+    shutil.rmtree(folder, ignore_errors=True)
+    pip = ["--without-pip"] if not judge.requirements else []
+    subprocess.run([sys.executable, "-m", "venv", *pip, str(folder)], check=True)
+    (packages,) = (folder / "lib").glob("python*/site-packages")
+    shared = sysconfig.get_path("purelib")
+    (packages / "shared.pth").write_text(f"import site; site.addsitedir({shared!r})\n", encoding="utf-8")
+    if judge.requirements:
+        install = ["-m", "pip", "install", "--quiet", "--constraint", str(ROOT / "constraints.txt")]
+        subprocess.run([str(python), *install, *judge.requirements], check=True)
+    stamp.write_text(wanted, encoding="utf-8")
+    return python
+
+
+def verdict(judge: Judge, place: Path = PLACE, scripts: Path = ROOT / "judges") -> bool:
+    """Whether the judge finds no fault; what it prints goes to this process's own output."""
+    start = time.monotonic()
+    try:
+        python = environment(judge, place)
+        status = subprocess.run([str(python), str(scripts / judge.script)], cwd=ROOT, check=False).returncode
+        said = "passed" if status == 0 else f"failed, exit status {status}"
+    except (subprocess.CalledProcessError, OSError) as error:
+        said = f"not installed: {error}"
+    print(f"{judge.name}: {said} ({time.monotonic() - start:.0f} s): {judge.finds}", flush=True)
+    return said == "passed"
+
+
+def main(arguments: Sequence[str], judges: Sequence[Judge] = JUDGES) -> int:
+    """Run those that are named, or all."""
+    parser = argparse.ArgumentParser(description="Run the judges.")
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--list", action="store_true", help="name them, run none")
+    given = parser.parse_args(arguments)
+    by_name = {judge.name: judge for judge in judges}
+    unknown = [name for name in given.names if name not in by_name]
+    if unknown:
+        parser.error(f"{unknown[0]} is no judge; there are {', '.join(by_name)}")
+    chosen = [by_name[name] for name in given.names] or list(judges)
+    if given.list:
+        for judge in chosen:
+            print(f"{judge.name}: {judge.finds} ({judge.takes})")
+        return 0
+    faults = [judge for judge in chosen if not verdict(judge)]
+    return int(bool(faults))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
