@@ -121,13 +121,11 @@ def _describe(x: Tensor) -> str:
 def _recompile(directory: Path, described: Mapping[str, Any], model: Path) -> dict[str, Tensor]:
     """The codes, scales and zero points of the model's weights by the manifest's spec."""
     from graphq.capture import hugging_face
+    from graphq.compiler import canonical_passes
     from graphq.frontends import load_spec
     from graphq.ir.pipeline import Pipeline
     from graphq.passes.annotate import Annotate
     from graphq.passes.quantize_weights import QuantizeWeights
-    from graphq.passes.raise_grouped_linear import RaiseGroupedLinear
-    from graphq.passes.remove_no_ops import RemoveNoOps
-    from graphq.passes.split_gate_up import SplitGateUp
 
     file = directory / manifest.NAME
     if described.get("algorithm") != "rtn":
@@ -140,6 +138,6 @@ def _recompile(directory: Path, described: Mapping[str, Any], model: Path) -> di
     cache = any(i.is_cache for i in manifest.source_of_artifact(directory, described).inputs)
     gm = hugging_face.capture_directory(model, dtype, cache=cache)
     with torch.no_grad():
-        Pipeline([RemoveNoOps(), RaiseGroupedLinear(), SplitGateUp(), Annotate(spec), QuantizeWeights()]).run(gm)
+        Pipeline([*canonical_passes(), Annotate(spec), QuantizeWeights()]).run(gm)
     form = TARGETS[described["target"]].form(gm)
     return manifest.named_tensors(manifest.quantized_tensors(form))

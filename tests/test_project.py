@@ -178,6 +178,12 @@ def test_the_layers_name_modules_that_exist(name: str) -> None:
     assert name in {known for module in sources() for known in (module, module.rpartition(".")[0])}
 
 
+def test_the_contributors_are_told_the_order() -> None:
+    floors = [[name.removeprefix("graphq.") for name in layer] for layer in LAYERS]
+    drawn = " <- ".join(names[0] if len(names) == 1 else f"{{{', '.join(names)}}}" for names in floors)
+    assert drawn in " ".join((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split())
+
+
 def test_importing_graphq_loads_no_heavy_library() -> None:
     code = f"import sys, graphq; print([name for name in {HEAVY} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

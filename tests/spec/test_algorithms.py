@@ -2,7 +2,9 @@
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -90,6 +92,14 @@ def test_dialects_name_algorithms_and_options_that_there_are() -> None:
         for name, options in own.options.items():
             assert options.keys() <= ALGORITHMS[name].options.keys(), (dialect, name)
             assert all(ALGORITHMS[name].options[key].allows(v) for key, values in options.items() for v in values)
+
+
+def test_the_documents_name_every_algorithm_and_option() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "algorithms.md").read_text(encoding="utf-8")
+    for name, entry in ALGORITHMS.items():
+        data = "yes" if entry.needs_data else "no"
+        assert re.search(rf"^\| `{name}` \| [^|]+ \| {data} \|", text, re.MULTILINE), name
+        assert all(f"`{option}`" in text for option in entry.options), name
 
 
 # -- a name that a table lacks
