@@ -42,10 +42,10 @@ class Judge:
 JUDGES: Final = (
     Judge(
         "lm-eval",
-        ("lm-eval==0.4.13",),
+        ("lm-eval[hf]==0.4.13",),
         "run_lm_eval.py",
         "a compiled model and a loaded artifact run a local task as HFLM(pretrained=...), offline",
-        "0.5 GB, 5 minutes",
+        "0.7 GB, 5 minutes",
     ),
 )
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from graphq.algorithms import problems
 from graphq.errors import SpecError
 from graphq.frontends import load_spec
 from graphq.frontends.llmc import METHODS
+from graphq.spec.algorithms import problems
 from graphq.spec.folds import NORMS
 from graphq.spec.match import parse_match
 from graphq.spec.plan import KeepFloat

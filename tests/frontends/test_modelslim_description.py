@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from graphq.algorithms import problems
 from graphq.errors import SpecError
 from graphq.frontends import load_spec
+from graphq.spec.algorithms import problems
 from graphq.spec.match import Exact, Layer
 from graphq.spec.rules import resolve
 

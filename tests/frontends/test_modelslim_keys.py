@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphq.algorithms import problems
 from graphq.errors import SpecError
 from graphq.frontends import load_spec
+from graphq.spec.algorithms import problems
 from graphq.spec.match import Layer
 from graphq.spec.rules import resolve
 
