@@ -33,11 +33,11 @@ def check_calibration(spec: Spec, resolved: Mapping[str, Resolved], calibration:
     names = [a.name for a in spec.algorithms if ALGORITHMS[a.name].needs_data]
     if names and calibration is None:
         raise SpecError(f"calibration: none given, but the spec asks for {' and '.join(names)}")
-    asking = [
+    static = [
         fqn for fqn, found in resolved.items() if isinstance(found.decision, Plan) and is_calibrated(found.decision)
     ]
-    if asking and calibration is None:
-        shown = ", ".join(asking[:3]) + (f" and {len(asking) - 3} more" if len(asking) > 3 else "")
+    if static and calibration is None:
+        shown = ", ".join(static[:3]) + (f" and {len(static) - 3} more" if len(static) > 3 else "")
         raise SpecError(f"calibration: none given, but {shown} ask for static activation scales")
 
 

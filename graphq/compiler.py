@@ -46,14 +46,14 @@ def canonical_passes() -> list[Pass]:
 
 
 def passes_for(
-    spec: Spec, layers: Mapping[str, Layer] | None = None, told: PassContext = _SILENT, blocks: bool = False
+    spec: Spec, layers: Mapping[str, Layer] | None = None, context: PassContext = _SILENT, blocks: bool = False
 ) -> list[Pass]:
     """The whole pipeline for a spec and a model of these layers, in order. ``blocks``: block by block."""
     return [
         *canonical_passes(),
-        *preparations(spec, told),
+        *preparations(spec, context),
         Annotate(spec),
-        *quantization(spec, layers or {}, told, blocks),
+        *quantization(spec, layers or {}, context, blocks),
     ]
 
 
@@ -188,17 +188,18 @@ def compile(  # noqa: A001
     if problems := refusals(parsed):
         raise SpecError(problems)
     gm = capture(model, inputs, dtype, cache=cache)
-    theirs = _storages(gm) if isinstance(model, nn.Module) and not consume else set[int]()
+    shared = _storages(gm) if isinstance(model, nn.Module) and not consume else set[int]()
     resolved, notes = decide(gm, parsed)
-    if nowhere := unmatched(parsed, {fqn: found.layer for fqn, found in resolved.items()}, _modules(gm)):
-        raise SpecError(nowhere)
+    if problems := unmatched(parsed, {fqn: found.layer for fqn, found in resolved.items()}, _modules(gm)):
+        raise SpecError(problems)
     check_calibration(parsed, resolved, calibration)
     check_tensors(gm, resolved)
     if consume and isinstance(model, nn.Module):
-        _release(model)  # now that nothing is left to refuse before the work begins
+        for parameter in model.parameters():  # now that nothing is left to refuse before the work begins
+            parameter.data = torch.empty(0, dtype=parameter.dtype)
     source = source_of(gm)
     sqnr: dict[str, float] = {}
-    told: list[str] = []
+    pass_notes: list[str] = []
     with torch.random.fork_rng(devices=[]), torch.no_grad(), _precision(matmul_precision):
         torch.manual_seed(seed)
         batches: Batches | None = None
@@ -209,11 +210,11 @@ def compile(  # noqa: A001
         by_blocks = any(ALGORITHMS[a.name].needs_data for a in parsed.algorithms)
         if by_blocks and batches is not None:
             batches = list(batches)  # several walks over the blocks, and what they leave to the whole, read them
-        passes = passes_for(parsed, found, PassContext(sqnr.__setitem__, told.append, seed), by_blocks)
+        passes = passes_for(parsed, found, PassContext(sqnr.__setitem__, pass_notes.append, seed), by_blocks)
         Pipeline(passes).run(gm, batches)
-    _own_tensors(gm, theirs)
+    _copy_tensors(gm, shared)
     bits = source.dtype.itemsize * 8
-    report = make_report(resolved, [*source.notes, *notes, *told], bits, sqnr, spec_settings(parsed))
+    report = make_report(resolved, [*source.notes, *notes, *pass_notes], bits, sqnr, spec_settings(parsed))
     return Compiled(gm, parsed, report, seed)
 
 
@@ -241,11 +242,6 @@ def _precision(matmul_precision: str) -> Generator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _release(model: nn.Module) -> None:
-    for parameter in model.parameters():
-        parameter.data = torch.empty(0, dtype=parameter.dtype)
-
-
 def _storages(gm: fx.GraphModule) -> set[int]:
     return {_storage(tensor) for tensor in gm.state_dict(keep_vars=True).values()}
 
@@ -254,12 +250,12 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
 
 
-def _own_tensors(gm: fx.GraphModule, theirs: set[int]) -> None:
-    """No tensor of ``gm`` is in the storages ``theirs``, which belong to the caller's model."""
+def _copy_tensors(gm: fx.GraphModule, shared: set[int]) -> None:
+    """The tensors of ``gm`` in the storages ``shared``, which belong to the caller's model, are copies."""
     copies: dict[tuple[object, ...], Tensor] = {}  # tied tensors stay one; parts of one storage stay apart
     for name in gm.state_dict(keep_vars=True):
         tensor = tensor_of(gm, name)
-        if _storage(tensor) in theirs:
+        if _storage(tensor) in shared:
             place = (_storage(tensor), tensor.storage_offset(), tensor.shape, tensor.stride())
             if place not in copies:
                 copies[place] = tensor.detach().clone()
@@ -303,11 +299,11 @@ def _modules(gm: fx.GraphModule) -> set[str]:
 def _explained(gm: fx.GraphModule, spec: Spec) -> Report:
     resolved, notes = decide(gm, spec)
     source = source_of(gm)
-    nowhere = unmatched(spec, {fqn: found.layer for fqn, found in resolved.items()}, _modules(gm))
+    without_layers = unmatched(spec, {fqn: found.layer for fqn, found in resolved.items()}, _modules(gm))
     asked = [f"dialect: {spec.dialect}"]
     asked += [f"{f'{a.source}: ' if a.source else ''}algorithm {algorithm_text(a)}" for a in spec.algorithms]
     asked += [f"cache: {spec.cache}"] if spec.cache else []
-    refused = [f"compile refuses: {problem}" for problem in (*refusals(spec), *nowhere)]
+    refused = [f"compile refuses: {problem}" for problem in (*refusals(spec), *without_layers)]
     bits = source.dtype.itemsize * 8
     return make_report(resolved, [*source.notes, *notes, *asked, *refused], bits, settings=spec_settings(spec))
 

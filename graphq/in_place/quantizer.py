@@ -189,8 +189,8 @@ def _decide(model: nn.Module, spec: Spec, found: dict[str, Layer]) -> tuple[dict
     """What becomes of each layer, and lines for the report."""
     layers = describe(model, found)
     resolved, notes = decide_on(layers, spec)
-    if nowhere := unmatched(spec, layers, ()):
-        raise SpecError(nowhere)
+    if problems := unmatched(spec, layers, ()):
+        raise SpecError(problems)
     for fqn, one in resolved.items():
         if isinstance(one.decision, Plan) and (why := why_not(model, fqn, found[fqn])):
             resolved[fqn] = dataclasses.replace(one, decision=KeepFloat(why))
