@@ -63,21 +63,21 @@ class RotateOnline(Pass):
         attentions = [op for op in ops_of(gm) if op.node.target == ATTENTION]
         if not attentions:
             self._say("r3", ["no scaled_dot_product_attention is found"])
-        count, turn_of = 0, cache(partial(rotation, kind="hadamard", seed=0))
+        count, hadamard = 0, cache(partial(rotation, kind="hadamard", seed=0))
         for op in attentions:
             size = width(view(op.argument("query"))) or 0
-            ways = [_way_to(view(op.argument(name)), size) for name in ("query", "key")]
-            turn = turn_of(size)
-            reasons = [reason for moves, made in ways for reason in _unrotatable_reads(gm, op, moves, made)]
-            reasons += [no_matrix(size)] if turn is None else []
+            operands = [_producers(view(op.argument(name)), size) for name in ("query", "key")]
+            h = hadamard(size)
+            reasons = [reason for moves, made in operands for reason in _unrotatable_reads(gm, op, moves, made)]
+            reasons += [no_matrix(size)] if h is None else []
             self._say("r3", (f"{place(op)}: {reason}" for reason in reasons))
-            if turn is None or reasons:
+            if h is None or reasons:
                 continue
-            for moves, made in ways:
+            for moves, made in operands:
                 for source in made:
                     if not isinstance(source, Input):
                         readers = [user for user in source.users if user in moves or user == op]
-                        product = multiplied(gm, source, turn, edit.following(source), self.name)
+                        product = multiplied(gm, source, h, edit.following(source), self.name)
                         for reader in readers:
                             edit.redirect(reader, source, product, self.name)
                         count += 1
@@ -94,7 +94,7 @@ class RotateOnline(Pass):
         order = {node: i for i, node in enumerate(gm.graph.nodes)}
         products: dict[Op, Op] = {}
         changes: dict[str, list[Change]] = {}
-        turn_of = cache(partial(rotation, kind="hadamard", seed=0))
+        hadamard = cache(partial(rotation, kind="hadamard", seed=0))
         for stream in residual_streams(gm):
             for op in sorted(stream.writers, key=lambda op: order[op.node]):
                 x, param = op.input_op, weight_param(op)
@@ -102,20 +102,20 @@ class RotateOnline(Pass):
                     continue
                 channels = width(x) or 0
                 size = self.block_size or channels
-                turn = turn_of(size)
+                h = hadamard(size)
                 if param is None:
                     self._say("r4", [f"{place(op)}: its weight is computed"])
                 elif (why := shared(gm, param.fqn, {op.node})) is not None:
                     self._say("r4", [why])
                 elif channels % size:
                     self._say("r4", [f"{place(op)}: its {channels} inputs are no multiple of {size}"])
-                elif turn is None:
+                elif h is None:
                     self._say("r4", [f"{place(op)}: {no_matrix(size)}"])
                 else:
                     if x not in products:
-                        products[x] = multiplied(gm, x, turn, op, self.name)
+                        products[x] = multiplied(gm, x, h, op, self.name)
                     edit.redirect(op, x, products[x], self.name)
-                    change = partial(rotate_axis, axis=op.in_axis, rotation=turn)
+                    change = partial(rotate_axis, axis=op.in_axis, rotation=h)
                     changes.setdefault(param.fqn, []).append(change)
         for fqn, steps in changes.items():
             edit.set_param(gm, fqn, partial(in_float64, steps=tuple(steps)), by=self.name)
@@ -144,7 +144,7 @@ def _reshape_behind(gm: fx.GraphModule, op: Op, by: str) -> None:
             _reshape(gm, user, by)
 
 
-def _way_to(x: Op, size: int) -> tuple[dict[Op, None], dict[Op, None]]:
+def _producers(x: Op, size: int) -> tuple[dict[Op, None], dict[Op, None]]:
     """The moves and concatenations of vectors of ``size`` that give ``x``, and the ops that make these vectors."""
     moves, made = dict[Op, None](), dict[Op, None]()
     pending = [x]
@@ -184,23 +184,23 @@ def _is_activation(x: Op) -> bool:
     return not isinstance(x, Weighted | Input | Param) and x.node.target not in (ATTENTION, *PRODUCTS)
 
 
-def multiplied(gm: fx.GraphModule, x: Op, turn: Rotation, before: Op, by: str) -> Op:
+def multiplied(gm: fx.GraphModule, x: Op, h: Rotation, before: Op, by: str) -> Op:
     """``x`` times the Hadamard matrix, made orthogonal, in blocks of its size; times its factors where it is large."""
-    size, channels, dtype = turn.size, cast(int, width(x)), x.val.dtype
+    size, channels, dtype = h.size, cast(int, width(x)), x.val.dtype
     put = partial(edit.insert, gm, before, by=by, like=x)
     if size > _LARGE:
-        left, right = (_held(gm, part.to(dtype), by) for part in (turn.left.T.contiguous(), turn.right))
-        blocks = put(aten.unflatten.int, x, -1, [channels // size, turn.left.shape[0], turn.right.shape[0]])
+        left, right = (_constant(gm, part.to(dtype), by) for part in (h.left.T.contiguous(), h.right))
+        blocks = put(aten.unflatten.int, x, -1, [channels // size, h.left.shape[0], h.right.shape[0]])
         product = put(aten.matmul.default, left, put(aten.matmul.default, blocks, right))
         return put(aten.flatten.using_ints, product, -3, -1)
-    held = _held(gm, turn.matrix().to(dtype), by)
+    held = _constant(gm, h.matrix().to(dtype), by)
     if size == channels:
         return put(aten.matmul.default, x, held)
     blocks = put(aten.unflatten.int, x, -1, [channels // size, size])
     return put(aten.flatten.using_ints, put(aten.matmul.default, blocks, held), -2, -1)
 
 
-def _held(gm: fx.GraphModule, matrix: Tensor, by: str) -> Op:
+def _constant(gm: fx.GraphModule, matrix: Tensor, by: str) -> Op:
     """The node that reads this matrix, the same for all who need it."""
     name = f"hadamard_{matrix.shape[0]}"
     while edit.has_tensor(gm, name):

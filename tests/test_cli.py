@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import graphq
 from graphq.cli import app
 from graphq.errors import GraphError, PassError, TargetError
+from graphq.spec.algorithms import ALGORITHMS
 from tests.checkpoints import save_checkpoint, text
 
 WEIGHTS = "graphq: 1\nweight: int4/asym/g16\n"
@@ -112,7 +113,7 @@ def test_explain_says_what_compile_refuses(model, spec):
     spec.write_text("graphq: 1\nweight: int8/channel\ncache: int8/token/dynamic\nalgorithms: [spqr]\n")
     cannot = "graphq cannot quantize the KV cache yet"
     refused = [
-        "note: compile refuses: algorithms[0] (line 4): graphq has no algorithm spqr; there are rtn, fold-batch-norm, rotate, equalize, smooth-quant, awq, gptq, auto-round, correct-bias",
+        f"note: compile refuses: algorithms[0] (line 4): graphq has no algorithm spqr; there are {', '.join(ALGORITHMS)}",
         f"note: compile refuses: cache: int8/token/dynamic: {cannot}; leave it out of the spec",
     ]
     assert graphq_("explain", model, "--spec", spec).stdout.splitlines()[-2:] == refused

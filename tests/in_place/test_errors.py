@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import graphq
 from graphq.errors import GraphError, GraphqError, SpecError
 from graphq.runtime.layers import QuantizedLayer
+from graphq.spec.algorithms import ALGORITHMS
 from tests.in_place.test_quantizer import data, linears, seeded
 from tests.models import MLP, Blocks, ConvBnRelu, Twice
 
@@ -38,6 +39,7 @@ def rules(*items: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 
 INT8 = rules({"match": "kind:linear", "weight": "int8/channel"})
+WHOLE_GRAPH = [name for name, entry in ALGORITHMS.items() if not entry.in_place]
 
 
 class Parts(nn.Module):
@@ -119,10 +121,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], Any, type[GraphqError], str]] = {
         "down: input int8/tensor: graphq.quantize quantizes weights, alone or with inputs; give a weight, too"),
     ),
     "algorithms of graphs": (
-        MLP, {**INT8, "algorithms": ["rotate", "equalize", "auto-round", "correct-bias", "fold-batch-norm"]}, SpecError,
+        MLP, {**INT8, "algorithms": WHOLE_GRAPH}, SpecError,
         "\n".join(
             f"algorithms[{i}]: {name} needs the graph of the model; use graphq.compile"
-            for i, name in enumerate(("rotate", "equalize", "auto-round", "correct-bias", "fold-batch-norm"))
+            for i, name in enumerate(WHOLE_GRAPH)
         ),
     ),
     "an option": (
