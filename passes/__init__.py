@@ -9,6 +9,7 @@
 7. ``quantize_weights``: weights are codes, read through ``graphq::dequantize``.
 8. ``quantize_activations``: activations go through ``graphq::quantize`` and ``graphq::dequantize``; observers are gone.
 
-``observers`` holds what ``observe`` puts in. What comes out is the QDQ form, from which ``graphq.lowering`` makes
-artifacts.
+The algorithms that a spec asks for stand between these, in the order that ``graphq.algorithms`` writes out.
+``graphq.observers`` holds what ``observe`` puts in. What comes out is the QDQ form, from which ``graphq.lowering``
+makes artifacts.
 """

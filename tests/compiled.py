@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from graphq.compiler import Compiled, passes_for
+from graphq.compiler import Compiled, canonical_passes, passes_for
 from graphq.frontends import load_spec
 from graphq.ir.pipeline import Pipeline
 from graphq.passes.annotate import decide
@@ -24,8 +24,11 @@ def blocks_spec(weight: str, input: str | None = None) -> Spec:
 def compile_captured(family: str, spec: Spec | dict[str, Any], batches: int = 2) -> Compiled:
     """What ``graphq.compile`` makes of ``tiny(family)``, without capturing it again; calibrated on random inputs."""
     gm, parsed = captured(family), spec if isinstance(spec, Spec) else load_spec(spec)
-    Pipeline(passes_for(parsed)[:3]).run(gm)
+    canonical = canonical_passes()
+    Pipeline(canonical).run(gm)
     resolved, notes = decide(gm, parsed)
     with torch.no_grad():
-        Pipeline(passes_for(parsed)[3:]).run(gm, [random_inputs(gm, seed=100 + i) for i in range(batches)])
+        Pipeline(passes_for(parsed)[len(canonical) :]).run(
+            gm, [random_inputs(gm, seed=100 + i) for i in range(batches)]
+        )
     return Compiled(gm, parsed, make_report(resolved, notes, 32), 0)
