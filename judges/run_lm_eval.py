@@ -59,7 +59,7 @@ def main() -> int:
         (folder / "next_line.yaml").write_text(TASK.format(file=folder / "rows.jsonl"), encoding="utf-8")
         compiled = graphq.compile(MODEL, "w8a16")
         compiled.save(folder / "artifact")
-        scores = [accuracy(model, folder) for model in (compiled.module, graphq.load(folder / "artifact"))]
+        scores = [accuracy(model, folder) for model in (compiled, graphq.load(folder / "artifact"))]
     print(f"accuracy: compiled {scores[0]}, loaded {scores[1]}; chance is 0.25")
     return int(not scores[0] == scores[1] > 0.25)
 
