@@ -139,13 +139,19 @@ class Input(Op):
 
 
 class Weighted(Op):
-    """An op that multiplies an input by a weight. Axes are those of the weight as it is stored."""
+    """An op that multiplies an input by a weight.
+
+    ``out_axis``, ``in_axis``, ``own_axes``: of the weight as it is stored. ``input_axis``, ``output_axis``: of the
+    channels in the op's input and in its output, counted from the end, with batches or without.
+    """
 
     weight_name: ClassVar[str] = "weight"
     input_name: ClassVar[str] = "input"
     out_axis: ClassVar[int] = 0
     in_axis: ClassVar[int] = 1
     own_axes: ClassVar[tuple[int, ...]] = ()
+    input_axis: ClassVar[int] = -1
+    output_axis: ClassVar[int] = -1
 
     @property
     def weight_op(self) -> Op:
@@ -181,6 +187,7 @@ class Conv1d(Weighted, target=aten.conv1d.default):
     input: Op
     weight: Op
     bias: Op | None
+    input_axis = output_axis = -2
 
 
 @final
@@ -188,6 +195,7 @@ class Conv1dPadding(Weighted, target=aten.conv1d.padding):
     input: Op
     weight: Op
     bias: Op | None
+    input_axis = output_axis = -2
 
 
 @final
@@ -195,6 +203,7 @@ class Conv2d(Weighted, target=aten.conv2d.default):
     input: Op
     weight: Op
     bias: Op | None
+    input_axis = output_axis = -3
 
 
 @final
@@ -202,6 +211,7 @@ class Conv2dPadding(Weighted, target=aten.conv2d.padding):
     input: Op
     weight: Op
     bias: Op | None
+    input_axis = output_axis = -3
 
 
 CONVOLUTIONS: Final = (Conv1d, Conv1dPadding, Conv2d, Conv2dPadding)
