@@ -46,15 +46,19 @@ def remove_tensor(module: nn.Module, fqn: str) -> None:
     delattr(module.get_submodule(path), name)
 
 
-def is_tied(module: nn.Module, fqn: str) -> bool:
-    """Whether ``module`` holds the tensor of this name under another one, too; parts of one storage are not tied."""
-    tensors = module.state_dict(keep_vars=True)
-    return any(name != fqn and _place(tensor) == _place(tensors[fqn]) for name, tensor in tensors.items())
+def ties(module: nn.Module) -> dict[str, tuple[str, ...]]:
+    """The other names under which ``module`` holds each tensor that it holds under several.
 
-
-def _place(tensor: Tensor) -> tuple[int, int]:
-    # Storages' own addresses: those of their data are all 0 on fake tensors.
-    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())  # pyright: ignore[reportPrivateUsage]
+    Tensors are tied that begin at one place of one storage; other parts of one storage are not, nor are empty tensors.
+    """
+    names: dict[tuple[int, int], list[str]] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if tensor.numel():
+            # Storages' own addresses: those of their data are all 0 on fake tensors.
+            place = tensor.untyped_storage()._cdata, int(tensor.storage_offset())  # pyright: ignore[reportPrivateUsage]
+            names.setdefault(place, []).append(name)
+    tied = [found for found in names.values() if len(found) > 1]
+    return {name: tuple(other for other in found if other != name) for found in tied for name in found}
 
 
 def nbytes(tensor: Tensor) -> int:

@@ -135,7 +135,7 @@ def _recompile(directory: Path, described: Mapping[str, Any], model: Path) -> di
         dtype = manifest.dtype_named(described["computed_in"] or "float32")
     except (KeyError, TypeError, AttributeError, ValueError, yaml.YAMLError, SpecError) as error:
         raise TargetError(f"{file}: damaged: {str(error).splitlines()[0]}") from error
-    cache = any(i.is_cache for i in manifest.source_of_artifact(directory, described).inputs)
+    cache = bool(manifest.source_of_artifact(directory, described).caches)
     gm = hugging_face.capture_directory(model, dtype, cache=cache)
     with torch.no_grad():
         Pipeline([*canonical_passes(), Annotate(spec), QuantizeWeights()]).run(gm)

@@ -246,8 +246,8 @@ def _judged(gm: fx.GraphModule, fqns: set[str]) -> list[tuple[int, fx.Node]]:
         for i, node in enumerate(given)
         if node in reached and isinstance(node.meta["val"], Tensor) and node.meta["val"].is_floating_point()
     ]
-    names = source_of(gm).outputs
-    return [(i, node) for i, node in found if not names[i].startswith("present.")] or found
+    source = source_of(gm)
+    return [(i, node) for i, node in found if source.outputs[i] not in source.presents] or found
 
 
 @final

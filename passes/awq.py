@@ -16,7 +16,8 @@ from torch import Tensor, fx
 
 from graphq.ir import edit
 from graphq.ir.channel_groups import Group, Where, apply_factors, chosen_layers, groups, names_of, rounding_change
-from graphq.ir.labels import Reader, is_own
+from graphq.ir.index import GraphIndex
+from graphq.ir.labels import Reader
 from graphq.ir.layers import LAYER, PLAN
 from graphq.ir.matrices import Samples, as_matrices, as_weight, input_vectors
 from graphq.ir.pipeline import Batches, Pass
@@ -93,8 +94,9 @@ class AWQ(Pass):
                 for reader in group.chosen:
                     scaled[reader.op] = group.at(torch.where(group.moved, found, 1.0), reader.channels)
         if self.clip:
+            index = GraphIndex(gm)
             for op, hessian in moments.items():
-                count += self._clip(gm, op, _divided(op, hessian, scaled.get(op)))
+                count += self._clip(index, op, _divided(op, hessian, scaled.get(op)))
         return count
 
     def _moments(self, gm: fx.GraphModule, op: Weighted) -> Tensor:
@@ -129,23 +131,23 @@ class AWQ(Pass):
             found += [awq.factors(activations, weights if duo else None, ratio) for ratio in ratios]
         return found
 
-    def _clip(self, gm: fx.GraphModule, op: Weighted, hessian: Tensor) -> int:
+    def _clip(self, index: GraphIndex, op: Weighted, hessian: Tensor) -> int:
         quants = set(weight_quants(op.node.meta[PLAN]))
         param = op.weight_op
-        if len(quants) != 1 or not isinstance(param, Param) or not is_own(gm, param):
+        if len(quants) != 1 or not isinstance(param, Param) or not index.is_own(param):
             return 0
         (quant,) = quants
         if quant is None or not _can_clip(quant) or not self.unclipped.isdisjoint(names_of(op)):
             return 0
         size = quant.granularity.size if isinstance(quant.granularity, PerGroup) else -1
-        old = tensor_of(gm, param.fqn).detach()
+        old = tensor_of(index.gm, param.fqn).detach()
         if isinstance(op, CONVOLUTIONS) and size > 0:
             return 0
         w = as_matrices(old.float(), op)
         new = as_weight(awq.clipped(w, hessian, quant.format, [1, 1, size]), op, old).to(old.dtype)
         if torch.equal(new, old):
             return 0
-        edit.set_param(gm, param.fqn, lambda _: new.contiguous(), self.name)
+        edit.set_param(index.gm, param.fqn, lambda _: new.contiguous(), self.name)
         return 1
 
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Final, cast, final
 import torch
 from torch import Tensor, fx, nn
 
-from graphq.capture.source import KEY, SHARED, source_of
+from graphq.capture.source import KEY, SHARED, TensorInput, source_of
 from graphq.errors import SpecError
 from graphq.ir import edit
 from graphq.ir.layers import PLAN
@@ -69,7 +69,7 @@ class Blockwise(Pass):
 
 @final
 @dataclass(frozen=True)
-class Part:
+class BlockGraph:
     """A part of a graph: the nodes whose values it takes and gives, by name in the whole graph, in order.
 
     ``carried``: those that it gives and that later parts take, rather than the model's outputs alone; and what
@@ -85,7 +85,7 @@ class Part:
 class _Replay:
     """The batches of a part, as often as they are asked for."""
 
-    def __init__(self, part: Part, seen: Sequence[dict[str, Any]]) -> None:
+    def __init__(self, part: BlockGraph, seen: Sequence[dict[str, Any]]) -> None:
         self.part = part
         self.seen = seen
 
@@ -96,7 +96,7 @@ class _Replay:
         return len(self.seen)
 
 
-def _arguments(part: Part, values: dict[str, Any]) -> tuple[Any, ...]:
+def _arguments(part: BlockGraph, values: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(values[node.name] for node in part.takes)
 
 
@@ -104,7 +104,7 @@ def _inputs(gm: fx.GraphModule, batch: tuple[Tensor, ...]) -> dict[str, Any]:
     return dict(zip([node.name for node in gm.graph.find_nodes(op="placeholder")], batch, strict=True))
 
 
-def _run(part: Part, seen: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _run(part: BlockGraph, seen: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """What later parts take of each batch."""
     part.gm.recompile()
     names = [node.name for node in part.gives]
@@ -164,7 +164,7 @@ def _shared(gm: fx.GraphModule, stages: Sequence[Sequence[fx.Node]]) -> frozense
 
 def extract(
     gm: fx.GraphModule, stage: Sequence[fx.Node], later: Sequence[Sequence[fx.Node]], shared: frozenset[str]
-) -> Part:
+) -> BlockGraph:
     """The graph of a part. It holds the same tensors as ``gm``; those in ``shared`` belong to others, too."""
     own = set(stage)
     behind = {node for other in later for node in other}
@@ -192,13 +192,24 @@ def extract(
     graph.output(tuple(made[node] for node in gives))
     part = fx.GraphModule(root, graph)
     names = tuple(named.get(node, f"{_OUTPUT}_{i}") for i, node in enumerate(gives))
-    part.meta[KEY] = dataclasses.replace(source, outputs=names)
+    declared = dict(zip(gm.graph.find_nodes(op="placeholder"), source.inputs, strict=True))
+    inputs = tuple(declared.get(node) or _input(node) for node in takes)
+    part.meta[KEY] = dataclasses.replace(source, inputs=inputs, outputs=names)
     part.meta[SHARED] = shared | gm.meta.get(SHARED, frozenset())
     needed = frozenset(n.name for other in behind for n in other.all_input_nodes)
-    return Part(part, tuple(takes), gives, needed)
+    return BlockGraph(part, tuple(takes), gives, needed)
 
 
-def merge(gm: fx.GraphModule, stage: Sequence[fx.Node], part: Part) -> dict[str, str]:
+def _input(node: fx.Node) -> TensorInput:
+    """What a part takes of the parts in front of it, as an input; a number is a tensor without axes."""
+    val = node.meta["val"]
+    if not isinstance(val, Tensor):
+        return TensorInput(node.name, torch.int64, ())
+    sizes = (str(size) if isinstance(cast(Any, size), torch.SymInt) else size for size in val.shape)
+    return TensorInput(node.name, val.dtype, tuple(sizes))
+
+
+def merge(gm: fx.GraphModule, stage: Sequence[fx.Node], part: BlockGraph) -> dict[str, str]:
     """The nodes of ``stage`` are those that became of its part, with the tensors that these read.
 
     Gives the new names of what the part gives, by the old ones.

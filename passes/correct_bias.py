@@ -14,7 +14,9 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from graphq.ir import edit
-from graphq.ir.biases import bias_of, channel_axis, set_bias
+from graphq.ir.biases import bias_of, set_bias
+from graphq.ir.effects import channel_axis
+from graphq.ir.index import GraphIndex
 from graphq.ir.layers import LAYER
 from graphq.ir.pipeline import Batches, Invariant, Pass
 from graphq.ir.views import Dequantize, Op, Param, TransposedLinear, view
@@ -57,9 +59,10 @@ class CorrectBias(Pass):
     def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
         used: list[MeanObserver] = []
         count = 0
+        index = GraphIndex(gm)
         for uses in planned_layers(gm):
             layer = str(uses[0].node.meta[LAYER])
-            reason = why_uncorrectable(gm, uses)
+            reason = why_uncorrectable(index, uses)
             biased = [op for op in uses if isinstance(op, Correctable)]
             means = [mean for op in biased for mean in (mean_of(gm, op.input_op, read_by(op)), _output(gm, op))]
             seen = [mean for mean in means if mean is not None and mean.has_observed]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from graphq.ir.channel_groups import Group, apply_factors, chosen_layers, column_magnitudes
-from graphq.ir.channels import Flow, flow_into
+from graphq.ir.channels import Flow, Flows
 from graphq.ir.layers import LAYER
 from graphq.ir.pipeline import Batches, Pass
 from graphq.ir.views import Op, Weighted
@@ -56,10 +56,11 @@ class Equalize(Pass):
         return len(changed)
 
     def _pairs(self, gm: fx.GraphModule) -> list[Group]:
-        chosen = chosen_layers(gm, self.only)
+        chosen = dict.fromkeys(chosen_layers(gm, self.only))
+        flows = Flows(gm)
         found: dict[Op, Group] = {}
         for op in chosen:
-            flow = flow_into(gm, op)
+            flow = flows.into(op)
             if not isinstance(flow, Flow):
                 if self.note is not None:
                     self.note(f"{op.node.meta[LAYER]}: its input's channels keep their scale: {flow.reason}")

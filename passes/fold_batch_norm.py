@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from graphq.ir import edit
 from graphq.ir.biases import Biased, bias_of, set_bias, weight_of, why_no_bias
+from graphq.ir.index import GraphIndex
 from graphq.ir.pipeline import Batches, Pass
 from graphq.ir.views import (
     BatchNorm,
@@ -25,7 +26,7 @@ from graphq.ir.views import (
     TransposedLinear,
     ops_of,
 )
-from graphq.state import is_tied, tensor_of
+from graphq.state import tensor_of
 
 
 @final
@@ -41,6 +42,7 @@ class FoldBatchNorm(Pass):
 
     def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
         count = 0
+        index = GraphIndex(gm)
         for op in ops_of(gm):
             match op:
                 case BatchNorm(x, gamma, beta, Param() as mean, Param() as var, False, eps):
@@ -52,7 +54,7 @@ class FoldBatchNorm(Pass):
                 case _:
                     continue
             parts = (gamma, beta, mean, var)
-            if not isinstance(x, Biased) or x.users != [op] or not _is_foldable(gm, x, parts):
+            if not isinstance(x, Biased) or x.users != [op] or not _is_foldable(index, x, parts):
                 continue
             tensors = (tensor_of(gm, p.fqn).detach() if isinstance(p, Param) else None for p in parts)
             made = self._fold(gm, x, *_affine(*tensors, eps=eps))
@@ -77,14 +79,14 @@ class FoldBatchNorm(Pass):
         return made
 
 
-def _is_foldable(gm: fx.GraphModule, x: Biased, affine: tuple[Op | None, ...]) -> bool:
+def _is_foldable(index: GraphIndex, x: Biased, affine: tuple[Op | None, ...]) -> bool:
     """Whether axis 1, which a batch norm scales, is that of the channels of ``x``, and all its numbers are its own."""
     weight = weight_of(x)
     if not isinstance(weight, Param) or x.val.dim() != weight.val.dim():
         return False
-    is_own = [user for n in gm.graph.find_nodes(op="get_attr", target=weight.fqn) for user in n.users] == [x.node]
+    is_own = [user for node in index.reads(weight.fqn) for user in node.users] == [x.node]
     known = all(part is None or isinstance(part, Param) for part in affine)
-    return is_own and known and not is_tied(gm, weight.fqn) and why_no_bias(gm, [x]) is None
+    return is_own and known and weight.fqn not in index.tied and why_no_bias(index, [x]) is None
 
 
 def _bias_name(weight: str) -> str:

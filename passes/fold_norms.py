@@ -14,10 +14,11 @@ from jaxtyping import Float
 from torch import Tensor, fx, nn
 
 from graphq.ir import edit
+from graphq.ir.effects import Normalizes, ReadsShape, effect
+from graphq.ir.index import GraphIndex
 from graphq.ir.layers import layer_path, weight_param
 from graphq.ir.pipeline import Batches, Pass
-from graphq.ir.streams import shared
-from graphq.ir.vectors import LAYER_NORM, NORMS, SHAPE_ONLY, constant, gain_of, is_normalized, moved, place, width
+from graphq.ir.vectors import constant, gain_of, is_normalized, moved, place, width
 from graphq.ir.views import Cast, GroupedLinear, Linear, Op, Param, TransposedLinear, Weighted, ops_of, view
 from graphq.passes.quantize_weights import with_weights
 from graphq.state import tensor_of
@@ -40,12 +41,13 @@ class FoldNorms(Pass):
 
     def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
         count = 0
+        index = GraphIndex(gm)
         for op in ops_of(gm):
             norm = _norm(gm, op)
             if norm is None or norm.is_neutral:
                 continue
             readers = _readers(op)
-            why = readers if isinstance(readers, str) else _kept(gm, norm, readers)
+            why = readers if isinstance(readers, str) else _kept(index, norm, readers)
             if why is None:
                 self._fold(gm, norm, [r for r in readers if isinstance(r, Weighted)])
                 count += 1
@@ -96,8 +98,9 @@ class _Norm:
 
 def _norm(gm: fx.GraphModule, op: Op) -> _Norm | None:
     """The norm whose output ``op`` is; None if it is none, or has neither gain nor bias."""
-    if op.node.target in NORMS:
-        names = ("weight", "bias") if op.node.target == LAYER_NORM else ("weight",)
+    effect_of = effect(op)
+    if isinstance(effect_of, Normalizes) and effect_of.over == "row" and isinstance(op.val, Tensor):
+        names = effect_of.parameters
         given = {name: view(op.argument(name)) for name in names if op.argument(name) is not None}
         held = {name: constant(gm, factor) for name, factor in given.items()}
         wanted = {name: _neutral(factor, 1.0 if name == "weight" else 0.0) for name, factor in given.items()}
@@ -139,12 +142,12 @@ def _readers(op: Op) -> list[Weighted] | str:
                 found.append(user)
             elif moved(user, width(op) or 0) == x and width(user) == width(op):
                 pending.append(user)
-            elif user.node.target not in SHAPE_ONLY:
+            elif not isinstance(effect(user), ReadsShape):
                 return f"{place(user)}: {user.node.target} reads it"
     return found if found else "no linear reads it"
 
 
-def _kept(gm: fx.GraphModule, norm: _Norm, readers: list[Weighted]) -> str | None:
+def _kept(index: GraphIndex, norm: _Norm, readers: list[Weighted]) -> str | None:
     """Why the norm cannot be folded into its readers; None if it can."""
     if norm.why is not None:
         return norm.why
@@ -158,7 +161,7 @@ def _kept(gm: fx.GraphModule, norm: _Norm, readers: list[Weighted]) -> str | Non
             own = _bias(reader)
             if isinstance(reader, GroupedLinear):
                 return f"{place(reader)}: experts take no bias"
-            if own is None and edit.has_tensor(gm, f"{place(reader)}.bias"):
+            if own is None and edit.has_tensor(index.gm, f"{place(reader)}.bias"):
                 return f"{place(reader)}.bias: the model has a tensor of this name"
             if own is not None and not (isinstance(own, Param) and own.val.dim() == 1 and width(own) == width(reader)):
                 return f"{place(reader)}: its bias is computed"
@@ -167,7 +170,7 @@ def _kept(gm: fx.GraphModule, norm: _Norm, readers: list[Weighted]) -> str | Non
     if twice is not None:
         return f"{twice}: it is read several times"
     allowed = users | {op.node for op in norm.uses}
-    reasons = (shared(gm, fqn, allowed) for fqn in changed)
+    reasons = (index.why_shared(fqn, allowed) for fqn in changed)
     return next((reason for reason in reasons if reason is not None), None)
 
 

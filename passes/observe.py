@@ -15,7 +15,6 @@ from graphq.ir.views import (
     Dequantize,
     Embedding,
     GroupedLinear,
-    Linear,
     Op,
     Param,
     Quantize,
@@ -62,8 +61,7 @@ def output_map(gm: fx.GraphModule, op: Weighted, quant: Quant) -> OutputMap:
             return x @ weight
         return cast(Tensor, target(x, weight, None, *arguments))  # type: ignore[operator]
 
-    is_linear = isinstance(op, Linear | TransposedLinear)
-    return OutputMap(apply, w, -1 if is_linear else 1, tuple(block))
+    return OutputMap(apply, w, op.output_axis, tuple(block))
 
 
 @runtime_checkable  # tests check types as they run

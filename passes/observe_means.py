@@ -6,7 +6,9 @@ from typing import ClassVar, Final, final
 
 from torch import fx
 
-from graphq.ir.biases import channel_axis, channels_of, why_no_bias
+from graphq.ir.biases import channels_of, why_no_bias
+from graphq.ir.effects import channel_axis
+from graphq.ir.index import GraphIndex
 from graphq.ir.layers import LAYER, PLAN
 from graphq.ir.pipeline import Batches, Invariant, Pass
 from graphq.ir.views import (
@@ -44,8 +46,9 @@ class ObserveMeans(Pass):
 
     def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
         wanted: dict[tuple[Op, int | Window], list[Correctable]] = {}
+        index = GraphIndex(gm)
         for uses in planned_layers(gm):
-            if why_uncorrectable(gm, uses) is None:
+            if why_uncorrectable(index, uses) is None:
                 for op in uses:
                     assert isinstance(op, Correctable), "asked for"
                     wanted.setdefault((op.input_op, read_by(op)), []).append(op)
@@ -83,10 +86,10 @@ def stored_weight(op: Weighted) -> Op:
 _ADDS_NONE: Final = "it adds no bias"
 
 
-def why_uncorrectable(gm: fx.GraphModule, uses: Sequence[Weighted]) -> str | None:
+def why_uncorrectable(index: GraphIndex, uses: Sequence[Weighted]) -> str | None:
     """None where a layer with these uses can be given another bias, else the reason."""
     biased = [op for op in uses if isinstance(op, Correctable)]
-    return why_no_bias(gm, biased) if len(biased) == len(uses) else _ADDS_NONE
+    return why_no_bias(index, biased) if len(biased) == len(uses) else _ADDS_NONE
 
 
 def read_by(op: Correctable) -> int | Window:
@@ -109,5 +112,5 @@ def mean_of(gm: fx.GraphModule, x: Op, of: int | Window) -> MeanObserver | None:
 def _shape(op: Correctable, of: int | Window, role: str) -> list[int]:
     if role == "output":
         return [channels_of(op)]
-    channels = int(op.input_op.val.shape[channel_axis(op)])
+    channels = int(op.input_op.val.shape[op.input_axis])
     return [channels, *of.kernel] if isinstance(of, Window) else [channels]

@@ -1,31 +1,15 @@
 """Identities that export leaves behind: aliases, copies, casts to the dtype at hand, dropout in evaluation."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Final, final
+from typing import ClassVar, final
 
-import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphq.ir import edit
+from graphq.ir.effects import Copies, effect
 from graphq.ir.pipeline import Batches, Pass
 from graphq.ir.views import Input, Op, Param, ops_of, view
-
-aten = torch.ops.aten
-_COPIES: Final = (  # of what they are given, though some of them into another layout or dtype
-    aten.alias.default,
-    aten.detach.default,
-    aten.clone.default,
-    aten.contiguous.default,
-    aten.lift_fresh_copy.default,
-    aten._to_copy.default,
-)
-_DROPOUTS: Final = (
-    aten.dropout.default,
-    aten.alpha_dropout.default,
-    aten.feature_dropout.default,
-    aten.feature_alpha_dropout.default,
-)
 
 
 @final
@@ -42,17 +26,13 @@ class RemoveNoOps(Pass):
     def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
         count = 0
         for op in ops_of(gm):
-            if op.node.target not in _COPIES and not _is_evaluated_dropout(op):
+            if not isinstance(effect(op), Copies):  # a dropout in evaluation, too
                 continue
             source = view(op.node.all_input_nodes[0])
             if _is_alike(source, op) and not (isinstance(source, Input | Param) and _is_returned(op)):
                 edit.bypass(gm, op, source)
                 count += 1
         return count
-
-
-def _is_evaluated_dropout(op: Op) -> bool:
-    return op.node.target in _DROPOUTS and op.node.args[2] is False
 
 
 def _is_alike(x: Op, y: Op) -> bool:

@@ -18,9 +18,11 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphq.ir import edit
+from graphq.ir.effects import ReadsShape, effect
+from graphq.ir.index import GraphIndex
 from graphq.ir.pipeline import Batches, Pass
 from graphq.ir.streams import Stream, residual_streams, value_streams
-from graphq.ir.vectors import LAYER_NORM, SHAPE_ONLY, place
+from graphq.ir.vectors import is_layer_norm, place
 from graphq.ir.views import Op, view
 from graphq.numerics.hadamard import RotationKind, centre_axis, rotate_axis, rotation
 from graphq.passes.quantize_weights import with_weights
@@ -54,9 +56,10 @@ class Rotate(Pass):
 
     def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
         changes: dict[str, list[Change]] = {}
-        norms = self._rotate_residual(gm, residual_streams(gm), changes) if self.r1 else []
+        index = GraphIndex(gm)
+        norms = self._rotate_residual(index, residual_streams(index), changes) if self.r1 else []
         if self.r2:
-            self._rotate_values(gm, changes)
+            self._rotate_values(index, changes)
         for fqn, steps in changes.items():
             edit.set_param(gm, fqn, partial(in_float64, steps=tuple(steps)), by=self.name)
         for norm in norms:
@@ -71,7 +74,7 @@ class Rotate(Pass):
                 self.note(f"{self.name}: {what}: {reason}")
 
     def _rotate_residual(
-        self, gm: fx.GraphModule, streams: Sequence[Stream], changes: dict[str, list[Change]]
+        self, index: GraphIndex, streams: Sequence[Stream], changes: dict[str, list[Change]]
     ) -> list[Op]:
         """The layer norms that now read centred values."""
         norms: list[Op] = []
@@ -82,7 +85,7 @@ class Rotate(Pass):
             q = rotation(size, self.kind, self.seed + number) if stream.size % size == 0 else None
             reasons = [
                 *stream.blocks,
-                *not_caches(gm, stream.inputs, stream.outputs, is_cached=False),
+                *not_caches(index, stream.inputs, stream.outputs, is_cached=False),
                 *_read_off_centre(stream),
             ]
             if stream.size % size:
@@ -100,13 +103,13 @@ class Rotate(Pass):
             norms += stream.norms
         return norms
 
-    def _rotate_values(self, gm: fx.GraphModule, changes: dict[str, list[Change]]) -> None:
-        streams = value_streams(gm)
+    def _rotate_values(self, index: GraphIndex, changes: dict[str, list[Change]]) -> None:
+        streams = value_streams(index)
         if not streams:
             self._say("r2", ["no attention is found"])
         for number, stream in enumerate(streams, start=1):
             q = rotation(stream.size, self.kind, self.seed + (number << 16))
-            reasons = [*stream.blocks, *not_caches(gm, stream.inputs, stream.outputs)]
+            reasons = [*stream.blocks, *not_caches(index, stream.inputs, stream.outputs)]
             reasons += [f"{place(norm)}: a layer norm reads the values" for norm in stream.norms]
             if not reasons and not (stream.writers and stream.readers):
                 reasons.append(f"{place(stream.members[-1])}: no linear makes or reads the values")
@@ -139,9 +142,9 @@ def _read_off_centre(stream: Stream) -> list[str]:
     normed, members = set[Op](), set(stream.members)
     for op in stream.members:
         sources = [view(node) for node in op.node.all_input_nodes if view(node) in members]
-        if op.node.target == LAYER_NORM or (sources and all(source in normed for source in sources)):
+        if is_layer_norm(op) or (sources and all(source in normed for source in sources)):
             normed.add(op)
             continue
-        others = [user for user in op.users if user not in members and user.node.target not in SHAPE_ONLY]
+        others = [user for user in op.users if user not in members and not isinstance(effect(user), ReadsShape)]
         found += [f"{place(user)}: it reads the stream without a layer norm" for user in others]
     return found

@@ -13,12 +13,13 @@ from typing import ClassVar, Final, cast, final
 import torch
 from torch import Tensor, fx
 
-from graphq.capture.source import source_of
 from graphq.ir import edit
+from graphq.ir.effects import Attends, Carried, Contracts, Joins, ReadsShape, effect
+from graphq.ir.index import GraphIndex
 from graphq.ir.layers import weight_param
 from graphq.ir.pipeline import Batches, Pass
-from graphq.ir.streams import residual_streams, shared
-from graphq.ir.vectors import ATTENTION, PRODUCTS, SHAPE_ONLY, carried, moved, place, width
+from graphq.ir.streams import residual_streams
+from graphq.ir.vectors import carried, moved, place, width
 from graphq.ir.views import Input, Op, Param, Weighted, ops_of, view
 from graphq.numerics.hadamard import Rotation, rotate_axis, rotation
 from graphq.passes.quantize_weights import with_weights
@@ -48,19 +49,21 @@ class RotateOnline(Pass):
     requires = (with_weights,)
 
     def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
-        return (self._rotate_keys(gm) if self.r3 else 0) + (self._rotate_inputs(gm) if self.r4 else 0)
+        count = self._rotate_keys(GraphIndex(gm)) if self.r3 else 0
+        return count + (self._rotate_inputs(GraphIndex(gm)) if self.r4 else 0)
 
     def _say(self, what: str, reasons: Iterable[str]) -> None:
         for reason in reasons:
             if self.note is not None:
                 self.note(f"rotate: {what}: {reason}")  # by the algorithm that specs name
 
-    def _rotate_keys(self, gm: fx.GraphModule) -> int:
+    def _rotate_keys(self, index: GraphIndex) -> int:
         """Queries and keys are multiplied by one matrix, where they are made: before the cache and repeated heads.
 
         Returns the number of products put in.
         """
-        attentions = [op for op in ops_of(gm) if op.node.target == ATTENTION]
+        gm = index.gm
+        attentions = [op for op in ops_of(gm) if isinstance(effect(op), Attends)]
         if not attentions:
             self._say("r3", ["no scaled_dot_product_attention is found"])
         count, hadamard = 0, cache(partial(rotation, kind="hadamard", seed=0))
@@ -68,7 +71,7 @@ class RotateOnline(Pass):
             size = width(view(op.argument("query"))) or 0
             operands = [_producers(view(op.argument(name)), size) for name in ("query", "key")]
             h = hadamard(size)
-            reasons = [reason for moves, made in operands for reason in _unrotatable_reads(gm, op, moves, made)]
+            reasons = [reason for moves, made in operands for reason in _unrotatable_reads(index, op, moves, made)]
             reasons += [no_matrix(size)] if h is None else []
             self._say("r3", (f"{place(op)}: {reason}" for reason in reasons))
             if h is None or reasons:
@@ -86,17 +89,17 @@ class RotateOnline(Pass):
             _reshape_behind(gm, op, self.name)
         return count
 
-    def _rotate_inputs(self, gm: fx.GraphModule) -> int:
+    def _rotate_inputs(self, index: GraphIndex) -> int:
         """Linears that write to a residual stream what an activation gave read it rotated, and so are their weights.
 
         Returns the number of products put in and of weights changed.
         """
-        order = {node: i for i, node in enumerate(gm.graph.nodes)}
+        gm = index.gm
         products: dict[Op, Op] = {}
         changes: dict[str, list[Change]] = {}
         hadamard = cache(partial(rotation, kind="hadamard", seed=0))
-        for stream in residual_streams(gm):
-            for op in sorted(stream.writers, key=lambda op: order[op.node]):
+        for stream in residual_streams(index):
+            for op in sorted(stream.writers, key=lambda op: op.node):  # in graph order
                 x, param = op.input_op, weight_param(op)
                 if not _is_activation(x) or x in stream.members:
                     continue
@@ -105,7 +108,7 @@ class RotateOnline(Pass):
                 h = hadamard(size)
                 if param is None:
                     self._say("r4", [f"{place(op)}: its weight is computed"])
-                elif (why := shared(gm, param.fqn, {op.node})) is not None:
+                elif (why := index.why_shared(param.fqn, {op.node})) is not None:
                     self._say("r4", [why])
                 elif channels % size:
                     self._say("r4", [f"{place(op)}: its {channels} inputs are no multiple of {size}"])
@@ -150,16 +153,18 @@ def _producers(x: Op, size: int) -> tuple[dict[Op, None], dict[Op, None]]:
     pending = [x]
     while pending:
         op = pending.pop()
-        sources = carried(op, size) if op.node.target == aten.cat.default else [moved(op, size)]
-        if sources and all(source is not None and width(source) == size for source in sources):
+        found = carried(op, size) if isinstance(effect(op), Joins) else None
+        source = moved(op, size)
+        sources = found.value if isinstance(found, Carried) else [source] if source is not None else []
+        if sources and all(width(source) == size for source in sources):
             moves[op] = None
-            pending += cast(list[Op], sources)
+            pending += sources
         else:
             made[op] = None
     return moves, made
 
 
-def _unrotatable_reads(gm: fx.GraphModule, attention: Op, moves: Iterable[Op], made: Iterable[Op]) -> list[str]:
+def _unrotatable_reads(index: GraphIndex, attention: Op, moves: Iterable[Op], made: Iterable[Op]) -> list[str]:
     """What else reads rotated vectors, and what gives some that are not: anything but a cache, which comes back."""
     found: list[str] = []
     returned = set[Op]()
@@ -167,12 +172,12 @@ def _unrotatable_reads(gm: fx.GraphModule, attention: Op, moves: Iterable[Op], m
         for user in op.users:
             if user.node.op == "output":
                 returned.add(op)
-            elif user not in moves and user != attention and user.node.target not in SHAPE_ONLY:
+            elif user not in moves and user != attention and not isinstance(effect(user), ReadsShape):
                 found.append(f"{place(user)}: {user.node.target} reads it, too")
     value = view(attention.argument("value"))
     if value in moves or value in made:
         found.append("its values are its queries or keys")
-    return found + not_caches(gm, [op for op in made if isinstance(op, Input)], returned)
+    return found + not_caches(index, [op for op in made if isinstance(op, Input)], returned)
 
 
 def _is_activation(x: Op) -> bool:
@@ -181,7 +186,7 @@ def _is_activation(x: Op) -> bool:
         return False
     while (source := moved(x, 1)) is not None:
         x = source
-    return not isinstance(x, Weighted | Input | Param) and x.node.target not in (ATTENTION, *PRODUCTS)
+    return not isinstance(x, Weighted | Input | Param) and not isinstance(effect(x), Attends | Contracts)
 
 
 def multiplied(gm: fx.GraphModule, x: Op, h: Rotation, before: Op, by: str) -> Op:
@@ -218,17 +223,13 @@ def no_matrix(size: int) -> str:
     return f"graphq knows no Hadamard matrix of size {size}"
 
 
-def not_caches(gm: fx.GraphModule, inputs: Iterable[Op], outputs: Iterable[Op], is_cached: bool = True) -> list[str]:
+def not_caches(index: GraphIndex, inputs: Iterable[Op], outputs: Iterable[Op], is_cached: bool = True) -> list[str]:
     """What of these the graph is given, or gives, that is no cache: a cache comes back in the basis it was given in."""
-    source = source_of(gm)
-    places = dict(zip(gm.graph.find_nodes(op="placeholder"), source.inputs, strict=True))
-    results = cast(Sequence[fx.Node], gm.graph.output_node().args[0])
-    given = {places[op.node].name for op in inputs}
-    nodes = {op.node for op in outputs}
-    returned = {name for node, name in zip(results, source.outputs, strict=True) if node in nodes}
-    caches = {declared.name for declared in source.inputs if declared.is_cache and is_cached}
-    pairs = {name: name.replace("past_key_values.", "present.") for name in given & caches}
-    pairs = {name: back for name, back in pairs.items() if back in returned}
-    return [f"{name}: the caller gives it" for name in sorted(given - set(pairs))] + [
-        f"{name}: the caller gets it" for name in sorted(returned - set(pairs.values()))
+    given, returned = {op.node for op in inputs}, {op.node for op in outputs}
+    pairs = {present: past for present, past in index.caches.items() if is_cached and present in returned}
+    pairs = {present: past for present, past in pairs.items() if past in given}
+    back = given.difference(pairs.values())
+    return [f"{name}: the caller gives it" for name in sorted(index.input_names[node] for node in back)] + [
+        f"{name}: the caller gets it"
+        for name in sorted(name for node in returned - set(pairs) for name in index.output_names[node])
     ]

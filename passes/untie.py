@@ -8,8 +8,8 @@ from torch import fx
 from graphq.ir import edit
 from graphq.ir.layers import weight_param
 from graphq.ir.pipeline import Batches, Pass
-from graphq.ir.streams import tied_to
 from graphq.ir.views import Embedding, ops_of
+from graphq.state import ties
 
 
 @final
@@ -24,9 +24,12 @@ class Untie(Pass):
 
     def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
         count = 0
+        tied: dict[str, set[str]] = {name: set(others) for name, others in ties(gm).items()}
         for op in ops_of(gm):
             param = weight_param(op) if isinstance(op, Embedding) else None
-            if param is not None and tied_to(gm, param.fqn) is not None:
+            if param is not None and tied.get(param.fqn):
+                for other in tied.pop(param.fqn):
+                    tied[other].discard(param.fqn)
                 edit.set_param(gm, param.fqn, lambda t: t.clone(), by=self.name)
                 count += 1
         return count

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from graphq.state import is_tied, nbytes, put_tensor, remove_tensor, tensor_of
+from graphq.state import nbytes, put_tensor, remove_tensor, tensor_of, ties
 
 
 def test_tensor_of() -> None:
@@ -80,18 +80,21 @@ def test_nbytes() -> None:
     assert nbytes(FakeTensorMode().from_tensor(torch.empty(3, 5))) == 60
 
 
-def test_is_tied() -> None:
+def test_ties() -> None:
     module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(2, 4))
-    assert not is_tied(module, "0.weight")
+    assert ties(module) == {}
     module[1].weight = module[0].weight
-    assert is_tied(module, "0.weight")
-    assert is_tied(module, "1.weight")
-    assert not is_tied(module, "0.bias")
+    assert ties(module) == {"0.weight": ("1.weight",), "1.weight": ("0.weight",)}
     top, bottom = tensor_of(module, "0.bias").detach().chunk(2)  # parts of one storage
     module.register_buffer("top", top)
     module.register_buffer("bottom", bottom)
-    assert (is_tied(module, "top"), is_tied(module, "bottom")) == (True, False)
+    assert (ties(module).get("top"), ties(module).get("bottom")) == (("0.bias",), None)
+    module.register_buffer("turned", module[0].weight.detach().T)
+    assert ties(module)["turned"] == ("0.weight", "1.weight")
+    for name in ("none", "nothing"):
+        module.register_buffer(name, bottom[:0])
+    assert "none" not in ties(module), "no numbers to share"
     with FakeTensorMode():
         fake = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
         fake[1].bias = fake[0].bias
-    assert [is_tied(fake, name) for name in ("0.weight", "1.weight", "1.bias")] == [False, False, True]
+    assert ties(fake) == {"0.bias": ("1.bias",), "1.bias": ("0.bias",)}

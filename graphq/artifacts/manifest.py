@@ -12,7 +12,7 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor, fx
 
-from graphq.capture.source import Source, TensorInput, source_of
+from graphq.capture.source import CachePair, Source, TensorInput, source_of
 from graphq.errors import TargetError
 from graphq.files import FORMAT, MANIFEST
 from graphq.ir.views import Dequantize, Op, Param, Quantize, ops_of
@@ -140,13 +140,18 @@ def source_json(source: Source) -> dict[str, Any]:
         "dtype": str(source.dtype).removeprefix("torch."),
         "ranges": [list(r) for r in source.ranges],
         "blocks": list(source.blocks),
+        "caches": [[pair.past, pair.present] for pair in source.caches],
         "config": source.config,
         "generation_config": source.generation_config,
     }
 
 
 def source_from_json(data: Mapping[str, Any]) -> Source:
-    """The ``Source`` that ``source_json`` wrote. Raises ``KeyError`` or ``TypeError`` for other data."""
+    """The ``Source`` that ``source_json`` wrote. Raises ``KeyError``, ``TypeError``, ``ValueError`` for other data."""
+    inputs, outputs = [str(i["name"]) for i in data["inputs"]], list(data["outputs"])
+    for past, present in data["caches"]:
+        if past not in inputs or present not in outputs:
+            raise ValueError(f"no cache {past} that comes back as {present}")
     return Source(
         inputs=tuple(TensorInput(str(i["name"]), dtype_named(i["dtype"]), tuple(i["shape"])) for i in data["inputs"]),
         outputs=tuple(data["outputs"]),
@@ -156,6 +161,7 @@ def source_from_json(data: Mapping[str, Any]) -> Source:
         blocks=tuple(data["blocks"]),
         config=data["config"],
         generation_config=data["generation_config"],
+        caches=tuple(CachePair(str(past), str(present)) for past, present in data["caches"]),
     )
 
 

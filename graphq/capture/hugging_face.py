@@ -9,7 +9,7 @@ the inputs of their own kind.
 import contextlib
 import inspect
 import json
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graphq.capture.export import FlatModel, export_flat
-from graphq.capture.source import BATCH, KEY, PAST, SEQUENCE, TOTAL, Source, TensorInput
+from graphq.capture.source import BATCH, KEY, PAST, SEQUENCE, TOTAL, CachePair, Source, TensorInput
 from graphq.errors import GraphError
 from graphq.files import MANIFEST
 
@@ -57,8 +57,15 @@ def capture_pretrained(model: "PreTrainedModel", cache: bool = True) -> fx.Graph
         config=json.dumps(config, default=str, sort_keys=True),
         generation_config=json.dumps(generation.to_diff_dict(), sort_keys=True) if generation is not None else None,
         dtype=_own_dtype(model),
+        caches=_cache_pairs(inputs),
     )
     return gm
+
+
+def _cache_pairs(inputs: Sequence[TensorInput]) -> tuple[CachePair, ...]:
+    """The caches of a causal language model: ``past_key_values.{i}.key`` comes back as ``present.{i}.key``."""
+    names = (i.name for i in inputs if i.is_cache)
+    return tuple(CachePair(name, name.replace("past_key_values", "present", 1)) for name in names)
 
 
 def refuse_quantized(config: "PreTrainedConfig") -> None:

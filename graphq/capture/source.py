@@ -35,10 +35,20 @@ class TensorInput:
 
 @final
 @dataclass(frozen=True)
+class CachePair:
+    """The names of an input, ``past``, and of the output, ``present``, that is this input of the next call."""
+
+    past: str
+    present: str
+
+
+@final
+@dataclass(frozen=True)
 class Source:
     """Where a graph came from. ``dtype`` is the source's own, whatever the graph computes in.
 
-    ``ranges``: the smallest and largest size of each dynamic dimension.
+    ``ranges``: the smallest and largest size of each dynamic dimension. ``caches``: what the model gives to itself; no
+    other input or output is a cache, whatever its name.
 
     ``blocks``: dotted paths of the lists of repeated blocks, such as ``model.layers``. ``output_kind``: the structure
     the source returns. ``config``, ``generation_config``: transformers' settings as JSON. ``files``: the directory with
@@ -55,6 +65,17 @@ class Source:
     generation_config: str | None = None
     files: str | None = None
     notes: tuple[str, ...] = ()
+    caches: tuple[CachePair, ...] = ()
+
+    @property
+    def pasts(self) -> frozenset[str]:
+        """The inputs that are caches."""
+        return frozenset(pair.past for pair in self.caches)
+
+    @property
+    def presents(self) -> frozenset[str]:
+        """The outputs that are caches."""
+        return frozenset(pair.present for pair in self.caches)
 
     @property
     def is_causal_lm(self) -> bool:

@@ -103,7 +103,7 @@ def _default(
             # A padded token has no position of its own; 1 is what transformers' generation gives it.
             mask = given["attention_mask"]
             return (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)[:, -sizes[SEQUENCE] :].to(wanted.dtype)
-        case _ if wanted.is_cache:
+        case _ if wanted.name in source.pasts:
             return torch.zeros(shape(), dtype=wanted.dtype, device=device)
         case _:
             raise SpecError(

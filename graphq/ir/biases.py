@@ -7,6 +7,8 @@ from torch import Tensor, fx, nn
 
 from graphq.errors import GraphError
 from graphq.ir import edit
+from graphq.ir.effects import channel_axis
+from graphq.ir.index import GraphIndex
 from graphq.ir.views import (
     Conv1d,
     Conv1dPadding,
@@ -20,7 +22,6 @@ from graphq.ir.views import (
     TransposedLinear,
     view,
 )
-from graphq.state import is_tied
 
 Biased = Linear | TransposedLinear | Conv1d | Conv1dPadding | Conv2d | Conv2dPadding | ConvTranspose1d | ConvTranspose2d
 
@@ -40,12 +41,7 @@ def channels_of(op: Biased) -> int:
     return int(op.val.shape[channel_axis(op)])
 
 
-def channel_axis(op: Biased) -> int:
-    """The axis of the channels in the output, counted from the end."""
-    return -1 if isinstance(op, Linear | TransposedLinear) else 1 - weight_of(op).val.dim()
-
-
-def why_no_bias(gm: fx.GraphModule, ops: Sequence[Biased]) -> str | None:
+def why_no_bias(index: GraphIndex, ops: Sequence[Biased]) -> str | None:
     """None where ``ops``, the uses of one layer, can be given another bias, else the reason: what they add is computed,
     or belongs to others, too.
     """
@@ -60,8 +56,8 @@ def why_no_bias(gm: fx.GraphModule, ops: Sequence[Biased]) -> str | None:
         return f"its bias is computed by {bias.node.target}"
     if list(bias.val.shape) != [channels_of(ops[0])]:
         return f"its bias has the shape {list(bias.val.shape)}"
-    readers = {user for node in gm.graph.find_nodes(op="get_attr", target=bias.fqn) for user in view(node).users}
-    if not readers <= set(ops) or is_tied(gm, bias.fqn):
+    readers = {user for node in index.reads(bias.fqn) for user in view(node).users}
+    if not readers <= set(ops) or bias.fqn in index.tied:
         return f"{bias.fqn} is read elsewhere, too"
     return None
 

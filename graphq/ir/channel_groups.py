@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, fx
 
 from graphq.ir import edit
-from graphq.ir.channels import Blocked, Flow, flow_into, move_factors, subgraph_of
+from graphq.ir.channels import Flow, Flows, move_factors, subgraph_of
 from graphq.ir.edit import free_path
-from graphq.ir.labels import NONE, Part, Reader, is_own
+from graphq.ir.effects import Stopped
+from graphq.ir.index import GraphIndex
+from graphq.ir.labels import NONE, LabelledParam, Reader
 from graphq.ir.layers import LAYER, PLAN
-from graphq.ir.matrices import as_matrices, channel_axis
+from graphq.ir.matrices import as_matrices
 from graphq.ir.views import CONVOLUTIONS, Embedding, GroupedLinear, Op, Param, Weighted, ops_of
 from graphq.numerics import fake_quantize, weight_block
 from graphq.numerics.ranges import weight_scales
@@ -85,22 +87,24 @@ def groups(
     ``folds``: what factors may be folded into; layers whose input is made by something else are in no group.
     """
     chosen = chosen_layers(gm, only)
-    done = set[Op]()
+    flows = Flows(gm)
+    readers = _by_input(chosen)
+    decisive, done = set(chosen), set[Op]()
     for op in chosen:
         if op in done:
             continue
         reason = ""
         if where != "multiply":
-            flow = flow_into(gm, op)
+            flow = flows.into(op)
             if isinstance(flow, Flow):
-                own = tuple(reader for reader in flow.readers if reader.op in chosen)
+                own = tuple(reader for reader in flow.readers if reader.op in decisive)
                 done |= {reader.op for reader in own}
                 if _may_fold(folds, flow, op, note):
                     yield Group(flow.count, flow.moved, flow.readers, own, flow)
                 continue
             reason = flow.reason
         if where != "fold":
-            group = _multiplied(gm, op, chosen)
+            group = _multiplied(flows.index, op, readers[op.input_op])
             if isinstance(group, Group):
                 done |= {reader.op for reader in group.readers}
                 yield group
@@ -129,27 +133,35 @@ def _sources(flow: Flow) -> list[str]:
     return [module]
 
 
-def _multiplied(gm: fx.GraphModule, op: Weighted, chosen: Sequence[Weighted]) -> Group | Blocked:
-    """The layers among ``chosen`` that read the input of ``op``, as a group of its own."""
+def _by_input(ops: Sequence[Weighted]) -> dict[Op, list[Weighted]]:
+    found: dict[Op, list[Weighted]] = {}
+    for op in ops:
+        found.setdefault(op.input_op, []).append(op)
+    return found
+
+
+def _multiplied(index: GraphIndex, op: Weighted, alike: Sequence[Weighted]) -> Group | Stopped:
+    """The layers among ``alike``, which read the input of ``op``, that have its channels, as a group of its own."""
     x = op.input_op
-    count = int(x.val.shape[channel_axis(op)])
+    axis = op.input_axis % x.val.dim()
+    count = int(x.val.shape[axis])
     readers: list[Reader] = []
-    for other in chosen:
-        if other.input_op != x or channel_axis(other) != channel_axis(op):
+    for other in alike:
+        if other.input_axis % x.val.dim() != axis:
             continue
         param = other.weight_op
-        if not isinstance(param, Param) or not is_own(gm, param):
+        if not isinstance(param, Param) or not index.is_own(param):
             if other == op:
-                return Blocked("its weight has other readers")
+                return Stopped("its weight has other readers")
             continue
         if isinstance(other, CONVOLUTIONS) and other.argument("groups") != 1:
             if other == op:
-                return Blocked("it is a convolution of groups")
+                return Stopped("it is a convolution of groups")
             continue
         shape = tuple(param.val.shape)
         line = torch.arange(count)
         labels = line.view([count if axis == other.in_axis else 1 for axis in range(len(shape))]).expand(shape)
-        readers.append(Reader(other, Part(param.fqn, labels), line))
+        readers.append(Reader(other, LabelledParam(param.fqn, labels), line))
     return Group(count, torch.ones(count, dtype=torch.bool), tuple(readers), tuple(readers), None)
 
 
@@ -160,7 +172,7 @@ def apply_factors(gm: fx.GraphModule, group: Group, factors: Tensor, by: str) ->
         return move_factors(gm, group.flow, factors, by)
     first = group.readers[0].op
     x = first.input_op
-    axis = channel_axis(first) % x.val.dim()
+    axis = first.input_axis % x.val.dim()
     shape = [-1 if a == axis else 1 for a in range(axis, x.val.dim())]
     held = (1 / factors).to(tensor_of(gm, group.readers[0].weight.fqn).dtype).view(shape)
     after = edit.following(x)

@@ -7,26 +7,32 @@ take the factor up. -1 labels what has no factor.
 """
 
 from dataclasses import dataclass
-from typing import cast, final
+from typing import final
 
 import torch
 from torch import Tensor, fx
 
 from graphq.ir import edit
-from graphq.ir.labels import (
-    EVEN,
-    FIRST,
-    NONE,
-    NORMS,
-    POOLS,
-    SDPA,
-    SHAPES,
-    Part,
-    Reader,
-    Walk,
-    is_own,
+from graphq.ir.effects import (
+    Adds,
+    Attends,
+    Contracts,
+    Copies,
+    Gathers,
+    Homogeneous,
+    Joins,
+    Moves,
+    Normalizes,
+    Pads,
+    Pools,
+    Reduces,
+    Scales,
+    Stopped,
+    effect,
 )
-from graphq.ir.views import Cast, GroupedLinear, Op, Param, TransposedLinear, Weighted, view
+from graphq.ir.index import GraphIndex
+from graphq.ir.labels import NONE, LabelledParam, Reader, Walk
+from graphq.ir.views import Cast, Embedding, GroupedLinear, Op, Param, TransposedLinear, Weighted, view
 from graphq.spec.folds import Subgraph
 
 aten = torch.ops.aten
@@ -43,28 +49,45 @@ class Flow:
     producer: Op
     count: int
     moved: Tensor
-    produced: tuple[Part, ...]
+    produced: tuple[LabelledParam, ...]
     readers: tuple[Reader, ...]
 
 
 @final
-@dataclass(frozen=True)
-class Blocked:
-    """Why no factor can move out of a producer."""
+class Flows:
+    """The flows of a graph as it was when this was made; each is found once."""
 
-    reason: str
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.index = GraphIndex(gm)
+        self._found: dict[Op, Flow | Stopped] = {}
+
+    def out_of(self, producer: Op) -> Flow | Stopped:
+        """What becomes of the channels of ``producer``, or why no factor can move out of it."""
+        if producer not in self._found:
+            self._found[producer] = _flow(self.index, producer)
+        return self._found[producer]
+
+    def into(self, op: Weighted) -> Flow | Stopped:
+        """The flow that ends in the weight of ``op``, from the nearest producer whose factors get there."""
+        reasons: list[str] = []
+        for producer in producers_behind(op.input_op):
+            found = self.out_of(producer)
+            if isinstance(found, Flow) and any(reader.op == op for reader in found.readers):
+                return found
+            name = producer.node.name
+            reasons.append(f"{name}: {found.reason}" if isinstance(found, Stopped) else name)
+        return Stopped("; ".join(reasons) or "nothing that makes it has weights a factor could move to")
 
 
-def flow_from(gm: fx.GraphModule, producer: Op) -> Flow | Blocked:
-    """What becomes of the channels of ``producer``."""
-    own = _parts_of(gm, producer)
-    if isinstance(own, Blocked):
+def _flow(index: GraphIndex, producer: Op) -> Flow | Stopped:
+    own = _parameters_of(index, producer)
+    if isinstance(own, Stopped):
         return own
     parts, count = own
     moved = torch.ones(count, dtype=torch.bool)
     reason = "nothing reads it"
     while moved.any():
-        walk = Walk(gm, moved)
+        walk = Walk(index, moved)
         walk.go(producer)
         if walk.stopped:
             labels = torch.cat([labels.flatten() for labels, _ in walk.stopped])
@@ -80,20 +103,9 @@ def flow_from(gm: fx.GraphModule, producer: Op) -> Flow | Blocked:
             moved &= reached
             continue
         keep = torch.where(moved, torch.arange(count), NONE)
-        made = tuple(Part(part.fqn, _relabel(part.labels, keep), part.plus) for part in (*parts, *walk.added))
+        made = tuple(LabelledParam(part.fqn, _relabel(part.labels, keep), part.plus) for part in (*parts, *walk.added))
         return Flow(producer, count, moved, made, tuple(walk.readers))
-    return Blocked(reason)
-
-
-def flow_into(gm: fx.GraphModule, op: Weighted) -> Flow | Blocked:
-    """The flow that ends in the weight of ``op``, from the nearest producer whose factors get there."""
-    reasons: list[str] = []
-    for producer in producers_behind(op.input_op):
-        found = flow_from(gm, producer)
-        if isinstance(found, Flow) and any(reader.op == op for reader in found.readers):
-            return found
-        reasons.append(f"{producer.node.name}: {found.reason}" if isinstance(found, Blocked) else producer.node.name)
-    return Blocked("; ".join(reasons) or "nothing that makes it has weights a factor could move to")
+    return Stopped(reason)
 
 
 def producers_behind(x: Op) -> list[Op]:
@@ -116,10 +128,10 @@ def subgraph_of(producer: Op, op: Weighted) -> Subgraph:
     """What kind of subgraph the channels go through from ``producer`` to the input of ``op``."""
     if not isinstance(producer, Weighted):
         return "norm-linear"
-    way = [step.node for step in _way(producer, op.input_op)]
-    if any(node.target in (SDPA, aten.matmul.default, aten.bmm.default) for node in way):
+    way = _way(producer, op.input_op)
+    if any(isinstance(effect(step), Attends | Contracts) for step in way):
         return "ov"
-    products = [node.all_input_nodes for node in way if node.target == aten.mul.Tensor]
+    products = [step.node.all_input_nodes for step in way if effect(step) == Scales()]
     if any(len(factors) == 2 and not any(isinstance(view(x), Param) for x in factors) for factors in products):
         return "up-down"
     return "linear-linear"
@@ -147,68 +159,75 @@ def _way(producer: Op, x: Op) -> list[Op]:
 
 
 def _is_producer(op: Op) -> bool:
-    return isinstance(op, Weighted) or _gain_of(op) is not None or op.node.target in NORMS
+    return isinstance(op, Weighted) or _gain_of(op) is not None or isinstance(effect(op), Normalizes)
 
 
 def _behind(op: Op) -> list[fx.Node]:
     """What the channels of ``op`` may come from: the operands that a factor goes through."""
-    target = op.node.target
-    if target == SDPA:
-        return [op.argument("value")]
-    if target in (aten.matmul.default, aten.bmm.default):
-        return op.node.all_input_nodes[1:]
-    if target in (aten.mul.Tensor, aten.add.Tensor, aten.cat.default):
-        return op.node.all_input_nodes
-    if target in SHAPES | EVEN | POOLS | FIRST:
-        return op.node.all_input_nodes[:1]
-    return []
+    match effect(op):
+        case Attends():
+            return [op.argument("value")]
+        case Contracts():
+            return op.node.all_input_nodes[1:]
+        case Scales(divides=False) | Adds() | Joins(new=False):
+            return op.node.all_input_nodes
+        case Scales() | Moves() | Copies() | Homogeneous() | Pools() | Gathers("slices") | Pads():
+            return op.node.all_input_nodes[:1]
+        case Reduces("linear" | "homogeneous"):
+            return op.node.all_input_nodes[:1]
+        case _:
+            return []
 
 
 # -- producers
 
 
-def _parts_of(gm: fx.GraphModule, op: Op) -> tuple[tuple[Part, ...], int] | Blocked:
+def _parameters_of(index: GraphIndex, op: Op) -> tuple[tuple[LabelledParam, ...], int] | Stopped:
     """The parameters that the channels of a producer come from, with labels, and the number of channels."""
     if isinstance(op, Weighted):
-        return _rows_of(gm, op)
-    if op.node.target in NORMS:
-        params = [view(op.argument(name)) for name in ("weight", "bias") if op.argument(name) is not None]
-        if op.argument("weight") is None:
-            return Blocked(f"{op.node.name} has no gain")
-        if not all(isinstance(p, Param) and is_own(gm, p) for p in params):
-            return Blocked(f"the gain of {op.node.name} has other readers")
-        if params[0].val.dim() != 1:
-            return Blocked(f"{op.node.name} has no gain by channel")
-        count = int(params[0].val.numel())
-        return tuple(Part(cast(Param, p).fqn, torch.arange(count)) for p in params), count
+        return _rows_of(index, op)
+    match effect(op):
+        case Normalizes(parameters=names):
+            held = [view(op.argument(name)) for name in names if op.argument(name) is not None]
+            if op.argument("weight") is None:
+                return Stopped(f"{op.node.name} has no gain")
+            params = [param for param in held if isinstance(param, Param) and index.is_own(param)]
+            if len(params) != len(held):
+                return Stopped(f"the gain of {op.node.name} has other readers")
+            if params[0].val.dim() != 1:
+                return Stopped(f"{op.node.name} has no gain by channel")
+            count = int(params[0].val.numel())
+            return tuple(LabelledParam(param.fqn, torch.arange(count)) for param in params), count
+        case _:
+            pass
     gain = _gain_of(op)
     if gain is None:
-        return Blocked(f"{op.node.target} has no weights of its own")
+        return Stopped(f"{op.node.target} has no weights of its own")
     param, plus, way = gain
-    if not all(len(node.users) == 1 for node in way) or not is_own(gm, param):
-        return Blocked(f"{param.fqn} has other readers")
+    if not all(len(node.users) == 1 for node in way) or not index.is_own(param):
+        return Stopped(f"{param.fqn} has other readers")
     labels = torch.arange(int(param.val.numel())).view(tuple(param.val.shape))
-    return (Part(param.fqn, labels, plus),), labels.numel()
+    return (LabelledParam(param.fqn, labels, plus),), labels.numel()
 
 
-def _rows_of(gm: fx.GraphModule, op: Weighted) -> tuple[tuple[Part, ...], int] | Blocked:
+def _rows_of(index: GraphIndex, op: Weighted) -> tuple[tuple[LabelledParam, ...], int] | Stopped:
     """The rows of a linear or convolution."""
     param = op.weight_op
-    if not isinstance(param, Param) or op.node.target == aten.embedding.default:
-        return Blocked(f"the weight of {op.node.name} is no parameter that it alone has")
-    if not is_own(gm, param):
-        return Blocked(f"{param.fqn} has other readers")
+    if not isinstance(param, Param) or isinstance(op, Embedding):
+        return Stopped(f"the weight of {op.node.name} is no parameter that it alone has")
+    if not index.is_own(param):
+        return Stopped(f"{param.fqn} has other readers")
     shape = tuple(param.val.shape)
     count = int(shape[op.out_axis])
     labels = torch.arange(count).view([count if axis == op.out_axis else 1 for axis in range(len(shape))])
-    parts = [Part(param.fqn, labels.expand(shape))]
+    parts = [LabelledParam(param.fqn, labels.expand(shape))]
     name = "self" if isinstance(op, TransposedLinear) else "bias"
     bias = None if isinstance(op, GroupedLinear) else op.argument(name)
     if bias is not None:
         held = view(bias)
-        if not isinstance(held, Param) or not is_own(gm, held) or tuple(held.val.shape) != (count,):
-            return Blocked(f"the bias of {op.node.name} is no parameter that it alone has")
-        parts.append(Part(held.fqn, torch.arange(count)))
+        if not isinstance(held, Param) or not index.is_own(held) or tuple(held.val.shape) != (count,):
+            return Stopped(f"the bias of {op.node.name} is no parameter that it alone has")
+        parts.append(LabelledParam(held.fqn, torch.arange(count)))
     return tuple(parts), count
 
 

@@ -188,8 +188,12 @@ class Gathers:
 @final
 @dataclass(frozen=True)
 class Scatters:
-    """The first argument, with the elements of the argument ``source`` (None: a number) written or added in places."""
+    """The first argument, with the elements of the argument ``source`` (None: a number) written or added in places.
 
+    what: whole ``slices`` of the first argument, or ``elements``, each with an index of its own.
+    """
+
+    what: Literal["slices", "elements"]
     source: str | None
 
 
@@ -294,7 +298,14 @@ _ROWS: Final[tuple[tuple[_Row, tuple[Any, ...]], ...]] = (
     (
         Reduces("other"),
         (
-            *(aten.var.correction, aten.std.correction, aten.prod.dim_int, aten.logsumexp.default),
+            *(
+                aten.var.dim,
+                aten.std.dim,
+                aten.var.correction,
+                aten.std.correction,
+                aten.prod.dim_int,
+                aten.logsumexp.default,
+            ),
             *(aten.argmax.default, aten.argmin.default, aten.max.dim, aten.min.dim),
             *(aten.any.dim, aten.all.dim, aten.any.default, aten.all.default),
         ),
@@ -325,13 +336,11 @@ _ROWS: Final[tuple[tuple[_Row, tuple[Any, ...]], ...]] = (
     (Joins(new=True), (aten.stack.default,)),
     (Gathers("slices"), (aten.index.Tensor, aten.index_select.default)),
     (Gathers("elements"), (aten.gather.default,)),
-    (Scatters("source"), (aten.index_add.default, aten.index_copy.default)),
-    (Scatters("values"), (aten.index_put.default,)),
-    (
-        Scatters("src"),
-        (aten.scatter.src, aten.scatter_add.default, aten.slice_scatter.default, aten.select_scatter.default),
-    ),
-    (Scatters(None), (aten.scatter.value,)),
+    (Scatters("slices", "source"), (aten.index_add.default, aten.index_copy.default)),
+    (Scatters("slices", "values"), (aten.index_put.default,)),
+    (Scatters("slices", "src"), (aten.slice_scatter.default, aten.select_scatter.default)),
+    (Scatters("elements", "src"), (aten.scatter.src, aten.scatter_add.default)),
+    (Scatters("elements", None), (aten.scatter.value,)),
     (Pads(None), (aten.constant_pad_nd.default, aten.pad.default)),
     (
         ReadsShape(),

@@ -5,8 +5,8 @@ so that views, transposes, splits, repeats of heads and attention need no rules 
 where an op would not commute with a factor. -1 labels what has no factor.
 """
 
-import operator
-from collections.abc import Callable, Iterable, Mapping
+import heapq
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, cast, final
 
@@ -14,66 +14,48 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from graphq.capture.source import SHARED, source_of
+from graphq.ir.effects import (
+    Adds,
+    Attends,
+    Carried,
+    Contracts,
+    Convolves,
+    Copies,
+    Elementwise,
+    Gathers,
+    Homogeneous,
+    Joins,
+    LooksUp,
+    MixesAxis,
+    Moves,
+    Normalizes,
+    Observes,
+    Opaque,
+    Pads,
+    Pools,
+    Projects,
+    ReadsShape,
+    Reduces,
+    Scales,
+    Scatters,
+    Stopped,
+    axes_of,
+    channel_axis,
+    effect,
+)
+from graphq.ir.index import GraphIndex
 from graphq.ir.layers import weight_param
-from graphq.ir.views import (
-    CONVOLUTIONS,
-    Op,
-    Param,
-    Weighted,
-    view,
-)
-from graphq.state import is_tied
+from graphq.ir.vectors import indexed_axes
+from graphq.ir.views import CONVOLUTIONS, Op, Param, Weighted, view
 
-aten = torch.ops.aten
 NONE: Final = -1
-
-# Ops that move elements, and do nothing else: labels go through by running them.
-SHAPES: Final = frozenset(
-    {
-        *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.transpose.int, aten.permute.default),
-        *(aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.expand.default),
-        *(aten.slice.Tensor, aten.select.int, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default),
-        *(aten.flatten.using_ints, aten.unflatten.int, aten.repeat.default, aten.t.default, aten.movedim.int),
-        *(aten.repeat_interleave.self_int, aten.unbind.int, aten.narrow.default, operator.getitem),
-    }
-)
-# Ops of which f(a x) = a f(x) holds element by element for a > 0.
-EVEN: Final = frozenset(
-    {
-        *(aten.relu.default, aten.leaky_relu.default, aten.neg.default, aten.abs.default, aten.clone.default),
-        *(aten.contiguous.default, aten.alias.default, aten.detach.default, aten._to_copy.default, aten.to.dtype),
-        *(aten.dropout.default, aten.prelu.default),
-    }
-)
-_PADS: Final = (aten.constant_pad_nd.default, aten.pad.default)
-FIRST: Final = frozenset({aten.div.Tensor, aten.index.Tensor, aten.index_select.default, aten.mean.dim, *_PADS})
-POOLS: Final = frozenset(
-    {aten.max_pool2d.default, aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default, aten.max_pool1d.default}
-)
-# Ops that read a tensor's shape alone.
-_SIZES: Final = frozenset(
-    {
-        *(aten.sym_size.int, aten.sym_numel.default, aten.new_ones.default, aten.new_zeros.default),
-        *(aten.new_empty.default, aten.new_full.default, aten.zeros_like.default, aten.ones_like.default),
-        *(aten.empty_like.default, aten.full_like.default),
-    }
-)
-SDPA: Final = aten.scaled_dot_product_attention.default
-
-
-NORMS: Final[dict[Any, int]] = {
-    aten.layer_norm.default: -1,
-    aten.native_layer_norm.default: -1,
-    aten.batch_norm.default: 1,
-    aten._native_batch_norm_legit_no_training.default: 1,
-    aten.group_norm.default: 1,
-}
+Labels = Tensor | Sequence[Tensor]  # of a tensor's elements, or of those of a list of tensors
+_UNLABELLED: Final = Carried[Labels](torch.tensor([NONE]))
 
 
 @final
 @dataclass(frozen=True)
-class Part:
+class LabelledParam:
     """A parameter and the label of each of its elements, in its shape: divided (a producer's) or
     multiplied (a reader's).
 
@@ -96,216 +78,219 @@ class Reader:
     """A weight that takes factors up. ``channels``: the label of each element along the channels of its input."""
 
     op: Weighted
-    weight: Part
+    weight: LabelledParam
     channels: Tensor
 
 
-def is_own(gm: fx.GraphModule, param: Param) -> bool:
-    """Whether one node alone reads the parameter, under this name or another."""
-    reads = gm.graph.find_nodes(op="get_attr", target=param.fqn)
-    if sum(len(node.users) for node in reads) != 1 or param.fqn in gm.meta.get(SHARED, ()):
-        return False
-    return not is_tied(gm, param.fqn)  # experts' gate and up are parts of one storage
-
-
+@final
 class Walk:
-    """One walk from a producer with the labels ``moved``."""
+    """One walk from a producer with the labels ``moved``, along the nodes that labels reach, in graph order."""
 
-    def __init__(self, gm: fx.GraphModule, moved: Tensor) -> None:
-        self.gm = gm
+    def __init__(self, index: GraphIndex, moved: Tensor) -> None:
+        self.index = index
         self.moved = moved
-        self.labels: dict[fx.Node, Any] = {}
+        self.labels: dict[fx.Node, Labels] = {}  # of the nodes that have any
         self.readers: list[Reader] = []
-        self.added: list[Part] = []
+        self.added: list[LabelledParam] = []
         self.stopped: list[tuple[Tensor, str]] = []
         self.sizes = _Sizes()
-        source = source_of(gm)
-        outputs = next(node for node in gm.graph.nodes if node.op == "output").args[0]
-        names = dict(zip(cast(tuple[fx.Node, ...], outputs), source.outputs, strict=True))
-        self.caches = {node: name for node, name in names.items() if name.startswith("present")}
+        self._pending: list[fx.Node] = []
+        self._met: set[fx.Node] = set()
 
     def go(self, producer: Op) -> None:
+        """``readers`` and ``stopped`` hold every end of the way of every label."""
         keep = torch.where(self.moved, torch.arange(len(self.moved)), NONE)
-        axis = channel_axis(producer)
         several = isinstance(producer.val, list | tuple)  # a norm that gives its statistics, too
         first = cast(Tensor, producer.val[0] if several else producer.val)
-        shape = self.sizes.of(first)
-        labels = keep.view([-1 if a == axis % len(shape) else 1 for a in range(len(shape))]).expand(shape)
-        self.labels[producer.node] = [labels, *(torch.tensor([NONE]),) * (len(producer.val) - 1)] if several else labels
-        for node in self.gm.graph.nodes:  # in graph order, so that all operands are known
-            read = [n for n in node.all_input_nodes if n in self.labels and _any(self.labels[n])]
-            if not read or node is producer.node:
-                continue
+        labels = self._spread(keep, first, channel_axis(producer))
+        self._put(producer.node, [labels, *(torch.tensor([NONE]),) * (len(producer.val) - 1)] if several else labels)
+        while self._pending:  # in graph order, so that all operands are known
+            node = heapq.heappop(self._pending)
+            read = [n for n in node.all_input_nodes if n in self.labels]
             if node.op == "output":
                 for n in read:
-                    if n not in self.caches or not self._is_cache(n):
+                    if not self._is_cache(n):
                         self._stop(n, "it is an output of the model")
                 continue
-            op = view(node)
-            if node.target in _SIZES:
-                continue
-            made = self._through(op, read)
-            if isinstance(made, str):
-                for n in read:
-                    self._stop(n, made)
-            elif made is not None:
-                self.labels[node] = made
+            match self._through(view(node), read):
+                case Carried(labels):
+                    self._put(node, labels)
+                case Stopped(reason):
+                    for n in read:
+                        self._stop(n, reason)
+
+    def _put(self, node: fx.Node, labels: Labels) -> None:
+        """The labels of ``node``, which its readers are to be asked about."""
+        if not _any(labels):
+            return
+        self.labels[node] = labels
+        for user in node.users:
+            if user not in self._met:
+                self._met.add(user)
+                heapq.heappush(self._pending, user)
 
     def _stop(self, node: fx.Node, reason: str) -> None:
         found = self.labels[node]
-        for part in found if isinstance(found, list | tuple) else [found]:
+        for part in [found] if isinstance(found, Tensor) else found:
             self.stopped.append((part, reason))
 
     def _is_cache(self, node: fx.Node) -> bool:
         """Whether an output is what the model itself will read back: ``cat([past, new])`` of one cache."""
-        if node.target != aten.cat.default:
-            return False
-        past = view(cast(Any, node.args[0])[0])
-        return past.node.op == "placeholder"
+        past = self.index.caches.get(node)
+        op = view(node)
+        return past is not None and isinstance(effect(op), Joins) and op.argument("tensors")[0] is past
 
-    def _through(self, op: Op, read: list[fx.Node]) -> Any:
-        """The labels of what ``op`` gives; None where weights take them up; a text: why they go no further."""
-        target = op.node.target
-        here = self.labels
+    def _through(self, op: Op, read: list[fx.Node]) -> Carried[Labels] | Stopped:
+        """The labels of what ``op`` gives, none where weights take them up; or why they go no further."""
         if isinstance(op, Weighted):
             return self._read(op, read)
-        if op.node.op == "call_module":  # an observer
-            return None
-        if target in SHAPES:
-            return self._run(op)
-        if target in EVEN:
-            if not op.val.is_floating_point():
-                return f"{target} makes it {op.val.dtype}"
-            if target == aten.prelu.default and op.node.args[0] is not read[0]:
-                return f"{target} reads it"
-            return here[read[0]]
-        if target in POOLS:
-            line = _along(here[read[0]], 1)
-            return f"{target} mixes its channels" if line is None else self._spread(line, op, 1)
-        if target == aten.mean.dim or target == aten.sum.dim_IntList:
-            return self._reduced(op, here[read[0]])
-        if target in (aten.mul.Tensor, aten.div.Tensor):
-            if len(read) == 2 or op.argument("self") is op.argument("other"):
-                return "it is multiplied by itself"
-            if target == aten.div.Tensor and op.argument("other") in read:
-                return "it is a divisor"
-            return here[read[0]].expand(self.sizes.of(op.val))
-        if target == aten.add.Tensor:
-            return self._sum(op, read)
-        if target == SDPA:
-            value = op.argument("value")
-            for name in ("query", "key", "attn_mask"):
-                if op.argument(name) in read:
-                    self._stop(op.argument(name), "attention compares it")
-            return self._contracted(op, value) if value in read else None
-        if target in (aten.matmul.default, aten.bmm.default):
-            if len(read) != 1 or op.node.args[1] is not read[0] or op.node.args[0] is read[0]:
-                return "it is multiplied by what is no weight"
-            return self._contracted(op, read[0])
-        if target == aten.cat.default:
-            return self._joined(op, read)
-        if target in (aten.index.Tensor, aten.index_select.default):
-            if op.node.args[0] is not read[0] or len(read) != 1:
-                return "it is an index"
-            line = None if _picks_last(op) else _along(here[read[0]], -1)
-            return "rows are picked across its channels" if line is None else self._spread(line, op, -1)
-        if target in _PADS and _pads_with_zeros(op):
-            pads = [self.sizes.number(p) for p in cast(Iterable[Any], op.argument("pad"))]
-            return torch.nn.functional.pad(here[read[0]], pads, value=NONE)
-        name = str(target)
-        return f"{name} reads it"
+        x = read[0]
+        is_first = len(read) == 1 and op.node.all_input_nodes[0] is x
+        labels = self.labels[x]
+        match effect(op):
+            case Observes() | ReadsShape():
+                return _UNLABELLED
+            case Moves():
+                return self._run(op)
+            case Copies() | Homogeneous() if is_first and isinstance(labels, Tensor):
+                is_float = op.val.is_floating_point()
+                return Carried(labels) if is_float else Stopped(f"{op.node.target} makes it {op.val.dtype}")
+            case Pools(rank) if isinstance(labels, Tensor):
+                line = _along(labels, -1 - rank)
+                mixed = Stopped(f"{op.node.target} mixes its channels")
+                return mixed if line is None else Carried(self._spread(line, op.val, -1 - rank))
+            case Reduces("linear" | "homogeneous") if isinstance(labels, Tensor):
+                return self._reduced(op, labels)
+            case Scales(divides) if isinstance(labels, Tensor):
+                if len(read) == 2 or op.argument("self") is op.argument("other"):
+                    return Stopped("it is multiplied by itself")
+                if divides and not is_first:
+                    return Stopped("it is a divisor")
+                return Carried(labels.expand(self.sizes.of(op.val)))
+            case Adds():
+                return self._sum(op, read)
+            case Attends():
+                value = op.argument("value")
+                for name in ("query", "key", "attn_mask"):
+                    if op.argument(name) in read:
+                        self._stop(op.argument(name), "attention compares it")
+                return self._contracted(op, value) if value in read else _UNLABELLED
+            case Contracts():
+                if len(read) != 1 or op.node.args[1] is not x or op.node.args[0] is x:
+                    return Stopped("it is multiplied by what is no weight")
+                return self._contracted(op, x)
+            case Joins(new=False):
+                return self._joined(op, read)
+            case Gathers("slices") if isinstance(labels, Tensor):
+                if not is_first:
+                    return Stopped("it is an index")
+                line = None if labels.dim() - 1 in indexed_axes(op) else _along(labels, -1)
+                mixed = Stopped("rows are picked across its channels")
+                return mixed if line is None else Carried(self._spread(line, op.val, -1))
+            case Pads(0.0) if isinstance(labels, Tensor):
+                pads = [self.sizes.number(p) for p in cast(Iterable[Any], op.argument("pad"))]
+                return Carried(torch.nn.functional.pad(labels, pads, value=NONE))
+            case (
+                (Copies() | Homogeneous() | Pools() | Reduces() | Scales() | Joins() | Gathers() | Pads())
+                | (Elementwise() | MixesAxis() | Normalizes() | Projects() | Convolves() | LooksUp())
+                | (Scatters() | Opaque())
+            ):
+                return Stopped(f"{op.node.target} reads it")
 
-    def _run(self, op: Op) -> Any:
+    def _run(self, op: Op) -> Carried[Labels] | Stopped:
         args = map_arg(op.node.args, self._concrete)
         kwargs = map_arg(op.node.kwargs, self._concrete)
         target = cast(Callable[..., Any], op.node.target)
         try:
-            return target(*args, **cast(Mapping[str, Any], kwargs))
+            return Carried(target(*args, **cast(Mapping[str, Any], kwargs)))
         except RuntimeError:  # the small sizes are none that this op takes
-            return f"{target} cannot be followed"
+            return Stopped(f"{target} cannot be followed")
 
     def _concrete(self, node: fx.Node) -> Any:
-        if node not in self.labels:
+        found = self.labels.get(node)
+        if found is None:
             return self.sizes.number(node.meta["val"])
-        found = self.labels[node]
         return found.contiguous() if isinstance(found, Tensor) else found
 
-    def _spread(self, line: Tensor, op: Op, axis: int) -> Tensor:
-        shape = self.sizes.of(op.val)
+    def _spread(self, line: Tensor, val: Tensor, axis: int) -> Tensor:
+        """Labels of the shape of ``val``: those of ``line`` along ``axis``."""
+        shape = self.sizes.of(val)
         return line.view([-1 if a == axis % len(shape) else 1 for a in range(len(shape))]).expand(shape)
 
-    def _reduced(self, op: Op, labels: Tensor) -> Tensor | str:
-        dims = cast(list[int], op.argument("dim"))
+    def _reduced(self, op: Op, labels: Tensor) -> Carried[Labels] | Stopped:
+        dims = list(axes_of(op))
         low, high = labels.amin(dims, keepdim=True), labels.amax(dims, keepdim=True)
         if not torch.equal(low, high):
-            return "a mean mixes its channels"
-        return low if op.argument("keepdim") else low.squeeze(dims)
+            return Stopped("a mean mixes its channels")
+        return Carried(low.view(self.sizes.of(op.val)))
 
-    def _sum(self, op: Op, read: list[fx.Node]) -> Tensor | str:
+    def _sum(self, op: Op, read: list[fx.Node]) -> Carried[Labels] | Stopped:
         shape = self.sizes.of(op.val)
-        labels = self.labels[read[0]].expand(shape)
+        labels = cast(Tensor, self.labels[read[0]]).expand(shape)
         if len(read) == 2:
-            same = torch.equal(labels, self.labels[read[1]].expand(shape))
-            return labels if same else "it is added to other channels"
+            same = torch.equal(labels, cast(Tensor, self.labels[read[1]]).expand(shape))
+            return Carried(labels) if same else Stopped("it is added to other channels")
+        stopped = Stopped("a sum reads it beside what has no factors")
         others = [n for n in op.node.all_input_nodes if n not in read]
         param = view(others[0]) if others else None
-        if not isinstance(param, Param) or not is_own(self.gm, param):
-            return "a sum reads it beside what has no factors"
+        if not isinstance(param, Param) or not self.index.is_own(param):
+            return stopped
         own = tuple(param.val.shape)
         line = _along(labels, -1)
         if line is None or own[-1:] != line.shape or param.val.numel() != line.numel():
-            return "a sum reads it beside what has no factors"
-        self.added.append(Part(param.fqn, line.view(own)))
-        return labels
+            return stopped
+        self.added.append(LabelledParam(param.fqn, line.view(own)))
+        return Carried(labels)
 
-    def _contracted(self, op: Op, value: fx.Node) -> Tensor | str:
-        labels = self.labels[value]
-        first = labels[..., :1, :]
-        if labels.numel() == 0 or not torch.equal(first.expand_as(labels), labels):
-            return "a product mixes its channels"
+    def _contracted(self, op: Op, value: fx.Node) -> Carried[Labels] | Stopped:
+        labels = cast(Tensor, self.labels[value])
+        first = labels[..., :1, :] if labels.dim() > 1 else labels
+        if labels.dim() < 2 or labels.numel() == 0 or not torch.equal(first.expand_as(labels), labels):
+            return Stopped("a product mixes its channels")
         shape = self.sizes.of(op.val)
-        if op.node.target == SDPA and first.shape[-3] > 1:  # several query heads may share a head of values
-            first = first.repeat_interleave(shape[-3] // first.shape[-3], -3)
-        return first.expand(shape)
+        if isinstance(effect(op), Attends) and labels.dim() > 2 and first.shape[-3] > 1:
+            first = first.repeat_interleave(shape[-3] // first.shape[-3], -3)  # query heads may share a head of values
+        is_vector = len(shape) < labels.dim()  # a vector times a matrix
+        return Carried((first.squeeze(-2) if is_vector else first).expand(shape))
 
-    def _joined(self, op: Op, read: list[fx.Node]) -> Tensor | str:
+    def _joined(self, op: Op, read: list[fx.Node]) -> Carried[Labels] | Stopped:
         """A cache in front of new tokens has the labels of these; other tensors have none."""
         tensors = cast(list[fx.Node], op.argument("tensors"))
         axis = int(op.argument("dim"))
-        is_cache = len(tensors) == 2 and tensors[0].op == "placeholder" and tensors[1] in read
+        is_cache = len(tensors) == 2 and tensors[0] in self.index.pasts and tensors[1] in read
         parts: list[Tensor] = []
         for node in tensors:
-            if node in self.labels:
-                parts.append(self.labels[node])
+            found = self.labels.get(node)
+            if found is not None:
+                parts.append(cast(Tensor, found))
                 continue
             shape = self.sizes.of(node.meta["val"])
             if not is_cache:
                 parts.append(torch.full(shape, NONE))
                 continue
-            if op.node not in self.caches:
-                return "a cache that is not given back holds it"
-            if len(node.users) != 1 and any(u.target not in _SIZES for u in node.users if u is not op.node):
-                return "its cache has other readers"
-            new = self.labels[tensors[1]]
+            if self.index.caches.get(op.node) is not node:
+                return Stopped("a cache that is not given back holds it")
+            if any(user is not op.node and not isinstance(effect(view(user)), ReadsShape) for user in node.users):
+                return Stopped("its cache has other readers")
+            new = cast(Tensor, self.labels[tensors[1]])
             first = new.narrow(axis, 0, 1)
             if not torch.equal(first.expand_as(new), new):
-                return "a cache mixes its channels"
+                return Stopped("a cache mixes its channels")
             parts.append(first.expand(shape))
-        return torch.cat(parts, axis)
+        return Carried(torch.cat(parts, axis))
 
-    def _read(self, op: Weighted, read: list[fx.Node]) -> str | None:
-        """Notes the weight that takes the labels up; a text where it cannot."""
+    def _read(self, op: Weighted, read: list[fx.Node]) -> Carried[Labels] | Stopped:
+        """Notes the weight that takes the labels up; or why it cannot."""
         x = op.argument(op.input_name)
         if read != [x]:
-            return f"{op.node.name} does not read it as its input"
+            return Stopped(f"{op.node.name} does not read it as its input")
         param = weight_param(op)
-        if param is None or op.weight_op != param or not is_own(self.gm, param):
-            return f"the weight of {op.node.name} has other readers"
+        if param is None or op.weight_op != param or not self.index.is_own(param):
+            return Stopped(f"the weight of {op.node.name} has other readers")
         labels = self.labels[x]
-        axis = channel_axis(op)
-        line = _along(labels, axis)
+        line = _along(labels, op.input_axis) if isinstance(labels, Tensor) else None
         if line is None:
-            return f"the channels of {op.node.name} are mixed"
+            return Stopped(f"the channels of {op.node.name} are mixed")
         shape = tuple(param.val.shape)
         if isinstance(op, CONVOLUTIONS):
             rows = shape[0] // int(op.argument("groups"))
@@ -313,13 +298,12 @@ class Walk:
             wide = by_group.repeat_interleave(rows, 0).view(shape[0], shape[1], *[1] * (len(shape) - 2))
         else:
             wide = line.view([-1 if a == op.in_axis else 1 for a in range(len(shape))])
-        self.readers.append(Reader(op, Part(param.fqn, wide.expand(shape)), line))
-        return None
+        self.readers.append(Reader(op, LabelledParam(param.fqn, wide.expand(shape)), line))
+        return _UNLABELLED
 
 
-def _any(labels: Any) -> bool:
-    parts = cast(Iterable[Tensor], labels) if isinstance(labels, list | tuple) else [labels]
-    return any(bool((part != NONE).any()) for part in parts)
+def _any(labels: Labels) -> bool:
+    return any(bool((part != NONE).any()) for part in ([labels] if isinstance(labels, Tensor) else labels))
 
 
 def _along(labels: Tensor, axis: int) -> Tensor | None:
@@ -329,28 +313,6 @@ def _along(labels: Tensor, axis: int) -> Tensor | None:
     if line.shape[0] == 0 or not torch.equal(line, line[:1].expand_as(line)):
         return None
     return line[0]
-
-
-def _pads_with_zeros(op: Op) -> bool:
-    if op.node.target == aten.pad.default and op.argument("mode") != "constant":
-        return False
-    return not op.argument("value")  # None is 0
-
-
-def _picks_last(op: Op) -> bool:
-    """Whether an index runs along the last axis of what it picks from."""
-    rank = view(op.node.all_input_nodes[0]).val.dim()
-    if op.node.target == aten.index_select.default:
-        return int(op.argument("dim")) % rank == rank - 1
-    indices = cast(list[fx.Node | None], op.argument("indices"))
-    return len(indices) == rank and indices[-1] is not None
-
-
-def channel_axis(op: Op) -> int:
-    """The axis of channels; a convolution may be without batches."""
-    if isinstance(op, CONVOLUTIONS):
-        return 1 - op.weight_op.val.dim()
-    return NORMS.get(op.node.target, -1)
 
 
 @final

@@ -14,11 +14,6 @@ from graphq.ir.views import CONVOLUTIONS, GroupedLinear, Op, Weighted, view
 Samples = Callable[..., Iterable[tuple[int, Tensor]]]
 
 
-def channel_axis(op: Weighted) -> int:
-    """The axis of channels in an op's input."""
-    return 1 if isinstance(op, CONVOLUTIONS) else -1
-
-
 def input_vectors(op: Weighted) -> tuple[Samples, tuple[Op, ...]]:
     """The vectors that an op's weight multiplies, as a function of its input and of the further ops given."""
     if isinstance(op, GroupedLinear):

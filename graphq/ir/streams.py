@@ -5,23 +5,26 @@ read. The values of an attention's heads are another. Followed along the edges a
 """
 
 from dataclasses import dataclass
-from typing import Any, cast, final
+from typing import cast, final
 
 import torch
 from torch import Tensor, fx
 
+from graphq.ir.effects import (
+    Adds,
+    Attends,
+    Carried,
+    Contracts,
+    Copies,
+    Moves,
+    Normalizes,
+    ReadsShape,
+    Stopped,
+    effect,
+)
+from graphq.ir.index import GraphIndex
 from graphq.ir.layers import weight_param
 from graphq.ir.vectors import (
-    ATTENTION,
-    COPIES,
-    DROPOUTS,
-    LAYER_NORM,
-    NORMS,
-    PRODUCTS,
-    RESHAPES,
-    SHAPE_ONLY,
-    SPLITS,
-    SUMS,
     carried,
     constant,
     cut_of,
@@ -35,7 +38,6 @@ from graphq.ir.vectors import (
     width,
 )
 from graphq.ir.views import (
-    Cast,
     Embedding,
     GroupedLinear,
     Input,
@@ -47,10 +49,9 @@ from graphq.ir.views import (
     ops_of,
     view,
 )
-from graphq.state import tensor_of
 
 aten = torch.ops.aten
-Part = tuple[int, int, int]  # (period, offset, length)
+AxisSlice = tuple[int, int, int]  # (period, offset, length)
 
 
 @final
@@ -64,7 +65,7 @@ class Axis:
     fqn: str
     axis: int
     writes: bool
-    part: Part | None = None
+    part: AxisSlice | None = None
 
 
 @final
@@ -84,13 +85,12 @@ class Stream:
     blocks: tuple[str, ...]
 
 
-def trace(gm: fx.GraphModule, seed: Op, size: int) -> Stream:
+def trace(index: GraphIndex, seed: Op, size: int) -> Stream:
     """The stream that ``seed`` is in; every last axis in it is a multiple of ``size``."""
-    walk = _Walk(gm, size)
+    walk = _Walk(index, size)
     walk.join(seed)
     walk.close()
-    order = {node: i for i, node in enumerate(gm.graph.nodes)}
-    members = sorted(walk.members, key=lambda op: order[op.node])
+    members = sorted(walk.members, key=lambda op: op.node)  # in graph order
     axes = dict.fromkeys(axis for uses in walk.uses.values() for found in uses.values() for axis in found)
     return Stream(
         size,
@@ -102,80 +102,50 @@ def trace(gm: fx.GraphModule, seed: Op, size: int) -> Stream:
         joins=tuple(op for op in members if op in walk.joins),
         inputs=tuple(walk.inputs),
         outputs=tuple(walk.outputs),
-        blocks=tuple(sorted(walk.blocks, key=lambda why: order[walk.blocks[why].node])),
+        blocks=tuple(sorted(walk.blocks, key=lambda why: walk.blocks[why].node)),
     )
 
 
-def residual_streams(gm: fx.GraphModule) -> list[Stream]:
+def residual_streams(index: GraphIndex) -> list[Stream]:
     """The streams that linears write to and read, and in which computed values are summed."""
     found: list[Stream] = []
     seen = set[Op]()
-    for op in ops_of(gm):
+    for op in ops_of(index.gm):
         if isinstance(op, Linear | TransposedLinear | GroupedLinear) and op.input_op not in seen:
             size = width(op.input_op)
             if size is not None and size > 1:
-                stream = trace(gm, op.input_op, size)
+                stream = trace(index, op.input_op, size)
                 seen.update(stream.members)
                 found += [stream] if stream.joins and stream.writers else []
     return found
 
 
-def value_streams(gm: fx.GraphModule) -> list[Stream]:
+def value_streams(index: GraphIndex) -> list[Stream]:
     """The streams of the values of attentions: those that a product with a softmax, or a fused one, sums."""
     found: list[Stream] = []
     seen = set[Op]()
-    for op in ops_of(gm):
-        if op.node.target == ATTENTION or (op.node.target in PRODUCTS and _is_of_softmax(op)):
+    for op in ops_of(index.gm):
+        if isinstance(effect(op), Attends) or (isinstance(effect(op), Contracts) and _is_of_softmax(op)):
             size = width(op)
             if op not in seen and size is not None and size > 1:
-                found.append(trace(gm, op, size))
+                found.append(trace(index, op, size))
                 seen.update(found[-1].members)
     return found
 
 
 def _is_of_softmax(op: Op) -> bool:
     seen = view(cast(fx.Node, op.node.args[0]))
-    while seen.node.target in (*COPIES, *DROPOUTS, *RESHAPES, aten.expand.default):
+    while effect(seen) in (Copies(), Moves("reshape"), Moves("repeat")):
         seen = view(seen.node.all_input_nodes[0])
     return seen.node.target in (aten.softmax.int, aten._softmax.default)
-
-
-def reads_of(param: Op) -> list[tuple[Op, Op]]:
-    """The ops that read a parameter, casts seen through, each with what it reads."""
-    found: list[tuple[Op, Op]] = []
-    for user in param.users:
-        found += reads_of(user) if isinstance(user, Cast) else [(user, param)]
-    return found
-
-
-def tied_to(gm: fx.GraphModule, fqn: str) -> str | None:
-    """Another name of the same numbers, if there is one."""
-    own = _numbers(tensor_of(gm, fqn))
-    state = gm.state_dict(keep_vars=True)
-    return next((name for name, t in state.items() if name != fqn and t.numel() and _numbers(t) == own), None)
-
-
-def _numbers(t: Tensor) -> tuple[Any, ...]:
-    storage = t.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
-    return storage, t.storage_offset(), tuple(t.shape), t.stride()
-
-
-def shared(gm: fx.GraphModule, fqn: str, users: set[fx.Node]) -> str | None:
-    """Why the parameter may not change for the sake of these users alone; None if it may."""
-    for node in gm.graph.find_nodes(op="get_attr", target=fqn):
-        for user, _ in reads_of(view(node)):
-            if user.node not in users:
-                return f"{fqn}: {place(user)} reads it, too"
-    other = tied_to(gm, fqn)
-    return None if other is None else f"{fqn}: it is tied to {other}"
 
 
 @final
 class _Walk:
     """What is found on the way; every op is met once as a value, and once for each value it reads."""
 
-    def __init__(self, gm: fx.GraphModule, size: int) -> None:
-        self.gm, self.size = gm, size
+    def __init__(self, index: GraphIndex, size: int) -> None:
+        self.index, self.size = index, size
         self.members: dict[Op, None] = {}
         self.pending: list[Op] = []
         self.uses: dict[str, dict[fx.Node, dict[Axis, None]]] = {}
@@ -201,13 +171,13 @@ class _Walk:
             for user in op.users:
                 self.read(op, user)
         for fqn, uses in self.uses.items():
-            why = shared(self.gm, fqn, set(uses))
+            why = self.index.why_shared(fqn, set(uses))
             if why is None and len({frozenset(axes) for axes in uses.values()}) > 1:
                 why = f"{fqn}: it is read in several ways"
             if why is not None:
                 self.blocks[why] = view(next(iter(uses)))
 
-    def touch(self, user: Op, param: Op | None, axis: int, writes: bool, part: Part | None = None) -> None:
+    def touch(self, user: Op, param: Op | None, axis: int, writes: bool, part: AxisSlice | None = None) -> None:
         """The parameter's axis carries the stream where ``user`` reads it."""
         if isinstance(param, Param):
             self.uses.setdefault(param.fqn, {}).setdefault(user.node, {})[Axis(param.fqn, axis, writes, part)] = None
@@ -215,15 +185,20 @@ class _Walk:
             self.block(user, "its weight or bias is computed")
 
     def produced(self, op: Op) -> None:
-        sources = carried(op, self.size)
-        if sources is not None:
-            if op.node.target in NORMS:
-                self.norm(op)
-            elif op.node.target in SUMS and not any(isinstance(part, Param) for part in sources):
-                self.joins.add(op)
-            for source in sources:
-                self.join(source)
-        elif isinstance(op, Weighted):
+        match carried(op, self.size):
+            case Carried(sources):
+                if isinstance(effect(op), Normalizes):
+                    self.norm(op)
+                elif isinstance(effect(op), Adds) and not any(isinstance(part, Param) for part in sources):
+                    self.joins.add(op)
+                for source in sources:
+                    self.join(source)
+            case Stopped():
+                self.made(op)
+
+    def made(self, op: Op) -> None:
+        """What the stream holds is made by an op that reads other values than the stream's."""
+        if isinstance(op, Weighted):
             self.written(op)
         elif isinstance(op, Input):
             self.inputs.append(op)
@@ -231,22 +206,22 @@ class _Walk:
             pass  # its readers say how it is used
         elif (cut := cut_of(op)) is not None:
             self.cut(op, *cut)
-        elif (gain := gain_of(self.gm, op)) is not None:
+        elif (gain := gain_of(self.index.gm, op)) is not None:
             self.scaled(*gain)
         else:
             self.block(op, f"{op_name(op)} makes what the stream holds")
 
     def read(self, x: Op, user: Op) -> None:
-        sources = carried(user, self.size)
-        other = [n for n in user.node.all_input_nodes if n == x.node] if sources is None or x not in sources else []
+        found = carried(user, self.size)
+        sources = found.value if isinstance(found, Carried) else []
         if user.node.op == "output":
             self.outputs.append(x)
-        elif user.node.target in SHAPE_ONLY or isinstance(user.val, torch.SymInt):
+        elif isinstance(effect(user), ReadsShape) or isinstance(user.val, torch.SymInt):
             pass
         elif is_square(user, x):
             if not user.users or not all(is_mean_of_rows(mean) for mean in user.users):
                 self.block(user, "squares of the stream are read apart from their mean")
-        elif sources is not None and not other and times_read(user, x) == sources.count(x):
+        elif x in sources and times_read(user, x) == sources.count(x):
             if isinstance(x, Param):
                 self.touch(user, x, x.val.dim() - 1, writes=True)
             self.join(user)
@@ -255,7 +230,7 @@ class _Walk:
                 self.block(user, "it multiplies the stream by itself")
             self.readers[user] = None
             self.touch(user, weight_param(user), user.in_axis, writes=False)
-        elif (gain := gain_of(self.gm, user)) is not None and gain[0] == x:
+        elif (gain := gain_of(self.index.gm, user)) is not None and gain[0] == x:
             self.scaled(*gain)
             self.join(user)
         else:
@@ -268,18 +243,19 @@ class _Walk:
         self.join(x)
 
     def norm(self, op: Op) -> None:
-        names = {"weight": 1, "bias": 0} if op.node.target == LAYER_NORM else {"weight": 1}
-        if op.node.target == LAYER_NORM:
+        found = effect(op)
+        assert isinstance(found, Normalizes), "a norm"
+        if found.centres:
             self.norms.add(op)
-        for name, neutral in names.items():
+        for name, neutral in zip(found.parameters, (1, 0), strict=False):
             given = op.argument(name)
-            held = None if given is None else constant(self.gm, view(given))
+            held = None if given is None else constant(self.index.gm, view(given))
             if given is not None and (held is None or not (held == neutral).all()):
                 self.block(view(given), "it is not folded into the layers that read the norm")
         if op.argument("normalized_shape") != [self.size]:
             self.block(op, "it is not of the width of the stream")
 
-    def written(self, op: Weighted, part: Part | None = None) -> None:
+    def written(self, op: Weighted, part: AxisSlice | None = None) -> None:
         if isinstance(op, Embedding):
             self.writers[op] = None
             self.touch(op, weight_param(op), 1, True, part)
@@ -301,21 +277,27 @@ class _Walk:
             where = cut_of(other)
             if where == (whole, offset, length):
                 self.join(other)
-            elif other.node.target not in SHAPE_ONLY and (
+            elif not isinstance(effect(other), ReadsShape) and (
                 where is None or (where[1] < offset + length and offset < where[1] + where[2])
             ):
                 self.block(other, f"{op_name(other)} reads the stream")
         while not isinstance(whole, Weighted):
-            sources = carried(whole, period)
-            if sources is None or len(sources) != 1 or whole.node.target in (ATTENTION, *PRODUCTS, *NORMS):
+            match effect(whole), carried(whole, period):
+                case ((Attends() | Contracts() | Normalizes()), _):
+                    source = None
+                case _, Carried([source]):
+                    pass
+                case _:
+                    source = None
+            if source is None:
                 self.block(whole, f"{op_name(whole)} makes what the stream holds")
                 return
-            (whole,), before = sources, whole
-            if any(user != before and user.node.target not in SHAPE_ONLY for user in whole.users):
-                self.block(whole, "it is read apart from the stream")
+            if any(user != whole and not isinstance(effect(user), ReadsShape) for user in source.users):
+                self.block(source, "it is read apart from the stream")
+            whole = source
         self.written(whole, (period, offset, length))
 
 
 def _pieces(op: Op) -> list[Op]:
     """The items of a split; any other op itself."""
-    return op.users if op.node.target in SPLITS else [op]
+    return op.users if effect(op) == Moves("split") else [op]

@@ -2,41 +2,45 @@
 
 import operator
 from collections.abc import Iterator, Sequence
-from typing import Any, Final, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
+from graphq.ir.effects import (
+    Adds,
+    Attends,
+    Carried,
+    Contracts,
+    Convolves,
+    Copies,
+    Elementwise,
+    Gathers,
+    Homogeneous,
+    Joins,
+    LooksUp,
+    MixesAxis,
+    Moves,
+    Normalizes,
+    Observes,
+    Opaque,
+    Pads,
+    Pools,
+    Projects,
+    ReadsShape,
+    Reduces,
+    Scales,
+    Scatters,
+    Stopped,
+    axes_of,
+    effect,
+)
 from graphq.ir.layers import layer_path, weight_param
 from graphq.ir.views import Cast, Op, Param, Weighted, view
 from graphq.state import tensor_of
 
 aten = torch.ops.aten
-COPIES: Final = (
-    *(aten.alias.default, aten.detach.default, aten.clone.default, aten.contiguous.default),
-    *(aten.lift_fresh_copy.default, aten._to_copy.default, aten.to.dtype),
-)
-DROPOUTS: Final = (aten.dropout.default, aten.feature_dropout.default)
-RESHAPES: Final = (
-    *(aten.view.default, aten.reshape.default, aten._unsafe_view.default),
-    *(aten.flatten.using_ints, aten.unflatten.int),
-)
-_ALONG: Final = (aten.select.int, aten.slice.Tensor, aten.index_select.default)  # (x, dim, ...)
-_PLACES: Final = (aten.unsqueeze.default, aten.transpose.int, aten.permute.default, aten.expand.default)
-_REDUCTIONS: Final = (aten.sum.dim_IntList, aten.mean.dim)
-SUMS: Final = (aten.add.Tensor, aten.sub.Tensor)
-_SCALINGS: Final = (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar)
-PRODUCTS: Final = (aten.matmul.default, aten.bmm.default, aten.mm.default)
-_ZEROS: Final = (aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default)
-SHAPE_ONLY: Final = (
-    *(aten.sym_size.int, aten.zeros_like.default, aten.new_zeros.default, aten.empty_like.default),
-    *(aten.new_empty.default, aten.ones_like.default, aten.new_ones.default),
-)
-SPLITS: Final = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
-ATTENTION: Final = aten.scaled_dot_product_attention.default
-LAYER_NORM: Final = aten.layer_norm.default
-NORMS: Final = (LAYER_NORM, aten.rms_norm.default)
 
 
 def place(op: Op) -> str:
@@ -64,69 +68,96 @@ def constant(gm: fx.GraphModule, op: Op) -> Tensor | None:
     return None
 
 
-def carried(op: Op, size: int) -> list[Op] | None:
-    """The inputs whose vectors the output's are sums or multiples of, whatever the basis; None for other ops.
+def carried(op: Op, size: int) -> Carried[list[Op]] | Stopped:
+    """The operands whose vectors the output's are sums or multiples of, whatever the basis.
 
     Vectors are ``size`` numbers of the last axis.
     """
-    args: list[Any] = [view(a) if isinstance(a, fx.Node) else a for a in op.node.args]
-    target = op.node.target
+    stopped = Stopped(f"{op_name(op)} reads the stream")
     if not isinstance(op.val, Tensor) or not op.val.is_floating_point() or op.val.dim() == 0:
-        return None
-    if target in _ZEROS:
-        return []
-    x = args[0] if args else None
-    rank, last = (x.val.dim(), x.val.dim() - 1) if isinstance(x, Op) and isinstance(x.val, Tensor) else (0, -1)
-    found: list[Any] | None = None
-    if target in (*COPIES, *RESHAPES, *NORMS, aten.neg.default) or (target in DROPOUTS and args[2] is False):
-        found = [x]
-    elif target in _ALONG:
-        found = [x] if _positive(op.argument("dim"), rank) != last else None
-    elif target in _REDUCTIONS:
-        dims = op.argument("dim")
-        found = [x] if dims and all(_positive(d, rank) != last for d in dims) else None
-    elif target == aten.unsqueeze.default:
-        found = [x] if _positive(args[1], rank + 1) != rank else None
-    elif target == aten.transpose.int:
-        found = [x] if last not in (_positive(args[1], rank), _positive(args[2], rank)) else None
-    elif target == aten.permute.default:
-        found = [x] if _positive(args[1][-1], rank) == last else None
-    elif target == aten.expand.default:
-        found = [x] if isinstance(x, Op) and width(x) == width(op) else None
-    elif target == aten.index.Tensor:
-        found = [x] if len(args[1]) < rank or args[1][last] is None else None
-    elif target == aten.cat.default:
-        parts = [view(part) for part in args[0]]
-        found = parts if _positive(op.argument("dim"), op.val.dim()) != op.val.dim() - 1 else None
-    elif target in (aten.index_add.default, aten.index_put.default):
-        found = _scattered(op, args, last)
-    elif target in SUMS:
-        found = args if all(isinstance(a, Op) and width(a) == width(op) for a in args) else None
-    elif target in _SCALINGS:
-        vectors = [a for a in args if not _is_row_scalar(a)]
-        found = vectors if len(vectors) == 1 and (vectors[0] is x or "mul" in str(target)) else None
-    elif target == ATTENTION:
-        found = [view(op.argument("value"))]
-    elif target in PRODUCTS:
-        found = [args[1]] if args[1].val.dim() > 1 else None
-    if found is None or not all(_holds(part, size) for part in [*found, op]):
-        return None
-    return found
+        return stopped
+    args: list[Any] = [view(a) if isinstance(a, fx.Node) else a for a in op.node.args]
+    found = _sources(op, args)
+    holds = found is not None and all(isinstance(part, Op) and _holds(part, size) for part in [*found, op])
+    return Carried(cast(list[Op], found)) if holds else stopped
+
+
+def _sources(op: Op, args: list[Any]) -> list[Any] | None:
+    """The operands that an op carries where all of them hold vectors; None for ops that carry none."""
+    x: Any = args[0] if args else None
+    last = x.val.dim() - 1 if isinstance(x, Op) and isinstance(x.val, Tensor) else -1
+    match effect(op):
+        case ReadsShape(0.0):
+            return []
+        case Copies() | Homogeneous(linear=True) | Normalizes(over="row"):
+            return [x]
+        case Moves(how):
+            return [x] if isinstance(x, Op) and _keeps_last_axis(op, x, how) else None
+        case Reduces("linear"):
+            return [x] if last not in axes_of(op) else None
+        case Gathers("slices"):
+            return [x] if last not in indexed_axes(op) else None
+        case Scatters("slices", str(name)):
+            source = view(op.argument(name))
+            return [x, source] if last not in indexed_axes(op) and width(source) == width(op) else None
+        case Joins():
+            tensors = [view(tensor) for tensor in op.argument("tensors")]
+            return tensors if int(op.argument("dim")) % op.val.dim() != op.val.dim() - 1 else None
+        case Adds():
+            return args if all(isinstance(a, Op) and width(a) == width(op) for a in args) else None
+        case Scales(divides):
+            vectors = [a for a in args if not _is_row_scalar(a)]
+            return vectors if len(vectors) == 1 and (vectors[0] is x or not divides) else None
+        case Attends():
+            return [view(op.argument("value"))]
+        case Contracts():
+            return [args[1]] if args[1].val.dim() > 1 else None
+        case (
+            Homogeneous() | Reduces() | Gathers() | Scatters() | Normalizes() | ReadsShape() | Elementwise() | Pads()
+        ) | (MixesAxis() | Pools() | Projects() | Convolves() | LooksUp() | Observes() | Opaque()):
+            return None
+
+
+def _keeps_last_axis(op: Op, x: Op, how: str) -> bool:
+    """Whether what is moved are parts of the last axis, of any size that divides it before and after."""
+    match how:
+        case "reshape":
+            return True
+        case "permute":
+            sizes = range(2, 2 + x.val.dim())  # all different
+            made = cast(Any, op.node.target)(torch.empty(*sizes, device="meta"), *op.node.args[1:], **op.node.kwargs)
+            return made.shape[-1] == sizes[-1]
+        case "pick":
+            return x.val.dim() - 1 not in axes_of(op)
+        case "repeat":
+            return width(x) == width(op)
+        case _:
+            return False
+
+
+def indexed_axes(op: Op) -> tuple[int, ...]:
+    """The axes of the first argument that an op picks, or writes, along by indices, counted from 0."""
+    rank = view(op.node.all_input_nodes[0]).val.dim()
+    if op.node.target not in (aten.index.Tensor, aten.index_put.default):
+        return (int(op.argument("dim")) % rank,)
+    found: list[int] = []
+    axis = 0
+    for index in cast(list[fx.Node | None], op.argument("indices")):
+        val: Tensor | None = None if index is None else index.meta["val"]
+        is_mask = val is not None and val.dtype in (torch.bool, torch.uint8)
+        covered = range(axis, axis + (val.dim() if val is not None and is_mask else 1))
+        found += [] if val is None else covered
+        axis = covered.stop
+    return tuple(found)
 
 
 def moved(op: Op, size: int) -> Op | None:
     """What ``op`` gives other places of, or fewer or more of, vectors as they are; None for other ops."""
-    if op.node.target not in (*COPIES, *RESHAPES, *_ALONG, *_PLACES, *DROPOUTS, aten.index.Tensor):
-        return None
-    sources = carried(op, size)
-    return None if sources is None else sources[0]
-
-
-def _scattered(op: Op, args: Sequence[Any], last: int) -> list[Any] | None:
-    """The rows that are written to and those that are written, of an op that leaves the last axis whole."""
-    if op.node.target == aten.index_add.default:
-        return [args[0], args[3]] if _positive(args[1], last + 1) != last else None
-    return [args[0], args[2]] if len(args[1]) <= last and width(args[2]) == width(op) else None
+    match effect(op), carried(op, size):
+        case ((Copies() | Moves() | Gathers()), Carried([source, *_])):
+            return source
+        case _:
+            return None
 
 
 def _positive(dim: int, rank: int) -> int:
@@ -137,6 +168,12 @@ def width(op: Op) -> int | None:
     """The size of the last axis; None where it is not known, or there is none."""
     size = op.val.shape[-1] if isinstance(op.val, Tensor) and op.val.dim() else None
     return size if isinstance(size, int) else None
+
+
+def is_layer_norm(op: Op) -> bool:
+    """Whether ``op`` takes the mean of each row off, and divides by the deviation."""
+    found = effect(op)
+    return isinstance(found, Normalizes) and found.over == "row" and found.centres
 
 
 def _holds(op: Op, size: int) -> bool:
@@ -171,18 +208,14 @@ def is_square(op: Op, x: Op) -> bool:
 
 def is_mean_of_rows(op: Op) -> bool:
     """Whether ``op`` takes the mean along the last axis alone."""
-    if op.node.target != aten.mean.dim:
-        return False
-    return [_positive(d, view(op.node.all_input_nodes[0]).val.dim()) for d in op.argument("dim")] == [
-        view(op.node.all_input_nodes[0]).val.dim() - 1
-    ]
+    return op.node.target == aten.mean.dim and axes_of(op) == (view(op.node.all_input_nodes[0]).val.dim() - 1,)
 
 
 def is_normalized(x: Op) -> bool:
     """Whether ``x`` is vectors times a number for each, which comes from the mean of their squares."""
-    while x.node.target in COPIES:
+    while isinstance(effect(x), Copies):
         x = view(x.node.all_input_nodes[0])
-    if x.node.target not in _SCALINGS:
+    if not isinstance(effect(x), Scales):
         return False
     for factor in (view(node) for node in x.node.all_input_nodes if width(view(node)) == 1):
         while not is_mean_of_rows(factor) and len(factor.node.all_input_nodes) == 1:
@@ -197,10 +230,13 @@ def cut_of(op: Op) -> tuple[Op, int, int] | None:
     """What ``op`` is a part of the last axis of, from where on, and how much; None for other ops."""
     if op.node.target == operator.getitem:
         node, index = cast(tuple[fx.Node, int], op.node.args)
-        if node.target not in SPLITS:
+        if effect(view(node)) != Moves("split"):
             return None
         whole, dim = view(cast(fx.Node, node.args[0])), view(node).argument("dim")
-        sizes = [piece.shape[-1] for piece in cast(Sequence[Tensor], node.meta["val"])]
+        pieces = cast(Sequence[Tensor], node.meta["val"])
+        if pieces[0].dim() != whole.val.dim():  # an unbind
+            return None
+        sizes = [piece.shape[-1] for piece in pieces]
     elif op.node.target == aten.slice.Tensor:
         whole, dim, index = view(cast(fx.Node, op.node.args[0])), op.argument("dim"), 1
         start = op.argument("start")

@@ -8,7 +8,7 @@ from torch import Tensor, fx
 
 from graphq.errors import PassError
 from graphq.ir.layers import LAYER
-from graphq.ir.matrices import Samples, as_matrices, channel_axis, input_key, input_vectors
+from graphq.ir.matrices import Samples, as_matrices, input_key, input_vectors
 from graphq.ir.views import Op, Weighted
 from graphq.numerics.taps import Window, tap_sums
 from graphq.observers.observer import Observer, ObserverRequest
@@ -187,7 +187,7 @@ def channels(gm: fx.GraphModule, ops: Iterable[Weighted]) -> Iterator[ObserverRe
     made: dict[tuple[Op, int], list[Weighted]] = {}
     for op in ops:
         if statistic_on(gm, op, ChannelObserver) is None:
-            made.setdefault((op.input_op, channel_axis(op)), []).append(op)
+            made.setdefault((op.input_op, op.input_axis), []).append(op)
     for (x, axis), readers in made.items():
         names = tuple(dict.fromkeys(str(op.node.meta[LAYER]) for op in readers))
         yield ObserverRequest(x, ChannelObserver(names, int(x.val.shape[axis]), axis), readers[0])

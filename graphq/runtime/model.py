@@ -58,7 +58,7 @@ class CompiledModel(nn.Module):
         Raises ``GraphqError`` for models that are not causal language models with a cache. Needs transformers.
         """
         source = self.source
-        if not source.is_causal_lm or source.config is None or not any(i.is_cache for i in source.inputs):
+        if not source.is_causal_lm or source.config is None or not source.caches:
             raise GraphqError("generate: this model is not a causal language model captured with its key/value cache")
         from graphq.runtime.generation import generator
 

@@ -120,14 +120,14 @@ def _set(gm: fx.GraphModule, op: Param, tensor: Tensor) -> None:
 
 @final
 @dataclass(frozen=True)
-class _Part:
+class _ExpertGroup:
     """Some experts of a stack: codes with scales, or a float weight."""
 
     op: Op
     members: list[int]
 
 
-def _parts(gm: fx.GraphModule, weight: Op, experts: int) -> list[_Part]:
+def _parts(gm: fx.GraphModule, weight: Op, experts: int) -> list[_ExpertGroup]:
     """The parts that a stack's weight was joined from, each with its experts' indices."""
     order = list(range(experts))
     if weight.node.target is torch.ops.aten.index_select.default:
@@ -136,11 +136,11 @@ def _parts(gm: fx.GraphModule, weight: Op, experts: int) -> list[_Part]:
         order = [place.index(i) for i in range(experts)]
         weight = view(cast(fx.Node, joined))
     if weight.node.target is not torch.ops.aten.cat.default:
-        return [_Part(weight, order)]
-    parts: list[_Part] = []
+        return [_ExpertGroup(weight, order)]
+    parts: list[_ExpertGroup] = []
     for node in cast(list[fx.Node], weight.node.args[0]):
         count = int(node.meta["val"].shape[0])
-        parts.append(_Part(view(node), order[:count]))
+        parts.append(_ExpertGroup(view(node), order[:count]))
         order = order[count:]
     return parts
 
@@ -202,14 +202,14 @@ def _drop_cache(gm: fx.GraphModule) -> None:
     first = view(inputs[-1].node.next)
     batch = edit.insert(gm, first, torch.ops.aten.sym_size.int, inputs[0], 0, by=_BY)
     for op, declared in zip(inputs, source.inputs, strict=True):
-        if declared.is_cache:
+        if declared.name in source.pasts:
             sizes = [batch.node if d == "batch" else 0 if d == PAST else d for d in declared.shape]
             with gm.graph.inserting_before(first.node):
                 empty = gm.graph.call_function(torch.ops.aten.full.default, (sizes, 0.0), {"dtype": declared.dtype})
             empty.meta = dict(op.node.meta)
             edit.bypass(gm, op, view(empty))
     output = next(n for n in gm.graph.nodes if n.op == "output")
-    kept = [i for i, name in enumerate(source.outputs) if not name.startswith("present.")]
+    kept = [i for i, name in enumerate(source.outputs) if name not in source.presents]
     output.args = (tuple(output.args[0][i] for i in kept),)
     edit.drop_unused(gm)
     gm.meta[KEY] = replace(
@@ -217,8 +217,9 @@ def _drop_cache(gm: fx.GraphModule) -> None:
         inputs=tuple(
             replace(i, shape=tuple(SEQUENCE if d == TOTAL else d for d in i.shape))
             for i in source.inputs
-            if not i.is_cache
+            if i.name not in source.pasts
         ),
+        caches=(),
         outputs=tuple(source.outputs[i] for i in kept),
         ranges=tuple(r for r in source.ranges if r[0] != PAST),
     )

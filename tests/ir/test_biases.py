@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from graphq.errors import GraphError
-from graphq.ir.biases import Biased, bias_of, channel_axis, channels_of, set_bias, weight_of, why_no_bias
+from graphq.ir.biases import Biased, bias_of, channels_of, set_bias, weight_of, why_no_bias
+from graphq.ir.effects import channel_axis
+from graphq.ir.index import GraphIndex
 from graphq.ir.views import Param, ops_of
 from graphq.state import tensor_of
 from tests.graphs import assert_vals, run
@@ -52,7 +54,7 @@ def test_tensors_and_channels(call: Any, shape: tuple[int, ...], x: tuple[int, .
     assert isinstance(bias, Param)
     assert (weight.fqn, bias.fqn) == ("w", "b")
     assert (channel_axis(op), channels_of(op)) == (axis, 6)
-    assert why_no_bias(gm, [op]) is None
+    assert why_no_bias(GraphIndex(gm), [op]) is None
     inputs = torch.randn(x)
     before = run(gm, inputs)
     assert set_bias(gm, [op], "unused", tensor_of(gm, "b") + 1, by="test") == [op]
@@ -75,15 +77,15 @@ def test_tensors_and_channels(call: Any, shape: tuple[int, ...], x: tuple[int, .
 )
 def test_why_a_layer_can_be_given_no_bias(call: Any, size: tuple[int, ...], reason: str | None) -> None:
     gm = capture(Call(call, (6, 4), size), torch.ones(2, 4))
-    assert why_no_bias(gm, biased(gm)) == reason
+    assert why_no_bias(GraphIndex(gm), biased(gm)) == reason
 
 
 def test_uses_of_one_layer() -> None:
     gm = capture(Call(lambda x, w, b: F.linear(x, w, b) + F.linear(x, w), (6, 4)), torch.ones(2, 4))
-    assert why_no_bias(gm, biased(gm)) == "its uses have different biases"
+    assert why_no_bias(GraphIndex(gm), biased(gm)) == "its uses have different biases"
     gm = capture(Call(lambda x, w, b: F.linear(x, w, b) + F.linear(x + 1, w, b), (6, 4)), torch.ones(2, 4))
-    assert why_no_bias(gm, biased(gm)) is None
-    assert why_no_bias(gm, biased(gm)[:1]) == "b is read elsewhere, too"
+    assert why_no_bias(GraphIndex(gm), biased(gm)) is None
+    assert why_no_bias(GraphIndex(gm), biased(gm)[:1]) == "b is read elsewhere, too"
 
 
 def test_a_tied_bias() -> None:
@@ -97,7 +99,9 @@ def test_a_tied_bias() -> None:
             return self.a(x) + self.b(x)
 
     gm = capture(Tied(), torch.ones(2, 4))
-    assert [why_no_bias(gm, [op]) for op in biased(gm)] == [f"{n}.bias is read elsewhere, too" for n in "ab"]
+    assert [why_no_bias(GraphIndex(gm), [op]) for op in biased(gm)] == [
+        f"{n}.bias is read elsewhere, too" for n in "ab"
+    ]
 
 
 def test_a_new_bias_is_added_by_every_use() -> None:

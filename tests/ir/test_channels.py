@@ -14,7 +14,8 @@ from graphq.capture.hugging_face import capture_pretrained
 from graphq.capture.source import SHARED, source_of
 from graphq.compiler import canonical_passes
 from graphq.data.batches import complete
-from graphq.ir.channels import Blocked, Flow, flow_from, flow_into, move_factors, producers_behind, subgraph_of
+from graphq.ir.channels import Flow, Flows, move_factors, producers_behind, subgraph_of
+from graphq.ir.effects import Stopped
 from graphq.ir.pipeline import Pipeline
 from graphq.ir.views import Embedding, Op, Param, Weighted, ops_of, view
 from graphq.state import tensor_of
@@ -31,9 +32,9 @@ def factors(count: int, seed: int = 0) -> Tensor:
     return 4 ** (2 * torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) - 1)
 
 
-def text_of(found: Flow | Blocked) -> str:
+def text_of(found: Flow | Stopped) -> str:
     """``readers <- produced``, with the number of labels that move where it is not all."""
-    if isinstance(found, Blocked):
+    if isinstance(found, Stopped):
         return found.reason
     count = int(found.moved.sum())
     part = "" if count == found.count else f" {count}/{found.count}"
@@ -183,7 +184,7 @@ def flows_of(gm: fx.GraphModule) -> tuple[list[Flow], list[str]]:
     for op in ops_of(gm):
         if not isinstance(op, Weighted) or isinstance(op, Embedding) or op.input_op in lines:
             continue
-        found = [flow_from(gm, producer) for producer in producers_behind(op.input_op)]
+        found = [Flows(gm).out_of(producer) for producer in producers_behind(op.input_op)]
         good = next((f for f in found if isinstance(f, Flow)), None)
         text = text_of(good) if good else f"{op.weight_op.node.target}: {text_of(found[0]) if found else 'no producer'}"
         lines[op.input_op] = re.sub(rf"\.weight|\b({short})", "", text)
@@ -269,11 +270,11 @@ def check(net: nn.Module, x: Tensor, name: str = "up.weight", shared: frozenset[
     """The flow from ``name`` as a text; where there is one, the function stays when factors move."""
     gm = capture(net, x)
     gm.meta[SHARED] = shared
-    found = flow_from(gm, producer(gm, name))
-    if isinstance(found, Blocked):
+    found = Flows(gm).out_of(producer(gm, name))
+    if isinstance(found, Stopped):
         return found.reason
     before, after = lifted(gm), lifted(gm)
-    again = flow_from(after, producer(after, name))
+    again = Flows(after).out_of(producer(after, name))
     assert text_of(again) == text_of(found)
     assert isinstance(again, Flow)
     move_factors(after, again, factors(again.count), "test")
@@ -358,7 +359,7 @@ def test_norms(net: Net, expected: str) -> None:
 def test_a_norm_without_gain() -> None:
     gm = capture(Net(lambda m, x: m.down(F.layer_norm(x, (8,))), down=nn.Linear(8, 6)), X)
     op = next(op for op in ops_of(gm) if op.node.target == aten.layer_norm.default)
-    assert flow_from(gm, op) == Blocked("layer_norm has no gain")
+    assert Flows(gm).out_of(op) == Stopped("layer_norm has no gain")
     assert producers_behind(next(op for op in ops_of(gm) if isinstance(op, Weighted)).input_op) == [op]
 
 
@@ -381,13 +382,13 @@ def test_tied_parameters() -> None:
     parts = {"table": table, "up": first, "down": second, "third": third}
     net = Net(lambda m, x: m.down(h := m.up(m.table(x))) + m.third(h), **parts)
     gm = capture(net, tokens)
-    assert text_of(flow_from(gm, producer(gm, "up.weight"))) == "down.weight third.weight <- up.weight up.bias"
+    assert text_of(Flows(gm).out_of(producer(gm, "up.weight"))) == "down.weight third.weight <- up.weight up.bias"
     second.weight = third.weight
     gm = capture(net, tokens)
-    assert flow_from(gm, producer(gm, "up.weight")) == Blocked(SHARED_READER)
+    assert Flows(gm).out_of(producer(gm, "up.weight")) == Stopped(SHARED_READER)
     first.weight = table.weight
     gm = capture(net, tokens)
-    assert flow_from(gm, producer(gm, "up.weight")) == Blocked("up.weight has other readers")
+    assert Flows(gm).out_of(producer(gm, "up.weight")) == Stopped("up.weight has other readers")
 
 
 def test_embeddings_produce_nothing() -> None:
@@ -395,7 +396,7 @@ def test_embeddings_produce_nothing() -> None:
         Net(lambda m, x: m.down(m.table(x)), table=nn.Embedding(9, 8), down=nn.Linear(8, 3)),
         torch.ones(2, 5, dtype=torch.int64),
     )
-    assert flow_from(gm, producer(gm, "table.weight")) == Blocked(
+    assert Flows(gm).out_of(producer(gm, "table.weight")) == Stopped(
         "the weight of embedding is no parameter that it alone has"
     )
 
@@ -427,7 +428,7 @@ def test_kinds_of_subgraphs(family: str, expected: dict[str, str]) -> None:
     found: dict[str, set[str]] = {name: set() for name in expected}
     for op in ops_of(gm):
         if isinstance(op, Weighted) and not isinstance(op, Embedding):
-            flow = flow_into(gm, op)
+            flow = Flows(gm).into(op)
             for name in expected:
                 if isinstance(flow, Flow) and path_of(op).endswith(f".{name}"):
                     found[name].add(subgraph_of(flow.producer, op))
@@ -468,6 +469,6 @@ class Paths(nn.Module):
 def test_kinds_by_what_stands_between(between: Callable[[Any, Tensor, Tensor], Tensor], kind: str) -> None:
     gm = capture(Paths(between), torch.randn(2, 3, 8))
     op = next(op for op in ops_of(gm) if isinstance(op, Weighted) and path_of(op) == "second")
-    flow = flow_into(gm, op)
+    flow = Flows(gm).into(op)
     assert isinstance(flow, Flow)
     assert subgraph_of(flow.producer, op) == kind

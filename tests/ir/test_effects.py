@@ -128,6 +128,8 @@ CASES: dict[Any, tuple[Any, ...]] = {
     aten.max.default: (X,),
     aten.min.default: (X,),
     aten.linalg_vector_norm.default: (X, 2, [2], True),
+    aten.var.dim: (X, [1]),
+    aten.std.dim: (X, [1, 2]),
     aten.var.correction: (X, [1]),
     aten.std.correction: (X, None),
     aten.prod.dim_int: (X, 1),
@@ -389,7 +391,7 @@ def test_reduces(target: Any) -> None:
         assert follows(f, x, [axis if axis in kept else None for axis in range(3) if keeps or axis in kept])
     if made.is_floating_point() and isinstance(f(x), Tensor):
         assert (found.of == "linear") == is_linear(f, x)
-        assert (found.of != "other") == is_homogeneous(f, x) or target in (aten.std.correction,)
+        assert (found.of != "other") == is_homogeneous(f, x) or target in (aten.std.dim, aten.std.correction)
 
 
 @pytest.mark.parametrize("target", targets(MixesAxis), ids=str)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphq.ir.channels import Flow, flow_from
+from graphq.ir.channels import Flow, Flows
 from tests.ir.test_channels import BOTH, IMAGE, SHARED_READER, SUM, Net, X, check, extra, linears, producer, up
 from tests.models import MoE, capture
 
@@ -25,7 +25,14 @@ def between(f: Callable[..., Any], **more: Any) -> Net:
         (lambda h: -F.leaky_relu(h) / 3, BOTH),
         (lambda h: h.abs() * h.shape[1], BOTH),
         (lambda h: F.pad(h, (0, 0, 1, 1)), "the channels of linear_1 are mixed"),
-        (lambda h: h.flip(1), "aten.flip.default reads it"),
+        (lambda h: h.flip(1), BOTH),
+        (lambda h: torch.stack([h, h], 1), "aten.stack.default reads it"),
+        (lambda h: h.expand(3, *h.shape)[0], BOTH),
+        (lambda h: h.movedim((0, 1), (1, 0)).movedim(0, 1), BOTH),
+        (lambda h: h.amax(1), BOTH),
+        (lambda h: h.amax(-1, keepdim=True) * torch.ones(12), "a mean mixes its channels"),
+        (lambda h: h * torch.sum(h.abs(), dim=None), "a mean mixes its channels"),
+        (lambda h: h.std(1), "aten.std.dim reads it"),
         (lambda h: h.mean(1), BOTH),
         (lambda h: h.transpose(1, 2).unflatten(1, (3, 4)).flatten(1, 2).transpose(1, 2), BOTH),
         (lambda h: h + h * 2, BOTH),
@@ -43,7 +50,9 @@ def between(f: Callable[..., Any], **more: Any) -> Net:
         (lambda h: h * h.mean(-1, keepdim=True), "a mean mixes its channels"),
         (lambda h: F.pad(h, (0, 0, 1, 1), value=1.0), "aten.pad.default reads it"),
         (lambda h: torch.cat([h[..., 6:], h[..., :6]], -1), BOTH),
-        (lambda h: h + h.flip(-1).flip(-1)[..., :12], "aten.flip.default reads it"),
+        (lambda h: h + h.flip(-1).flip(-1)[..., :12], BOTH),
+        (lambda h: h + h.flip(-1), "it is added to other channels"),
+        (lambda h: 1 - h, "aten.rsub.Scalar reads it"),
         (lambda h: h + torch.cat([h[..., 6:], h[..., :6]], -1), "it is added to other channels"),
         (lambda h: h.repeat(1, 2, 1), BOTH),
         (lambda h: F.max_pool1d(h, 3, 1, 1), "aten.max_pool1d.default mixes its channels"),
@@ -103,7 +112,7 @@ def gated_alone(m: Any, x: Tensor) -> Tensor:
         (linears(lambda m, x: m.down(F.linear(x, m.up.weight * 2))), "aten.mul.Tensor has no weights of its own"),
         # parameters on the way
         (linears(lambda m, x: m.down(m.up(x) + m.extra), extra=extra(12)), f"{BOTH} extra"),
-        (linears(lambda m, x: m.down(m.up(x) - m.extra), extra=extra(12)), "aten.sub.Tensor reads it"),
+        (linears(lambda m, x: m.down(m.up(x) - m.extra), extra=extra(12)), f"{BOTH} extra"),
         (linears(lambda m, x: m.down(m.up(x) + m.extra) + m.extra.sum(), extra=extra(12)), SUM),
         (linears(lambda m, x: m.down(m.up(x) + m.extra), extra=extra(1)), SUM),
         (linears(lambda m, x: m.down(m.up(x) + m.extra), extra=extra(5, 12)), SUM),
@@ -186,7 +195,7 @@ def test_attention(net: Net, name: str, expected: str) -> None:
 def test_heads_that_share_values_share_factors() -> None:
     for f in (repeated, grouped):
         gm = capture(attention(f, 2), X)
-        found = flow_from(gm, producer(gm, "v.weight"))
+        found = Flows(gm).out_of(producer(gm, "v.weight"))
         assert isinstance(found, Flow)
         assert found.readers[0].channels.tolist() == [*range(4)] * 2 + [*range(4, 8)] * 2
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from graphq.capture.modules import capture_module
+from graphq.ir.effects import Carried, Stopped
 from graphq.ir.vectors import carried, cut_of, moved, place
 from graphq.ir.views import Input, Op, view
 
@@ -39,8 +40,11 @@ def results(*functions: Callable[[Tensor, Tensor], Tensor]) -> list[Op]:
 
 def names(op: Op, size: int = 8) -> str | None:
     """The inputs that are carried, by name; computed ones as a dash."""
-    found = carried(op, size)
-    return None if found is None else "".join(str(o.node.name)[0] if isinstance(o, Input) else "-" for o in found)
+    match carried(op, size):
+        case Carried(found):
+            return "".join(str(o.node.name)[0] if isinstance(o, Input) else "-" for o in found)
+        case Stopped():
+            return None
 
 
 TABLE: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str | None]] = {

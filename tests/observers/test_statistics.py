@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from graphq.errors import PassError, SpecError
-from graphq.ir.matrices import as_matrices, as_weight, channel_axis, input_vectors
+from graphq.ir.matrices import as_matrices, as_weight, input_vectors
 from graphq.ir.views import Weighted, ops_of
 from graphq.observers.statistics import ChannelObserver, HessianObserver
 from tests.models import MoE, capture
@@ -149,7 +149,7 @@ def test_products_with_the_samples_are_the_layers_output(name: str) -> None:
     with torch.no_grad():
         layer.bias.zero_()  # pyright: ignore[reportCallIssue, reportOptionalMemberAccess]
         y = layer(x)
-    wanted = y.movedim(channel_axis(op), 0).flatten(1).unflatten(0, (len(problems), -1)).mT
+    wanted = y.movedim(op.output_axis, 0).flatten(1).unflatten(0, (len(problems), -1)).mT
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 

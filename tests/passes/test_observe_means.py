@@ -7,6 +7,7 @@ import torch
 from expecttest import assert_expected_inline
 from torch import Tensor, fx, nn
 
+from graphq.ir.index import GraphIndex
 from graphq.ir.pipeline import Pipeline
 from graphq.ir.text import dump
 from graphq.ir.views import Linear, ops_of
@@ -140,7 +141,7 @@ def test_the_uses_of_a_layer_are_together() -> None:
     gm = annotated(capture(Twice(), torch.ones(2, 8)), shared=WEIGHT)
     (uses,) = planned_layers(gm)
     assert len(uses) == 2
-    assert why_uncorrectable(gm, uses) is None
+    assert why_uncorrectable(GraphIndex(gm), uses) is None
     assert observe(gm) == 4
     gm = annotated(capture(MLP(), torch.ones(2, 8)), up=KeepFloat("asked for"), down=WEIGHT)
     assert [uses[0].node.meta["graphq.layer"] for uses in planned_layers(gm)] == ["down"]
