@@ -1,9 +1,7 @@
 """What each op does to the elements of its operands: one table, which every walk over a graph reads.
 
-An effect is a fact about the op, whatever its users want to know: whether it only moves elements, acts on each for
-itself, sums, mixes an axis. Ops act on their first argument where nothing else is said. An op that is not in the table
-is ``Elementwise`` where torch says so (its tag ``pointwise``), else ``Opaque``. Facts that hold for every listed op are
-checked by running it (``tests/ir/test_effects.py``).
+An op acts on its first argument where nothing else is said. One that is not in the table is ``Elementwise`` where torch
+says so (its tag ``pointwise``), else ``Opaque``. Each row is checked by running its ops (tests/ir/test_effects.py).
 """
 
 import operator
@@ -140,7 +138,7 @@ class Projects:
 @final
 @dataclass(frozen=True)
 class Convolves:
-    """Windows of the last ``rank`` axes of the input, of all channels (the axis before), times a weight."""
+    """Windows of the last ``rank`` axes of the input, of all channels (the axis before these), times a weight."""
 
     rank: int
 
@@ -177,9 +175,8 @@ class Joins:
 @final
 @dataclass(frozen=True)
 class Gathers:
-    """Elements of the first argument, whose indices are tensors.
-
-    what: ``slices``, whole but for the indexed axes, or ``elements``, each with an index of its own along ``dim``.
+    """Elements of the first argument, whose indices are tensors: ``slices``, whole but for the indexed axes, or
+    ``elements``, each with an index of its own along ``dim``.
     """
 
     what: Literal["slices", "elements"]
@@ -188,9 +185,8 @@ class Gathers:
 @final
 @dataclass(frozen=True)
 class Scatters:
-    """The first argument, with the elements of the argument ``source`` (None: a number) written or added in places.
-
-    what: whole ``slices`` of the first argument, or ``elements``, each with an index of its own.
+    """The first argument, with those of the argument ``source`` (None: a number) written or added in places: whole
+    ``slices``, or ``elements``, each with an index of its own.
     """
 
     what: Literal["slices", "elements"]

@@ -48,6 +48,8 @@ def _patches(op: Weighted) -> Samples:
         pads = [(p, p) for p in _each(padding, rank)]
 
     def patches(x: Tensor) -> Iterable[tuple[int, Tensor]]:
+        if x.dim() == rank + 1:  # without batches
+            x = x.unsqueeze(0)
         x = torch.nn.functional.pad(x, [p for pair in reversed(pads) for p in pair])
         for axis, (size, step, apart) in enumerate(zip(kernel, stride, dilation, strict=True)):
             x = x.unfold(2 + axis, (size - 1) * apart + 1, step)[..., ::apart]  # [B, C, places..., taps...]

@@ -39,7 +39,7 @@ class ChannelObserver(Observer):
         return self.low.shape, self.axis
 
     def update(self, x: Tensor, *rest: Tensor) -> None:
-        rows = x.movedim(self.axis, -1).flatten(0, -2)
+        rows = x.movedim(self.axis, -1).reshape(-1, x.shape[self.axis])
         total = rows.abs().sum(0, dtype=torch.float64)
         if not torch.isfinite(total).all():
             raise self.refuse()
@@ -92,7 +92,7 @@ class MeanObserver(Observer):
 
     def update(self, x: Tensor, *rest: Tensor) -> None:
         if isinstance(self.of, int):
-            total = x.movedim(self.of, -1).flatten(0, -2).sum(0, dtype=torch.float64)
+            total = x.movedim(self.of, -1).reshape(-1, x.shape[self.of]).sum(0, dtype=torch.float64)
             count = x.numel() // x.shape[self.of]
         else:
             total, count = tap_sums(x, self.of)

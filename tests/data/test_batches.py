@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from graphq.capture.source import BATCH, PAST, SEQUENCE, TOTAL, Source, TensorInput
+from graphq.capture.source import BATCH, PAST, SEQUENCE, TOTAL, CachePair, Source, TensorInput
 from graphq.data.batches import complete, complete_all, first_batches
 from graphq.errors import SpecError
 from graphq.spec.rules import Run
@@ -29,9 +29,10 @@ LM = Source(
         TensorInput("past_key_values.0.key", torch.float32, (BATCH, 2, PAST, 4)),
         TensorInput("past_key_values.0.value", torch.float32, (BATCH, 2, PAST, 4)),
     ),
-    outputs=("logits",),
+    outputs=("logits", "present.0.key", "present.0.value"),
     output_kind="dict",
     dtype=torch.float32,
+    caches=tuple(CachePair(f"past_key_values.0.{part}", f"present.0.{part}") for part in ("key", "value")),
 )
 X, Y = torch.ones(2, 3), torch.ones(2, 5, 2)
 IDS = torch.tensor([[4, 5, 6], [7, 8, 9]])

@@ -1,15 +1,19 @@
 """What a factor of each channel goes through, and what it does not."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from graphq.ir.channels import Flow, Flows
-from tests.ir.test_channels import BOTH, IMAGE, SHARED_READER, SUM, Net, X, check, extra, linears, producer, up
+from graphq.capture.source import KEY, CachePair, source_of
+from graphq.ir.channels import Flow, Flows, move_factors
+from graphq.ir.effects import Stopped
+from tests.ir.test_channels import BOTH, IMAGE, SHARED_READER, SUM, Net, X, check, extra, linears, producer, text_of, up
+from tests.lifted import lifted
 from tests.models import MoE, capture
 
 
@@ -198,6 +202,86 @@ def test_heads_that_share_values_share_factors() -> None:
         found = Flows(gm).out_of(producer(gm, "v.weight"))
         assert isinstance(found, Flow)
         assert found.readers[0].channels.tolist() == [*range(4)] * 2 + [*range(4, 8)] * 2
+
+
+class Recurrent(nn.Module):
+    """A linear that reads what another gave, behind ``state``; ``next_of(state, new)`` is the output ``present_state``."""
+
+    def __init__(self, next_of: Callable[[Tensor, Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.next_of = next_of
+        self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, state: Tensor, x: Tensor) -> Any:
+        new = self.up(x)
+        read = torch.cat([state, new], 1)
+        return {"y": self.down(read), **self.next_of(state, new, read)}
+
+
+def recurrent(next_of: Callable[[Tensor, Tensor, Tensor], Any], *caches: CachePair) -> fx.GraphModule:
+    gm = capture(Recurrent(next_of), torch.ones(2, 3, 8), torch.ones(2, 5, 8))
+    gm.meta[KEY] = replace(source_of(gm), caches=caches)
+    return gm
+
+
+STATE = CachePair("state", "present_state")
+GIVEN = "it is an output of the model"
+NOT_GIVEN_BACK = "a cache that is not given back holds it"
+
+
+@pytest.mark.parametrize(
+    ("next_of", "caches", "expected"),
+    [
+        (lambda s, new, read: {"present_state": read}, (STATE,), "down.weight <- up.weight up.bias"),
+        # names make no cache: what is no declared pair is an input and an output as all others
+        (lambda s, new, read: {"present_state": read}, (), "the channels of linear_1 are mixed"),
+        (lambda s, new, read: {"present_state": new}, (), "the channels of linear_1 are mixed"),
+        (lambda s, new, read: {}, (), "the channels of linear_1 are mixed"),
+        # pairs that do not hold what the model will read
+        (lambda s, new, read: {"present_state": new}, (STATE,), NOT_GIVEN_BACK),
+        (lambda s, new, read: {"present_state": torch.cat([s, s], 1)}, (STATE,), NOT_GIVEN_BACK),
+        (lambda s, new, read: {"present_state": torch.cat([new, s], 1)}, (STATE,), NOT_GIVEN_BACK),
+        (lambda s, new, read: {"present_state": read, "z": read}, (STATE,), "the channels of linear_1 are mixed"),
+        (lambda s, new, read: {"present_state": read, "z": s.sum()}, (STATE,), "its cache has other readers"),
+        (lambda s, new, read: {"present_state": read, "z": torch.zeros_like(s)}, (STATE,), BOTH),
+        (lambda s, new, read: {"present_state": read, "z": read * 2}, (STATE,), GIVEN),
+    ],
+)
+def test_caches_are_declared_pairs(next_of: Any, caches: tuple[CachePair, ...], expected: str) -> None:
+    gm = recurrent(next_of, *caches)
+    assert text_of(Flows(gm).out_of(producer(gm, "up.weight"))) == expected
+
+
+class Replaced(nn.Module):
+    """A state that is not grown, but made anew."""
+
+    def __init__(self, next_of: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.next_of = next_of
+        self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, state: Tensor, x: Tensor) -> dict[str, Tensor]:
+        new = self.up(x)
+        return {"y": self.down(new) + state.sum(), "present_state": self.next_of(state, new)}
+
+
+@pytest.mark.parametrize("next_of", [lambda s, new: new, lambda s, new: torch.cat([s * 1, new], 1)])
+def test_a_state_that_is_made_anew_keeps_its_units(next_of: Callable[[Tensor, Tensor], Tensor]) -> None:
+    gm = capture(Replaced(next_of), torch.ones(2, 3, 8), torch.ones(2, 5, 8))
+    gm.meta[KEY] = replace(source_of(gm), caches=(STATE,))
+    assert Flows(gm).out_of(producer(gm, "up.weight")) == Stopped(GIVEN)
+
+
+def test_a_cache_is_in_the_units_of_what_is_added_to_it() -> None:
+    before, after = (lifted(recurrent(lambda s, new, read: {"present_state": read}, STATE)) for _ in range(2))
+    flow = Flows(after).out_of(producer(after, "up.weight"))
+    assert isinstance(flow, Flow)
+    factors = torch.arange(1.0, 9)
+    move_factors(after, flow, factors, "test")
+    state, x = torch.zeros(2, 3, 8).double(), torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1)).double()
+    (y, held), (smoothed, divided) = before(state, x), after(state, x)
+    assert torch.allclose(y, smoothed, rtol=0, atol=1e-12 * float(y.abs().max()))
+    assert torch.allclose(held, divided * factors, rtol=0, atol=1e-12 * float(held.abs().max()))
 
 
 def convolutions(f: Callable[..., Any], first: int = 1, second: int = 1, **more: Any) -> Net:

@@ -7,6 +7,7 @@ from torch import Tensor, fx, nn
 from graphq.capture.source import SHARED, source_of
 from graphq.compiler import canonical_passes
 from graphq.errors import SpecError
+from graphq.ir.index import GraphIndex
 from graphq.ir.pipeline import Batches, Pass, Pipeline, fingerprint
 from graphq.ir.text import dump
 from graphq.passes.blockwise import Blockwise, cut, extract, merge
@@ -65,6 +66,19 @@ def test_parts_that_are_not_changed_make_the_same_graph(family: str) -> None:
     assert dump(gm) == before
     assert gm.state_dict().keys() == state.keys()
     assert torch.equal(run(gm, *inputs), wanted)
+
+
+def test_parts_know_the_caches_that_they_read_and_give() -> None:
+    gm = captured("llama")
+    Pipeline(canonical_passes()).run(gm)
+    stages = cut(gm)
+    parts = [extract(gm, stage, stages[i + 1 :], frozenset()) for i, stage in enumerate(stages)]
+    assert [sorted(GraphIndex(part.gm).input_names[past] for past in GraphIndex(part.gm).pasts) for part in parts] == [
+        [],
+        ["past_key_values.0.key", "past_key_values.0.value"],
+        ["past_key_values.1.key", "past_key_values.1.value"],
+        [],
+    ]
 
 
 # -- the same as at once

@@ -189,8 +189,10 @@ def test_codes_scales_and_zero_points_are_those_of_the_qdq_form(llama: Compiled,
 
 def test_the_source_is_kept(llama: Compiled, artifact: Path) -> None:
     ours, theirs = load(artifact).source, source_of(llama.graph)
-    for name in ("inputs", "outputs", "output_kind", "dtype", "ranges", "blocks", "config", "generation_config"):
+    kept = ("inputs", "outputs", "output_kind", "dtype", "ranges", "blocks", "config", "generation_config", "caches")
+    for name in kept:
         assert getattr(ours, name) == getattr(theirs, name), name
+    assert len(ours.caches) == 4
 
 
 def test_a_loaded_model_generates(llama: Compiled, artifact: Path) -> None:

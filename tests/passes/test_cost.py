@@ -1,0 +1,115 @@
+"""Analyses of a whole graph cost time linear in its blocks. Calls are counted, so that the machine does not matter."""
+
+import copy
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from graphq.ir.channel_groups import apply_factors, groups
+from graphq.ir.pipeline import Pipeline
+from graphq.passes.annotate import Annotate
+from graphq.passes.awq import AWQ
+from graphq.passes.equalize import Equalize
+from graphq.passes.fold_norms import FoldNorms
+from graphq.passes.observe_means import ObserveMeans
+from graphq.passes.remove_no_ops import RemoveNoOps
+from graphq.passes.rotate import Rotate
+from graphq.passes.smooth_quant import SmoothQuant
+from graphq.passes.split_gate_up import SplitGateUp
+from graphq.passes.untie import Untie
+from tests.decoder import RMS
+from tests.graphs import plan, spec
+from tests.models import capture
+
+PLANS = spec(blocks=plan("int8/channel"))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm_1, self.norm_2 = RMS(8), RMS(8)
+        self.q, self.k, self.v, self.o = (nn.Linear(8, 8, bias=False) for _ in range(4))
+        self.gate, self.up, self.down = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm_1(x)
+        q, k, v = (p(h).unflatten(-1, (2, 4)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        x = x + self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        h = self.norm_2(x)
+        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+
+
+class Deep(nn.Module):
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(16, 8)
+        self.blocks = nn.ModuleList([Block() for _ in range(count)])
+        self.norm, self.head = RMS(8), nn.Linear(8, 16, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+@pytest.fixture(scope="module")
+def graphs() -> tuple[fx.GraphModule, fx.GraphModule]:
+    small, large = (capture(Deep(count), torch.ones(2, 3, dtype=torch.int64)) for count in (8, 16))
+    return small, large
+
+
+def calls(f: Callable[[], Any]) -> int:
+    """How many calls of functions ``f`` makes in all."""
+    count = 0
+
+    def see(frame: object, event: str, argument: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    before = sys.getprofile()
+    sys.setprofile(see)
+    try:
+        f()
+    finally:
+        sys.setprofile(before)
+    return count
+
+
+def fold(gm: fx.GraphModule) -> None:
+    found = list(groups(gm, None, "fold", None))
+    assert len(found) > 16
+    for group in found:
+        apply_factors(gm, group, torch.ones(group.count), "test")
+
+
+WORK: dict[str, Callable[[fx.GraphModule], Any]] = {
+    "groups": fold,
+    "groups that multiply": lambda gm: list(groups(gm, None, "multiply", None)),
+    "what smooth-quant observes": lambda gm: list(SmoothQuant(alpha="search").observer_requests(gm)),
+    "what awq observes": lambda gm: list(AWQ(power=4).observer_requests(gm)),
+    "equalize": Equalize(rounds=1).run,
+    "untie": Untie().run,
+    "split-gate-up": SplitGateUp().run,
+    "fold-norms": FoldNorms().run,
+    "remove-no-ops": RemoveNoOps().run,
+    "rotate": Rotate(r3=True, r4=True, kind="hadamard").run,
+    "annotate": Annotate(PLANS).run,
+    "observe-means": ObserveMeans().run,
+    "pipeline": Pipeline([Untie()]).run,
+}
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_twice_the_blocks_cost_twice_the_calls(name: str, graphs: tuple[fx.GraphModule, fx.GraphModule]) -> None:
+    counts: list[int] = []
+    for whole in graphs:
+        gm = copy.deepcopy(whole)
+        Annotate(PLANS).run(gm)
+        counts.append(calls(lambda gm=gm: WORK[name](gm)))
+    assert counts[1] <= 2.2 * counts[0], f"{name}: {counts}"
