@@ -107,6 +107,8 @@ def _norm(gm: fx.GraphModule, op: Op) -> _Norm | None:
         neutral = {param.fqn: value for found in wanted.values() if found is not None for param, value in [found]}
         is_known = all(found is not None for found in (*held.values(), *wanted.values()))
         why = None if is_known else "its gain or bias is computed"
+        if any(tensor is not None and tensor.dim() != 1 for tensor in held.values()):
+            why = "its gain is not one number for each channel"
         return _Norm(place(op), held.get("weight"), held.get("bias"), neutral, (op,), why)
     match gain_of(gm, op):
         case (x, factor, held) if is_normalized(x):

@@ -11,6 +11,7 @@ from graphq.passes.split_gate_up import SplitGateUp
 from graphq.spec.folds import Folds
 from graphq.state import tensor_of
 from tests.graphs import annotated, run
+from tests.lifted import lifted
 from tests.models import MLP, Attention, MoE, capture
 
 
@@ -58,6 +59,34 @@ def test_where_nothing_absorbs_factors(where: str) -> None:
         after = run(gm, torch.ones(2, 3, 8))
         assert torch.allclose(after, before, rtol=0, atol=1e-5 * float(before.abs().max() + 1))
         assert torch.equal(tensor_of(gm, "q_proj.input_factor"), (1 / torch.arange(1, 9).double()).float())
+
+
+class Crossed(nn.Module):
+    """A convolution and a linear that read one input, along axes of equal sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x) + self.linear(x)
+
+
+@pytest.mark.parametrize("unbatched", [False, True])
+def test_layers_that_read_one_input_along_different_axes(unbatched: bool) -> None:
+    x = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    model = Crossed()
+    if unbatched:
+        forward = model.forward
+        model.forward = lambda x: forward(x[0])[None] + x.mean()  # type: ignore[method-assign]
+    gm = lifted(annotated(capture(model, x), conv="int8/channel", linear="int8/channel"))
+    before = run(gm, x.double())
+    found = list(groups(gm, None, "multiply", None))
+    assert [[reader.weight.fqn for reader in group.readers] for group in found] == [["conv.weight"], ["linear.weight"]]
+    for group in found:
+        assert apply_factors(gm, group, torch.arange(1, 5), "test") == 2
+    # 1e-12: float64 products of changed factors.
+    assert torch.allclose(run(gm, x.double()), before, rtol=0, atol=1e-12 * float(before.abs().max()))
 
 
 def test_chosen_layers() -> None:

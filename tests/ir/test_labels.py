@@ -322,7 +322,16 @@ def test_a_batch_norm() -> None:
     assert check(net, IMAGE) == "aten.batch_norm.default reads it"
 
 
-@pytest.mark.parametrize("net", [convolutions(F.relu), convolutions(F.relu, 2, 2)])
+@pytest.mark.parametrize(
+    "net",
+    [
+        convolutions(F.relu),
+        convolutions(F.relu, 2, 2),
+        convolutions(lambda h: F.max_pool2d(h, 3, 1, 1)),
+        convolutions(lambda h: F.avg_pool2d(h, 3, 1, 1)),
+        convolutions(lambda h: F.adaptive_avg_pool2d(h, 3)),
+    ],
+)
 def test_one_image_without_batches(net: Net) -> None:
     forward = net.run
     net.run = lambda m, x: forward(m, x[0])

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from graphq.capture.modules import capture_module
 from graphq.ir.effects import Carried, Stopped
-from graphq.ir.vectors import carried, cut_of, moved, place
+from graphq.ir.vectors import carried, cut_of, indexed_axes, moved, place
 from graphq.ir.views import Input, Op, view
 
 
@@ -75,6 +75,23 @@ TABLE: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str | None]] = {
     "slice of the last axis": (lambda x, y: x[..., :8:1][..., 0:4], None),
     "index": (lambda x, y: x[:, torch.zeros(3, dtype=torch.int64)], "x"),
     "index of the last axis": (lambda x, y: x[:, :, torch.zeros(8, dtype=torch.int64)], None),
+    "narrow": (lambda x, y: x.narrow(1, 0, 2), "x"),
+    "flip": (lambda x, y: x.flip(1), "x"),
+    "flip the last axis": (lambda x, y: x.flip(-1), None),
+    "roll": (lambda x, y: x.roll(2, 1), "x"),
+    "roll of all": (lambda x, y: x.roll(2), None),
+    "repeat": (lambda x, y: x.repeat(1, 2, 1), "x"),
+    "repeat the last axis": (lambda x, y: x.repeat(1, 1, 2), None),
+    "repeat_interleave": (lambda x, y: x.repeat_interleave(2, 1), "x"),
+    "movedim": (lambda x, y: x.movedim(0, 1), "x"),
+    "movedim of the last axis": (lambda x, y: square(x).movedim(-1, 2), None),
+    "stack": (lambda x, y: torch.stack([x, y], 1), "xy"),
+    "stack of a last axis": (lambda x, y: torch.stack([x, y], -1), None),
+    "gather": (lambda x, y: x.gather(1, torch.zeros(2, 1, 8, dtype=torch.int64)), None),
+    "dropout": (lambda x, y: F.dropout(x, 0.5, False), "x"),
+    "dropout in training": (lambda x, y: F.dropout(x, 0.5, True), None),
+    "batch norm": (lambda x, y: F.batch_norm(x, y[0, :, 0], y[0, :, 0].exp()), None),
+    "index_copy": (lambda x, y: x.index_copy(1, torch.arange(5), y), "xy"),
     "index_select": (lambda x, y: x.index_select(1, torch.zeros(3, dtype=torch.int64)), "x"),
     "index_select of the last axis": (lambda x, y: x.index_select(2, torch.zeros(8, dtype=torch.int64)), None),
     "sum": (lambda x, y: x.sum(1), "x"),
@@ -139,14 +156,31 @@ def test_cuts(function: Callable[[Tensor, Tensor], Tensor], offset: int, length:
     assert (cut[0].node.name, *cut[1:]) == ("x", offset, length)
 
 
+@pytest.mark.parametrize(
+    ("function", "axes"),
+    [
+        (lambda x, y: x[:, torch.tensor([0, 1])], (1,)),
+        (lambda x, y: x[:, torch.tensor([0, 1]), torch.tensor([2, 3])], (1, 2)),
+        (lambda x, y: x[:, :, torch.tensor([0, 1])], (2,)),
+        (lambda x, y: x[0][y[0] > 0], (0, 1)),  # a mask covers as many axes as it has
+        (lambda x, y: x[0][y[0, :, 0] > 0], (0,)),
+        (lambda x, y: x.index_select(-2, torch.tensor([0, 1])), (1,)),
+    ],
+)
+def test_indexed_axes(function: Callable[[Tensor, Tensor], Tensor], axes: tuple[int, ...]) -> None:
+    (made,) = results(function)
+    assert indexed_axes(made) == axes
+
+
 def test_other_ops_are_no_cuts() -> None:
     made = results(
+        lambda x, y: x.unbind(-1)[1],
         lambda x, y: x[..., ::2],
         lambda x, y: x[:, :1],
         lambda x, y: x.split([1, 7], -1)[0].topk(1)[0],
         lambda x, y: x.sort(-1)[0],
     )
-    assert [cut_of(op) for op in made] == [None] * 4
+    assert [cut_of(op) for op in made] == [None] * 5
 
 
 def test_place() -> None:

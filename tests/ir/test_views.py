@@ -47,6 +47,26 @@ def graph_of(target: Any, *args: Any, inputs: str = "x", params: str = "w", **kw
 
 
 @pytest.mark.parametrize(
+    ("target", "shape", "weight"),
+    [
+        (aten.linear.default, (2, 5, 4), (6, 4)),
+        (aten.conv1d.default, (2, 4, 8), (6, 4, 3)),
+        (aten.conv1d.padding, (2, 4, 8), (6, 4, 3)),
+        (aten.conv2d.default, (2, 4, 8, 9), (6, 4, 3, 3)),
+        (aten.conv2d.padding, (2, 4, 8, 9), (6, 4, 3, 3)),
+    ],
+)
+def test_axes_of_channels_with_batches_and_without(
+    target: Any, shape: tuple[int, ...], weight: tuple[int, ...]
+) -> None:
+    op = view(graph_of(target, "x", "w"))
+    assert isinstance(op, Weighted)
+    for x in (torch.randn(shape), torch.randn(shape)[0]):
+        assert x.shape[op.input_axis] == weight[op.in_axis] == 4
+        assert target(x, torch.randn(weight)).shape[op.output_axis] == weight[op.out_axis] == 6
+
+
+@pytest.mark.parametrize(
     ("args", "kwargs"),
     [
         (("x", "w", "b"), {}),

@@ -1,5 +1,6 @@
 """Statistics of a layer's input: against all data at once, merged, and refused."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from graphq.errors import PassError, SpecError
 from graphq.ir.matrices import as_matrices, as_weight, input_vectors
 from graphq.ir.views import Weighted, ops_of
-from graphq.observers.statistics import ChannelObserver, HessianObserver
+from graphq.observers.statistics import ChannelObserver, HessianObserver, MeanObserver
 from tests.models import MoE, capture
 
 
@@ -151,6 +152,28 @@ def test_products_with_the_samples_are_the_layers_output(name: str) -> None:
         y = layer(x)
     wanted = y.movedim(op.output_axis, 0).flatten(1).unflatten(0, (len(problems), -1)).mT
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_an_input_without_batches_is_a_batch_of_one(name: str) -> None:
+    layer, shape = LAYERS[name]
+    op = weighted(One(copy.deepcopy(layer).float()), torch.ones(shape))
+    samples, _ = input_vectors(op)
+    x = numbers(0, 1, *shape[1:])[:, :1] if name == "linear" else numbers(0, 1, *shape[1:])
+    one = x[0, 0] if name == "linear" else x[0]
+    for (i, part), (j, alone) in zip(samples(x), samples(one), strict=True):
+        assert i == j
+        assert torch.equal(part, alone)
+    count = int(x.shape[op.input_axis])
+    for observer in (
+        lambda: ChannelObserver(("a",), count, op.input_axis),
+        lambda: MeanObserver(("a",), op.input_axis, [count]),
+    ):
+        seen, alike = observer(), observer()
+        seen(x)
+        alike(one)
+        assert all(torch.equal(a, b) for a, b in zip(seen.buffers(), alike.buffers(), strict=True))
+        assert seen.has_observed
 
 
 def test_transposed_weights() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 import graphq
 from graphq import numerics
 from graphq.algorithms import PassContext, quantization
-from graphq.capture.source import SHARED
+from graphq.capture.source import KEY, SHARED, CachePair, source_of
 from graphq.errors import SpecError
 from graphq.ir.layers import LAYER, PLAN, layers
 from graphq.ir.pipeline import Pass, Pipeline, fingerprint
@@ -153,6 +153,28 @@ def test_outputs_without_an_error_to_learn_from() -> None:
     gm = capture(Choice(), torch.ones(2, 32))
     assert learn(gm, X, AutoRound(note=told.append), head="int4/channel") == 1
     assert told == ["head: rounded to nearest: auto-round found no smaller error"]
+
+
+class Present(nn.Module):
+    """Gives two outputs, of which only a declared cache is left out of the error."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, state: Tensor, x: Tensor) -> dict[str, Tensor]:
+        y = self.head(x)
+        return {"y": y * 2, "present.0": torch.cat([state, y])}
+
+
+@pytest.mark.parametrize(("caches", "judged"), [((), [0, 1]), ((CachePair("state", "present.0"),), [0])])
+def test_declared_caches_alone_are_left_out(caches: tuple[CachePair, ...], judged: list[int]) -> None:
+    from graphq.passes import auto_round
+
+    gm = capture(Present(), torch.ones(2, 4), torch.ones(2, 32))
+    gm.meta[KEY] = dataclasses.replace(source_of(gm), caches=caches)
+    found = auto_round._judged(gm, {"head.weight"})  # pyright: ignore[reportPrivateUsage]
+    assert [place for place, _ in found] == judged
 
 
 def test_codes_move_by_one_and_scales_shrink() -> None:

@@ -241,6 +241,7 @@ def test_norms(norm: Any, use: Any, count: int) -> None:
         (layer_norm, gain_read_twice, "norm.weight: add reads it, too"),
         (lambda: RMS(8, 1.0), gain_read_twice, "norm.weight: add_2 reads it, too"),
         (layer_norm, experts, "stack: experts take no bias"),
+        (lambda: nn.LayerNorm([2, 8]), one, "its gain is not one number for each channel"),
     ],
 )
 def test_near_misses(norm: Any, use: Any, reason: str) -> None:

@@ -351,6 +351,10 @@ NEAR_MISSES: dict[str, tuple[dict[str, Any], list[str]]] = {
         layer_norm(last=lambda m, x: x * x.pow(2).mean(-1, keepdim=True)),
         ["pow_1: it reads the stream without a layer norm"],
     ),
+    "a layer norm of two axes": (
+        layer_norm(last=lambda m, x: x + F.layer_norm(x, [5, 8])),
+        ["layer_norm_2: it is not of the width of the stream"],
+    ),
     "a table that something else reads": (
         {"embedded": lambda m, x: x + m.table, "hidden": lambda m, x: x * m.table.sum()},
         ["table: sum_1 reads it, too", "sum_1: aten.sum reads the stream"],

@@ -224,6 +224,21 @@ def _has(gm: fx.GraphModule, name: str) -> bool:
 # -- caches ------------------------------------------------------------------------------------------------------------
 
 
+class Present(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"y": self.layer(x), "present.0.key": x * 2}
+
+
+def test_no_output_is_a_cache_for_its_name() -> None:
+    made = onnx_form(qdq(Present(), weight="int8/channel"), cache=False)
+    assert source_of(made).outputs == ("y", "present.0.key")
+    assert len(made.graph.output_node().args[0]) == 2  # type: ignore[arg-type]
+
+
 def test_without_a_cache() -> None:
     gm = compile_captured("llama", blocks_spec("int8/channel")).graph
     made = onnx_form(gm, cache=False)
