@@ -89,7 +89,7 @@ def test_ties() -> None:
     module.register_buffer("top", top)
     module.register_buffer("bottom", bottom)
     assert (ties(module).get("top"), ties(module).get("bottom")) == (("0.bias",), None)
-    module.register_buffer("turned", module[0].weight.detach().T)
+    module.register_buffer("turned", tensor_of(module, "0.weight").detach().T)
     assert ties(module)["turned"] == ("0.weight", "1.weight")
     for name in ("none", "nothing"):
         module.register_buffer(name, bottom[:0])
