@@ -19,6 +19,7 @@ from graphq.passes.fold_norms import FoldNorms
 from graphq.passes.observe_means import ObserveMeans
 from graphq.passes.remove_no_ops import RemoveNoOps
 from graphq.passes.rotate import Rotate
+from graphq.passes.rotate_online import RotateOnline
 from graphq.passes.smooth_quant import SmoothQuant
 from graphq.passes.split_gate_up import SplitGateUp
 from graphq.passes.untie import Untie
@@ -98,7 +99,8 @@ WORK: dict[str, Callable[[fx.GraphModule], Any]] = {
     "split-gate-up": SplitGateUp().run,
     "fold-norms": FoldNorms().run,
     "remove-no-ops": RemoveNoOps().run,
-    "rotate": Rotate(r3=True, r4=True, kind="hadamard").run,
+    "rotate": Rotate(kind="hadamard").run,
+    "rotate-online": RotateOnline(r3=True, r4=True).run,
     "annotate": Annotate(PLANS).run,
     "observe-means": ObserveMeans().run,
     "pipeline": Pipeline([Untie()]).run,
