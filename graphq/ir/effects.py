@@ -96,9 +96,8 @@ class Reduces:
 @final
 @dataclass(frozen=True)
 class MixesAxis:
-    """Every element depends on the elements along one axis (``axes_of``) and no others, at the same indices elsewhere.
-
-    The axis may have another size in the output. Ops with a list of outputs give them alike.
+    """Every element depends on those alone that differ from it in the index of one axis (``axes_of``), whose size may
+    change. Ops with a list of outputs give them alike.
     """
 
 

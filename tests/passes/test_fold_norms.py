@@ -255,7 +255,7 @@ def test_near_misses(norm: Any, use: Any, reason: str) -> None:
 
 def test_a_norm_of_two_axes_keeps_its_gain() -> None:
     gm = capture(nn.Sequential(nn.LayerNorm([5, 8]), nn.Linear(8, 5)), torch.ones(2, 5, 8))  # weights as the gain: 5, 8
-    assert fold(gm) == (0, ["fold-norms: 0: kept: its gain is not one number for each channel"])
+    assert fold(gm) == (0, ["0: kept: its gain is not one number for each channel"])
 
 
 def test_a_gain_without_a_norm_is_none() -> None:
