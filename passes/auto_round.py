@@ -224,11 +224,11 @@ class _Learned:
         v, alpha, beta = self.state
         scales = Scales(*scale_from_extremes(self.low * alpha, self.high * beta, self.format))
         moved = rounding.offset(self.w, v, scales.scale, self.part.block)
-        return quantize_weight(moved, self.quant, self.part.block, scales)
+        return quantize_weight(self.part, moved, scales)
 
     def nearest(self) -> QuantizedWeight:
         """What rounding to nearest gives."""
-        return quantize_weight(self.w, self.quant, self.part.block, self.part.scales)
+        return quantize_weight(self.part)
 
 
 # -- running a graph

@@ -164,7 +164,7 @@ class _Piece:
             importance = hessian.diagonal(dim1=-2, dim2=-1)[:, None, :].expand(self.w.shape)
             weights = as_weight(importance, self.op, part.w)
             scales = searched_scales(part.w, weights, self.quant.format, part.block, self.quant.method)
-        self.scales = scales or quantize_weight(part.w, self.quant, part.block).scales
+        self.scales = part.limited(scales) if scales else quantize_weight(part).scales
 
     def rows(self, first: int) -> gptq.Rows:
         quant = self.quant
@@ -184,7 +184,7 @@ class _Piece:
 
     def codes(self, w: Tensor) -> QuantizedWeight:
         whole = as_weight(w, self.op, self.part.w)
-        return quantize_weight(whole.contiguous(), self.quant, self.part.block, self.scales)
+        return quantize_weight(self.part, whole.contiguous(), self.scales)
 
 
 def _uses(reads: Sequence[Param]) -> list[Weighted]:

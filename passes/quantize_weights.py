@@ -8,19 +8,21 @@ import torch
 from torch import Tensor, fx
 
 from graphq import numerics
-from graphq.capture.source import SHARED
+from graphq.capture.source import SHARED, source_of
 from graphq.errors import GraphError, PassError
 from graphq.ir import edit
+from graphq.ir.biases import Biased, bias_of
 from graphq.ir.layers import PLAN, Site, sites
 from graphq.ir.pipeline import Batches, Invariant, Pass
 from graphq.ir.views import Dequantize, Op, Param, ops_of
 from graphq.numerics import Scales
 from graphq.numerics.ranges import weight_scales
+from graphq.numerics.source_arithmetic import source_codes, source_scales
 from graphq.passes.annotate import annotated
-from graphq.passes.observe import weight_observer_on
-from graphq.spec.formats import Nvfp4
-from graphq.spec.plan import weight_quants
-from graphq.spec.quant import Ofmr, Quant
+from graphq.passes.observe import observer_on, weight_observer_on
+from graphq.spec.formats import Int, Nvfp4
+from graphq.spec.plan import input_quants, weight_quants
+from graphq.spec.quant import Ofmr, PerChannel, PerTensor, Quant
 from graphq.state import remove_tensor, tensor_of
 
 
@@ -32,13 +34,6 @@ class QuantizedWeight:
     codes: Tensor
     scales: Scales
     block: list[int]
-
-
-def quantize_weight(w: Tensor, quant: Quant, block: list[int], scales: Scales | None = None) -> QuantizedWeight:
-    """``w`` rounded to nearest, with the scales that the quant's method gives each block, or with those given."""
-    if scales is None:
-        scales = weight_scales(w, quant.format, block, quant.method)
-    return QuantizedWeight(numerics.quantize(w, scales, quant.format, block), scales, block)
 
 
 def _dataless(gm: fx.GraphModule) -> str | None:
@@ -66,7 +61,7 @@ class QuantizeWeights(Pass):
     def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
         count = 0
         for layer in planned_weights(gm, self.only):
-            made = [part.quant and quantize_weight(part.w, part.quant, part.block, part.scales) for part in layer.parts]
+            made = [None if part.quant is None else quantize_weight(part) for part in layer.parts]
             replace_weight(gm, layer, made, self.name, self.record)
             count += 1
         edit.drop_unused(gm)
@@ -78,7 +73,9 @@ class QuantizeWeights(Pass):
 class WeightPart:
     """The members of a stack that have one plan, or a whole weight. ``quant`` is None for those that stay float.
 
-    ``scales``: those that do not follow from the weight alone.
+    ``scales``: those that do not follow from the weight alone. ``least``: what none of them may be below, in their
+    shape. ``own_axes``: those whose indices are weights of their own (experts). ``source_dtype``: that of the model's
+    weights where it came from, in which a quant's arithmetic may be.
     """
 
     members: tuple[int, ...]
@@ -86,6 +83,38 @@ class WeightPart:
     w: Tensor
     block: list[int]
     scales: Scales | None
+    own_axes: tuple[int, ...] = ()
+    least: Tensor | None = None
+    source_dtype: torch.dtype = torch.float32
+
+    def limited(self, scales: Scales) -> Scales:
+        """``scales``, none below ``least``."""
+        if self.least is None:
+            return scales
+        assert self.quant is not None
+        assert isinstance(self.quant.format, Int)
+        return numerics.at_least(scales, self.least, self.quant.format)
+
+
+def quantize_weight(part: WeightPart, w: Tensor | None = None, scales: Scales | None = None) -> QuantizedWeight:
+    """A planned part's weight, or ``w`` in its place, rounded to nearest: with ``scales``, those of the part, or those
+    that the quant's method gives each block. Blocks of zeros have scales that leave their bias alone.
+
+    The arithmetic is the quant's, and float32 for a ``w`` that an algorithm made: it has rounded so before.
+    """
+    assert part.quant is not None
+    format, block = part.quant.format, part.block
+    if part.quant.arithmetic == "source":
+        assert isinstance(format, Int)
+        scales = scales or source_scales(part.w, part.source_dtype, format, block, part.quant.method)
+        if w is None:
+            return QuantizedWeight(source_codes(part.w, part.source_dtype, scales, format, block), scales, block)
+        return QuantizedWeight(numerics.quantize(w, scales, format, block), scales, block)
+    w = part.w if w is None else w
+    scales = part.limited(scales or part.scales or weight_scales(w, format, block, part.quant.method))
+    codes = numerics.quantize(w, scales, format, block)
+    scales = part.limited(numerics.scales_of_zeros(codes, scales, format, block, part.own_axes))
+    return QuantizedWeight(codes, scales, block)
 
 
 @final
@@ -159,7 +188,10 @@ def _parts(
             continue
         block = numerics.weight_block(quant.granularity, w.dim(), op.out_axis, op.in_axis, op.own_axes)
         own = amax if amax is None or len(plans) == 1 else amax[members]
-        yield WeightPart(tuple(members), quant, part, block, _given_scales(gm, site, quant, part, block, own))
+        scales = _given_scales(gm, site, quant, part, block, own)
+        least = _least_scales(gm, site, quant, part)
+        dtype = source_of(gm).dtype
+        yield WeightPart(tuple(members), quant, part, block, scales, tuple(op.own_axes), least, dtype)
 
 
 def replace_weight(
@@ -259,6 +291,28 @@ def _given_scales(
             raise PassError(f"{site.path}: {quant} was not calibrated")
         return observer.scales()
     return None
+
+
+def _least_scales(gm: fx.GraphModule, site: Site, quant: Quant, w: Tensor) -> Tensor | None:
+    """The smallest scales that leave a runtime room for the layer's bias, where its input has a static integer scale.
+
+    None where there is no such limit, and for the conventions of other tools, whose scales are kept.
+    """
+    op, format = site.op, quant.format
+    (given, *_) = input_quants(op.node.meta.get(PLAN))
+    is_own = isinstance(format, Int) and format.divisor == "max" and not format.joint and quant.arithmetic == "float32"
+    if not is_own or not isinstance(quant.granularity, PerChannel | PerTensor) or not isinstance(op, Biased):
+        return None
+    bias = bias_of(op)
+    if given is None or given.dynamic or not isinstance(given.format, Int) or not isinstance(bias, Param):
+        return None
+    observer = observer_on(gm, op.input_op, given)
+    if observer is None or not observer.has_observed:
+        return None
+    least = numerics.least_for_bias(tensor_of(gm, bias.fqn).detach(), observer.scales().scale.flatten())
+    if isinstance(quant.granularity, PerTensor) or least.shape != (w.shape[op.out_axis],):
+        return least.amax().view([1] * w.dim())
+    return least.view([-1 if axis == op.out_axis else 1 for axis in range(w.dim())])
 
 
 def check_finite(w: Tensor, site: Site) -> None:

@@ -1,5 +1,6 @@
 """``graphq spec convert`` for a model's layers, and by the other tool's conventions."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,11 @@ def test_a_preset_as_a_recipe(model, tmp_path):
     }
 
 
-def test_layers_alone_and_conventions_alone(model):
-    slim = convert("w8a8", "--to", "modelslim", "--model", model)
+def test_layers_alone_and_conventions_alone(model, tmp_path):
+    rules = [{"match": "blocks", "weight": "int8/channel/source"}]
+    spec = tmp_path / "spec.json"
+    spec.write_text(json.dumps({"graphq": 1, "rules": rules}))
+    slim = convert(spec, "--to", "modelslim", "--model", model)
     assert slim.stderr.splitlines() == [BY_NAME]
     assert "- model.layers.*.mlp.down_proj" in slim.stdout
     llmc = convert("w4a16+gptq", "--to", "llmc", "--adapt")

@@ -17,7 +17,7 @@ from graphq.spec.algorithms import Value, defaults
 from graphq.spec.folds import EVERYWHERE, NORMS, Folds
 from graphq.spec.formats import Divisor, ExponentRule, Float, FloatScale, Format, Int, Mx, MxElement
 from graphq.spec.plan import Plan
-from graphq.spec.quant import MinMax, MovingAverage, Mse, Ofmr, PerToken, Quant
+from graphq.spec.quant import MinMax, MovingAverage, Mse, Ofmr, PerChannel, PerToken, Quant, Ssz
 from graphq.spec.rules import Algorithm, Order, Prefix, Run, Spec
 
 _ANY: Final[tuple[Value, ...]] = ()
@@ -32,7 +32,8 @@ class Conventions:
     none for any value. What it has no option for is as graphq has it by default. ``always``: those that are written.
     ``folds``: what an algorithm for all layers folds into, where that is not everything; None where a config says it.
     ``prefixes``: those that it has with an algorithm, and without one. ``averages``: whether the extremes of integer
-    inputs may be averaged over batches.
+    inputs may be averaged over batches. ``source_arithmetic``: whether symmetric integer weights with a scale for each
+    channel are computed in the model's dtype.
     """
 
     tool: str
@@ -48,6 +49,7 @@ class Conventions:
     always: tuple[str, ...] = ()
     folds: tuple[tuple[str, Folds], ...] | None = ()
     averages: bool = True
+    source_arithmetic: bool = False
     own_mse: bool = False
     own_hifloat8: bool = False
 
@@ -110,6 +112,7 @@ CONVENTIONS: Final[Mapping[str, Conventions]] = {
         always=("steps",),
         folds=None,
         averages=False,
+        source_arithmetic=True,
     ),
     "amct": Conventions(
         "AMCT",
@@ -187,9 +190,26 @@ def _calibrates(own: Conventions, prefix: Prefix) -> str:
 def _plan(plan: Plan, own: Conventions, notes: list[str]) -> Plan:
     weight, input = plan.weight, plan.input
     return Plan(
-        None if weight is None else _quant(weight, own, notes),
+        None if weight is None else _weight(weight, own, notes),
         None if input is None else _quant(input, own, notes),
     )
+
+
+def _weight(quant: Quant, own: Conventions, notes: list[str]) -> Quant:
+    """The weight's own convention, the arithmetic, after those of every tensor."""
+    if quant.arithmetic == "source" and not own.source_arithmetic:
+        plain = dataclasses.replace(quant, arithmetic="float32")
+        notes.append(f"{quant} -> {plain}: graphq computes {own.tool}'s weights in float32")
+        return _quant(plain, own, notes)
+    made = _quant(quant, own, notes)
+    has_source = isinstance(made.format, Int) and made.format.symmetric and isinstance(made.method, MinMax | Ssz)
+    if made.arithmetic == "source" or not (own.source_arithmetic and has_source):
+        return made
+    if not isinstance(made.granularity, PerChannel):
+        return made
+    source = dataclasses.replace(made, arithmetic="source")
+    notes.append(f"{made} -> {source}: {own.tool} computes weights in the model's dtype")
+    return source
 
 
 def _quant(quant: Quant, own: Conventions, notes: list[str]) -> Quant:

@@ -5,14 +5,17 @@ from graphq.numerics.codes import dequantize, fake_quantize, quantize
 from graphq.numerics.error import sqnr_db
 from graphq.numerics.scales import (
     Scales,
+    at_least,
     choose_scale,
     code_dtype,
     code_range,
     empty_scales,
     full_scale,
+    least_for_bias,
     nvfp4_global_scale,
     scale_dtype,
     scale_from_extremes,
+    scales_of_zeros,
 )
 from graphq.spec.formats import Format, parse_format
 
@@ -20,6 +23,7 @@ __all__ = [
     "Format",
     "Scales",
     "activation_block",
+    "at_least",
     "block_extremes",
     "choose_scale",
     "code_dtype",
@@ -29,12 +33,14 @@ __all__ = [
     "expand_scale",
     "fake_quantize",
     "full_scale",
+    "least_for_bias",
     "nvfp4_global_scale",
     "parse_format",
     "quantize",
     "scale_dtype",
     "scale_from_extremes",
     "scale_shape",
+    "scales_of_zeros",
     "sqnr_db",
     "weight_block",
 ]

@@ -10,6 +10,7 @@ from graphq.numerics import (
     choose_scale,
     code_dtype,
     code_range,
+    dequantize,
     elements,
     scale_shape,
     weight_block,
@@ -17,6 +18,7 @@ from graphq.numerics import (
 from graphq.numerics import fake_quantize as _fake_quantize
 from graphq.numerics.blocks import channel_block
 from graphq.numerics.ranges import weight_scales
+from graphq.numerics.source_arithmetic import source_codes, source_scales
 from graphq.spec.formats import Int, TwoLevel, element_name, find_format, has_global_scale, is_asymmetric
 from graphq.spec.quant import (
     Entropy,
@@ -103,7 +105,8 @@ def fake_quantize(
     zero_point: Tensor | None = None,
     global_scale: Tensor | None = None,
 ) -> Tensor:
-    """``x`` quantized and dequantized, in its shape and dtype; computed in float32 (float64 for float64).
+    """``x`` quantized and dequantized, in its shape and dtype; computed in float32 (float64 for float64), scales and
+    codes of a quant with the arithmetic ``source`` in the dtype of ``x``, unless they are given.
 
     ``quant``: a ``Quant`` or its text, such as ``"int4/g128"``, ``"int4/asym/g128"``, ``"mxfp4"``, ``"nvfp4"``,
     ``"hifloat8/channel"``. ``x`` is read as a weight, ``[out, in]`` or ``[out, in, ...]``: channels along the first
@@ -123,6 +126,11 @@ def fake_quantize(
     if x.dim() == 0:
         raise SpecError(f"{quant}: x has no axes; give at least one")
     block = _block(x, quant)
+    if quant.arithmetic == "source" and scale is None and zero_point is None and global_scale is None:
+        assert isinstance(quant.format, Int)
+        scales = source_scales(x, x.dtype, quant.format, block, quant.method)
+        codes = source_codes(x, x.dtype, scales, quant.format, block)
+        return dequantize(codes, scales, quant.format, block).to(x.dtype)
     scales = _given(x, quant, block, scale, zero_point, global_scale)
     return _fake_quantize(x, scales, quant.format, block)
 

@@ -18,6 +18,9 @@ from graphq.spec.formats import Float, Format, Int, Mx, Nvfp4, TwoLevel
 
 _AT_A_TIME: Final = 1 << 18  # elements that are rounded at once: temporary copies stay small
 BY_SIGN_SMALLEST: Final = 2.0**-23  # AMCT makes a smaller scale 1
+_HALF_ZEROS: Final = 2.0**-23  # compressed-tensors' scale of a block of zeros: float32's epsilon
+_LARGEST_BIAS: Final = 2.0**30  # of int32, with room for a bias that is corrected later
+_ALL_ZEROS: Final = 2.0**-16  # where a whole weight is zeros: see ``scales_of_zeros``
 _NVFP4_SMALLEST: Final = 0.125  # compressed-tensors' scale of a block that is too small for one
 
 
@@ -193,6 +196,62 @@ def over_channels(x: Tensor, upper: Tensor, format: TwoLevel, block: Sequence[in
     for part in y.split(max(1, _AT_A_TIME // max(y[0].numel(), 1))) if y.numel() else ():
         part.copy_(elements.round_to(part, "float8_e4m3fn"))
     return y
+
+
+def scales_of_zeros(
+    codes: Tensor, scales: Scales, format: Format, block: Sequence[int], own_axes: Sequence[int] = ()
+) -> Scales:
+    """``scales`` of a weight, those of blocks whose codes all stand for 0 chosen so that nothing downstream breaks.
+
+    Such a scale may be any number; the smallest of the weight's other blocks is taken (of those with the same indices
+    along ``own_axes``, as experts have them), 2^-16 where there is none. Runtimes that add biases as int32 round them
+    to multiples of input scale times weight scale: so the bias of a channel of zeros is rounded no more coarsely than
+    the finest of the other channels is. A scale of 1 would lose it, and one near the smallest number would not fit
+    into 32 bits.
+
+    A dialect's own convention wins: 1 for ``by_sign`` (AMCT), 2^-23 for ``half`` (compressed-tensors). Formats whose
+    scales are no plain numbers, or always 1, keep them.
+    """
+    match format:
+        case Float("hifloat8", "unit") | Int(divisor="by_sign") | Mx() | Nvfp4() | TwoLevel():
+            return scales
+        case Int():
+            zero = codes.new_zeros(()) if scales.zero_point is None else scales.zero_point
+            is_zero = codes == expand_scale(zero, codes, block)
+        case Float():
+            is_zero = elements.decode(codes, format.layout) == 0
+        case _:
+            assert_never(format)
+    dead = block_extremes(is_zero.to(torch.uint8), block)[0] == 1
+    if codes.numel() == 0 or not bool(dead.any()):
+        return scales
+    others = torch.where(dead, torch.inf, scales.scale)
+    axes = [axis for axis in range(others.dim()) if axis not in own_axes]
+    least = others.amin(axes, keepdim=True)
+    chosen = torch.where(least.isfinite(), least, _ALL_ZEROS)
+    if isinstance(format, Int) and format.divisor == "half":
+        chosen = torch.full_like(chosen, _HALF_ZEROS)
+    return scales._replace(scale=torch.where(dead, chosen, scales.scale))
+
+
+def least_for_bias(bias: Tensor, input_scale: Tensor) -> Tensor:
+    """The smallest weight scales with which each ``bias`` is at most 2^30 in steps of input scale times weight scale.
+
+    Runtimes hold a bias as int32 in these steps: where a channel's weights are tiny beside its bias it would saturate.
+    A larger scale takes from such weights what is lost beside the bias anyway: of each int8 input, 2^-24 of it.
+    """
+    return bias.abs().to(input_scale.dtype) / (input_scale * _LARGEST_BIAS)
+
+
+def at_least(scales: Scales, least: Tensor, format: Int) -> Scales:
+    """``scales`` none of which is below ``least``, zero points moved so that 0 and the ranges stay."""
+    scale = torch.maximum(scales.scale, least.to(scales.scale.dtype))
+    zero_point = scales.zero_point
+    if zero_point is not None:
+        lowest, highest = code_range(format)
+        moved = torch.round((zero_point.to(scale.dtype) - lowest) * scales.scale / scale) + lowest
+        zero_point = moved.clamp(lowest, highest).to(zero_point.dtype)
+    return scales._replace(scale=scale, zero_point=zero_point)
 
 
 def effective_scale(scales: Scales, format: Format, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -1,6 +1,7 @@
 """How one tensor is quantized: format, granularity, and where its scales come from.
 
-Text form of a ``Quant``: ``<format>[/<granularity>][/dynamic | /<method>]``; ``parse_quant`` and ``str`` are inverses.
+Text form of a ``Quant``: ``<format>[/<granularity>][/dynamic | /<method>][/source]``; ``parse_quant`` and ``str`` are
+inverses. ``source``: scales and codes are computed in the dtype of the source's weights.
 Granularities: ``tensor``, ``channel``, ``token``, ``g<N>`` (groups of N), ``<R>x<C>`` (blocks of R rows by C columns).
 Formats that come with a granularity, the mx formats and nvfp4, are written without one. Methods: ``ema[<c>]``,
 ``percentile[<p>]``, ``histogram``, ``entropy``, ``mse[<shrink>:<grid>:<norm>:<patience>]``, ``ofmr[_absolute]``,
@@ -10,7 +11,7 @@ Formats that come with a granularity, the mx formats and nvfp4, are written with
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, Literal, assert_never, final
+from typing import Final, Literal, assert_never, final, get_args
 
 from graphq.errors import SpecError
 from graphq.spec.formats import MX_BLOCK, NVFP4_BLOCK, Float, Format, Int, Mx, Nvfp4, TwoLevel, find_format
@@ -237,20 +238,35 @@ def _number(value: float, default: float) -> str:
     return "" if value == default else _text(value)
 
 
+Arithmetic = Literal["float32", "source"]
+
+
 @final
 @dataclass(frozen=True)
 class Quant:
     """How one tensor is quantized. ``dynamic``: the scale is computed at run time, from the tensor itself.
 
     An nvfp4 activation that is not dynamic has its global scale from calibration and those of its blocks from run time.
+
+    ``arithmetic``: ``source`` rounds the weight, its scales and its quotients to the dtype that the source records,
+    and takes no scale below 2^-23, as msModelSlim does (``graphq.numerics.source_arithmetic``). It is for weights of
+    symmetric integers, by min-max or ssz.
     """
 
     format: Format
     granularity: Granularity
     dynamic: bool = False
     method: RangeMethod = MinMax()
+    arithmetic: Arithmetic = "float32"
 
     def __post_init__(self) -> None:
+        if self.arithmetic not in get_args(Arithmetic):
+            raise SpecError(f"arithmetic: {self.arithmetic!r} is not one of {', '.join(get_args(Arithmetic))}")
+        if self.arithmetic == "source":
+            if not isinstance(self.format, Int) or not self.format.symmetric or self.format.divisor != "max":
+                raise SpecError(f"{self}: source is the arithmetic of symmetric integers, such as int8; leave it out")
+            if self.dynamic or not isinstance(self.method, MinMax | Ssz):
+                raise SpecError(f"{self}: source is the arithmetic of weights by min-max or ssz; leave it out")
         own = own_granularity(self.format)
         if own is not None and self.granularity != own:
             raise SpecError(
@@ -291,6 +307,8 @@ class Quant:
             parts.append("dynamic")
         if self.method != MinMax():
             parts.append(str(self.method))
+        if self.arithmetic != "float32":
+            parts.append(self.arithmetic)
         return "/".join(parts)
 
 
@@ -351,6 +369,10 @@ def parse_quant(text: str) -> Quant:
     """The ``Quant`` that ``text`` writes, such as ``int4/asym/g128``. Raises ``SpecError`` for another text."""
     parts = text.split("/")
     method: RangeMethod | None = MinMax()
+    arithmetic: Arithmetic = "float32"
+    if len(parts) > 1 and parts[-1] == "source":
+        arithmetic = "source"
+        parts.pop()
     dynamic = len(parts) > 1 and parts[-1] == "dynamic"
     if dynamic:
         parts.pop()
@@ -363,8 +385,8 @@ def parse_quant(text: str) -> Quant:
     format = find_format("/".join(parts))
     if format is None:
         raise SpecError(
-            f"{text!r} is not a format; write <format>[/<granularity>][/dynamic or /<method>], such as int4/asym/g128,"
-            " int8/token/dynamic, float8_e4m3fn/channel or mxfp4"
+            f"{text!r} is not a format; write <format>[/<granularity>][/dynamic or /<method>][/source], such as"
+            " int4/asym/g128, int8/token/dynamic, float8_e4m3fn/channel or mxfp4"
         )
     own = own_granularity(format)
     if own is not None:
@@ -376,4 +398,4 @@ def parse_quant(text: str) -> Quant:
             f"{text!r} does not say how many scales there are; write {format} with /tensor, /channel, /token, /g<size>"
             " or /<rows>x<columns>"
         )
-    return Quant(format, granularity, dynamic, method)
+    return Quant(format, granularity, dynamic, method, arithmetic)

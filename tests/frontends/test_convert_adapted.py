@@ -204,8 +204,16 @@ quant:
 
 
 def test_a_preset_in_msmodelslim():
-    found = convert_spec(load_spec("w8a8"), "modelslim", llama(32))
-    assert found.notes == (BY_NAME,)
+    found = convert_spec(load_spec("w8a8"), "modelslim", llama(32), adapt=True)
+    assert found.notes == (
+        BY_NAME,
+        "int8/channel -> int8/channel/source: msModelSlim computes weights in the model's dtype",
+    )
+    with pytest.raises(SpecError) as caught:
+        convert_spec(load_spec("w8a8"), "modelslim", llama(32))
+    assert caught.value.problems[0] == (
+        "int8/channel: msModelSlim computes such weights in the model's dtype; write int8/channel/source"
+    )
     assert (
         "\n" + found.text
         == """
@@ -242,6 +250,7 @@ spec:
 def test_msmodelslim_as_a_recipe():
     found = convert_spec(load_spec(CONFIGS / "modelslim/w8a8_static.yaml"), "llm-compressor", llama(32), adapt=True)
     assert found.notes == (
+        "int8/channel/source -> int8/channel: graphq computes llm-compressor's weights in float32",
         "int8/channel -> int8/half/channel: llm-compressor divides the extreme by (2^bits - 1) / 2",
         "int8/tensor -> int8/half/tensor: llm-compressor divides the extreme by (2^bits - 1) / 2",
         "smooth-quant: statistic magnitude -> range: llm-compressor's SmoothQuant measures from smallest to largest",
@@ -422,7 +431,7 @@ def test_experts_are_named_at_once():
     assert groups["group_1"]["targets"] == [
         rf"re:model\.layers\.[0-9]+\.mlp\.experts\.[0-9]+\.{p}_proj$" for p in ("up", "gate", "down")
     ]
-    found = yaml.safe_load(convert_spec(load_spec(given), "modelslim", moe()).text)
+    found = yaml.safe_load(convert_spec(load_spec(given), "modelslim", moe(), adapt=True).text)
     assert found["spec"]["process"][0]["configs"][0]["include"] == [
         f"model.layers.*.mlp.experts.*.{p}_proj" for p in ("gate", "up", "down")
     ]

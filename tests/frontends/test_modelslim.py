@@ -26,10 +26,10 @@ rules:
   - match: =lm_head
     float: linear_quant excludes it
   - match: linear:* but lm_head
-    weight: int8/channel
+    weight: int8/channel/source
     input: int8/token/dynamic
   - match: linear:*.mlp.*
-    weight: int4/channel
+    weight: int4/channel/source
     input: int8/token/dynamic
 algorithms:
   - auto-round:
@@ -45,13 +45,13 @@ rules:
     float: linear_quant excludes it
     may_match_nothing: true
   - match: linear:*.self_attn.* but *.kv_b_proj *.mlp.gate
-    weight: int8/channel
+    weight: int8/channel/source
     input: int8/token/dynamic
   - match: linear:*.mlp.* but *.kv_b_proj *.mlp.gate
-    weight: int8/channel
+    weight: int8/channel/source
     input: int8/token/dynamic
   - match: linear:*.mlp.experts.*
-    weight: int4/channel/ssz10
+    weight: int4/channel/ssz10/source
     input: int8/token/dynamic
 algorithms:
   - awq:
@@ -88,19 +88,19 @@ rules:
     weight: int4/over_int8/g256
     input: int8/token/dynamic
   - match: linear:model.layers.0.mlp.*
-    weight: int8/channel
+    weight: int8/channel/source
     input: int8/token/dynamic
   - match: linear:model.layers.1.mlp.*
-    weight: int8/channel
+    weight: int8/channel/source
     input: int8/token/dynamic
   - match: linear:model.layers.2.mlp.*
-    weight: int8/channel
+    weight: int8/channel/source
     input: int8/token/dynamic
   - match: linear:*self_attn* but *kv_b_proj
-    weight: int8/channel
+    weight: int8/channel/source
     input: int8/asym/joint/tensor
   - match: linear:*.shared_experts.* but *kv_b_proj
-    weight: int8/channel
+    weight: int8/channel/source
     input: int8/asym/joint/tensor
 algorithms:
   - smooth-quant:
@@ -122,13 +122,13 @@ rules:
     float: linear_quant excludes it
     may_match_nothing: true
   - match: linear:*.mlp.experts.*
-    weight: int4/channel/ssz30
+    weight: int4/channel/ssz30/source
     input: int8/token/dynamic
   - match: linear:*mlp* but *gate *mlp.experts.*
-    weight: int8/channel
+    weight: int8/channel/source
     input: int8/token/dynamic
   - match: linear:*self_attn* but *kv_b_proj
-    weight: int8/channel
+    weight: int8/channel/source
     input: int8/token/dynamic
 algorithms:
   - smooth-quant:
@@ -173,10 +173,10 @@ rules:
   - match: =lm_head
     float: linear_quant excludes it
   - match: linear:* but lm_head
-    weight: int4/channel/ssz
+    weight: int4/channel/ssz/source
     input: int4/token/dynamic
   - match: linear:*.down_proj
-    weight: int8/channel
+    weight: int8/channel/source
     input: int8/token/dynamic
 algorithms:
   - rotate
@@ -185,13 +185,13 @@ algorithms:
 graphq: 1
 rules:
   - match: linear:*.self_attn.q_proj
-    weight: int8/channel
+    weight: int8/channel/source
   - match: linear:*.self_attn.k_proj
-    weight: int8/channel
+    weight: int8/channel/source
   - match: linear:*.self_attn.v_proj
-    weight: int8/channel
+    weight: int8/channel/source
   - match: linear:*.self_attn.o_proj
-    weight: int8/channel
+    weight: int8/channel/source
   - match: linear:*.mlp.*
     weight: int4/asym/joint/g32
 algorithms:
@@ -212,7 +212,7 @@ rules:
   - match: =lm_head
     float: linear_quant excludes it
   - match: linear:* but lm_head
-    weight: int8/channel
+    weight: int8/channel/source
     input: int8/token/dynamic
 algorithms:
   - smooth-quant:
@@ -227,7 +227,7 @@ rules:
   - match: =lm_head
     float: linear_quant excludes it
   - match: linear:* but *.down_proj lm_head
-    weight: int8/channel
+    weight: int8/channel/source
     input: int8/tensor
 algorithms:
   - smooth-quant:
@@ -247,7 +247,7 @@ rules:
   - match: =lm_head
     float: linear_quant excludes it
   - match: linear:* but *down_proj lm_head
-    weight: int8/channel
+    weight: int8/channel/source
     input: int8/asym/joint/tensor/histogram
 algorithms:
   - smooth-quant:
@@ -292,8 +292,8 @@ def deepseek() -> dict[str, Layer]:
     return {layer.fqn: layer for layer in found}
 
 
-STATIC = "weight int8/channel, input int8/asym/joint/tensor"
-DYNAMIC = "weight int8/channel, input int8/token/dynamic"
+STATIC = "weight int8/channel/source, input int8/asym/joint/tensor"
+DYNAMIC = "weight int8/channel/source, input int8/token/dynamic"
 TWO_LEVELS = "weight int4/over_int8/g256, input int8/token/dynamic"
 
 
@@ -340,7 +340,7 @@ LLAMA = [path for path in EXAMPLES if "deepseek" not in path.stem]
 STAYS = "float (linear_quant excludes it)"
 UNNAMED = "float (output head: quantized only when a rule names it)"
 COUNTS = {
-    "autoround_w4a8": {DYNAMIC: 8, "weight int4/channel, input int8/token/dynamic": 6, STAYS: 1},
+    "autoround_w4a8": {DYNAMIC: 8, "weight int4/channel/source, input int8/token/dynamic": 6, STAYS: 1},
     "fp8_dynamic": {"weight float8_e4m3fn/channel, input float8_e4m3fn/token/dynamic": 7, STAYS: 8},
     "mxfp4_mxfp8": {
         "weight mxfp8_e4m3/ascend, input mxfp8_e4m3/ascend/dynamic": 8,
@@ -348,11 +348,11 @@ COUNTS = {
         "weight mxfp4/ascend, input mxfp8_e4m3/ascend/dynamic": 1,
         UNNAMED: 1,
     },
-    "quarot_w4a4": {"weight int4/channel/ssz, input int4/token/dynamic": 12, DYNAMIC: 2, STAYS: 1},
-    "w4a16_awq_gptq": {"weight int8/channel": 8, "weight int4/asym/joint/g32": 6, UNNAMED: 1},
+    "quarot_w4a4": {"weight int4/channel/ssz/source, input int4/token/dynamic": 12, DYNAMIC: 2, STAYS: 1},
+    "w4a16_awq_gptq": {"weight int8/channel/source": 8, "weight int4/asym/joint/g32": 6, UNNAMED: 1},
     "w8a8_dynamic": {DYNAMIC: 14, STAYS: 1},
-    "w8a8_static": {"weight int8/channel, input int8/tensor": 12, STAYS: 3},
-    "w8a8_static_c8": {"weight int8/channel, input int8/asym/joint/tensor/histogram": 12, STAYS: 3},
+    "w8a8_static": {"weight int8/channel/source, input int8/tensor": 12, STAYS: 3},
+    "w8a8_static_c8": {"weight int8/channel/source, input int8/asym/joint/tensor/histogram": 12, STAYS: 3},
 }
 
 
@@ -381,10 +381,11 @@ def test_examples_compiled(path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "experts"), [("deepseek_w4a8_ssz", "int4/channel/ssz30"), ("deepseek_w4a8_awq", "int4/channel/ssz10")]
+    ("name", "experts"),
+    [("deepseek_w4a8_ssz", "int4/channel/ssz30/source"), ("deepseek_w4a8_awq", "int4/channel/ssz10/source")],
 )
 def test_a_mix_for_all_linears_of_deepseek_compiled(name, experts):
     compiled, error = compile_with(tiny("deepseek"), CONFIGS / f"{name}.yaml")
     plans = Counter(str(row.weight) for row in compiled.report.layers)
-    assert plans == {"int8/channel": 14, experts: 12, "None": 5}
+    assert plans == {"int8/channel/source": 14, experts: 12, "None": 5}
     assert 0 < error < 0.5

@@ -25,15 +25,15 @@ TOKEN = "input int8/token/dynamic"
 @pytest.mark.parametrize(
     ("kind", "size", "plan"),
     [
-        ("W8A8", 0, "weight int8/channel, input int8/asym/joint/tensor"),
-        ("W8A8_DYNAMIC", 0, f"weight int8/channel, {TOKEN}"),
+        ("W8A8", 0, "weight int8/channel/source, input int8/asym/joint/tensor"),
+        ("W8A8_DYNAMIC", 0, f"weight int8/channel/source, {TOKEN}"),
         ("W8A8_DYNAMIC", 64, f"weight int8/g64, {TOKEN}"),
-        ("W8A16", 0, "weight int8/channel"),
+        ("W8A16", 0, "weight int8/channel/source"),
         ("W8A16", 128, "weight int8/g128"),
-        ("W4A16", 0, "weight int4/channel"),
+        ("W4A16", 0, "weight int4/channel/source"),
         ("W4A16", 64, "weight int4/g64"),
-        ("W4A8_DYNAMIC", 0, f"weight int4/channel, {TOKEN}"),
-        ("W4A4_DYNAMIC", 0, "weight int4/channel, input int4/token/dynamic"),
+        ("W4A8_DYNAMIC", 0, f"weight int4/channel/source, {TOKEN}"),
+        ("W4A4_DYNAMIC", 0, "weight int4/channel/source, input int4/token/dynamic"),
         ("W4A4_DYNAMIC", 32, "weight int4/g32, input int4/token/dynamic"),
         ("WFP8AFP8_DYNAMIC", 0, "weight float8_e4m3fn/channel, input float8_e4m3fn/token/dynamic"),
         ("W8A8_MXFP8", 32, "weight mxfp8_e4m3/ascend, input mxfp8_e4m3/ascend/dynamic"),
@@ -53,14 +53,14 @@ def test_one_group_size_for_the_whole_file():
     data = two_level | dynamic | {"group_size": 256}
     assert text(data) == [
         f"=e: weight int4/over_int8/g256, {TOKEN}",
-        f"=d: weight int8/channel, {TOKEN}",
-        f"=f: weight int4/channel, {TOKEN}",
+        f"=d: weight int8/channel/source, {TOKEN}",
+        f"=f: weight int4/channel/source, {TOKEN}",
     ]
     assert load_spec(data).notes == (
         "group_size: read as the group size of W4A8_DYNAMIC; W8A8_DYNAMIC have one scale for each channel",
     )
     mx = {"m.weight": "W4A4_MXFP4", "d.weight": "W8A8_DYNAMIC", "group_size": 32}
-    assert text(mx)[1] == f"=d: weight int8/channel, {TOKEN}"
+    assert text(mx)[1] == f"=d: weight int8/channel/source, {TOKEN}"
     assert text(mx | {"group_size": 64})[1] == f"=d: weight int8/g64, {TOKEN}"
 
 
@@ -83,10 +83,10 @@ def test_float_layers_and_the_rest():
     }
     assert text(data) == [
         "=embed: float (FLOAT in the description)",
-        "=l.0.q: weight int8/channel, input int8/asym/joint/tensor",
+        "=l.0.q: weight int8/channel/source, input int8/asym/joint/tensor",
         "=l.0.k: float (FLOAT in the description)",
         "=l.1.eh_proj: float (FLOAT in the description)",
-        "=l.1.q: weight int8/channel, input int8/asym/joint/tensor",
+        "=l.1.q: weight int8/channel/source, input int8/asym/joint/tensor",
     ]
     spec = load_spec(data)
     assert [rule.may_match_nothing for rule in spec.rules] == [True, False, True, True, True]
@@ -98,7 +98,7 @@ def test_float_layers_and_the_rest():
     )
     layers = {name: Layer(name, "linear", (8, 8), 0) for name in ("l.0.q", "l.0.k")}
     resolved, notes = resolve(spec, layers)
-    assert str(resolved["l.0.q"].decision) == "weight int8/channel, input int8/asym/joint/tensor"
+    assert str(resolved["l.0.q"].decision) == "weight int8/channel/source, input int8/asym/joint/tensor"
     assert notes[4:] == (
         "FLOAT: =embed matches no layer",
         "FLOAT: =l.1.eh_proj matches no layer",
@@ -199,6 +199,6 @@ def test_a_description_of_very_many_tensors(tmp_path):
     spec = load_spec(path)
     layers = {name: Layer(name, "expert", (8, 8), 0) for name in names}
     resolved, _ = resolve(spec, layers)
-    assert {str(one.decision) for one in resolved.values()} == {f"weight int4/channel, {TOKEN}"}
+    assert {str(one.decision) for one in resolved.values()} == {f"weight int4/channel/source, {TOKEN}"}
     assert [rule.match for rule in spec.rules] == [Exact(name) for name in names]
     assert spec.rules[1].source == "W4A8_DYNAMIC (line 5)"

@@ -43,22 +43,22 @@ def weights(**ext: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("act", "weight", "plan"),
     [
-        (A8, W8, "weight int8/channel, input int8/token/dynamic"),
+        (A8, W8, "weight int8/channel/source, input int8/token/dynamic"),
         (A8, groups(), "weight int4/over_int8/g128, input int8/token/dynamic"),
         (A8, groups(group_size=64), "weight int4/over_int8/g64, input int8/token/dynamic"),
         (A8, groups() | {"dtype": "int8", "symmetric": False}, "weight int8/asym/joint/g128, input int8/token/dynamic"),
-        (A8, W4, "weight int4/channel, input int8/token/dynamic"),
-        (A8, W4 | {"method": "ssz"}, "weight int4/channel/ssz, input int8/token/dynamic"),
-        (A8, W4 | {"method": "ssz", "ext": {"step": 10}}, "weight int4/channel/ssz10, input int8/token/dynamic"),
-        (S8, W8, "weight int8/channel, input int8/asym/joint/tensor"),
-        (S8 | {"symmetric": True}, W8, "weight int8/channel, input int8/tensor"),
-        (S8 | {"method": "histogram"}, W8, "weight int8/channel, input int8/asym/joint/tensor/histogram"),
-        (None, W8, "weight int8/channel"),
+        (A8, W4, "weight int4/channel/source, input int8/token/dynamic"),
+        (A8, W4 | {"method": "ssz"}, "weight int4/channel/ssz/source, input int8/token/dynamic"),
+        (A8, W4 | {"method": "ssz", "ext": {"step": 10}}, "weight int4/channel/ssz10/source, input int8/token/dynamic"),
+        (S8, W8, "weight int8/channel/source, input int8/asym/joint/tensor"),
+        (S8 | {"symmetric": True}, W8, "weight int8/channel/source, input int8/tensor"),
+        (S8 | {"method": "histogram"}, W8, "weight int8/channel/source, input int8/asym/joint/tensor/histogram"),
+        (None, W8, "weight int8/channel/source"),
         (None, W8 | {"symmetric": False}, "weight int8/asym/joint/channel"),
         (None, weights(group_size=32), "weight int8/g32"),
         (None, groups(), "weight int4/g128"),
         ({"dtype": "float"}, groups() | {"symmetric": False}, "weight int4/asym/joint/g128"),
-        (A8 | {"dtype": "int4"}, W4, "weight int4/channel, input int4/token/dynamic"),
+        (A8 | {"dtype": "int4"}, W4, "weight int4/channel/source, input int4/token/dynamic"),
         (A8 | {"dtype": "int4"}, groups(), "weight int4/g128, input int4/token/dynamic"),
         (
             {"dtype": "fp8_e4m3", "scope": "per_token", "method": "minmax"},
@@ -212,11 +212,11 @@ def test_the_first_processor_that_selects_a_layer_keeps_it():
     )
     resolved, notes = resolve(load_spec(config), layers)
     assert {name: f"{one.decision} {one.rule and one.rule.source}" for name, one in resolved.items()} == {
-        "b.q": "weight int8/channel, input int8/token/dynamic process[0].configs[0]",
-        "b.kv": "weight int4/channel, input int8/token/dynamic process[0].configs[1]",
-        "b.up": "weight int4/channel, input int8/token/dynamic process[0].configs[1]",
+        "b.q": "weight int8/channel/source, input int8/token/dynamic process[0].configs[0]",
+        "b.kv": "weight int4/channel/source, input int8/token/dynamic process[0].configs[1]",
+        "b.up": "weight int4/channel/source, input int8/token/dynamic process[0].configs[1]",
         "b.down": "float (linear_quant excludes it) process[0].configs[1]: exclude",
-        "b.e.0.up": "weight int8/channel, input int8/asym/joint/tensor process[1]",
+        "b.e.0.up": "weight int8/channel/source, input int8/asym/joint/tensor process[1]",
     }
     assert notes == ()
     resolved, notes = resolve(load_spec(cfg(lq(exclude=["*dwon"]))), layers)

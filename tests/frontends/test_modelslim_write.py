@@ -132,14 +132,14 @@ def test_reading_undoes_writing(config):
 
 
 PLANS = [
-    ("int8/channel", None),
+    ("int8/channel/source", None),
     ("int8/asym/joint/channel", None),
     ("int4/g32", None),
-    ("int8/channel", "int8/token/dynamic"),
-    ("int4/channel", "int8/token/dynamic"),
+    ("int8/channel/source", "int8/token/dynamic"),
+    ("int4/channel/source", "int8/token/dynamic"),
     ("int4/over_int8/g64", "int8/token/dynamic"),
-    ("int8/channel", "int8/asym/joint/tensor"),
-    ("int4/channel", "int4/token/dynamic"),
+    ("int8/channel/source", "int8/asym/joint/tensor"),
+    ("int4/channel/source", "int4/token/dynamic"),
 ]
 DECISIONS = st.just(KeepFloat("kept")) | st.sampled_from(
     [Plan(parse_quant(weight), parse_quant(input) if input else None) for weight, input in PLANS]
@@ -196,7 +196,7 @@ def native(*rules: Any, **others: Any) -> Spec:
     return load_spec({"graphq": 1, "rules": list(rules), **others})
 
 
-def rule(match: str = "linear:*", weight: str = "int8/channel", **others: Any) -> dict[str, Any]:
+def rule(match: str = "linear:*", weight: str = "int8/channel/source", **others: Any) -> dict[str, Any]:
     return {"match": match, "weight": weight, **others}
 
 
@@ -205,7 +205,7 @@ def test_a_native_spec_as_a_config():
         rule("kind:linear", "int4/g64"),
         rule("*.mlp.down_proj", input="int8/token/dynamic"),
         {"match": "*.o_proj", "float": True},
-        rule("=lm_head", "int8/channel/ssz30", input="int8/tensor/histogram"),
+        rule("=lm_head", "int8/channel/ssz30/source", input="int8/tensor/histogram"),
         {"match": "=model.layers.0.self_attn.q_proj", "float": True},
         algorithms=[
             "rotate",
@@ -339,7 +339,7 @@ GPTQ = {"act_order": "none", "scales": "plan"}
             for text in ("float8_e5m2/channel", "float8_e4m3fn/128x128", "int8/channel/mse", "int8/asym/channel", "int8/half/channel")]),
         (native(rule(input="int8/tensor/dynamic"), rule("linear:a", input="int8/asym/token/dynamic"), rule("linear:b", input="mxfp4/dynamic")), [
             f"{text}: msModelSlim has no such activations" for text in ("mxfp4/dynamic", "int8/asym/token/dynamic", "int8/tensor/dynamic")]),
-        (native(rule(weight="int4/channel", input="int8/tensor")), [
+        (native(rule(weight="int4/channel/source", input="int8/tensor")), [
             "msModelSlim has no int4 per_channel weights with int8 per_tensor activations; with these it has int8 per_channel"]),
         (native(rule(weight="int4/g64", input="int8/token/dynamic")), [
             "weight int4/g64, input int8/token/dynamic: msModelSlim has no such pair; its int4 groups under int8 activations are over_int8"]),
@@ -367,8 +367,8 @@ GPTQ = {"act_order": "none", "scales": "plan"}
         (native(rule(), algorithms=[{"gptq": {**GPTQ, "min_samples": 3}}]), [
             "gptq: msModelSlim has no min_samples 3; its gptq is act_order none, scales plan"]),
         (native(rule(), algorithms=[{"gptq": {**GPTQ, "match": "mlp"}}]), ["gptq: msModelSlim cannot ask for it so"]),
-        (native(rule(weight="int8/channel/ssz"), algorithms=[{"gptq": GPTQ}]), [
-            "weight int8/channel/ssz: msModelSlim takes ssz or gptq for a weight, not both"]),
+        (native(rule(weight="int8/channel/ssz/source"), algorithms=[{"gptq": GPTQ}]), [
+            "weight int8/channel/ssz/source: msModelSlim takes ssz or gptq for a weight, not both"]),
         (native(rule(), algorithms=[{"gptq": GPTQ}, {"smooth-quant": {"alpha": 0.5}}]), [
             "algorithms: in msModelSlim they stand in another order: quarot, smoothing, rounding"]),
         (native({"match": "linear:*", "float": True}), ["every rule keeps layers float: there is nothing to select"]),

@@ -1,10 +1,13 @@
 """qconfigs of msModelSlim (``act`` and ``weight``, each of dtype, scope, symmetric, method, ext) as plans, and back.
 
 Integers round as msModelSlim does: absmax / (2^(bits-1) - 1) for symmetric ranges, ``joint`` for asymmetric ones. The
-exponents of mx blocks follow its rule, ``ascend``.
+exponents of mx blocks follow its rule, ``ascend``. Symmetric integer weights with a scale for each channel are computed
+in the dtype of the model's weights, as its own files show; groups and asymmetric weights, which it has by gptq alone,
+in float32.
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, assert_never, final
@@ -171,7 +174,9 @@ def _quant(side: Side, role: Role) -> Quant:
     method = Histogram() if side.method == "histogram" else MinMax()
     if side.method == "ssz":
         method = Ssz() if side.step is None else Ssz(side.step)
-    return Quant(format, granularity or PerGroup(side.group_size or 0), is_dynamic, method)
+    own = role == "weight" and isinstance(format, Int) and side.symmetric and side.scope == "per_channel"
+    arithmetic = "source" if own else "float32"
+    return Quant(format, granularity or PerGroup(side.group_size or 0), is_dynamic, method, arithmetic)
 
 
 def read_side(section: Section, role: Role, autoround: Rounding | None = None) -> Side | None:
@@ -303,7 +308,12 @@ def side_of(quant: Quant, role: Role) -> Side:
         method, step = "ssz", None if quant.method.steps == Ssz().steps else quant.method.steps
     side = Side(dtype, scope, symmetric, method, size, step)
     of_two = isinstance(quant.format, TwoLevel) and quant.format.element == "int4"
-    if scope not in _SCOPES[role].get(dtype, ()) or (not of_two and _quant(side, role) != quant):
+    if scope not in _SCOPES[role].get(dtype, ()):
+        raise wrong
+    made = quant if of_two else _quant(side, role)
+    if dataclasses.replace(made, arithmetic=quant.arithmetic) == quant != made:
+        raise SpecError(f"{quant}: msModelSlim computes such weights in the model's dtype; write {made}")
+    if made != quant:
         raise wrong
     return side
 

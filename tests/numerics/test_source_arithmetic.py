@@ -1,0 +1,97 @@
+"""Weights computed in the dtype of their source, as msModelSlim does: by hand, and beside torch's own 16-bit ops."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import graphq
+from graphq import numerics
+from graphq.numerics.source_arithmetic import source_codes, source_scales
+from graphq.spec.formats import Int
+from graphq.spec.quant import MinMax, Ssz
+
+BLOCK = [1, -1]
+
+
+def quantized(w: Tensor, dtype: torch.dtype, bits: int = 8) -> tuple[list[float], list[list[int]]]:
+    scales = source_scales(w, dtype, Int(bits), BLOCK, MinMax())
+    assert scales.scale.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    return scales.scale.flatten().tolist(), source_codes(w, dtype, scales, Int(bits), BLOCK).tolist()
+
+
+def in_float32(w: Tensor) -> list[list[int]]:
+    return numerics.quantize(w, numerics.choose_scale(w, Int(8), BLOCK), Int(8), BLOCK).tolist()
+
+
+def test_bfloat16_by_hand() -> None:
+    # 1 / 127 = 0.00787402 is 129 * 2^-14 in bfloat16. 177 * 2^-12 / that = 5.48837, 5.5 in steps of 2^-5: 6, where
+    # float32 has 5.48804: 5. 193 * 2^-14 / that = 1.49612, 1.5 in steps of 2^-7: 2, where float32 has 1.49603: 1.
+    w = torch.tensor([[1.0, 177 * 2.0**-12, 193 * 2.0**-14, -177 * 2.0**-12, 0.5]])
+    assert quantized(w, torch.bfloat16) == ([129 * 2.0**-14], [[127, 6, 2, -6, 64]])
+    assert in_float32(w) == [[127, 5, 1, -5, 64]]
+
+
+def test_float16_by_hand() -> None:
+    # 1 / 127 is 1032 * 2^-17. 1225 * 2^-14 / that = 9.49612, 9.5 in steps of 2^-7: 10, where float32 has 9.49554: 9.
+    w = torch.tensor([[1.0, 1225 * 2.0**-14, -1225 * 2.0**-14]])
+    assert quantized(w, torch.float16) == ([1032 * 2.0**-17], [[127, 10, -10]])
+    assert in_float32(w) == [[127, 9, -9]]
+
+
+def test_float32_is_as_ever() -> None:
+    w = torch.randn(16, 64, generator=torch.Generator().manual_seed(1))
+    scales = source_scales(w, torch.float32, Int(8), BLOCK, MinMax())
+    assert torch.equal(scales.scale, numerics.choose_scale(w, Int(8), BLOCK).scale)
+    assert source_codes(w, torch.float32, scales, Int(8), BLOCK).tolist() == in_float32(w)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_no_scale_is_below_2_to_the_minus_23(dtype: torch.dtype) -> None:
+    w = torch.tensor([[0.0, 0], [2.0**-18, 2.0**-20], [127, 1]])
+    scales, codes = quantized(w, dtype)
+    assert scales == [2.0**-23, 2.0**-23, 1]
+    assert codes == [[0, 0], [32, 8], [127, 1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_as_torch_computes_in_16_bits(dtype: torch.dtype, bits: int) -> None:
+    w = torch.randn(64, 256, generator=torch.Generator().manual_seed(2)).to(dtype)
+    largest = 2 ** (bits - 1) - 1
+    theirs = torch.maximum(-w.amin(1, keepdim=True), w.amax(1, keepdim=True)) / float(largest)
+    codes = (w / theirs).round().clamp(-largest - 1, largest)
+    scales = source_scales(w.float(), dtype, Int(bits), BLOCK, MinMax())
+    assert torch.equal(scales.scale, theirs.float())
+    assert torch.equal(source_codes(w.float(), dtype, scales, Int(bits), BLOCK), codes.to(torch.int8))
+    ours = numerics.quantize(w, numerics.choose_scale(w, Int(bits), BLOCK), Int(bits), BLOCK)
+    assert (ours != codes).any()  # or this would test nothing
+
+
+def test_the_weight_is_rounded_first() -> None:
+    w = torch.tensor([[1.0, 0.5 + 2.0**-12]])  # 0.5 in bfloat16: 63.5 of 127, 63.50 in its steps of 2^-2
+    assert quantized(w, torch.bfloat16)[1] == [[127, 64]]
+    scale = torch.tensor([[2.0**-7]])
+    codes = source_codes(
+        torch.tensor([[0.5 * 2.0**-7 + 2.0**-18]]), torch.bfloat16, numerics.Scales(scale), Int(8), BLOCK
+    )
+    assert codes.tolist() == [[0]]  # 0.50049 would be 1
+
+
+def test_scales_of_ssz_are_rounded() -> None:
+    w = torch.randn(8, 64, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
+    scale = source_scales(w.float(), torch.bfloat16, Int(4), BLOCK, Ssz()).scale
+    assert torch.equal(scale, scale.to(torch.bfloat16).float())
+    plain = numerics.choose_scale(w, Int(4), BLOCK).scale
+    assert (scale < plain).any()
+    found = source_scales(w.float(), torch.float32, Int(4), BLOCK, Ssz()).scale
+    assert torch.equal(scale, found.to(torch.bfloat16).float())
+
+
+def test_values_without_a_model() -> None:
+    # x is its own source.
+    x = torch.tensor([[1.0, 177 * 2.0**-12]], dtype=torch.bfloat16)
+    found = graphq.fake_quantize(x, "int8/channel/source")
+    assert found.dtype == torch.bfloat16
+    step = torch.tensor(129 * 2.0**-14)
+    assert torch.equal(found, (torch.tensor([[127.0, 6.0]]) * step).to(torch.bfloat16))
+    assert torch.equal(graphq.fake_quantize(x, "int8/channel"), (torch.tensor([[127.0, 5.0]]) / 127).to(torch.bfloat16))
