@@ -21,6 +21,7 @@ from graphq.passes.quantize_activations import QuantizeActivations
 from graphq.passes.quantize_weights import QuantizeWeights
 from graphq.passes.rotate import Rotate
 from graphq.passes.rotate_online import RotateOnline
+from graphq.passes.round_to_stored import RoundToStored
 from graphq.passes.smooth_quant import SmoothQuant
 from graphq.passes.stop_observing import StopObserving
 from graphq.passes.untie import Untie
@@ -134,11 +135,11 @@ def quantization(spec: Spec, layers: Mapping[str, Layer], context: PassContext, 
     for request in _requests(spec, layers, context):
         match stage := request.stage:
             case "equalize":
-                passes += request.make()
+                passes += [*request.make(), RoundToStored()]
             case "smooth" | "round":
                 calibrated.append(request)
             case "correct":
-                corrections[request.name] = request.make()
+                corrections[request.name] = [*request.make(), RoundToStored()]
             case "prepare" | "default":
                 pass
             case _:
@@ -197,7 +198,7 @@ def _smoothing(walk: Iterable[Request]) -> tuple[list[Pass], list[Pass]]:
         if request.stage == "round":
             rounding += made
         else:
-            smoothing += [_observe(made, ranges=False), Calibrate(), *made, StopObserving()]
+            smoothing += [_observe(made, ranges=False), Calibrate(), *made, RoundToStored(), StopObserving()]
     return smoothing, rounding
 
 

@@ -13,13 +13,14 @@ from torch import Tensor, fx, nn
 from graphq.algorithms import PassContext, preparations, quantization, unmatched
 from graphq.capture import hugging_face
 from graphq.capture.modules import capture_module, unwrapped
-from graphq.capture.source import source_of
+from graphq.capture.source import record_stored, source_of, stored_dtype
 from graphq.checks import check_calibration, check_tensors, refusals
 from graphq.data.batches import complete_all, first_batches
 from graphq.errors import GraphError, SpecError
 from graphq.files import check_place
 from graphq.frontends import load_spec
 from graphq.frontends.native import print_spec
+from graphq.ir.layers import sites
 from graphq.ir.pipeline import Batches, Pass, Pipeline
 from graphq.lowering.targets import check_options, target_named
 from graphq.lowering.torch.pack import pack
@@ -28,6 +29,7 @@ from graphq.passes.calibrate import Calibrate
 from graphq.passes.quantize_weights import QuantizeWeights
 from graphq.passes.raise_grouped_linear import RaiseGroupedLinear
 from graphq.passes.remove_no_ops import RemoveNoOps
+from graphq.passes.round_to_stored import RoundToStored
 from graphq.passes.split_gate_up import SplitGateUp
 from graphq.report import Difference, Report, algorithm_text, difference, make_report, spec_settings
 from graphq.runtime.model import CompiledModel
@@ -53,6 +55,7 @@ def passes_for(
         *canonical_passes(),
         *preparations(spec, context),
         Annotate(spec),
+        RoundToStored(),
         *quantization(spec, layers or {}, context, blocks),
     ]
 
@@ -119,11 +122,13 @@ def capture(
     """The graph of a module (with example ``inputs``), of a transformers model, or of a Hugging Face directory.
 
     A directory is captured in float32, a module in its own dtype, unless ``dtype`` says otherwise; ``weights=False``
-    reads a directory's configuration alone. ``cache=False`` leaves the key/value cache out.
+    reads a directory's configuration alone. ``cache=False`` leaves the key/value cache out. Without ``dtype``, what
+    stays float of a 16-bit directory is stored in its own dtype.
     """
     if dtype is not None and not (isinstance(cast(object, dtype), torch.dtype) and dtype.is_floating_point):
         raise SpecError(f"dtype: {dtype!r} is not a floating-point dtype of torch, such as torch.bfloat16")
-    if isinstance(model, str | os.PathLike):
+    is_directory = isinstance(model, str | os.PathLike)
+    if is_directory:
         gm = hugging_face.capture_directory(Path(model), dtype or torch.float32, weights, cache)
     elif not isinstance(cast(object, model), nn.Module):
         raise GraphError(f"model: a {type(model).__name__} is neither a module nor the path of a model directory")
@@ -142,6 +147,8 @@ def capture(
                 f"inputs: {type(model).__name__} is not a transformers model; pass example inputs of its forward"
             )
     Pipeline(canonical_passes()).run(gm)
+    if is_directory and dtype is None:
+        record_stored(gm)
     return gm
 
 
@@ -188,6 +195,7 @@ def compile(  # noqa: A001
     if problems := refusals(parsed):
         raise SpecError(problems)
     gm = capture(model, inputs, dtype, cache=cache)
+    widths = _stored_bits(gm)
     shared = _storages(gm) if isinstance(model, nn.Module) and not consume else set[int]()
     resolved, notes = decide(gm, parsed)
     if problems := unmatched(parsed, {fqn: found.layer for fqn, found in resolved.items()}, _modules(gm)):
@@ -214,7 +222,7 @@ def compile(  # noqa: A001
         Pipeline(passes).run(gm, batches)
     _copy_tensors(gm, shared)
     bits = source.dtype.itemsize * 8
-    report = make_report(resolved, [*source.notes, *notes, *pass_notes], bits, sqnr, spec_settings(parsed))
+    report = make_report(resolved, [*source.notes, *notes, *pass_notes], bits, sqnr, spec_settings(parsed), widths)
     return Compiled(gm, parsed, report, seed)
 
 
@@ -296,6 +304,16 @@ def _modules(gm: fx.GraphModule) -> set[str]:
     return {name.rpartition(".")[0] for name in gm.state_dict(keep_vars=True)}
 
 
+def _stored_bits(gm: fx.GraphModule) -> dict[str, int]:
+    """The width in which the weight of each layer that could be named is stored, should it stay float."""
+    source = source_of(gm)
+    found: dict[str, int] = {}
+    for site in sites(gm):
+        dtype = stored_dtype(source, site.param.fqn, tensor_of(gm, site.param.fqn))
+        found |= dict.fromkeys(site.fqns, dtype.itemsize * 8)
+    return found
+
+
 def _explained(gm: fx.GraphModule, spec: Spec) -> Report:
     resolved, notes = decide(gm, spec)
     source = source_of(gm)
@@ -305,7 +323,8 @@ def _explained(gm: fx.GraphModule, spec: Spec) -> Report:
     asked += [f"cache: {spec.cache}"] if spec.cache else []
     refused = [f"compile refuses: {problem}" for problem in (*refusals(spec), *without_layers)]
     bits = source.dtype.itemsize * 8
-    return make_report(resolved, [*source.notes, *notes, *asked, *refused], bits, settings=spec_settings(spec))
+    told = [*source.notes, *notes, *asked, *refused]
+    return make_report(resolved, told, bits, settings=spec_settings(spec), stored_bits=_stored_bits(gm))
 
 
 def graph_after(

@@ -150,8 +150,12 @@ def make_report(
     float_bits: int,
     sqnr: Mapping[str, float] | None = None,
     settings: Mapping[str, str] | None = None,
+    stored_bits: Mapping[str, int] | None = None,
 ) -> Report:
-    """The report on decisions; ``float_bits`` is the width of the source's dtype, ``sqnr`` what was measured."""
+    """The report on decisions; ``float_bits`` is the width of the source's dtype, ``sqnr`` what was measured.
+
+    ``stored_bits``: the width that a layer's weight is stored in where it stays float, if that is another.
+    """
     layers: list[LayerReport] = []
     for fqn, found in resolved.items():
         plan = found.decision if isinstance(found.decision, Plan) else None
@@ -159,6 +163,7 @@ def make_report(
         for size in found.layer.shape:
             elements *= size
         float_nbytes = elements * float_bits // 8
+        kept_nbytes = elements * (stored_bits or {}).get(fqn, float_bits) // 8
         layers.append(
             LayerReport(
                 layer=found.layer,
@@ -167,7 +172,7 @@ def make_report(
                 rule=str(found.rule.match) if found.rule else "",
                 source=found.rule.source if found.rule else "",
                 reason="" if isinstance(found.decision, Plan) else found.decision.reason,
-                nbytes=stored_nbytes(found.layer, plan.weight) if plan and plan.weight else float_nbytes,
+                nbytes=stored_nbytes(found.layer, plan.weight) if plan and plan.weight else kept_nbytes,
                 float_nbytes=float_nbytes,
                 sqnr_db=(sqnr or {}).get(fqn),
             )

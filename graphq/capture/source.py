@@ -3,11 +3,12 @@
 A ``Source`` is frozen data in ``gm.meta["graphq.source"]``; it survives ``deepcopy`` and is written into artifacts.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal, final
 
 import torch
-from torch import fx
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from graphq.errors import PassError
 
@@ -53,6 +54,9 @@ class Source:
     ``blocks``: dotted paths of the lists of repeated blocks, such as ``model.layers``. ``output_kind``: the structure
     the source returns. ``config``, ``generation_config``: transformers' settings as JSON. ``files``: the directory with
     the tokenizer and configuration that go with the artifact.
+
+    ``stored``: what float parameters that are held in float32 are stored in, where that is narrower: those named in
+    ``wide``, whose numbers it does not hold, are stored as they are.
     """
 
     inputs: tuple[TensorInput, ...]
@@ -66,6 +70,8 @@ class Source:
     files: str | None = None
     notes: tuple[str, ...] = ()
     caches: tuple[CachePair, ...] = ()
+    stored: torch.dtype | None = None
+    wide: frozenset[str] = frozenset()
 
     @property
     def pasts(self) -> frozenset[str]:
@@ -90,6 +96,30 @@ class Source:
                 if index.isdecimal():
                     return int(index)
         return None
+
+
+def record_stored(gm: fx.GraphModule) -> None:
+    """Parameters that ``gm`` holds in float32 and that stay float will be stored in the source's dtype.
+
+    The source's own float32 parameters (routers, some norms) are told by their numbers, which that dtype does not hold.
+    """
+    source = source_of(gm)
+    if source.dtype not in (torch.bfloat16, torch.float16):
+        return
+    wide = frozenset(
+        name
+        for name, tensor in gm.named_parameters(remove_duplicate=False)
+        if tensor.dtype == torch.float32
+        and not isinstance(tensor.data, FakeTensor)
+        and not torch.equal(tensor.detach().to(source.dtype).to(torch.float32), tensor.detach())
+    )
+    gm.meta[KEY] = replace(source, stored=source.dtype, wide=wide)
+
+
+def stored_dtype(source: Source, fqn: str, tensor: Tensor) -> torch.dtype:
+    """The dtype that a float parameter is stored in; that of a buffer, or of codes, is its own."""
+    is_narrow = isinstance(tensor, nn.Parameter) and tensor.dtype == torch.float32 and fqn not in source.wide
+    return source.stored if is_narrow and source.stored is not None else tensor.dtype
 
 
 def source_of(gm: fx.GraphModule) -> Source:

@@ -142,6 +142,7 @@ class _Product:
     bias: bool
     dtype: torch.dtype
     transposed: bool
+    bias_dtype: torch.dtype | None
 
 
 @final
@@ -152,7 +153,8 @@ class Int8Linear(FixedDtypes):
     the float weight is ``[K, N]`` (GPT-2's Conv1D), its scales ``[1, N]``. The product is
     ``scale_x * scale_w * sum_k (q_x - z_x)(q_w - z_w)``, whose zero points are taken out of the integer sum. It is
     computed in float32, which holds sums up to 2^24 exactly, and given in ``dtype``. The kernel's own integer sums, of
-    ``(q_x + 128) q_w``, are rounded to float32 too: by 2^-24 of themselves where they are above 2^24.
+    ``(q_x + 128) q_w``, are rounded to float32 too: by 2^-24 of themselves where they are above 2^24. ``bias`` is held
+    in ``bias_dtype``, by default in ``dtype``.
     """
 
     weight: Tensor
@@ -166,15 +168,16 @@ class Int8Linear(FixedDtypes):
         bias: bool,
         dtype: torch.dtype,
         transposed: bool = False,
+        bias_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.graphq_form = _Product(list(shape), per_channel, symmetric, bias, dtype, transposed)
+        self.graphq_form = _Product(list(shape), per_channel, symmetric, bias, dtype, transposed, bias_dtype)
         scales = [shape[0] if per_channel else 1, 1][:: -1 if transposed else 1]
         zero_point = None if symmetric else torch.empty(scales, dtype=torch.int8)
         self.register_buffer("weight", torch.empty(*shape, dtype=torch.int8))
         _register(self, Scales(torch.empty(scales, dtype=torch.float32), zero_point))
         if bias:
-            self.register_buffer("bias", torch.empty(shape[0], dtype=dtype))
+            self.register_buffer("bias", torch.empty(shape[0], dtype=bias_dtype or dtype))
         self._graphq_prepared: _Prepared | None = None
 
     def forward(self, q: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from graphq.capture.source import KEY, PAST, SEQUENCE, TOTAL, source_of
 from graphq.ir import edit
 from graphq.ir.views import Dequantize, GroupedLinear, Input, Op, Param, Quantize, TransposedLinear, ops_of, view
+from graphq.lowering.stored import hold_stored
 from graphq.lowering.torch.pack import copy_graph
 from graphq.state import put_tensor, tensor_of
 
@@ -90,6 +91,7 @@ def onnx_form(gm: fx.GraphModule, cache: bool = True) -> fx.GraphModule:
                     _set(made, part, tensor_of(made, part.fqn).reshape(()))
     if not cache:
         _drop_cache(made)
+    hold_stored(made)
     _name_apart(made)
     made.graph.lint()
     made.recompile()

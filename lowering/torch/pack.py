@@ -7,6 +7,7 @@ from torch import Tensor, fx, nn
 
 from graphq.ir import edit
 from graphq.ir.views import Dequantize, Linear, Op, Param, Quantize, TransposedLinear, Weighted, ops_of, view
+from graphq.lowering.stored import hold_stored, stored
 from graphq.numerics import Scales
 from graphq.runtime.layers import INT8
 from graphq.runtime.modules import Int8Linear, PackedWeight, hold_linear, hold_weight
@@ -16,7 +17,8 @@ from graphq.state import put_input, put_tensor, tensor_of
 def pack(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy of the QDQ form with packed weights, and with the integer product for int8 linears on int8 inputs.
 
-    Scales, zero points and float tensors are shared with ``gm``.
+    Scales, zero points and float tensors are shared with ``gm``, but for the parameters that are stored in a narrower
+    dtype than they are computed in: these are held as they are stored, and cast where they are used.
     """
     packed = copy_graph(gm)
     for op in ops_of(packed):
@@ -27,6 +29,7 @@ def pack(gm: fx.GraphModule) -> fx.GraphModule:
         if isinstance(op, Dequantize) and isinstance(op.codes, Param):
             _packed_weight(packed, op)
     edit.drop_unused(packed)
+    hold_stored(packed)
     packed.graph.lint()
     packed.recompile()
     return packed
@@ -87,11 +90,12 @@ def _integer_linear(gm: fx.GraphModule, weight: Dequantize) -> None:
     path = cast(Param, weight.codes).fqn.removesuffix(".weight")
     if isinstance(bias, Param) and bias.fqn != f"{path}.bias" and edit.has_tensor(gm, f"{path}.bias"):
         return  # the layer has another tensor of the name that the bias would get
-    held = tensor_of(gm, bias.fqn) if isinstance(bias, Param) else None
+    held = stored(gm, bias.fqn) if isinstance(bias, Param) else None
     rows = codes.shape if isinstance(op, Linear) else codes.shape[::-1]
     per_channel = list(weight.block) != [-1, -1]
     transposed = isinstance(op, TransposedLinear)
-    module = Int8Linear(rows, per_channel, zero_point is None, held is not None, op.val.dtype, transposed)
+    bias_dtype = None if held is None or held.dtype == op.val.dtype else held.dtype
+    module = Int8Linear(rows, per_channel, zero_point is None, held is not None, op.val.dtype, transposed, bias_dtype)
     _put_module(gm, path, hold_linear(module, codes, scale, zero_point, held))
     for use in uses:
         x = cast(Dequantize, cast(Linear, use).input_op)
