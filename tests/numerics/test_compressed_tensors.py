@@ -2,7 +2,8 @@
 
 Where the two differ on purpose, and the tests leave out or say so:
 
-- A scale of 0 is theirs 1.2e-7 (0.125 for nvfp4), graphq's 1; no scale of graphq is below the smallest normal number.
+- A scale of 0 is theirs 1.2e-7 (0.125 for nvfp4), graphq's 1, and theirs in weights of the format ``half``; no scale of
+  graphq is below the smallest normal number.
 - They round x / scale + zero point, as graphq's joint formats do; asym formats round x / scale.
 - Extremes of 3e38: high - low overflows for them; so does an MX block's rounded power of two from 1.75 x 2^127 on.
 - The zero point of a block of zeros is theirs 0 / 0, made an integer, and graphq's the smallest code.
