@@ -2,7 +2,8 @@
 
 Asymmetric ranges include 0, so that 0 is exact and the zero point is a code (Jacob et al., arXiv 1712.05877, equations
 1 and 12). The scale of a block with NaN or Inf is NaN or Inf, and so is what comes back from its codes. A block of
-zeros has scale 1, in weights another (``scales_of_zeros``); a float32 scale is never below the smallest normal number, so that it can be divided by.
+zeros has scale 1, in weights another (``scales_of_zeros``); a float32 scale is never below the smallest normal number,
+so that it can be divided by.
 """
 
 import math

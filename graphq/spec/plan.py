@@ -67,6 +67,8 @@ def _check_input(quant: Quant) -> None:
         raise SpecError(f"input: {quant}: one scale per group exists only at run time; write {quant}/dynamic")
     if isinstance(quant.format, Int) and quant.format.bits not in ACTIVATION_BITS:
         raise SpecError(f"input: {quant} has {quant.format.bits} bits; activations hold 4, 6, 8 or 16")
+    if quant.arithmetic == "source":
+        raise SpecError(f"input: {quant}: source is the arithmetic of weights; leave it out")
     if isinstance(quant.method, Ssz | Hqq):
         raise SpecError(
             f"input: {quant}: {quant.method} fits a weight's scales to its codes; an activation's codes are not known"

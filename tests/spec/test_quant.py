@@ -27,6 +27,7 @@ from graphq.spec.formats import (
 )
 from graphq.spec.plan import Plan
 from graphq.spec.quant import (
+    Arithmetic,
     Entropy,
     Histogram,
     Hqq,
@@ -92,10 +93,12 @@ def test_no_two_formats_have_one_text() -> None:
     assert len({str(format) for format in FORMATS}) == len(FORMATS)
 
 
-@given(st.sampled_from(FORMATS), GRANULARITIES, st.booleans(), METHODS)
-def test_a_quant_reads_as_it_prints(format: Format, granularity: Any, dynamic: bool, method: Any) -> None:
+@given(st.sampled_from(FORMATS), GRANULARITIES, st.booleans(), METHODS, st.sampled_from(get_args(Arithmetic)))
+def test_a_quant_reads_as_it_prints(
+    format: Format, granularity: Any, dynamic: bool, method: Any, arithmetic: Arithmetic
+) -> None:
     try:
-        quant = Quant(format, own_granularity(format) or granularity, dynamic, method)
+        quant = Quant(format, own_granularity(format) or granularity, dynamic, method, arithmetic)
     except SpecError:
         return
     assert parse_quant(str(quant)) == quant
@@ -136,6 +139,14 @@ def test_a_quant_reads_as_it_prints(format: Format, granularity: Any, dynamic: b
         ("int8/tensor/ema1.5", "ema: 1.5 is not a number above 0 and up to 1"),
         ("int8/channel/mse0.2:0:2.4:5", "mse grid: 0 is not a positive integer"),
         ("int8/0x8", "block rows: 0 is not a positive integer"),
+        ("source", "'source' is not a format"),
+        ("int8/source", "'int8/source' does not say how many scales there are"),
+        ("int8/asym/channel/source", "source is the arithmetic of symmetric integers, such as int8; leave it out"),
+        ("int8/half/channel/source", "int8/half/channel/source: source is the arithmetic of symmetric integers"),
+        ("float8_e4m3fn/channel/source", "source is the arithmetic of symmetric integers"),
+        ("int8/token/dynamic/source", "source is the arithmetic of weights by min-max or ssz; leave it out"),
+        ("int8/channel/mse/source", "source is the arithmetic of weights by min-max or ssz; leave it out"),
+        ("int8/channel/source/ssz", "'int8/channel/source/ssz' is not a format"),
     ],
 )
 def test_refused_texts(text: str, problem: str) -> None:
@@ -161,6 +172,8 @@ def test_refused_texts(text: str, problem: str) -> None:
         (None, "int4/over_int8/g32", "activations have one scale per tensor, per token or per group"),
         (None, "uint16/tensor", None),
         (None, "nvfp4", None),
+        (None, "int8/tensor/source", "input: int8/tensor/source: source is the arithmetic of weights; leave it out"),
+        ("int4/channel/ssz/source", "int8/tensor", None),
         ("nvfp4", "nvfp4/dynamic", None),
     ],
 )
@@ -187,6 +200,10 @@ def test_illegal_formats() -> None:
         (lambda: Mx(no("int4")), "element: 'int4' is not one of"),
         (lambda: Mx("int8", no("floor")), "exponent rule: 'floor' is not one of"),
         (lambda: TwoLevel(no("int8")), "element: 'int8' is not one of int4, float4_e2m1"),
+        (
+            lambda: Quant(Int(8), PerChannel(), arithmetic=no("bfloat16")),
+            "arithmetic: 'bfloat16' is not one of float32, source",
+        ),
         (lambda: Quant(Mx("int8"), PerGroup(16)), "mxint8 has a scale for each 32 inputs, not by group"),
     ):
         with pytest.raises(SpecError, match=re.escape(problem)):

@@ -1,7 +1,7 @@
 """Biases that ONNX Runtime's default session rounds to int32, in steps of input scale times weight scale."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import onnxruntime
 import pytest
@@ -23,7 +23,7 @@ class Net(nn.Module):
         self.first, self.second, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 3), nn.Linear(5, 3)
         for layer in (self.first, self.second, self.head):
             layer.weight.data[0] *= size
-            layer.bias.data[0] = 0.4
+            torch.nn.init.constant_(cast(Tensor, layer.bias)[0], 0.4)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.second(self.first(x).relu()).relu().mean((2, 3)))
@@ -69,7 +69,7 @@ def test_a_batch_norm_of_gain_0(tmp_path: Path) -> None:
 
 def test_a_weight_of_zeros(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
-    model[0].weight.data.zero_()
+    nn.init.zeros_(cast(nn.Conv2d, model[0]).weight)
     for granularity in ("channel", "tensor"):
         spec = {"graphq": 1, "rules": [W8A8 | {"weight": f"int8/{granularity}"}]}
         wanted, qdq, found = outputs(model, spec, tmp_path / granularity, factor=255)
