@@ -113,8 +113,8 @@ def quantize_weight(part: WeightPart, w: Tensor | None = None, scales: Scales | 
     w = part.w if w is None else w
     scales = part.limited(scales or part.scales or weight_scales(w, format, block, part.quant.method))
     codes = numerics.quantize(w, scales, format, block)
-    scales = part.limited(numerics.scales_of_zeros(codes, scales, format, block, part.own_axes))
-    return QuantizedWeight(codes, scales, block)
+    scales = numerics.scales_of_zeros(codes, scales, format, block, part.own_axes, part.least)
+    return QuantizedWeight(codes, part.limited(scales), block)
 
 
 @final

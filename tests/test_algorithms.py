@@ -31,6 +31,23 @@ def spec(*algorithms: Any, weight: str = "int4/channel", input: str | None = Non
     return {"graphq": 1, "rules": [rule], "algorithms": list(algorithms), **others}
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "after"),
+    [
+        ("fold-batch-norm", "annotate"),
+        ("rotate", "annotate"),
+        ("equalize", "equalize"),
+        ("smooth-quant", "smooth-quant"),
+        ("awq", "awq"),
+        ("correct-bias", "correct-bias"),
+    ],
+)
+def test_what_folds_change_is_rounded_to_the_stored_dtype_at_once(algorithm: str, after: str) -> None:
+    parsed = graphq.load_spec(spec(algorithm))
+    names = [step.name for step in compiler.passes_for(parsed)]
+    assert names[names.index(after) + 1] == "round-to-stored"
+
+
 @pytest.fixture(autouse=True)
 def _captures_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     capture = compiler.capture

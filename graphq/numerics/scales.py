@@ -21,6 +21,7 @@ _AT_A_TIME: Final = 1 << 18  # elements that are rounded at once: temporary copi
 BY_SIGN_SMALLEST: Final = 2.0**-23  # AMCT makes a smaller scale 1
 _HALF_ZEROS: Final = 2.0**-23  # compressed-tensors' scale of a block of zeros: float32's epsilon
 _LARGEST_BIAS: Final = 2.0**30  # of int32, with room for a bias that is corrected later
+_STEPS_OF_BIAS: Final = 2.0**16
 _ALL_ZEROS: Final = 2.0**-16  # where a whole weight is zeros: see ``scales_of_zeros``
 _NVFP4_SMALLEST: Final = 0.125  # compressed-tensors' scale of a block that is too small for one
 
@@ -200,7 +201,12 @@ def over_channels(x: Tensor, upper: Tensor, format: TwoLevel, block: Sequence[in
 
 
 def scales_of_zeros(
-    codes: Tensor, scales: Scales, format: Format, block: Sequence[int], own_axes: Sequence[int] = ()
+    codes: Tensor,
+    scales: Scales,
+    format: Format,
+    block: Sequence[int],
+    own_axes: Sequence[int] = (),
+    least: Tensor | None = None,
 ) -> Scales:
     """``scales`` of a weight, those of blocks whose codes all stand for 0 chosen so that nothing downstream breaks.
 
@@ -208,7 +214,7 @@ def scales_of_zeros(
     along ``own_axes``, as experts have them), 2^-16 where there is none. Runtimes that add biases as int32 round them
     to multiples of input scale times weight scale: so the bias of a channel of zeros is rounded no more coarsely than
     the finest of the other channels is. A scale of 1 would lose it, and one near the smallest number would not fit
-    into 32 bits.
+    into 32 bits. ``least``: that of ``least_for_bias``, where it is known; the bias then has 2^16 steps at least.
 
     A dialect's own convention wins: 1 for ``by_sign`` (AMCT), 2^-23 for ``half`` (compressed-tensors). Formats whose
     scales are no plain numbers, or always 1, keep them.
@@ -228,10 +234,13 @@ def scales_of_zeros(
         return scales
     others = torch.where(dead, torch.inf, scales.scale)
     axes = [axis for axis in range(others.dim()) if axis not in own_axes]
-    least = others.amin(axes, keepdim=True)
-    chosen = torch.where(least.isfinite(), least, _ALL_ZEROS)
+    smallest = others.amin(axes, keepdim=True)
+    chosen = torch.where(smallest.isfinite(), smallest, _ALL_ZEROS)
     if isinstance(format, Int) and format.divisor == "half":
         chosen = torch.full_like(chosen, _HALF_ZEROS)
+    if least is not None:
+        finest = (least * (_LARGEST_BIAS / _STEPS_OF_BIAS)).to(chosen.dtype)
+        chosen = torch.where(finest > 0, torch.minimum(chosen, finest), chosen)
     return scales._replace(scale=torch.where(dead, chosen, scales.scale))
 
 

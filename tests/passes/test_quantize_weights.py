@@ -19,9 +19,10 @@ from graphq.ir.views import Dequantize, ops_of
 from graphq.passes.annotate import Annotate
 from graphq.passes.calibrate import Calibrate
 from graphq.passes.observe import Observe
-from graphq.passes.quantize_weights import QuantizeWeights
+from graphq.passes.quantize_weights import QuantizeWeights, WeightPart, quantize_weight
 from graphq.passes.split_gate_up import SplitGateUp
 from graphq.spec.plan import Decision
+from graphq.spec.quant import parse_quant
 from graphq.state import tensor_of
 from tests.graphs import annotated, assert_vals, plan, run, spec, targets, without_data
 from tests.models import MLP, Attention, ConvBnRelu, MoE, Tied, Twice, capture
@@ -153,6 +154,15 @@ def test_zeros_and_a_single_extreme() -> None:
     state = gm.state_dict()
     assert state["up.weight"].abs().sum() == 127
     assert state["up.weight_scale"].flatten().tolist() == [torch.tensor(3 / 127).item()] * 12  # as the finest
+
+
+def test_scales_of_zeros_leave_room_for_a_bias_too() -> None:
+    w = torch.tensor([[0.0, 0], [0, 0], [127, 0], [0, 0], [127, 0]])
+    least = torch.tensor([[2.0], [2.0**-8], [0.0], [2.0**-20], [2.0**-40]])
+    part = WeightPart((0,), parse_quant("int8/channel"), w, [1, -1], None, (), least)
+    made = quantize_weight(part)
+    assert made.scales.scale.flatten().tolist() == [2, 1, 1, 2.0**-6, 1]  # 2^16 steps of the bias of the fourth
+    assert made.codes.tolist() == [[0, 0], [0, 0], [127, 0], [0, 0], [127, 0]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
