@@ -248,9 +248,8 @@ class Quant:
 
     An nvfp4 activation that is not dynamic has its global scale from calibration and those of its blocks from run time.
 
-    ``arithmetic``: ``source`` rounds the weight, its scales and its quotients to the dtype that the source records,
-    and takes no scale below 2^-23, as msModelSlim does (``graphq.numerics.source_arithmetic``). It is for weights of
-    symmetric integers, by min-max or ssz.
+    ``arithmetic``: ``source`` rounds a symmetric integer weight, its scales and its quotients to the dtype that the
+    source records, as msModelSlim does (``graphq.numerics.source_arithmetic``).
     """
 
     format: Format
@@ -369,9 +368,8 @@ def parse_quant(text: str) -> Quant:
     """The ``Quant`` that ``text`` writes, such as ``int4/asym/g128``. Raises ``SpecError`` for another text."""
     parts = text.split("/")
     method: RangeMethod | None = MinMax()
-    arithmetic: Arithmetic = "float32"
-    if len(parts) > 1 and parts[-1] == "source":
-        arithmetic = "source"
+    arithmetic: Arithmetic = "source" if len(parts) > 1 and parts[-1] == "source" else "float32"
+    if arithmetic == "source":
         parts.pop()
     dynamic = len(parts) > 1 and parts[-1] == "dynamic"
     if dynamic:
@@ -385,8 +383,8 @@ def parse_quant(text: str) -> Quant:
     format = find_format("/".join(parts))
     if format is None:
         raise SpecError(
-            f"{text!r} is not a format; write <format>[/<granularity>][/dynamic or /<method>][/source], such as"
-            " int4/asym/g128, int8/token/dynamic, float8_e4m3fn/channel or mxfp4"
+            f"{text!r} is not a format; write <format>[/<granularity>][/dynamic or /<method>], such as int4/asym/g128,"
+            " int8/token/dynamic, float8_e4m3fn/channel or mxfp4"
         )
     own = own_granularity(format)
     if own is not None:
