@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from graphq.ir import edit
-from graphq.ir.biases import Biased, bias_of, set_bias, weight_of, why_no_bias
+from graphq.ir.biases import Biased, bias_name, bias_of, set_bias, weight_of, why_no_bias
 from graphq.ir.index import GraphIndex
 from graphq.ir.pipeline import Batches, Pass
 from graphq.ir.views import (
@@ -74,7 +74,7 @@ class FoldBatchNorm(Pass):
         axis = 1 if isinstance(op, TransposedLinear | ConvTranspose1d | ConvTranspose2d) else 0
         groups = op.groups if isinstance(op, ConvTranspose1d | ConvTranspose2d) else 1
         scaled = scale_channels(w, factor, axis, groups).to(w.dtype)
-        (made,) = set_bias(gm, [op], _bias_name(weight.fqn), shift.to(w.dtype), by=self.name)
+        (made,) = set_bias(gm, [op], bias_name(weight.fqn), shift.to(w.dtype), by=self.name)
         edit.set_param(gm, weight.fqn, lambda _: scaled, by=self.name)
         return made
 
@@ -87,11 +87,6 @@ def _is_foldable(index: GraphIndex, x: Biased, affine: tuple[Op | None, ...]) ->
     is_own = [user for node in index.reads(weight.fqn) for user in node.users] == [x.node]
     known = all(part is None or isinstance(part, Param) for part in affine)
     return is_own and known and weight.fqn not in index.tied and why_no_bias(index, [x]) is None
-
-
-def _bias_name(weight: str) -> str:
-    """``<layer>.bias``; beside a weight that is itself called as a layer is, ``<weight>_bias``."""
-    return f"{weight.removesuffix('.weight')}.bias" if weight.endswith(".weight") else f"{weight}_bias"
 
 
 def _affine(

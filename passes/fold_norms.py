@@ -14,9 +14,10 @@ from jaxtyping import Float
 from torch import Tensor, fx, nn
 
 from graphq.ir import edit
+from graphq.ir.biases import bias_name
 from graphq.ir.effects import Normalizes, ReadsShape, effect
 from graphq.ir.index import GraphIndex
-from graphq.ir.layers import layer_path, weight_param
+from graphq.ir.layers import weight_param
 from graphq.ir.pipeline import Batches, Pass
 from graphq.ir.vectors import constant, gain_of, is_normalized, moved, place, width
 from graphq.ir.views import Cast, GroupedLinear, Linear, Op, Param, TransposedLinear, Weighted, ops_of, view
@@ -71,7 +72,7 @@ class FoldNorms(Pass):
             edit.set_param(gm, own.fqn, lambda c: (c.double() + added).to(c.dtype), by=self.name)
             return
         held = nn.Parameter(added.to(tensor_of(gm, fqn).dtype), requires_grad=False)
-        bias = edit.add_tensor(gm, reader, f"{layer_path(fqn)}.bias", held, by=self.name)
+        bias = edit.add_tensor(gm, reader, bias_name(fqn), held, by=self.name)
         edit.replace(gm, reader, Linear.target, reader.input_op, reader.weight_op, bias, by=self.name)
 
 
@@ -163,8 +164,8 @@ def _kept(index: GraphIndex, norm: _Norm, readers: list[Weighted]) -> str | None
             own = _bias(reader)
             if isinstance(reader, GroupedLinear):
                 return f"{place(reader)}: experts take no bias"
-            if own is None and edit.has_tensor(index.gm, f"{place(reader)}.bias"):
-                return f"{place(reader)}.bias: the model has a tensor of this name"
+            if own is None and edit.has_tensor(index.gm, name := bias_name(_weight(reader))):
+                return f"{name}: the model has a tensor of this name"
             if own is not None and not (isinstance(own, Param) and own.val.dim() == 1 and width(own) == width(reader)):
                 return f"{place(reader)}: its bias is computed"
             changed += [own.fqn] if isinstance(own, Param) else []

@@ -41,6 +41,11 @@ def channels_of(op: Biased) -> int:
     return int(op.val.shape[channel_axis(op)])
 
 
+def bias_name(weight: str) -> str:
+    """``<layer>.bias``; beside a weight that is itself called as a layer is, ``<weight>_bias``."""
+    return f"{weight.removesuffix('.weight')}.bias" if weight.endswith(".weight") else f"{weight}_bias"
+
+
 def why_no_bias(index: GraphIndex, ops: Sequence[Biased]) -> str | None:
     """None where ``ops``, the uses of one layer, can be given another bias, else the reason: what they add is computed,
     or belongs to others, too.
@@ -48,8 +53,6 @@ def why_no_bias(index: GraphIndex, ops: Sequence[Biased]) -> str | None:
     bias = bias_of(ops[0])
     if any(bias_of(op) != bias for op in ops):
         return "its uses have different biases"
-    if any(isinstance(op, TransposedLinear) and (op.argument("beta"), op.argument("alpha")) != (1, 1) for op in ops):
-        return "its product or its bias is scaled"
     if bias is None:
         return None
     if not isinstance(bias, Param):

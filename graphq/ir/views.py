@@ -25,6 +25,7 @@ class Op:
     """A window on one node. The plain class shows nodes whose op has no view of its own. Only ``view`` makes views."""
 
     target: ClassVar[Any] = None
+    fixed: ClassVar[tuple[tuple[str, object], ...]] = ()  # arguments whose other values are another op's
     __match_args__: tuple[str, ...] = ()
 
     def __init__(self, node: fx.Node) -> None:
@@ -98,8 +99,9 @@ def _argument_name(field: str) -> str:
 
 
 def view(node: fx.Node) -> Op:
-    """The most specific view of ``node``."""
-    return _class_of(node)(node)
+    """The most specific view of ``node``: the plain one where an argument has another value than is ``fixed``."""
+    seen = _class_of(node)(node)
+    return seen if all(seen.argument(name) == value for name, value in seen.fixed) else Op(node)
 
 
 def _class_of(node: fx.Node) -> type[Op]:
@@ -171,11 +173,12 @@ class Linear(Weighted, target=aten.linear.default):
 
 @final
 class TransposedLinear(Weighted, target=aten.addmm.default):
-    """GPT-2's ``Conv1D``: ``self + mat1 @ mat2`` with the weight ``mat2[K, N]``."""
+    """GPT-2's ``Conv1D``: ``self + mat1 @ mat2`` with the weight ``mat2[K, N]``; no ``addmm`` that scales either."""
 
     self_: Op
     mat1: Op
     mat2: Op
+    fixed = (("beta", 1), ("alpha", 1))
     weight_name = "mat2"
     input_name = "mat1"
     out_axis = 1

@@ -1,17 +1,19 @@
 """The QDQ form as a torch module whose weights are packed: ``graphq.runtime`` modules in the place of their reads."""
 
-from typing import cast
+from typing import Final, cast
 
 import torch
 from torch import Tensor, fx, nn
 
 from graphq.ir import edit
-from graphq.ir.views import Dequantize, Linear, Op, Param, Quantize, TransposedLinear, Weighted, ops_of, view
+from graphq.ir.views import Cast, Dequantize, Linear, Op, Param, Quantize, TransposedLinear, Weighted, ops_of, view
 from graphq.lowering.stored import hold_stored, stored
 from graphq.numerics import Scales
 from graphq.runtime.layers import INT8
 from graphq.runtime.modules import Int8Linear, PackedWeight, hold_linear, hold_weight
 from graphq.state import put_input, put_tensor, tensor_of
+
+_PASSED: Final = (torch.ops.aten.cat.default, torch.ops.aten.index_select.default, Cast.target)
 
 
 def pack(gm: fx.GraphModule) -> fx.GraphModule:
@@ -68,8 +70,7 @@ def _is_int8(op: Op, weight: Op) -> bool:
         and x.format in INT8
         and isinstance(x.codes, Quantize)
         and x.block[-1] == -1  # one scale for each token, or for all
-        and (bias is None or isinstance(bias, Param))
-        and (isinstance(op, Linear) or (op.argument("beta") == 1 and op.argument("alpha") == 1))
+        and (bias is None or (isinstance(bias, Param) and bias.val.shape == op.val.shape[-1:]))
     )
 
 
@@ -122,12 +123,14 @@ def _tensors(gm: fx.GraphModule, op: Dequantize) -> tuple[Tensor, Scales]:
 
 def _row_axes(op: Dequantize) -> tuple[int, ...]:
     """The axes of a weight whose indices get rows of their own: experts, then output channels."""
-    pending = op.users
+    pending: list[Op] = [op]
     while pending:
-        user = pending.pop()
-        if isinstance(user, Weighted):
-            return (*user.own_axes, user.out_axis)
-        pending.extend(user.users)  # parts of a stack are joined before they are used
+        read = pending.pop()
+        for user in read.users:
+            if isinstance(user, Weighted) and user.weight_op == read:
+                return (*user.own_axes, user.out_axis)
+            if user.node.target in _PASSED:  # parts of a stack are joined before they are used
+                pending.append(user)
     return (0,)
 
 

@@ -208,6 +208,15 @@ def test_weighted_ops_know_their_weight_and_its_axes() -> None:
     assert seen(graph_of(ops.grouped_linear, "x", "w", "x")) == (GroupedLinear, 1, 2, (0,))
 
 
+@pytest.mark.parametrize("factors", [{"beta": 0.5}, {"alpha": 2}, {"beta": 0.5, "alpha": 2}])
+def test_an_addmm_that_scales_is_no_linear(factors: dict[str, float]) -> None:
+    node = graph_of(aten.addmm.default, "b", "x", "w", inputs="x", params="w b", **factors)
+    assert type(view(node)) is Op
+    assert TransposedLinear.of(node) is None
+    same = graph_of(aten.addmm.default, "b", "x", "w", params="w b", beta=1.0, alpha=1)
+    assert isinstance(view(same), TransposedLinear)
+
+
 def test_the_weights_axes_are_those_that_the_ops_use() -> None:
     w = torch.randn(3, 5)
     assert torch.addmm(torch.zeros(5), torch.randn(2, 3), w).shape[1] == w.shape[TransposedLinear.out_axis]

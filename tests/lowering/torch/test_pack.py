@@ -10,10 +10,15 @@ from expecttest import assert_expected_inline
 from torch import Tensor, fx, nn
 
 import graphq
+from graphq.capture.modules import capture_module
+from graphq.ir.pipeline import Pipeline
 from graphq.ir.text import dump
 from graphq.lowering.torch.pack import copy_graph, pack
+from graphq.passes.quantize_activations import QuantizeActivations
+from graphq.passes.quantize_weights import QuantizeWeights
 from graphq.runtime.modules import Int8Linear, PackedWeight, codes_of
 from graphq.state import tensor_of
+from tests.graphs import annotated, plan
 from tests.models import MLP, Attention, ConvBnRelu, MoE, Tied, Twice
 
 
@@ -220,6 +225,64 @@ def test_a_weight_that_is_used_both_ways_round_is_not_one_integer_product() -> N
     packed = pack(gm)
     assert modules_of(packed) == {"up": "PackedWeight"}
     assert_close(packed, gm, X, 1e-6)  # in memory the weight lies one way round: its sums are taken in another order
+
+
+class Scaled(nn.Module):
+    """A Conv1D that scales its bias, its product, or both, or adds a bias of another shape."""
+
+    def __init__(self, beta: float = 1, alpha: float = 1, bias: tuple[int, ...] = (12,)) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(8, 12))
+        self.bias = nn.Parameter(torch.empty(bias))
+        self.beta, self.alpha = beta, alpha
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x, self.weight, beta=self.beta, alpha=self.alpha)
+
+
+@pytest.mark.parametrize(("beta", "alpha"), [(0.5, 1), (1, 2), (0.5, 2), (0, 1)])
+def test_a_conv1d_that_scales_is_never_an_integer_product_that_does_not(beta: float, alpha: float) -> None:
+    """As captured it is no layer, so that whatever else reads its weight, its factors are kept; raised it is one."""
+    x = floats(5, 8)
+    model = nn.Sequential(Scaled(beta, alpha))
+    gm = qdq(model, x, weight="int8/channel", input="int8/token/dynamic")
+    packed = pack(gm)
+    assert modules_of(packed) == {"0": "Int8Linear"}
+    assert_close(packed, gm, x, 1e-6)
+    with torch.no_grad():
+        expected = model(x)
+        assert (packed(x)[0] - expected).abs().max() <= 0.02 * expected.abs().max()  # of 8 bits
+    as_captured = annotated(
+        capture_module(nn.Sequential(*model, nn.Linear(12, 4)), x), **{"*": plan("int8/channel", "int8/token/dynamic")}
+    )
+    Pipeline([QuantizeWeights(), QuantizeActivations()]).run(as_captured)
+    packed = pack(as_captured)
+    assert modules_of(packed) == {"1": "Int8Linear"}
+    assert_close(packed, as_captured, x, 1e-6)
+
+
+@pytest.mark.parametrize("bias", [(1, 12), (1,), (1, 1)])
+def test_a_bias_of_another_shape_stays_outside_of_the_packed_module(bias: tuple[int, ...]) -> None:
+    gm = qdq(nn.Sequential(Scaled(bias=bias)), X, weight="int8/channel", input="int8/token/dynamic")
+    packed = pack(gm)
+    assert modules_of(packed) == {"0": "PackedWeight"}
+    assert_close(packed, gm, X, 0)
+
+
+def test_a_weight_whose_reader_is_no_layer_has_the_rows_of_the_layer() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(8, 8), Scaled()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(torch.addmm(self.up.bias, x, self.up.weight, alpha=2) + self.up(x))
+
+    gm = qdq(Both(), X, ("up", "int4/g4", None), ("down", "int4/g4", None))
+    packed = pack(gm)
+    rows = {path: m.graphq_form.rows_first for path, m in packed.named_modules() if isinstance(m, PackedWeight)}
+    assert rows == {"up": [0, 1], "down": [1, 0]}
+    assert_close(packed, gm, X, 0)
 
 
 @pytest.mark.parametrize("weight", ["int8/channel", "int8/asym/channel", "int8/tensor", "int4/asym/g4"])
