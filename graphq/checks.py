@@ -1,6 +1,6 @@
 """What ``graphq.compile`` refuses before the work begins."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 import torch
@@ -12,9 +12,10 @@ from graphq.ir.views import Param, ops_of
 from graphq.passes.quantize_weights import check_finite
 from graphq.spec.algorithms import ALGORITHMS
 from graphq.spec.algorithms import problems as algorithm_problems
-from graphq.spec.plan import Plan
+from graphq.spec.match import Unnamed
+from graphq.spec.plan import KeepFloat, Plan
 from graphq.spec.quant import Ofmr
-from graphq.spec.rules import Resolved, Spec
+from graphq.spec.rules import SHOWN, Resolved, Spec
 from graphq.state import tensor_of
 
 QUANTIZABLE: Final = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -26,6 +27,23 @@ def refusals(spec: Spec) -> list[str]:
     if spec.cache is not None:
         problems.append(f"cache: {spec.cache}: graphq cannot quantize the KV cache yet; leave it out of the spec")
     return problems
+
+
+def asks_for_nothing(spec: Spec) -> bool:
+    """Whether all of the spec's rules keep layers float."""
+    return not any(isinstance(rule.decision, Plan) for rule in spec.rules)
+
+
+def none_quantized(spec: Spec, resolved: Mapping[str, Resolved], unnamed: Sequence[Unnamed]) -> list[str]:
+    """Lines on why no layer is quantized, although the spec asks for it; none where one is, or it does not ask."""
+    if asks_for_nothing(spec) or any(isinstance(found.decision, Plan) for found in resolved.values()):
+        return []
+    lines = ["the spec asks for quantization, but quantizes no layer of this model"]
+    lines += [] if resolved else ["the model has no layer that a rule can name"]
+    for fqn, found in resolved.items():
+        lines += [f"{fqn}: stays float: {found.decision.reason}"] if isinstance(found.decision, KeepFloat) else []
+    lines += [f"{other.layer.fqn}: stays float: {other.reason}" for other in unnamed]
+    return lines if len(lines) <= SHOWN else [*lines[:SHOWN], f"{len(lines) - SHOWN:,} more stay float"]
 
 
 def check_calibration(spec: Spec, resolved: Mapping[str, Resolved], calibration: Iterable[object] | None) -> None:

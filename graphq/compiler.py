@@ -14,7 +14,7 @@ from graphq.algorithms import PassContext, preparations, quantization, unmatched
 from graphq.capture import hugging_face
 from graphq.capture.modules import capture_module, unwrapped
 from graphq.capture.source import record_stored, source_of, stored_dtype
-from graphq.checks import check_calibration, check_tensors, refusals
+from graphq.checks import asks_for_nothing, check_calibration, check_tensors, none_quantized, refusals
 from graphq.data.batches import complete_all, first_batches
 from graphq.errors import GraphError, SpecError
 from graphq.files import check_place
@@ -22,12 +22,14 @@ from graphq.frontends import load_spec
 from graphq.frontends.native import print_spec
 from graphq.ir.layers import sites
 from graphq.ir.pipeline import Batches, Pass, Pipeline
+from graphq.ir.unnamed import unnamed
 from graphq.lowering.targets import check_options, target_named
 from graphq.lowering.torch.pack import pack
 from graphq.passes.annotate import Annotate, decide
 from graphq.passes.calibrate import Calibrate
 from graphq.passes.quantize_weights import QuantizeWeights
 from graphq.passes.raise_grouped_linear import RaiseGroupedLinear
+from graphq.passes.raise_linear import RaiseLinear
 from graphq.passes.remove_no_ops import RemoveNoOps
 from graphq.passes.round_to_stored import RoundToStored
 from graphq.passes.split_gate_up import SplitGateUp
@@ -39,12 +41,13 @@ from graphq.spec.rules import Spec
 from graphq.state import put_tensor, tensor_of
 
 _SILENT: Final = PassContext()
+_NOTHING: Final = "NOTHING IS QUANTIZED: all rules of the spec keep layers float"
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
 
 def canonical_passes() -> list[Pass]:
     """What brings every capture into one form, before any decision."""
-    return [RemoveNoOps(), RaiseGroupedLinear(), SplitGateUp()]
+    return [RemoveNoOps(), RaiseLinear(), RaiseGroupedLinear(), SplitGateUp()]
 
 
 def passes_for(
@@ -200,6 +203,9 @@ def compile(  # noqa: A001
     resolved, notes = decide(gm, parsed)
     if problems := unmatched(parsed, {fqn: found.layer for fqn, found in resolved.items()}, _modules(gm)):
         raise SpecError(problems)
+    others = unnamed(gm)
+    if problems := none_quantized(parsed, resolved, others):
+        raise SpecError(problems)
     check_calibration(parsed, resolved, calibration)
     check_tensors(gm, resolved)
     if consume and isinstance(model, nn.Module):
@@ -207,7 +213,7 @@ def compile(  # noqa: A001
             parameter.data = torch.empty(0, dtype=parameter.dtype)
     source = source_of(gm)
     sqnr: dict[str, float] = {}
-    pass_notes: list[str] = []
+    pass_notes = [_NOTHING] if asks_for_nothing(parsed) else []
     with torch.random.fork_rng(devices=[]), torch.no_grad(), _precision(matmul_precision):
         torch.manual_seed(seed)
         batches: Batches | None = None
@@ -222,7 +228,8 @@ def compile(  # noqa: A001
         Pipeline(passes).run(gm, batches)
     _copy_tensors(gm, shared)
     bits = source.dtype.itemsize * 8
-    report = make_report(resolved, [*source.notes, *notes, *pass_notes], bits, sqnr, spec_settings(parsed), widths)
+    told = [*source.notes, *notes, *pass_notes]
+    report = make_report(resolved, told, bits, sqnr, spec_settings(parsed), widths, others)
     return Compiled(gm, parsed, report, seed)
 
 
@@ -321,10 +328,15 @@ def _explained(gm: fx.GraphModule, spec: Spec) -> Report:
     asked = [f"dialect: {spec.dialect}"]
     asked += [f"{f'{a.source}: ' if a.source else ''}algorithm {algorithm_text(a)}" for a in spec.algorithms]
     asked += [f"cache: {spec.cache}"] if spec.cache else []
-    refused = [f"compile refuses: {problem}" for problem in (*refusals(spec), *without_layers)]
+    others = unnamed(gm)
+    nothing = none_quantized(spec, resolved, others)[:1]  # the table has the rest
+    refused = [f"compile refuses: {problem}" for problem in (*nothing, *refusals(spec), *without_layers)]
+    loud = [_NOTHING] if asks_for_nothing(spec) else []
     bits = source.dtype.itemsize * 8
-    told = [*source.notes, *notes, *asked, *refused]
-    return make_report(resolved, told, bits, settings=spec_settings(spec), stored_bits=_stored_bits(gm))
+    lines = [*loud, *source.notes, *notes, *asked, *refused]
+    return make_report(
+        resolved, lines, bits, settings=spec_settings(spec), stored_bits=_stored_bits(gm), unnamed=others
+    )
 
 
 def graph_after(

@@ -10,7 +10,7 @@ from typing import Any, final
 from graphq import numerics, packing
 from graphq.spec.folds import EVERYWHERE
 from graphq.spec.formats import Format, Int, code_bits, element_name, is_asymmetric
-from graphq.spec.match import Layer
+from graphq.spec.match import Layer, Unnamed
 from graphq.spec.plan import Plan
 from graphq.spec.quant import Granularity, PerBlock, PerGroup, Quant, granularity_name
 from graphq.spec.rules import Algorithm, Resolved, Spec
@@ -104,20 +104,24 @@ def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
 class Report:
     """All layers that a rule can name, in graph order, and what else the user should know.
 
-    ``settings``: what the spec says beside its rules, by name.
+    ``settings``: what the spec says beside its rules, by name. ``parameters``: those that are multiplied with an
+    activation and are no layer that a rule can name; they stay float.
     """
 
     layers: tuple[LayerReport, ...]
     notes: tuple[str, ...] = ()
     settings: Mapping[str, str] = field(default_factory=dict[str, str])
+    parameters: tuple[LayerReport, ...] = ()
 
     def to_json(self) -> list[dict[str, Any]]:
-        """One object a layer."""
+        """One object for each layer, then one for each of the ``parameters``, whose ``kind`` is ``parameter``."""
         dialect = self.settings.get("dialect", "")
-        return [layer.to_json() | {"dialect": dialect} for layer in self.layers]
+        rows = [layer.to_json() for layer in self.layers]
+        rows += [parameter.to_json() | {"kind": "parameter"} for parameter in self.parameters]
+        return [row | {"dialect": dialect} for row in rows]
 
     def table(self) -> list[tuple[str, ...]]:
-        """The layers as rows of text, a header first; a column in which nothing stands is left out."""
+        """Layers and parameters as rows of text, a header first; a column in which nothing stands is left out."""
         rows = [("layer", "weight", "input", "rule", "bytes", "SQNR dB", "why float")]
         rows += [
             (
@@ -129,7 +133,7 @@ class Report:
                 "" if found.sqnr_db is None else f"{found.sqnr_db:.1f}",
                 found.reason,
             )
-            for found in self.layers
+            for found in (*self.layers, *self.parameters)
         ]
         kept = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
         return [tuple(row[i] for i in kept) for row in rows]
@@ -151,17 +155,17 @@ def make_report(
     sqnr: Mapping[str, float] | None = None,
     settings: Mapping[str, str] | None = None,
     stored_bits: Mapping[str, int] | None = None,
+    unnamed: Iterable[Unnamed] = (),
 ) -> Report:
-    """The report on decisions; ``float_bits`` is the width of the source's dtype, ``sqnr`` what was measured.
+    """The report on decisions, and on weights that no rule can name; ``float_bits`` is the width of the source's dtype,
+    ``sqnr`` what was measured.
 
     ``stored_bits``: the width that a layer's weight is stored in where it stays float, if that is another.
     """
     layers: list[LayerReport] = []
     for fqn, found in resolved.items():
         plan = found.decision if isinstance(found.decision, Plan) else None
-        elements = 1
-        for size in found.layer.shape:
-            elements *= size
+        elements = math.prod(found.layer.shape)
         float_nbytes = elements * float_bits // 8
         kept_nbytes = elements * (stored_bits or {}).get(fqn, float_bits) // 8
         layers.append(
@@ -177,7 +181,11 @@ def make_report(
                 sqnr_db=(sqnr or {}).get(fqn),
             )
         )
-    return Report(tuple(layers), tuple(notes), settings or {})
+    parameters: list[LayerReport] = []
+    for other in unnamed:
+        size = math.prod(other.layer.shape) * float_bits // 8
+        parameters.append(LayerReport(other.layer, None, None, "", "", other.reason, size, size))
+    return Report(tuple(layers), tuple(notes), settings or {}, tuple(parameters))
 
 
 def spec_settings(spec: Spec) -> dict[str, str]:

@@ -1,15 +1,16 @@
 """Every layer's decision, from the spec's rules, on the nodes that use its weight."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, assert_never, final
 
 from torch import fx
 
 from graphq.errors import SpecError
-from graphq.ir.layers import LAYER, PLAN, layers, sites, unnamed
+from graphq.ir.layers import LAYER, PLAN, layers, sites
 from graphq.ir.pipeline import Batches, Invariant, Pass
-from graphq.spec.match import Layer
+from graphq.ir.unnamed import unnamed
+from graphq.spec.match import Layer, Unnamed
 from graphq.spec.plan import PerExpert, Plan
 from graphq.spec.quant import Ofmr, PerGroup, PerToken
 from graphq.spec.rules import Resolved, Spec, resolve
@@ -20,13 +21,14 @@ def decide(gm: fx.GraphModule, spec: Spec) -> tuple[dict[str, Resolved], tuple[s
 
     Raises ``SpecError`` for rules that match nothing and for plans that a layer of its kind cannot have.
     """
-    resolved, notes = decide_on(layers(gm), spec)
-    return resolved, (*notes, *unnamed(gm))
+    return decide_on(layers(gm), spec, unnamed(gm))
 
 
-def decide_on(found: Mapping[str, Layer], spec: Spec) -> tuple[dict[str, Resolved], tuple[str, ...]]:
-    """The same for layers that were found otherwise than in a graph."""
-    resolved, notes = resolve(spec, found)
+def decide_on(
+    found: Mapping[str, Layer], spec: Spec, others: Sequence[Unnamed] = ()
+) -> tuple[dict[str, Resolved], tuple[str, ...]]:
+    """The same for layers, and for parameters that are none, that were found otherwise than in a graph."""
+    resolved, notes = resolve(spec, found, others)
     problems = [problem for one in resolved.values() if (problem := _impossible(one)) is not None]
     if problems:
         raise SpecError(problems)

@@ -49,7 +49,7 @@ def run(gm: fx.GraphModule, *inputs: Tensor) -> Tensor:
 
 def without_data(gm: fx.GraphModule) -> fx.GraphModule:
     """``gm`` with parameters that hold no numbers, as if captured without weights."""
-    for name, tensor in list(gm.state_dict().items()):
+    for name, tensor in list(gm.state_dict(keep_vars=True).items()):
         put_tensor(gm, name, edit.fake_mode_of(gm).from_tensor(tensor, static_shapes=True))
     return gm
 

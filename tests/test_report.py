@@ -8,7 +8,7 @@ import torch
 
 import graphq
 from graphq.report import Report, difference, make_report, quant_json, spec_settings, stored_nbytes
-from graphq.spec.match import Exact, Layer, Name
+from graphq.spec.match import Exact, Layer, Name, Unnamed
 from graphq.spec.plan import KeepFloat, Plan
 from graphq.spec.quant import parse_quant
 from graphq.spec.rules import Algorithm, Resolved, Rule, Run, Spec, resolve
@@ -93,6 +93,28 @@ def test_json():
     keys = ("weight", "input", "rule", "source", "reason", "bytes", "float_bytes", "sqnr_db")
     for found, values in expected:
         assert {key: found[key] for key in keys} == dict(zip(keys, values, strict=True))
+
+
+def test_parameters_that_are_no_layers():
+    """They have rows of their own behind the layers', and are none of the layers that specs are compared by."""
+    other = Unnamed(Layer("blocks.0.q", "linear", (2, 8, 4), block=0), "multiplied by aten.bmm; no rule can name it")
+    found = make_report({"conv": Resolved(CONV, KEPT.decision, KEPT)}, [], 16, unnamed=[other])
+    assert [one.layer.fqn for one in found.layers] == ["conv"]
+    first, second = found.to_json()
+    assert (first["kind"], second["kind"]) == ("conv2d", "parameter")
+    assert second == first | {
+        "layer": "blocks.0.q",
+        "rule": "",
+        "reason": "multiplied by aten.bmm; no rule can name it",
+        "kind": "parameter",
+        "shape": [2, 8, 4],
+        "bytes": 128,
+        "float_bytes": 128,
+    }
+    assert str(found).splitlines()[2:] == [
+        "blocks.0.q  float   float           128    multiplied by aten.bmm; no rule can name it"
+    ]
+    assert difference(found, found).same == 1
 
 
 def test_difference():

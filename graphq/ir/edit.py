@@ -1,7 +1,7 @@
 """The ways to change a graph. Each keeps ``val`` true and notes in ``graphq.by`` which passes made or moved a node."""
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, count
 from typing import Any, cast
 
@@ -49,13 +49,22 @@ def following(op: Op) -> Op:
 
 
 def insert(
-    gm: fx.GraphModule, before: Op, target: Callable[..., Any], *args: Any, by: str, like: Op | None = None
+    gm: fx.GraphModule,
+    before: Op,
+    target: Callable[..., Any],
+    *args: Any,
+    by: str,
+    like: Op | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Op:
-    """A new node that calls ``target``, in front of ``before``; it belongs to the layer that ``like`` belongs to."""
+    """A new node that calls ``target``, in front of ``before``; it belongs to the layer that ``like`` belongs to.
+
+    ``options``: arguments by name, which are no nodes.
+    """
     unwrapped = cast(tuple[Any, ...], _unwrap(args))
-    val = _value(gm, target, unwrapped)
+    val = _value(gm, target, unwrapped, options or {})
     with gm.graph.inserting_before(before.node):
-        node = gm.graph.call_function(target, unwrapped)
+        node = gm.graph.call_function(target, unwrapped, dict(options or {}))
     return _describe(node, val, like or before, by)
 
 
@@ -81,10 +90,10 @@ def _unwrap(value: Any) -> Any:
     return value
 
 
-def _value(gm: fx.GraphModule, target: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+def _value(gm: fx.GraphModule, target: Callable[..., Any], args: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
     values = map_arg(args, lambda node: node.meta["val"])
     with fake_mode_of(gm), torch.no_grad():
-        return target(*values)
+        return target(*values, **options)
 
 
 def _note(node: fx.Node, by: str) -> None:

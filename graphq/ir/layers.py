@@ -1,12 +1,11 @@
 """The layers that a rule can name, read from a graph: linears, convolutions, embeddings, experts, and their roles."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Final, Literal, cast, final
+from typing import Final, Literal, cast, final
 
 import torch
-from torch import fx, nn
-from torch._ops import OpOverload
+from torch import fx
 
 from graphq.capture.source import source_of
 from graphq.ir.views import (
@@ -23,7 +22,6 @@ from graphq.ir.views import (
     view,
 )
 from graphq.spec.match import Layer, LayerKind
-from graphq.state import tensor_of
 
 LAYER: Final = "graphq.layer"
 PLAN: Final = "graphq.plan"
@@ -31,18 +29,6 @@ BY: Final = "graphq.by"
 
 _NamedOnly = Literal["", "embedding", "output head", "router", "outside of the repeated blocks"]
 aten = torch.ops.aten
-_FACTORS: Final = frozenset(
-    f"aten.{name}"
-    for name in (
-        *("matmul", "mm", "bmm", "mv", "addmv", "baddbmm", "addbmm", "einsum", "tensordot", "inner", "_grouped_mm"),
-        *("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"),
-        *("conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "conv_tbc", "convolution"),
-        *("bilinear", "_trilinear", "embedding_bag", "_embedding_bag"),
-    )
-)
-_ADDED: Final = dict.fromkeys(("aten.addmv", "aten.baddbmm", "aten.addbmm"), "self") | dict.fromkeys(
-    (f"aten.{kind}{cell}" for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu") for cell in ("", "_cell")), "hx"
-)
 _PRODUCTS: Final = (aten.mm.default, aten.bmm.default, aten.matmul.default)
 
 
@@ -90,58 +76,6 @@ def sites(gm: fx.GraphModule) -> Iterator[Site]:
             yield Site(op, param, tuple(f"{stack}{dot}{i}.{role}" for i in range(_shape(param)[0])))
         else:
             yield Site(op, param, (path,))
-
-
-def unnamed(gm: fx.GraphModule) -> list[str]:
-    """A line for each weight that no rule can name: one that is computed, and one of an op that is no layer here."""
-    found: list[str] = []
-    named = {site.param.fqn for site in sites(gm)}
-    held = _parameters_in(gm)
-    for op in ops_of(gm):
-        if isinstance(op, Weighted) and weight_param(op) is None:
-            stack = op.node.meta.get("nn_module_stack") or {"": ("", None)}
-            where = list(stack.values())[-1][0] or op.node.name
-            found.append(
-                f"{where}: stays float: its weight is computed by {op.weight_op.node.target}, no rule can name it"
-            )
-        elif not isinstance(op, Weighted) and _name(op) in _FACTORS:
-            for node in _factors(op):
-                lines = (f"{fqn}: stays float: graphq quantizes no weights of {_name(op)}" for fqn in held[node] or ())
-                found += [line for line in lines if line.partition(":")[0] not in named]
-    return list(dict.fromkeys(found))
-
-
-def _name(op: Op) -> str:
-    """The op's name without its overload; empty for what is no op of torch's."""
-    target = op.node.target
-    return ".".join(str(target).split(".")[:2]) if isinstance(target, OpOverload) else ""
-
-
-def _factors(op: Op) -> list[fx.Node]:
-    """What an op multiplies: all it reads but what it only adds, or begins with."""
-    added = _ADDED.get(_name(op))
-    begun = op.argument(added) if added is not None else ()
-    left_out = cast(Sequence[Any], begun) if isinstance(begun, list | tuple) else (begun,)
-    return [node for node in op.node.all_input_nodes if node not in left_out]
-
-
-def _parameters_in(gm: fx.GraphModule) -> dict[fx.Node, tuple[str, ...] | None]:
-    """The matrices among the parameters that each node is computed from; None where an input has a part in it."""
-    found: dict[fx.Node, tuple[str, ...] | None] = {}
-    for node in gm.graph.nodes:
-        if node.op == "placeholder":
-            found[node] = None
-        elif node.op == "get_attr":
-            tensor = tensor_of(gm, str(node.target))
-            is_matrix = isinstance(tensor, nn.Parameter) and tensor.is_floating_point() and tensor.dim() >= 2
-            found[node] = (str(node.target),) if is_matrix else ()
-        elif isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool):
-            found[node] = ()  # sizes of inputs
-        else:
-            parts = [found[read] for read in node.all_input_nodes]
-            fqns = [fqn for part in parts for fqn in part or ()]
-            found[node] = None if None in parts else tuple(dict.fromkeys(fqns))
-    return found
 
 
 def _shape(op: Op) -> tuple[int, ...]:

@@ -39,6 +39,18 @@ class Layer:
 
 @final
 @dataclass(frozen=True)
+class Unnamed:
+    """A parameter of two or more axes that is multiplied with an activation, but is no layer that a rule can name.
+
+    ``layer``: what it would be as one; ``reason``: what multiplies by it.
+    """
+
+    layer: Layer
+    reason: str
+
+
+@final
+@dataclass(frozen=True)
 class Name:
     """Matches layers whose path holds ``path`` as a run of whole segments, in these ``blocks`` (None: anywhere).
 
@@ -317,6 +329,15 @@ def unmatched_hint(match: Match, layers: Iterable[str]) -> str:
     if near == name and not isinstance(match, Exact):
         return "; other blocks have it" if blocks else ""
     return f"; did you mean {near}?"
+
+
+def unnamed_hint(match: Match, unnamed: Iterable[Unnamed]) -> str:
+    """``; <name> is multiplied by <op>; no rule can name it`` for a match that such a parameter has; else nothing."""
+    hits = [found for found in unnamed if match.matches(found.layer)]
+    if not hits:
+        return ""
+    more = f" (and {len(hits) - 1} more)" if len(hits) > 1 else ""
+    return f"; {hits[0].layer.fqn} is {hits[0].reason}{more}"
 
 
 def nearest_layer(name: str, layers: Iterable[str]) -> str | None:

@@ -5,14 +5,14 @@ Rules are ordered and flat: the last rule that matches a layer wins, whole.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, final
 
 from graphq.errors import SpecError
 from graphq.spec.constraint import Constraint, broken
 from graphq.spec.folds import EVERYWHERE, Folds
-from graphq.spec.match import Exact, Layer, Match, unmatched_hint
+from graphq.spec.match import Exact, Layer, Match, Unnamed, unmatched_hint, unnamed_hint
 from graphq.spec.plan import Decision, KeepFloat, Plan
 from graphq.spec.quant import Quant
 
@@ -133,8 +133,13 @@ class Resolved:
     rule: Rule | None
 
 
-def resolve(spec: Spec, layers: Mapping[str, Layer]) -> tuple[dict[str, Resolved], tuple[str, ...]]:
-    """The decision for every layer by FQN, and lines for the report. Raises ``SpecError`` for rules without a match."""
+def resolve(
+    spec: Spec, layers: Mapping[str, Layer], unnamed: Sequence[Unnamed] = ()
+) -> tuple[dict[str, Resolved], tuple[str, ...]]:
+    """The decision for every layer by FQN, and lines for the report.
+
+    Raises ``SpecError`` for rules that match none of ``layers``; it says which of ``unnamed`` they would match.
+    """
     problems: list[str] = []
     notes: list[str] = list(spec.notes)
     block_count = 1 + max((layer.block for layer in layers.values() if layer.block is not None), default=-1)
@@ -163,11 +168,13 @@ def resolve(spec: Spec, layers: Mapping[str, Layer]) -> tuple[dict[str, Resolved
             )
         elif not hits and rule.may_match_nothing:
             told = absent if isinstance(rule.match, Exact) else notes
-            told.append(f"{where}{rule.match} matches no layer")
+            hint = unnamed_hint(rule.match, unnamed) if isinstance(rule.decision, Plan) else ""
+            told.append(f"{where}{rule.match} matches no layer{hint}")
         elif not hits:
             lost.append(rule)
             if len(lost) <= SHOWN:
-                hint = unmatched_hint(rule.match, layers) if len(lost) <= HINTS else ""
+                hint = unnamed_hint(rule.match, unnamed)
+                hint = hint or (unmatched_hint(rule.match, layers) if len(lost) <= HINTS else "")
                 problems.append(f"{where}{rule.match} matches no layer{hint}")
     if len(lost) > SHOWN:
         problems.append(f"{len(lost) - SHOWN:,} more rules match no layer, the last: {lost[-1].match}")

@@ -74,6 +74,15 @@ def test_insert_belongs_to_the_layer_of_like_or_else_of_before() -> None:
     assert liked["nn_module_stack"] == {"u": ("up", None)}
 
 
+def test_insert_with_options() -> None:
+    gm = mlp()
+    relu = find(gm, aten.relu.default)
+    made = edit.insert(
+        gm, relu, aten._to_copy.default, find(gm, "placeholder"), by="t", options={"dtype": torch.float64}
+    )
+    assert (made.node.kwargs, made.val.dtype) == ({"dtype": torch.float64}, torch.float64)
+
+
 def test_insert_of_an_op_that_refuses_its_arguments_leaves_the_graph_alone() -> None:
     gm = mlp()
     before = dump(gm)

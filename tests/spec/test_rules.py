@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,18 @@ from hypothesis import strategies as st
 
 from graphq.errors import SpecError
 from graphq.spec.formats import Int
-from graphq.spec.match import MAX_BLOCK, Blocks, Exact, Glob, Layer, Name, nearest_layer, parse_blocks, parse_match
+from graphq.spec.match import (
+    MAX_BLOCK,
+    Blocks,
+    Exact,
+    Glob,
+    Layer,
+    Name,
+    Unnamed,
+    nearest_layer,
+    parse_blocks,
+    parse_match,
+)
 from graphq.spec.plan import KeepFloat, Plan
 from graphq.spec.quant import MAX_GROUP_SIZE, PerChannel, PerGroup, PerTensor, PerToken, Quant, parse_quant
 from graphq.spec.rules import Algorithm, Rule, Spec, resolve
@@ -236,6 +248,33 @@ def test_a_rule_that_matches_nothing(match, message):
     with pytest.raises(SpecError) as caught:
         resolve(Spec(rules), LAYERS)
     assert caught.value.problems == (message,)
+
+
+FUSED = Unnamed(Layer("layers.0.attn.qkv", "linear", (3, 8, 8), block=0), "multiplied by aten.bmm; no rule can name it")
+KEYS = Unnamed(Layer("layers.0.attn.keys", "linear", (8, 8), block=0), "multiplied by aten.mm behind aten.mul")
+
+
+@pytest.mark.parametrize(
+    ("match", "hint"),
+    [
+        ("qkv", "; layers.0.attn.qkv is multiplied by aten.bmm; no rule can name it"),
+        ("=layers.0.attn.keys", "; layers.0.attn.keys is multiplied by aten.mm behind aten.mul"),
+        ("re:.*attn.[qk]", "; layers.0.attn.qkv is multiplied by aten.bmm; no rule can name it (and 1 more)"),
+        ("qkv#1", ""),
+        ("gate_prj", "; did you mean gate_proj?"),
+    ],
+)
+def test_a_rule_for_what_is_no_layer_says_what_that_is(match, hint):
+    rule = Rule(parse_match(match), Plan(WEIGHT), "here")
+    with pytest.raises(SpecError) as caught:
+        resolve(Spec((rule,)), LAYERS, [FUSED, KEYS])
+    assert caught.value.problems == (f"here: {match} matches no layer{hint}",)
+    lenient = replace(rule, may_match_nothing=True)
+    told = hint if "did you mean" not in hint else ""
+    if not match.startswith("="):
+        assert resolve(Spec((lenient,)), LAYERS, [FUSED, KEYS])[1] == (f"here: {match} matches no layer{told}",)
+    keeps = Rule(parse_match(match), KeepFloat("why"), "here", may_match_nothing=True)
+    assert resolve(Spec((keeps,)), LAYERS, [FUSED, KEYS])[1] == (f"here: {match} matches no layer",)
 
 
 def test_a_pattern_may_match_nothing_where_its_rule_says_so():
