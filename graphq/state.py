@@ -1,5 +1,7 @@
 """Tensors of a module by their state-dict key, and the inputs of the graph that reads them."""
 
+from collections.abc import Mapping
+
 from torch import Tensor, fx, nn
 
 
@@ -46,6 +48,23 @@ def remove_tensor(module: nn.Module, fqn: str) -> None:
     delattr(module.get_submodule(path), name)
 
 
+def same_tensors(module: nn.Module) -> dict[str, str]:
+    """For each tensor that ``module`` holds under several names, the same numbers in the same order: the first name."""
+    return first_names(module.state_dict(keep_vars=True))
+
+
+def first_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """For the name of each tensor that lies where an earlier one does, in its shape: that one's name."""
+    first: dict[tuple[object, ...], str] = {}
+    found: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        place = (*_place(tensor), tensor.dtype.itemsize, tensor.shape, tensor.stride())
+        kept = first.setdefault(place, name)
+        if kept != name and tensor.numel():
+            found[name] = kept
+    return found
+
+
 def ties(module: nn.Module) -> dict[str, tuple[str, ...]]:
     """The other names under which ``module`` holds each tensor that it holds under several.
 
@@ -54,11 +73,14 @@ def ties(module: nn.Module) -> dict[str, tuple[str, ...]]:
     names: dict[tuple[int, int], list[str]] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
         if tensor.numel():
-            # Storages' own addresses: those of their data are all 0 on fake tensors.
-            place = tensor.untyped_storage()._cdata, int(tensor.storage_offset())  # pyright: ignore[reportPrivateUsage]
-            names.setdefault(place, []).append(name)
+            names.setdefault(_place(tensor), []).append(name)
     tied = [found for found in names.values() if len(found) > 1]
     return {name: tuple(other for other in found if other != name) for found in tied for name in found}
+
+
+def _place(tensor: Tensor) -> tuple[int, int]:
+    # Storages' own addresses: those of their data are all 0 on fake tensors.
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())  # pyright: ignore[reportPrivateUsage]
 
 
 def nbytes(tensor: Tensor) -> int:

@@ -64,7 +64,7 @@ def verify(path: str | Path, against: str | Path | None = None) -> Verification:
     notes = [f"{name}: graphq did not write it" for name in added]
     if against is None:
         return Verification(tuple(differences), len(recorded), tuple(notes))
-    made = _recompile(directory, described, Path(against))
+    made = manifest.stored_names(_recompile(directory, described, Path(against)), held)
     inputs = {name for name in recorded if name.endswith(_INPUTS)}
     for name in sorted((held.keys() - others.keys() | made.keys()) - inputs):
         line = _difference(name, made.get(name), held.get(name))

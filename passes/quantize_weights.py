@@ -23,7 +23,7 @@ from graphq.passes.observe import observer_on, weight_observer_on
 from graphq.spec.formats import Int, Nvfp4
 from graphq.spec.plan import input_quants, weight_quants
 from graphq.spec.quant import Ofmr, PerChannel, PerTensor, Quant
-from graphq.state import remove_tensor, tensor_of
+from graphq.state import remove_tensor, same_tensors, tensor_of
 
 
 @final
@@ -48,7 +48,8 @@ with_weights = Invariant("weights", _dataless)
 class QuantizeWeights(Pass):
     """Every planned weight is read through ``graphq::dequantize``, and no float copy of it is left.
 
-    A stack of experts has one ``dequantize`` for each distinct plan. nvfp4 layers that read the same activation, which
+    A weight that is tied to another and planned alike shares its codes and scales. A stack of experts has one
+    ``dequantize`` for each distinct plan. nvfp4 layers that read the same activation, which
     runtimes fuse (q, k and v; gate and up), share their global scale. ``record`` is told each layer's signal to
     quantization noise ratio in dB; ``only``: the weights of these layers. Weights with NaN or Inf raise ``GraphError``.
     """
@@ -60,8 +61,18 @@ class QuantizeWeights(Pass):
 
     def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
         count = 0
+        first = same_tensors(gm)
+        tied = {*first, *first.values()}
+        # The codes of those that others are tied to, and what they were made of.
+        held: dict[tuple[object, ...], tuple[tuple[WeightPart, ...], list[QuantizedWeight | None]]] = {}
         for layer in planned_weights(gm, self.only):
-            made = [None if part.quant is None else quantize_weight(part) for part in layer.parts]
+            fqn = layer.site.param.fqn
+            key = (first.get(fqn, fqn), *((part.quant, tuple(part.block)) for part in layer.parts))
+            parts, made = held.get(key, ((), []))
+            if len(parts) != len(layer.parts) or not all(map(_have_same_scales, parts, layer.parts)):
+                made = [None if part.quant is None else quantize_weight(part) for part in layer.parts]
+                if fqn in tied:
+                    held.setdefault(key, (layer.parts, made))
             replace_weight(gm, layer, made, self.name, self.record)
             count += 1
         edit.drop_unused(gm)
@@ -149,6 +160,12 @@ def planned_reads(gm: fx.GraphModule, only: frozenset[str] | None = None) -> Ite
     for fqn, site in _layers(gm).items():
         if _is_planned(site, only):
             yield tuple(reads[fqn])
+
+
+def _have_same_scales(a: WeightPart, b: WeightPart) -> bool:
+    """Whether two parts with the same weight and quant have the same scales: given alike, and limited alike."""
+    pairs = [*zip(a.scales or (None,) * 3, b.scales or (None,) * 3, strict=True), (a.least, b.least)]
+    return all(x is y or (x is not None and y is not None and torch.equal(x, y)) for x, y in pairs)
 
 
 def _layers(gm: fx.GraphModule) -> dict[str, Site]:

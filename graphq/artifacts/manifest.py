@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,7 +16,7 @@ from graphq.capture.source import CachePair, Source, TensorInput, source_of
 from graphq.errors import TargetError
 from graphq.files import FORMAT, MANIFEST
 from graphq.ir.views import Dequantize, Op, Param, Quantize, ops_of
-from graphq.state import tensor_of
+from graphq.state import first_names, tensor_of
 
 NAME: Final = MANIFEST
 _COMPANIONS: Final = (
@@ -96,6 +96,14 @@ def _fixed(gm: fx.GraphModule, op: Dequantize | Quantize) -> tuple[Tensor | None
 def named_tensors(tensors: Mapping[str, QuantizedTensor]) -> dict[str, Tensor]:
     """All tensors by their names in the QDQ form."""
     return {name: tensor for quantized in tensors.values() for name, tensor in quantized.named().items()}
+
+
+def stored_names(tensors: Mapping[str, Tensor], held: Container[str]) -> dict[str, Tensor]:
+    """``tensors`` without those that an artifact, which holds the names ``held``, stores under another name alone."""
+    first = first_names(tensors)
+    kept = {name for name in tensors if name in held}
+    of_kept = {first.get(name, name) for name in kept}
+    return {name: t for name, t in tensors.items() if name in kept or first.get(name, name) not in of_kept}
 
 
 def record(tensor: Tensor) -> dict[str, Any]:
@@ -191,7 +199,7 @@ def write(
     """
     source = source_of(gm)
     dtype = computed_in(gm)
-    quantized = named_tensors(quantized_tensors(gm))
+    quantized = stored_names(named_tensors(quantized_tensors(gm)), held)
     manifest: dict[str, Any] = {
         "graphq": FORMAT,
         "target": target,

@@ -28,6 +28,7 @@ from graphq.lowering.onnx.names import check_names, name_outputs, restore_names
 from graphq.lowering.onnx.tensors import NAME, initializers
 from graphq.runtime.onnx_session import OnnxSession
 from graphq.spec.formats import Float, Int
+from graphq.state import same_tensors
 
 _DATA: Final = "model.onnx.data"
 _INLINE_BYTES: Final = 1 << 30  # protobuf ends at 2 GiB
@@ -211,11 +212,8 @@ def _share_tied(model: Any, gm: fx.GraphModule) -> None:
     """A tensor that the graph holds under several names, such as a tied output head, is one initializer."""
     import onnx_ir as ir
 
-    first: dict[tuple[int, int, tuple[int, ...], tuple[int, ...]], str] = {}
-    for name, tensor in gm.state_dict(keep_vars=True).items():
-        key = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
-        kept = first.setdefault(key, name)
-        if kept != name and tensor.numel() and {name, kept} <= model.graph.initializers.keys():
+    for name, kept in same_tensors(gm).items():
+        if {name, kept} <= model.graph.initializers.keys():
             other = model.graph.initializers.pop(name)
             ir.convenience.replace_all_uses_with(other, model.graph.initializers[kept])
 

@@ -16,7 +16,7 @@ from graphq.ir import edit
 from graphq.ir.views import Dequantize, GroupedLinear, Input, Op, Param, Quantize, TransposedLinear, ops_of, view
 from graphq.lowering.stored import hold_stored
 from graphq.lowering.torch.pack import copy_graph
-from graphq.state import put_tensor, tensor_of
+from graphq.state import put_tensor, same_tensors, tensor_of
 
 _BY: Final = "onnx-form"
 _library = torch.library.Library("graphq", "FRAGMENT")
@@ -79,12 +79,17 @@ def onnx_form(gm: fx.GraphModule, cache: bool = True) -> fx.GraphModule:
     for op in ops_of(made):
         if isinstance(op, TransposedLinear) and isinstance(op.mat2, Dequantize):
             _store_rows(made, op, op.mat2)
+    first = same_tensors(made)
+    spelled: dict[object, Tensor] = {}  # the scales of tied weights stay one
     for op in ops_of(made):
         if isinstance(op, Dequantize) and isinstance(op.codes, Param):
             shape = tensor_of(made, op.codes.fqn).shape
             for part in (op.scale, op.zero_point):
                 if isinstance(part, Param):
-                    _set(made, part, onnx_scale(tensor_of(made, part.fqn), list(op.block), shape))
+                    key = (first.get(part.fqn, part.fqn), tuple(op.block), shape)
+                    if key not in spelled:
+                        spelled[key] = onnx_scale(tensor_of(made, part.fqn), list(op.block), shape)
+                    _set(made, part, spelled[key])
         elif isinstance(op, Quantize) and isinstance(op.scale, Param):
             for part in (op.scale, op.zero_point):
                 if isinstance(part, Param):

@@ -19,6 +19,7 @@ from graphq.lowering.torch.pack import pack
 from graphq.runtime.graph_json import allowed, graph_from_json, graph_to_json
 from graphq.runtime.model import CompiledModel
 from graphq.runtime.modules import Int8Linear, PackedWeight, codes_of, format_of, scales_of
+from graphq.state import first_names
 
 _GRAPH: Final = "graph.json"
 _WEIGHTS: Final = "model.safetensors"
@@ -41,26 +42,19 @@ def emit(gm: fx.GraphModule, path: str | Path, made_from: Mapping[str, Any], *, 
     legalize(gm, LIMITS)
     packed = pack(gm)
     with whole_directory(path, overwrite, manifest.sources(gm)) as directory:
-        tensors, same = _unshared(packed)
-        data = graph_to_json(packed) | {"same": same}
+        held = packed.state_dict(keep_vars=True)
+        same = first_names(held)
+        tensors = {name: t.detach().cpu().contiguous().clone() for name, t in held.items() if name not in same}
+        others = {name: str(held[name].dtype).removeprefix("torch.") for name in same if _differs(held, name, same)}
+        data = graph_to_json(packed) | {"same": same, "read_as": others}
         (directory / _GRAPH).write_text(json.dumps(data, allow_nan=False))
         save_file(tensors, directory / _WEIGHTS)
         manifest.write(directory, gm, "torch", made_from, packed.state_dict())
 
 
-def _unshared(gm: fx.GraphModule) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors to store, and names of which the tensor is stored under another name."""
-    tensors: dict[str, Tensor] = {}
-    same: dict[str, str] = {}
-    stored: dict[tuple[int, int, tuple[int, ...], tuple[int, ...]], str] = {}
-    for name, tensor in gm.state_dict(keep_vars=True).items():
-        key = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
-        if tensor.numel() and key in stored:
-            same[name] = stored[key]
-            continue
-        stored[key] = name
-        tensors[name] = tensor.detach().cpu().contiguous().clone()
-    return tensors, same
+def _differs(held: Mapping[str, Tensor], name: str, same: Mapping[str, str]) -> bool:
+    """Whether a tensor is stored in another dtype: int8 codes of an integer product are an embedding's packed bytes."""
+    return held[name].dtype != held[same[name]].dtype
 
 
 def load(path: str | Path) -> CompiledModel:
@@ -84,7 +78,8 @@ def load(path: str | Path) -> CompiledModel:
     source = manifest.source_of_artifact(directory, described)
     try:
         tensors |= {name: tensors[other] for name, other in data["same"].items()}
-    except (KeyError, TypeError, AttributeError) as error:
+        tensors |= {n: tensors[n].view(manifest.dtype_named(d)) for n, d in data.get("read_as", {}).items()}
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise TargetError(f"{directory / _GRAPH}: damaged: same: {error}") from error
     try:
         gm = graph_from_json(data, tensors)

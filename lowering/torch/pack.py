@@ -1,5 +1,6 @@
 """The QDQ form as a torch module whose weights are packed: ``graphq.runtime`` modules in the place of their reads."""
 
+from collections.abc import Mapping
 from typing import Final, cast
 
 import torch
@@ -11,7 +12,7 @@ from graphq.lowering.stored import hold_stored, stored
 from graphq.numerics import Scales
 from graphq.runtime.layers import INT8
 from graphq.runtime.modules import Int8Linear, PackedWeight, hold_linear, hold_weight
-from graphq.state import put_input, put_tensor, tensor_of
+from graphq.state import put_input, put_tensor, same_tensors, tensor_of
 
 _PASSED: Final = (torch.ops.aten.cat.default, torch.ops.aten.index_select.default, Cast.target)
 
@@ -19,17 +20,20 @@ _PASSED: Final = (torch.ops.aten.cat.default, torch.ops.aten.index_select.defaul
 def pack(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy of the QDQ form with packed weights, and with the integer product for int8 linears on int8 inputs.
 
-    Scales, zero points and float tensors are shared with ``gm``, but for the parameters that are stored in a narrower
-    dtype than they are computed in: these are held as they are stored, and cast where they are used.
+    Scales, zero points and float tensors are shared with ``gm``, and packed codes among weights that share their codes;
+    but parameters that are stored in a narrower dtype than they are computed in are held as they are stored, and cast
+    where they are used.
     """
     packed = copy_graph(gm)
     for op in ops_of(packed):
         if isinstance(op, Dequantize) and isinstance(op.codes, Param):
             _integer_linear(packed, op)
     edit.drop_unused(packed)
+    first = same_tensors(packed)
+    held: dict[object, Tensor] = {}
     for op in ops_of(packed):
         if isinstance(op, Dequantize) and isinstance(op.codes, Param):
-            _packed_weight(packed, op)
+            _packed_weight(packed, op, first, held)
     edit.drop_unused(packed)
     hold_stored(packed)
     packed.graph.lint()
@@ -103,12 +107,18 @@ def _integer_linear(gm: fx.GraphModule, weight: Dequantize) -> None:
         _call(gm, use, path, (x.codes, x.scale, x.zero_point))
 
 
-def _packed_weight(gm: fx.GraphModule, op: Dequantize) -> None:
-    """The read of a weight's codes is a call of a packed weight."""
-    path = cast(Param, op.codes).fqn.removesuffix(".weight")
+def _packed_weight(gm: fx.GraphModule, op: Dequantize, first: Mapping[str, str], held: dict[object, Tensor]) -> None:
+    """The read of a weight's codes is a call of a packed weight.
+
+    ``first``: of names with the same codes the first; ``held``: codes packed before, by that and how they are packed.
+    """
+    fqn = cast(Param, op.codes).fqn
+    path = fqn.removesuffix(".weight")
     codes, scales = _tensors(gm, op)
-    module = PackedWeight(op.format, list(op.block), codes.shape, _row_axes(op), op.val.dtype)
-    _put_module(gm, path, hold_weight(module, codes, scales))
+    rows = _row_axes(op)
+    module = hold_weight(PackedWeight(op.format, list(op.block), codes.shape, rows, op.val.dtype), codes, scales)
+    module.weight = held.setdefault((first.get(fqn, fqn), op.format, rows), module.weight)
+    _put_module(gm, path, module)
     _call(gm, op, path, ())
 
 
