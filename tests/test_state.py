@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from graphq.state import nbytes, put_tensor, remove_tensor, tensor_of, ties
+from graphq.state import first_names, nbytes, put_tensor, remove_tensor, same_tensors, tensor_of, ties
 
 
 def test_tensor_of() -> None:
@@ -98,3 +98,16 @@ def test_ties() -> None:
         fake = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
         fake[1].bias = fake[0].bias
     assert ties(fake) == {"0.bias": ("1.bias",), "1.bias": ("0.bias",)}
+
+
+def test_same_tensors() -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    assert same_tensors(module) == {}
+    module[1].weight = module[0].weight
+    module[2].weight = nn.Parameter(tensor_of(module, "0.weight").detach().t())  # the same numbers, the other way round
+    top, _ = tensor_of(module, "0.bias").detach().chunk(2)
+    module.register_buffer("top", top)
+    assert same_tensors(module) == {"1.weight": "0.weight"}
+    w = torch.empty(3, 5, dtype=torch.int8)
+    names = {"a": w, "bytes": w.view(torch.uint8), "row": w[0], "copy": w.clone(), "empty": w[:0], "none": w[:0]}
+    assert first_names(names) == {"bytes": "a"}

@@ -314,6 +314,8 @@ def test_a_graph_with_other_ops_is_not_loaded(small: Path, target: str) -> None:
         ("graph.json", lambda d: d["nodes"][-1].update({"args": [[{"node": "x"}, {"py": "1"}]]}), "is not an argument"),
         ("graph.json", lambda d: d.update({"same": {"a.b": "nothing"}}), "damaged: same: 'nothing'"),
         ("graph.json", lambda d: d.pop("same"), "damaged: same: 'same'"),
+        ("graph.json", lambda d: d.update({"read_as": {"nothing": "int8"}}), "damaged: same: 'nothing'"),
+        ("graph.json", lambda d: d.update({"read_as": {"down.bias": "int9"}}), "damaged: same: 'no dtype int9'"),
         ("graph.json", lambda d: d["nodes"].pop(), "its last node, and no other, must be the output"),
         ("graph.json", lambda d: d["nodes"][-1]["args"][0].append(d["nodes"][-1]["args"][0][0]), "gives 2 outputs;"),
         ("graph.json", lambda d: d["nodes"][-1]["args"][0].clear(), "gives 0 outputs; the manifest says output"),
