@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from graphq.algorithms import PassContext, preparations, quantization, unmatched
 from graphq.capture import hugging_face
+from graphq.capture.adapters import without_adapters
 from graphq.capture.modules import capture_module, unwrapped
 from graphq.capture.source import record_stored, source_of, stored_dtype
 from graphq.checks import asks_for_nothing, check_calibration, check_tensors, none_quantized, refusals
@@ -124,9 +125,11 @@ def capture(
 ) -> fx.GraphModule:
     """The graph of a module (with example ``inputs``), of a transformers model, or of a Hugging Face directory.
 
+    A ``PeftModel`` is taken for the model in it, if that carries no adapters.
+
     A directory is captured in float32, a module in its own dtype, unless ``dtype`` says otherwise; ``weights=False``
-    reads a directory's configuration alone. ``cache=False`` leaves the key/value cache out. Without ``dtype``, what
-    stays float of a 16-bit directory is stored in its own dtype.
+    reads a directory's configuration alone. ``cache=False`` leaves the key/value cache, or another that a model gives
+    back, out. Without ``dtype``, what stays float of a 16-bit directory is stored in its own dtype.
     """
     if dtype is not None and not (isinstance(cast(object, dtype), torch.dtype) and dtype.is_floating_point):
         raise SpecError(f"dtype: {dtype!r} is not a floating-point dtype of torch, such as torch.bfloat16")
@@ -136,13 +139,13 @@ def capture(
     elif not isinstance(cast(object, model), nn.Module):
         raise GraphError(f"model: a {type(model).__name__} is neither a module nor the path of a model directory")
     else:
-        model = unwrapped(model)
+        model = without_adapters(unwrapped(model))
         if dtype is not None and any(p.dtype != dtype for p in model.parameters() if p.is_floating_point()):
             import copy
 
             model = copy.deepcopy(model).to(dtype)
         if inputs is not None:
-            gm = capture_module(model, inputs)
+            gm = capture_module(model, inputs, cache)
         elif hugging_face.is_pretrained(model):
             gm = hugging_face.capture_pretrained(cast(Any, model), cache)
         else:
@@ -284,13 +287,15 @@ def explain(
     *,
     inputs: Inputs | None = None,
     dialect: str | None = None,
+    cache: bool = True,
 ) -> Report:
     """What ``compile`` would do with each layer, and by which rule. A directory's weights are not read.
 
-    What ``compile`` would refuse is a note that says so.
+    Each parameter of two or more axes that is multiplied with an activation and is no layer has its reason. What
+    ``compile`` would refuse is a note that says so.
     """
     parsed = load_spec(cast(Any, spec), dialect)
-    return _explained(capture(model, inputs, weights=False), parsed)
+    return _explained(capture(model, inputs, weights=False, cache=cache), parsed)
 
 
 def compare(

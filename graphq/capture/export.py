@@ -71,9 +71,11 @@ class FlatModel(nn.Module):
             raise GraphError(f"{type(self.model).__name__} returns {type(result).__name__}; outputs must be tensors")
         for name, value in named.items():
             if not isinstance(value, Tensor):
+                is_cache = name == "past_key_values" or type(value).__name__.endswith("Cache")
+                hint = "; pass cache=False to leave the cache out" if is_cache else ""
                 raise GraphError(
                     f"{type(self.model).__name__}: output {name} is a {type(value).__name__}; outputs must be tensors,"
-                    " or one tuple or dict of tensors"
+                    f" or one tuple or dict of tensors{hint}"
                 )
         self.record(kind, tuple(named))
         return tuple(named.values())

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from graphq.capture import adapters
 from graphq.capture.export import FlatModel, export_flat
 from graphq.capture.source import BATCH, KEY, PAST, SEQUENCE, TOTAL, CachePair, Source, TensorInput
 from graphq.errors import GraphError
@@ -211,6 +212,7 @@ def read_config(path: Path) -> "PreTrainedConfig":
     if (path / MANIFEST).is_file():
         raise GraphError(f"{path}: a graphq artifact, which is quantized already; graphq compiles float models")
     if not (path / "config.json").is_file():
+        adapters.refuse_adapter_alone(path)
         raise GraphError(f"{path}: not a Hugging Face model directory: config.json is missing")
     from transformers import AutoConfig
 
@@ -293,11 +295,12 @@ def check_weight_files(path: Path) -> None:
         if outside:
             raise GraphError(f"{index}: {outside[0].name} lies outside of the model directory")
     else:
-        files = sorted(path.glob("*.safetensors"))
+        files = sorted(file for file in path.glob("*.safetensors") if file.name != adapters.WEIGHTS)
     pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
     if not files and pickled:
         raise GraphError(f"{path}: {_first(pickled)}: pickled weights can run code and are not read; save safetensors")
     if not files:
+        adapters.refuse_adapter_alone(path)
         raise GraphError(f"{path}: no weights: expected model.safetensors or model.safetensors.index.json")
     for file in files:
         if not file.is_file():
@@ -334,13 +337,17 @@ def capture_directory(
     """
     config = read_config(path)
     recorded: Any = getattr(config, "dtype", None)  # before a model made from it overwrites it
-    notes: tuple[str, ...] = ()
+    notes = adapters.adapter_note(path)
     if weights:
         model, unused = _load(path, dtype)
+        adapters.without_adapters(model)  # which transformers puts into a model where peft is installed
         gm = capture_pretrained(model, cache)
         if unused:
             count = f"{len(unused)} tensor{'s' * (len(unused) > 1)} of the checkpoint"
-            notes = (f"{count} that {type(model).__name__} does not use: {_first(unused)}",)
+            notes = (
+                *notes,
+                f"{count} that {type(model).__name__} does not use: {_first(unused)}",
+            )
     else:
         gm = capture_config(config, _model_class(path, config), dtype, cache)
     source: Source = gm.meta[KEY]

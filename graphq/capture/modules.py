@@ -1,9 +1,10 @@
 """Capture of any module from example inputs, as one functional graph with flat tensors in and out."""
 
+import contextlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,8 +15,12 @@ from graphq.capture.source import BATCH, KEY, SEQUENCE, Source, TensorInput
 from graphq.errors import GraphError
 
 
-def capture_module(model: nn.Module, inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> fx.GraphModule:
+def capture_module(
+    model: nn.Module, inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor], cache: bool = True
+) -> fx.GraphModule:
     """The graph of any module, from example inputs (a tensor, a tuple, or a dict by argument name).
+
+    ``cache=False``: transformers models, and those in the module, are asked for no cache.
 
     The first dimension of every input is the dynamic ``batch``; the second dimension of ``[batch, n]`` integer and
     ``[batch, n, features]`` inputs is the dynamic ``sequence`` where the model allows it; a note says where not.
@@ -23,9 +28,30 @@ def capture_module(model: nn.Module, inputs: Tensor | Sequence[Tensor] | Mapping
     """
     model = unwrapped(model)
     named = _name_inputs(model, inputs)
-    gm = _capture(model, named)
+    with contextlib.nullcontext() if cache else _without_cache(model):
+        gm = _capture(model, named, {} if cache else _no_cache(model, named))
     _check_examples(gm, model, named)
     return gm
+
+
+@contextlib.contextmanager
+def _without_cache(model: nn.Module) -> Generator[None]:
+    """The configurations in the model say that no cache is used."""
+    found = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "use_cache")}
+    before = [(config, cast(Any, config).use_cache) for config in found.values()]
+    for config, _ in before:
+        cast(Any, config).use_cache = False
+    try:
+        yield
+    finally:
+        for config, own in before:
+            cast(Any, config).use_cache = own
+
+
+def _no_cache(model: nn.Module, named: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The argument by which the model's caller says so, where it has one."""
+    taken = "use_cache" in inspect.signature(model.forward).parameters and "use_cache" not in named
+    return {"use_cache": False} if taken else {}
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -53,8 +79,8 @@ def _check_examples(gm: fx.GraphModule, model: nn.Module, named: Mapping[str, Te
         raise GraphError(f"inputs: {type(model).__name__} fails on the examples: {first}") from error
 
 
-def _capture(model: nn.Module, named: dict[str, Tensor]) -> fx.GraphModule:
-    """The graph, with inputs in the order of ``named``."""
+def _capture(model: nn.Module, named: dict[str, Tensor], options: Mapping[str, Any]) -> fx.GraphModule:
+    """The graph, with inputs in the order of ``named``; ``options``: further arguments of the model."""
     sequence_sizes = {x.shape[1] for x in named.values() if _has_sequence(x)}
     with_sequence = len(sequence_sizes) == 1 and sequence_sizes != {1}
     batch_sizes = {x.shape[0] for x in named.values() if x.dim()}
@@ -79,7 +105,7 @@ def _capture(model: nn.Module, named: dict[str, Tensor]) -> fx.GraphModule:
             for name, x in named.items()
         )
 
-    flat = FlatModel(model, tuple(named), _caller(model))
+    flat = FlatModel(model, tuple(named), _caller(model, options))
     if with_sequence:
         try:
             return export_flat(flat, declare(sequence=True), tuple(named.values()))
@@ -95,14 +121,14 @@ def _has_sequence(x: Tensor) -> bool:
     return x.dim() == 3 or (x.dim() == 2 and not x.is_floating_point())
 
 
-def _caller(model: nn.Module) -> Callable[[nn.Module, dict[str, Tensor]], Any]:
+def _caller(model: nn.Module, options: Mapping[str, Any]) -> Callable[[nn.Module, dict[str, Tensor]], Any]:
     """How the model is called with inputs by name: those that have none for its callers, by their positions."""
     parameters = inspect.signature(model.forward).parameters
     nameless = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_ONLY]
 
     def call(module: nn.Module, by_name: dict[str, Tensor]) -> Any:
         first = [by_name.pop(name) for name in nameless if name in by_name]
-        return module(*first, **by_name)
+        return module(*first, **by_name, **options)
 
     return call
 
