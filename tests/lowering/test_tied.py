@@ -10,6 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 import graphq
+from graphq.artifacts.manifest import stored_names
 from graphq.capture.source import source_of
 from graphq.compiler import Compiled
 from graphq.lowering.onnx.tensors import initializers
@@ -105,6 +106,34 @@ def test_unlike(embedding: str, head: str, more: dict[str, Any], tmp_path: Path)
         assert {"head.weight", "embedding.weight"} <= set(file.keys())
     assert {"head.weight", "embedding.weight"} <= initializers(tmp_path / "onnx").keys()
     assert torch.equal(output(graphq.load(tmp_path / "torch")), output(made))
+
+
+def test_scales_that_follow_from_more_than_the_weight_stay_two() -> None:
+    """Layers that read one input share nvfp4's global scale, which an embedding's is no part of."""
+
+    class Beside(Tied):
+        def __init__(self) -> None:
+            super().__init__()
+            self.beside = torch.nn.Linear(8, 16, bias=False)
+            self.beside.weight.data *= 100
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            h = torch.nn.functional.silu(self.embedding(tokens))
+            return self.head(h) + self.beside(h)
+
+    rules = [{"match": name, "weight": "nvfp4"} for name in ("embedding", "head", "beside")]
+    state = graphq.compile(Beside().eval(), {"graphq": 1, "rules": rules}, inputs=TOKENS).graph.state_dict()
+    assert not torch.equal(state["head.weight_global_scale"], state["embedding.weight_global_scale"])
+    assert torch.equal(state["head.weight_global_scale"], state["beside.weight_global_scale"])
+    assert state["head.weight"].data_ptr() != state["embedding.weight"].data_ptr()
+
+
+def test_names_that_an_artifact_stores() -> None:
+    w, other = torch.ones(2, 3), torch.ones(2, 3)
+    tensors = {"a": w, "b": w, "c": other, "d": other}
+    assert list(stored_names(tensors, {"a", "b", "c", "d"})) == ["a", "b", "c", "d"]
+    assert list(stored_names(tensors, {"b", "c"})) == ["b", "c"]
+    assert list(stored_names(tensors, {"a"})) == ["a", "c", "d"]  # which are stored nowhere: to be missed
 
 
 def test_equal_weights_that_were_never_tied_stay_two() -> None:

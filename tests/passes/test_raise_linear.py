@@ -16,7 +16,7 @@ from graphq.ir.text import dump
 from graphq.passes.raise_linear import RaiseLinear
 from graphq.state import tensor_of
 from tests.graphs import assert_vals, run, targets, without_data
-from tests.models import capture
+from tests.models import Blocks, capture
 
 Call = Callable[[Any, Tensor], Any]
 tensordot: Any = torch.tensordot  # whose ``dims`` may be lists
@@ -172,6 +172,7 @@ ADDED: dict[str, tuple[Call, bool]] = {
     "subtracted": (lambda m, x: x @ m.w.T - m.b, False),
     "twice itself": (lambda m, x: (y := x @ m.w.T) + y + m.b, False),
     "a product read twice": (lambda m, x: (y := x @ m.w.T) + m.b + y.sum(), False),
+    "another dtype": (lambda m, x: x.float() @ m.w.T.float() + m.b, False),
     "a number": (lambda m, x: x @ m.w.T + 2.0, False),
 }
 
@@ -254,6 +255,44 @@ def test_without_weights_the_graph_is_the_same() -> None:
     fake = without_data(copy.deepcopy(real))
     assert raised(fake) == raised(real) == 1
     assert dump(fake) == dump(real)
+
+
+class Disguised(nn.Module):
+    """A linear as Falcon writes it, or by columns whose bias comes first."""
+
+    def __init__(self, linear: nn.Linear, turned: bool) -> None:
+        super().__init__()
+        w = linear.weight.detach()
+        self.weight = nn.Parameter(w.t().contiguous() if turned else w.clone())
+        self.bias = nn.Parameter(linear.bias.detach().clone())
+        self.turned = turned
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bias + x @ self.weight if self.turned else x @ self.weight.T + self.bias
+
+
+@pytest.mark.parametrize("algorithms", [[], ["rotate", "smooth-quant", "gptq", "correct-bias"]])
+def test_a_disguised_model_is_compiled_to_the_same_codes(algorithms: list[str]) -> None:
+    import graphq
+
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(2))
+    models = []
+    for turned in (None, False, True):
+        torch.manual_seed(0)
+        model = Blocks()
+        for block in model.blocks if turned is not None else ():
+            for name in ("up", "down"):
+                setattr(block, name, Disguised(getattr(block, name), bool(turned)))
+        models.append(model.eval())
+    spec = {"graphq": 1, "weight": "int8/channel", "input": "int8/token/dynamic", "algorithms": algorithms}
+    plain, *others = (graphq.compile(model, spec, inputs=x, calibration=[x]).graph.state_dict() for model in models)
+    for other in others:
+        assert other.keys() == plain.keys()
+        for name, tensor in plain.items():
+            if tensor.dtype == torch.int8:
+                assert torch.equal(other[name], tensor), name
+            else:
+                torch.testing.assert_close(other[name], tensor, rtol=1e-5, atol=1e-6)  # other orders of sums
 
 
 # -- near misses -------------------------------------------------------------------------------------------------------
