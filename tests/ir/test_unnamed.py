@@ -58,6 +58,12 @@ NOTED: dict[str, tuple[nn.Module, Tensor, tuple[str, ...], str]] = {
     "the input of a linear": (With(lambda m, x: F.linear(m.w, x), w=(4, 8)), FLAT, ("w",), "linear from the left"),
     "a vector": (With(lambda m, x: x[0] @ m.w, w=(8, 4)), FLAT, ("w",), "matmul with a vector"),
     "columns read elsewhere": (With(lambda m, x: x @ m.w + m.w.sum(), w=(8, 4)), FLAT, ("w",), "matmul and read elsewhere, too"),
+    "scaled and read elsewhere": (
+        With(lambda m, x: torch.addmm(m.c, x, m.w, alpha=2) + m.w.sum(), w=(8, 4), c=(4,)),
+        FLAT,
+        ("w",),
+        "addmm and read elsewhere, too",
+    ),
     "masked": (With(lambda m, x: x @ (m.w * m.own), w=(8, 4), own=(8, 4)), FLAT, ("w", "own"), "matmul behind aten.mul"),
     "low rank": (
         With(lambda m, x: F.linear(x, m.b @ m.a), b=(4, 2), a=(2, 8)),
