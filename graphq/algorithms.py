@@ -154,7 +154,10 @@ def quantization(spec: Spec, layers: Mapping[str, Layer], context: PassContext, 
             inner = _walk(walk, _layers_finished(walk, later, layers), context)
         passes += [Blockwise(tuple(inner), spec.prefix)] if blocks else inner
     if blocks:  # what several parts share was left to the whole
-        passes += [Observe(), Calibrate(), QuantizeWeights(context.record), QuantizeActivations()]
+        passes += [
+            *(Observe(), Calibrate(context.note)),
+            *(QuantizeWeights(context.record), QuantizeActivations(context.note)),
+        ]
     return passes
 
 
@@ -175,21 +178,22 @@ def _walk(walk: Iterable[Request], finished: frozenset[str], context: PassContex
     """The passes over one part of a model in a walk before the last. ``finished``: the layers that no later walk
     changes, whose weights are quantized now.
     """
-    passes, rounding = _smoothing(walk)
+    passes, rounding = _smoothing(walk, context)
     if rounding:
-        return [*passes, _observe(rounding, ranges=False), Calibrate(), *rounding, StopObserving()]
+        return [*passes, _observe(rounding, ranges=False), Calibrate(context.note), *rounding, StopObserving()]
     return [*passes, QuantizeWeights(context.record, finished)] if finished else passes
 
 
 def _last_walk(walk: Iterable[Request], corrections: Sequence[Pass], context: PassContext) -> list[Pass]:
     """The passes over one part of a model in the last walk, to its QDQ form."""
-    passes, rounding = _smoothing(walk)
+    passes, rounding = _smoothing(walk, context)
     passes.append(_observe(rounding))
     passes += [ObserveMeans()] if corrections else []
-    return [*passes, Calibrate(), *rounding, QuantizeWeights(context.record), *corrections, QuantizeActivations()]
+    passes += [Calibrate(context.note), *rounding, QuantizeWeights(context.record), *corrections]
+    return [*passes, QuantizeActivations(context.note)]
 
 
-def _smoothing(walk: Iterable[Request]) -> tuple[list[Pass], list[Pass]]:
+def _smoothing(walk: Iterable[Request], context: PassContext) -> tuple[list[Pass], list[Pass]]:
     """The passes that smooth, each on data of its own, and those that round."""
     smoothing: list[Pass] = []
     rounding: list[Pass] = []
@@ -198,7 +202,10 @@ def _smoothing(walk: Iterable[Request]) -> tuple[list[Pass], list[Pass]]:
         if request.stage == "round":
             rounding += made
         else:
-            smoothing += [_observe(made, ranges=False), Calibrate(), *made, RoundToStored(), StopObserving()]
+            smoothing += [
+                *(_observe(made, ranges=False), Calibrate(context.note), *made),
+                *(RoundToStored(), StopObserving()),
+            ]
     return smoothing, rounding
 
 

@@ -122,6 +122,7 @@ def capture(
     dtype: torch.dtype | None = None,
     weights: bool = True,
     cache: bool = True,
+    mask: str | None = None,
 ) -> fx.GraphModule:
     """The graph of a module (with example ``inputs``), of a transformers model, or of a Hugging Face directory.
 
@@ -129,7 +130,8 @@ def capture(
 
     A directory is captured in float32, a module in its own dtype, unless ``dtype`` says otherwise; ``weights=False``
     reads a directory's configuration alone. ``cache=False`` leaves the key/value cache, or another that a model gives
-    back, out. Without ``dtype``, what stays float of a 16-bit directory is stored in its own dtype.
+    back, out. ``mask`` names the one of ``inputs`` that is 0 where a token is padding; of other models it is known.
+    Without ``dtype``, what stays float of a 16-bit directory is stored in its own dtype.
     """
     if dtype is not None and not (isinstance(cast(object, dtype), torch.dtype) and dtype.is_floating_point):
         raise SpecError(f"dtype: {dtype!r} is not a floating-point dtype of torch, such as torch.bfloat16")
@@ -145,13 +147,16 @@ def capture(
 
             model = copy.deepcopy(model).to(dtype)
         if inputs is not None:
-            gm = capture_module(model, inputs, cache)
+            gm = capture_module(model, inputs, cache, mask)
         elif hugging_face.is_pretrained(model):
             gm = hugging_face.capture_pretrained(cast(Any, model), cache)
         else:
             raise GraphError(
                 f"inputs: {type(model).__name__} is not a transformers model; pass example inputs of its forward"
             )
+    found = source_of(gm).mask
+    if mask is not None and mask != found:
+        raise SpecError(f"mask: {mask}: " + (f"this model's mask is {found}" if found else "this model takes no mask"))
     Pipeline(canonical_passes()).run(gm)
     if is_directory and dtype is None:
         record_stored(gm)
@@ -170,6 +175,7 @@ def compile(  # noqa: A001
     seed: int | None = None,
     dialect: str | None = None,
     cache: bool = True,
+    mask: str | None = None,
     matmul_precision: Literal["highest", "medium"] = "highest",
 ) -> Compiled:
     """Compile ``model`` as ``spec`` says.
@@ -180,6 +186,8 @@ def compile(  # noqa: A001
         ``dialect`` names it where it cannot be recognised.
     calibration: batches (each a tensor, a tuple or a dict) for activations with static scales, and for algorithms. Of
         more batches than the spec asks for, the first are taken.
+    mask: which of ``inputs`` is the mask of tokens, ``[batch, tokens]``, 0 where a token is padding; what is padding in
+        a calibration batch has no part in it. transformers' models say it themselves.
     algorithm: ``"rtn"`` rounds to nearest whatever algorithm the spec names.
     matmul_precision: how float32 products are computed in calibration, as ``torch.set_float32_matmul_precision`` takes
         it: ``medium`` rounds their factors to bfloat16, which is several times faster on processors with units for it.
@@ -200,7 +208,7 @@ def compile(  # noqa: A001
         raise SpecError(f"matmul_precision: {matmul_precision!r} is neither highest nor medium")
     if problems := refusals(parsed):
         raise SpecError(problems)
-    gm = capture(model, inputs, dtype, cache=cache)
+    gm = capture(model, inputs, dtype, cache=cache, mask=mask)
     widths = _stored_bits(gm)
     shared = _storages(gm) if isinstance(model, nn.Module) and not consume else set[int]()
     resolved, notes = decide(gm, parsed)

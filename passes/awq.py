@@ -237,6 +237,7 @@ class ErrorObserver(Observer):
     ) -> None:
         super().__init__(layers)
         self.judged, self.tried, self.samples, self.power = judged, tried, samples, power
+        self.reads_windows = isinstance(judged.op, CONVOLUTIONS)
         self.register_buffer("errors", torch.zeros(count, dtype=torch.float64))
 
     @property

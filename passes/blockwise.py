@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphq.capture.source import KEY, SHARED, TensorInput, source_of
+from graphq.data.masks import MaskedBatch, Validity, masked_batch
 from graphq.errors import SpecError
 from graphq.ir import edit
 from graphq.ir.layers import PLAN
 from graphq.ir.pipeline import Batches, Pass, Pipeline
-from graphq.passes.calibrate import see_batch
+from graphq.passes.calibrate import run_batch
 from graphq.spec.plan import PerExpert, Plan
 from graphq.spec.rules import Prefix
 from graphq.state import put_input, put_tensor, remove_tensor, tensor_of
@@ -50,14 +51,14 @@ class Blockwise(Pass):
         for index, stage in enumerate(stages[: planned[-1] + 1] if planned else ()):
             part = extract(gm, stage, stages[index + 1 :], shared)
             later = part.carried and index < planned[-1]
-            after: list[dict[str, Any]] | None = None
+            after: list[_Values] | None = None
             if seen is not None and later and (self.prefix == "float" or index not in planned):
-                after = _run(part, seen)
+                after = _run(part, seen, self.name)
             if index in planned:
                 inputs = None if seen is None else _Replay(part, seen)
                 count = sum(Pipeline(self.passes).run(part.gm, inputs).values())
                 if seen is not None and later and after is None:
-                    after = _run(part, seen)
+                    after = _run(part, seen, self.name)
                 if count:
                     names = merge(gm, stage, part)
                     after = after and [{names.get(k, k): v for k, v in values.items()} for values in after]
@@ -82,10 +83,13 @@ class BlockGraph:
     carried: frozenset[str]
 
 
+_Values = dict[str, tuple[Any, Validity]]  # of a batch, by the names of their nodes
+
+
 class _Replay:
     """The batches of a part, as often as they are asked for."""
 
-    def __init__(self, part: BlockGraph, seen: Sequence[dict[str, Any]]) -> None:
+    def __init__(self, part: BlockGraph, seen: Sequence[_Values]) -> None:
         self.part = part
         self.seen = seen
 
@@ -96,22 +100,27 @@ class _Replay:
         return len(self.seen)
 
 
-def _arguments(part: BlockGraph, values: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(values[node.name] for node in part.takes)
+def _arguments(part: BlockGraph, values: _Values) -> MaskedBatch:
+    taken = [values[node.name] for node in part.takes]
+    return MaskedBatch([value for value, _ in taken], [validity for _, validity in taken])
 
 
-def _inputs(gm: fx.GraphModule, batch: tuple[Tensor, ...]) -> dict[str, Any]:
-    return dict(zip([node.name for node in gm.graph.find_nodes(op="placeholder")], batch, strict=True))
+def _inputs(gm: fx.GraphModule, batch: tuple[Tensor, ...]) -> _Values:
+    return _named([node.name for node in gm.graph.find_nodes(op="placeholder")], masked_batch(source_of(gm), batch))
 
 
-def _run(part: BlockGraph, seen: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _named(names: Sequence[str], batch: MaskedBatch) -> _Values:
+    return dict(zip(names, zip(batch, batch.validity, strict=True), strict=True))
+
+
+def _run(part: BlockGraph, seen: Sequence[_Values], by: str) -> list[_Values]:
     """What later parts take of each batch."""
     part.gm.recompile()
     names = [node.name for node in part.gives]
-    found: list[dict[str, Any]] = []
+    found: list[_Values] = []
     for number, values in enumerate(seen):
         with torch.inference_mode():
-            given = dict(zip(names, see_batch(part.gm, _arguments(part, values), number), strict=True))
+            given = _named(names, run_batch(part.gm, _arguments(part, values), number, by))
         found.append({name: value for name, value in (values | given).items() if name in part.carried})
     return found
 
@@ -194,7 +203,8 @@ def extract(
     names = tuple(named.get(node, f"{_OUTPUT}_{i}") for i, node in enumerate(gives))
     declared = dict(zip(gm.graph.find_nodes(op="placeholder"), source.inputs, strict=True))
     inputs = tuple(declared.get(node) or _input(node) for node in takes)
-    part.meta[KEY] = dataclasses.replace(source, inputs=inputs, outputs=names)
+    # Its batches come with their validity, whose mask may not be among them.
+    part.meta[KEY] = dataclasses.replace(source, inputs=inputs, outputs=names, mask=None)
     part.meta[SHARED] = shared | gm.meta.get(SHARED, frozenset())
     needed = frozenset(n.name for other in behind for n in other.all_input_nodes)
     return BlockGraph(part, tuple(takes), gives, needed)

@@ -1,5 +1,6 @@
 """Activations through ``graphq::quantize`` and ``graphq::dequantize``, with scales from observers or from run time."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, final
 
@@ -11,6 +12,7 @@ from graphq.ir.edit import free_path
 from graphq.ir.layers import LAYER
 from graphq.ir.pipeline import Batches, Invariant, Pass
 from graphq.ir.views import Op, Weighted, view
+from graphq.observers.ranges import RangeObserver
 from graphq.passes.observe import observer_on, observers, remove_observers, to_quantize
 from graphq.runtime import ops
 from graphq.spec.formats import has_global_scale, is_asymmetric
@@ -41,9 +43,11 @@ no_observers = Invariant("no observers", _observed)
 class QuantizeActivations(Pass):
     """Every layer with a planned input reads it quantized and dequantized; layers that agree share these ops.
 
-    A stack whose experts differ reads, for each row, the input of the expert that gets it.
+    A stack whose experts differ reads, for each row, the input of the expert that gets it. ``note`` is told of each
+    layer with a static scale of whose input calibration saw a single number, so that its range is unknown.
     """
 
+    note: Callable[[str], None] | None = None
     name: ClassVar[str] = "quantize-activations"
     requires: ClassVar[tuple[Invariant, ...]] = (calibrated,)
     ensures: ClassVar[tuple[Invariant, ...]] = (no_observers,)
@@ -80,6 +84,7 @@ class QuantizeActivations(Pass):
             observer = observer_on(gm, x, quant)
             assert observer is not None, "calibrated"
             fixed, zero, _ = observer.scales()
+            self._tell(observer)
             names = ("input_scale", "input_zero_point", "input_global_scale")
             path = free_path(gm, str(reader.node.meta[LAYER]), names)
             name = "input_global_scale" if has_global_scale(quant.format) else "input_scale"
@@ -100,3 +105,11 @@ class QuantizeActivations(Pass):
         level = (scale, zero_point, global_scale, text, block)
         codes = edit.insert(gm, after, ops.quantize, x, *level, by=self.name, like=reader)
         return edit.insert(gm, after, ops.dequantize, codes, *level, x.val.dtype, by=self.name, like=reader)
+
+    def _tell(self, observer: RangeObserver) -> None:
+        only = observer.only
+        if only is None or self.note is None:
+            return
+        for layer in observer.layers:
+            seen = "only zeros" if only == 0 else f"nothing but {only:g}"
+            self.note(f"{layer}: calibration saw {seen} in its input, from which no range of {observer.quant} follows")

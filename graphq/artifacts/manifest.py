@@ -151,6 +151,7 @@ def source_json(source: Source) -> dict[str, Any]:
         "caches": [[pair.past, pair.present] for pair in source.caches],
         "config": source.config,
         "generation_config": source.generation_config,
+        "mask": source.mask,
     }
 
 
@@ -170,6 +171,7 @@ def source_from_json(data: Mapping[str, Any]) -> Source:
         config=data["config"],
         generation_config=data["generation_config"],
         caches=tuple(CachePair(str(past), str(present)) for past, present in data["caches"]),
+        mask=data["mask"],
     )
 
 

@@ -59,6 +59,7 @@ def capture_pretrained(model: "PreTrainedModel", cache: bool = True) -> fx.Graph
         generation_config=json.dumps(generation.to_diff_dict(), sort_keys=True) if generation is not None else None,
         dtype=_own_dtype(model),
         caches=_cache_pairs(inputs),
+        mask=next((i.name for i in inputs if i.name == "attention_mask"), None),
     )
     return gm
 

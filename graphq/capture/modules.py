@@ -12,11 +12,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from graphq.capture.export import FlatModel, SpecializedError, export_flat
 from graphq.capture.source import BATCH, KEY, SEQUENCE, Source, TensorInput
-from graphq.errors import GraphError
+from graphq.errors import GraphError, PassError, SpecError
 
 
 def capture_module(
-    model: nn.Module, inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor], cache: bool = True
+    model: nn.Module,
+    inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor],
+    cache: bool = True,
+    mask: str | None = None,
 ) -> fx.GraphModule:
     """The graph of any module, from example inputs (a tensor, a tuple, or a dict by argument name).
 
@@ -24,13 +27,22 @@ def capture_module(
 
     The first dimension of every input is the dynamic ``batch``; the second dimension of ``[batch, n]`` integer and
     ``[batch, n, features]`` inputs is the dynamic ``sequence`` where the model allows it; a note says where not.
-    Raises ``GraphError`` for inputs or outputs that are not tensors, a specialized batch, and untraceable code.
+    ``mask`` names the input ``[batch, tokens]`` that is 0 where a token is padding. Raises ``GraphError`` for inputs or
+    outputs that are not tensors, a specialized batch, and untraceable code; ``SpecError`` for a mask that is none.
     """
     model = unwrapped(model)
     named = _name_inputs(model, inputs)
+    _check_mask(mask, named)
     with contextlib.nullcontext() if cache else _without_cache(model):
-        gm = _capture(model, named, {} if cache else _no_cache(model, named))
+        gm = _capture(model, named, {} if cache else _no_cache(model, named), mask)
     _check_examples(gm, model, named)
+    source: Source = gm.meta[KEY]
+    undeclared = () if mask else (name for name, x in named.items() if name.endswith("mask") and x.dim() == 2)
+    notes = (
+        f"{name}: is not declared as the mask of padding: all tokens calibrate (compile takes mask={name!r})"
+        for name in undeclared
+    )
+    gm.meta[KEY] = replace(source, mask=mask, notes=(*source.notes, *notes))
     return gm
 
 
@@ -54,6 +66,15 @@ def _no_cache(model: nn.Module, named: Mapping[str, Tensor]) -> dict[str, Any]:
     return {"use_cache": False} if taken else {}
 
 
+def _check_mask(mask: str | None, named: Mapping[str, Tensor]) -> None:
+    if mask is None:
+        return
+    if mask not in named:
+        raise SpecError(f"mask: the model has no input {mask}; it takes {', '.join(named)}")
+    if named[mask].dim() != 2:
+        raise SpecError(f"mask: {mask} has shape {tuple(named[mask].shape)}; a mask of tokens is (batch, tokens)")
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module that ``torch.compile`` or a data-parallel module was given, whose names are the user's."""
     while True:
@@ -68,7 +89,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _check_examples(gm: fx.GraphModule, model: nn.Module, named: Mapping[str, Tensor]) -> None:
-    """Raises ``GraphError`` if the graph cannot be run on the examples: export looks at few dtypes and no values."""
+    """Raises ``GraphError`` if the model cannot be run on the examples: export looks at few dtypes and no values.
+
+    Raises ``PassError`` if the graph alone cannot.
+    """
     if any(isinstance(x, FakeTensor) for x in (*named.values(), *gm.state_dict(keep_vars=True).values())):
         return
     try:
@@ -76,12 +100,24 @@ def _check_examples(gm: fx.GraphModule, model: nn.Module, named: Mapping[str, Te
             gm.forward(*named.values())
     except Exception as error:  # whatever the ops say
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if _runs(model, named):
+            raise PassError(f"capture: the graph of {type(model).__name__} fails where it does not: {first}") from error
         raise GraphError(f"inputs: {type(model).__name__} fails on the examples: {first}") from error
 
 
-def _capture(model: nn.Module, named: dict[str, Tensor], options: Mapping[str, Any]) -> fx.GraphModule:
+def _runs(model: nn.Module, named: Mapping[str, Tensor]) -> bool:
+    with contextlib.suppress(Exception), torch.no_grad():  # whatever its code raises
+        _caller(model, {})(model, dict(named))
+        return True
+    return False
+
+
+def _capture(
+    model: nn.Module, named: dict[str, Tensor], options: Mapping[str, Any], mask: str | None
+) -> fx.GraphModule:
     """The graph, with inputs in the order of ``named``; ``options``: further arguments of the model."""
-    sequence_sizes = {x.shape[1] for x in named.values() if _has_sequence(x)}
+    over_tokens = {name for name, x in named.items() if _has_sequence(x) or name == mask}
+    sequence_sizes = {named[name].shape[1] for name in over_tokens}
     with_sequence = len(sequence_sizes) == 1 and sequence_sizes != {1}
     batch_sizes = {x.shape[0] for x in named.values() if x.dim()}
     if len(batch_sizes) > 1:
@@ -98,7 +134,7 @@ def _capture(model: nn.Module, named: dict[str, Tensor], options: Mapping[str, A
                 name,
                 x.dtype,
                 tuple(
-                    BATCH if axis == 0 else SEQUENCE if axis == 1 and sequence and _has_sequence(x) else size
+                    BATCH if axis == 0 else SEQUENCE if axis == 1 and sequence and name in over_tokens else size
                     for axis, size in enumerate(x.shape)
                 ),
             )

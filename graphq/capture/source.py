@@ -53,7 +53,8 @@ class Source:
 
     ``blocks``: dotted paths of the lists of repeated blocks, such as ``model.layers``. ``output_kind``: the structure
     the source returns. ``config``, ``generation_config``: transformers' settings as JSON. ``files``: the directory with
-    the tokenizer and configuration that go with the artifact.
+    the tokenizer and configuration that go with the artifact. ``mask``: the name of the input ``[batch, tokens]`` that
+    is 0 where a token is padding.
 
     ``stored``: what float parameters that are held in float32 are stored in, where that is narrower: those named in
     ``wide``, whose numbers it does not hold, are stored as they are.
@@ -72,6 +73,7 @@ class Source:
     caches: tuple[CachePair, ...] = ()
     stored: torch.dtype | None = None
     wide: frozenset[str] = frozenset()
+    mask: str | None = None
 
     @property
     def pasts(self) -> frozenset[str]:

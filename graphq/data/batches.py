@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from graphq.capture.source import PAST, SEQUENCE, TOTAL, Source, TensorInput
-from graphq.errors import SpecError
+from graphq.errors import GraphqError, SpecError
 from graphq.spec.rules import Run
 
 
@@ -26,7 +26,7 @@ def complete(source: Source, batch: object, where: str = "inputs") -> tuple[Tens
     sizes.setdefault(PAST, 0)
     if SEQUENCE in sizes and TOTAL in sizes and sizes[TOTAL] != sizes[SEQUENCE] + sizes[PAST]:
         raise SpecError(
-            f"{where}: attention_mask covers {sizes[TOTAL]} tokens,"
+            f"{where}: {source.mask} covers {sizes[TOTAL]} tokens,"
             f" past_sequence + sequence are {sizes[PAST]} + {sizes[SEQUENCE]}"
         )
     if SEQUENCE in sizes:
@@ -95,13 +95,13 @@ def _default(
         return [sizes[d] if isinstance(d, str) else d for d in wanted.shape]
 
     match wanted.name:
-        case "attention_mask":
+        case name if name == source.mask:
             return torch.ones(shape(), dtype=wanted.dtype, device=device)
         case "token_type_ids":
             return torch.zeros(shape(), dtype=wanted.dtype, device=device)
-        case "position_ids" if "attention_mask" in given:
+        case "position_ids" if source.mask is not None and source.mask in given:
             # A padded token has no position of its own; 1 is what transformers' generation gives it.
-            mask = given["attention_mask"]
+            mask = given[source.mask]
             return (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)[:, -sizes[SEQUENCE] :].to(wanted.dtype)
         case _ if wanted.name in source.pasts:
             return torch.zeros(shape(), dtype=wanted.dtype, device=device)
@@ -128,5 +128,23 @@ def complete_all(source: Source, batches: Iterable[object], where: str = "calibr
     """``complete`` for each of many batches, which the errors number from 0."""
     if isinstance(batches, Tensor | Mapping | str | bytes) or not isinstance(cast(object, batches), Iterable):
         raise SpecError(f"{where}: a {type(batches).__name__}; give a list of tensors, tuples or dicts")
-    for number, batch in enumerate(batches):
+    for number, batch in enumerate(_read(batches, where)):
         yield complete(source, batch, f"{where}: batch {number}")
+
+
+def _read(batches: Iterable[object], where: str) -> Iterator[object]:
+    """The batches. An error of the user's own code that gives them is a ``SpecError``."""
+    given = iter(batches)
+    number = 0
+    while True:
+        try:
+            batch = next(given)
+        except StopIteration:
+            return
+        except GraphqError:
+            raise
+        except Exception as error:
+            first = (str(error).strip().splitlines() or [""])[0]
+            raise SpecError(f"{where}: batch {number} cannot be read: {type(error).__name__}: {first}") from error
+        yield batch
+        number += 1

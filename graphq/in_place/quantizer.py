@@ -16,7 +16,7 @@ from torch import nn
 from graphq.algorithms import PassContext, quantization, unmatched
 from graphq.capture.modules import unwrapped
 from graphq.checks import is_calibrated, refusals
-from graphq.errors import GraphError, SpecError
+from graphq.errors import GraphError, GraphqError, PassError, SpecError
 from graphq.frontends import amct, load_spec
 from graphq.in_place.graph import Layer
 from graphq.in_place.layer import FACTORS, InPlaceLayer
@@ -148,9 +148,12 @@ class _Calibration:
                 for layer in unsettled:
                     if self.count >= self.wanted and layer.is_reached:
                         layer.settle()
-        except Exception as error:
+        except GraphqError as error:
             self.failed = str(error)
             raise
+        except Exception as error:
+            self.failed = f"{type(error).__name__}: {error}"
+            raise PassError(f"quantize: batch {self.count}: {self.failed}") from error
 
     def _unsettled(self) -> Iterator[InPlaceLayer]:
         return (layer for layer in self.layers.values() if not layer.is_settled)

@@ -6,7 +6,7 @@ says so (its tag ``pointwise``), else ``Opaque``. Each row is checked by running
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Generic, Literal, TypeVar, cast, final
 
 import torch
@@ -97,8 +97,11 @@ class Reduces:
 @dataclass(frozen=True)
 class MixesAxis:
     """Every element depends on those alone that differ from it in the index of one axis (``axes_of``), whose size may
-    change. Ops with a list of outputs give them alike.
+    change. Ops with a list of outputs give them alike. ``orders``: elements are put in another order, or the first few
+    taken: values and their indices, or the indices alone.
     """
+
+    orders: bool = False
 
 
 @final
@@ -184,12 +187,13 @@ class Gathers:
 @final
 @dataclass(frozen=True)
 class Scatters:
-    """The first argument, with those of the argument ``source`` (None: a number) written or added in places: whole
-    ``slices``, or ``elements``, each with an index of its own.
+    """The first argument, with those of the argument ``source`` (None: a number) written in places, or added
+    (``adds``): whole ``slices``, or ``elements``, each with an index of its own.
     """
 
     what: Literal["slices", "elements"]
     source: str | None
+    adds: bool = False
 
 
 @final
@@ -277,6 +281,7 @@ _ROWS: Final[tuple[tuple[_Row, tuple[Any, ...]], ...]] = (
             *(aten.__and__.Tensor, aten.__or__.Tensor, aten.__xor__.Tensor, aten.__and__.Scalar, aten.__or__.Scalar),
             *(aten.floor_divide.default, aten.hardswish.default, aten.log_sigmoid.default),
             *(aten.tril.default, aten.triu.default),  # an element, or 0
+            aten.copy.default,  # the second's element
         ),
     ),
     (Adds(), (aten.add.Tensor, aten.sub.Tensor, aten.add.Scalar, aten.sub.Scalar)),
@@ -285,33 +290,22 @@ _ROWS: Final[tuple[tuple[_Row, tuple[Any, ...]], ...]] = (
     (Reduces("linear"), (aten.sum.dim_IntList, aten.mean.dim, aten.sum.default, aten.mean.default)),
     (
         Reduces("homogeneous"),
-        (
-            *(aten.amax.default, aten.amin.default, aten.max.default, aten.min.default),
-            aten.linalg_vector_norm.default,
-        ),
+        (aten.amax.default, aten.amin.default, aten.max.default, aten.min.default, aten.linalg_vector_norm.default),
     ),
     (
         Reduces("other"),
         (
-            *(
-                aten.var.dim,
-                aten.std.dim,
-                aten.var.correction,
-                aten.std.correction,
-                aten.prod.dim_int,
-                aten.logsumexp.default,
-            ),
+            *(aten.var.dim, aten.std.dim, aten.var.correction, aten.std.correction),
+            *(aten.prod.dim_int, aten.logsumexp.default),
             *(aten.argmax.default, aten.argmin.default, aten.max.dim, aten.min.dim),
             *(aten.any.dim, aten.all.dim, aten.any.default, aten.all.default),
         ),
     ),
+    (MixesAxis(), (aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default)),
+    (MixesAxis(), (aten.cumsum.default, aten.glu.default)),
     (
-        MixesAxis(),
-        (
-            *(aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default),
-            *(aten.cumsum.default, aten.sort.default, aten.sort.stable, aten.argsort.default, aten.topk.default),
-            aten.glu.default,
-        ),
+        MixesAxis(orders=True),
+        (aten.sort.default, aten.sort.stable, aten.argsort.default, aten.argsort.stable, aten.topk.default),
     ),
     (Normalizes(-1, "row"), (aten.layer_norm.default, aten.native_layer_norm.default)),
     (Normalizes(-1, "row", centres=False, parameters=("weight",)), (aten.rms_norm.default,)),
@@ -331,10 +325,12 @@ _ROWS: Final[tuple[tuple[_Row, tuple[Any, ...]], ...]] = (
     (Joins(new=True), (aten.stack.default,)),
     (Gathers("slices"), (aten.index.Tensor, aten.index_select.default)),
     (Gathers("elements"), (aten.gather.default,)),
-    (Scatters("slices", "source"), (aten.index_add.default, aten.index_copy.default)),
+    (Scatters("slices", "source"), (aten.index_copy.default,)),
+    (Scatters("slices", "source", adds=True), (aten.index_add.default,)),
     (Scatters("slices", "values"), (aten.index_put.default,)),
     (Scatters("slices", "src"), (aten.slice_scatter.default, aten.select_scatter.default)),
-    (Scatters("elements", "src"), (aten.scatter.src, aten.scatter_add.default)),
+    (Scatters("elements", "src"), (aten.scatter.src,)),
+    (Scatters("elements", "src", adds=True), (aten.scatter_add.default,)),
     (Scatters("elements", None), (aten.scatter.value,)),
     (Pads(None), (aten.constant_pad_nd.default, aten.pad.default)),
     (
@@ -371,6 +367,8 @@ def effect(op: Op) -> Effect:
         case Pads():
             by_mode = target == aten.pad.default and op.argument("mode") != "constant"
             return Pads(None if by_mode else float(op.argument("value") or 0))
+        case Scatters() if target == aten.index_put.default:
+            return replace(row, adds=bool(op.argument("accumulate")))
         case Normalizes() if target == aten.batch_norm.default and op.argument("training"):
             return Normalizes(row.axis, "positions")
         case _:

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from graphq.errors import PassError
+from graphq.errors import GraphqError, PassError
+from graphq.ir.layers import LAYER, Site
 from graphq.ir.text import dump
+from graphq.ir.views import Op
 
 Batches = Iterable[tuple[Tensor, ...]]  # calibration inputs of this graph, complete and in its order
 log = logging.getLogger("graphq")
@@ -49,12 +52,15 @@ class Pipeline:
     after: Callable[[Pass, fx.GraphModule], None] | None = None
 
     def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> dict[str, int]:
-        """Run every pass; the number of changes of each by its name. Raises ``PassError`` for a broken promise."""
+        """Run every pass; the number of changes of each by its name.
+
+        Raises ``PassError`` for a broken promise, and for whatever a pass raises that is no error of graphq's.
+        """
         counts: dict[str, int] = {}
         for step in self.passes:
             _check(gm, step.requires, f"{step.name} needs")
             before = fingerprint(gm) if self.strict else ""
-            count = step.run(gm, batches)
+            count = _run(step, gm, batches)
             _check(gm, (well_formed, *step.ensures), f"{step.name} promises")
             gm.recompile()
             if self.strict and (fingerprint(gm) != before) != (count > 0):
@@ -65,6 +71,30 @@ class Pipeline:
             if self.after is not None:
                 self.after(step, gm)
         return counts
+
+
+def _run(step: Pass, gm: fx.GraphModule, batches: Batches | None) -> int:
+    try:
+        return step.run(gm, batches)
+    except (GraphqError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        layer = _layer_at(error)
+        where = f"{step.name}: {layer}" if layer else step.name
+        raise PassError(f"{where}: {type(error).__name__}: {first}") from error
+
+
+def _layer_at(error: Exception) -> str:
+    """The layer that a pass was at: that of a node, or a use of a weight, in the innermost frame that has one."""
+    found = ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        for value in frame.f_locals.values():
+            part = getattr(value, "site", value)
+            node = part.op.node if isinstance(part, Site) else part.node if isinstance(part, Op) else part
+            if isinstance(node, fx.Node) and LAYER in node.meta:
+                found = str(node.meta[LAYER])
+    return found
 
 
 def _check(gm: fx.GraphModule, invariants: Iterable[Invariant], who: str) -> None:

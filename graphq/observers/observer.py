@@ -12,19 +12,23 @@ from typing import ClassVar, Final, final
 import torch
 from torch import Tensor, nn
 
-from graphq.errors import PassError, SpecError
+from graphq.errors import GraphqError, PassError, SpecError
 from graphq.ir.views import Op, Weighted
 
 
 class Observer(nn.Module, ABC):
     """Hands its input on and keeps statistics of it. ``layers``: the layers that read this activation.
 
-    ``sweeps``: how often the batches have to come by; ``sweep`` counts them.
+    ``sweeps``: how often the batches have to come by; ``sweep`` counts them. ``axis``: that of the channels in what it
+    sees, whose rows it takes whole; None where it takes elements. ``reads_windows``: whether it takes what convolutions
+    read of many places at once, so that none can be left out.
     """
 
     batches: Tensor
     sweeps: ClassVar[int] = 1
     role: str = "input"  # what of its layers it sees
+    axis: int | None = -1
+    reads_windows: bool = False
     _is_impure: Final = True  # torch.fx: nothing needs to read its output
 
     def __init__(self, layers: tuple[str, ...]) -> None:
@@ -53,14 +57,38 @@ class Observer(nn.Module, ABC):
         """What observers agree on that can be merged."""
         return ()
 
-    def forward(self, x: Tensor, *rest: Tensor) -> Tensor:
-        if self.sweep:
-            self.refine(x, *rest)
-        else:
-            if x.numel():
-                self.update(x, *rest)
-            self.batches += 1
+    def forward(self, x: Tensor, *rest: Tensor, valid: Tensor | None = None) -> Tensor:
+        """``x``. ``valid``: which elements of it count (None: all); constant along ``axis`` where there is one.
+
+        Raises ``SpecError`` for data that holds NaN or Inf, ``PassError`` for whatever else fails.
+        """
+        try:
+            seen = (x, *rest) if valid is None else self.valid_part(x, valid, *rest)
+            if self.sweep:
+                self.refine(*seen)
+            else:
+                if seen[0].numel():
+                    self.update(*seen)
+                self.batches += 1
+        except GraphqError:
+            raise
+        except Exception as error:
+            what = f"{type(self).__name__} of the {self.role} of {self.layers[0]}"
+            raise PassError(f"calibrate: {what}: {type(error).__name__}: {error}") from error
         return x
+
+    def valid_part(self, x: Tensor, valid: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        """What counts of a batch: elements, or rows along the channels in a tensor of as many axes.
+
+        ``rest``: where each expert's rows end, which is counted anew.
+        """
+        if self.axis is None:
+            return (x[valid], *rest)
+        rows = valid.movedim(self.axis, -1).flatten(0, -2)[:, 0]
+        kept = x.movedim(self.axis, -1).flatten(0, -2)[rows]
+        ends = torch.cat([rows.new_zeros(1, dtype=torch.int64), rows.cumsum(0)])
+        shape = (len(kept), *[1] * (x.dim() - 2), x.shape[self.axis])
+        return (kept.view(shape).movedim(-1, self.axis), *(ends[offsets.long()].to(offsets.dtype) for offsets in rest))
 
     def refuse(self) -> SpecError:
         """The error for the present batch, which holds NaN or Inf."""

@@ -43,6 +43,7 @@ class RangeObserver(Observer):
 
     low: Tensor
     high: Tensor
+    axis = None
 
     def __init__(self, quant: Quant, layers: tuple[str, ...]) -> None:
         super().__init__(layers)
@@ -53,6 +54,11 @@ class RangeObserver(Observer):
     @property
     def has_observed(self) -> bool:
         return bool(self.low <= self.high)
+
+    @property
+    def only(self) -> float | None:
+        """The one number that every element seen was, from which no range follows; None where there were more."""
+        return float(self.low) if bool(self.low == self.high) else None
 
     def settings(self) -> tuple[object, ...]:
         return (self.quant,)
@@ -203,6 +209,8 @@ class OfmrObserver(RangeObserver):
     def __init__(self, quant: Quant, layers: tuple[str, ...], maps: Sequence[OutputMap]) -> None:
         super().__init__(quant, layers)
         self.maps = tuple(maps)
+        self.axis = -1  # whole rows, which the layers multiply
+        self.reads_windows = any(output.channel_axis != -1 for output in maps)
         self.register_buffer("losses", torch.zeros(2 * ofmr.AROUND + 1, dtype=torch.float32))
 
     def _exponents(self) -> Tensor:
@@ -243,6 +251,8 @@ class OfmrWeightObserver(RangeObserver):
     def __init__(self, quant: Quant, layers: tuple[str, ...], output: OutputMap) -> None:
         super().__init__(quant, layers)
         self.output = output
+        self.axis = -1
+        self.reads_windows = output.channel_axis != -1
         found = weight_scales(output.weight, quant.format, output.block, MinMax()).scale
         self.like = torch.ones_like(found)
         self.by_channel = isinstance(quant.granularity, PerChannel)

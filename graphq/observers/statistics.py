@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from graphq.errors import PassError
 from graphq.ir.layers import LAYER
 from graphq.ir.matrices import Samples, as_matrices, input_key, input_vectors
-from graphq.ir.views import Op, Weighted
+from graphq.ir.views import CONVOLUTIONS, Op, Weighted
 from graphq.numerics.taps import Window, tap_sums
 from graphq.observers.observer import Observer, ObserverRequest
 
@@ -39,6 +39,7 @@ class ChannelObserver(Observer):
         return self.low.shape, self.axis
 
     def update(self, x: Tensor, *rest: Tensor) -> None:
+        assert self.axis is not None
         rows = x.movedim(self.axis, -1).reshape(-1, x.shape[self.axis])
         total = rows.abs().sum(0, dtype=torch.float64)
         if not torch.isfinite(total).all():
@@ -80,6 +81,8 @@ class MeanObserver(Observer):
         super().__init__(layers)
         self.of = of
         self.role = role
+        self.reads_windows = isinstance(of, Window)
+        self.axis = of if isinstance(of, int) else None
         self.register_buffer("total", torch.zeros(*shape, dtype=torch.float64))
         self.register_buffer("count", torch.tensor(0))
 
@@ -119,9 +122,12 @@ class HessianObserver(Observer):
     sums: Tensor
     counts: Tensor
 
-    def __init__(self, layers: tuple[str, ...], shape: tuple[int, int], samples: Samples) -> None:
+    def __init__(
+        self, layers: tuple[str, ...], shape: tuple[int, int], samples: Samples, reads_windows: bool = False
+    ) -> None:
         super().__init__(layers)
         self.samples = samples
+        self.reads_windows = reads_windows
         self.register_buffer("sums", torch.zeros(shape[0], shape[1], shape[1]))
         self.register_buffer("counts", torch.zeros(shape[0], dtype=torch.int64))
 
@@ -178,7 +184,8 @@ def hessians(gm: fx.GraphModule, ops: Iterable[Weighted]) -> Iterator[ObserverRe
         samples, rest = input_vectors(alike[0])
         names = tuple(dict.fromkeys(str(op.node.meta[LAYER]) for op in alike))
         problems = as_matrices(torch.empty(tuple(alike[0].weight_op.val.shape), device="meta"), alike[0])
-        observer = HessianObserver(names, (problems.shape[0], problems.shape[2]), samples)
+        is_convolution = isinstance(alike[0], CONVOLUTIONS)
+        observer = HessianObserver(names, (problems.shape[0], problems.shape[2]), samples, is_convolution)
         yield ObserverRequest(alike[0].input_op, observer, alike[0], rest)
 
 

@@ -6,6 +6,7 @@ from torch import Tensor, fx, nn
 
 from graphq.capture.source import SHARED, source_of
 from graphq.compiler import canonical_passes
+from graphq.data.masks import MaskedBatch
 from graphq.errors import SpecError
 from graphq.ir.index import GraphIndex
 from graphq.ir.pipeline import Batches, Pass, Pipeline, fingerprint
@@ -221,13 +222,13 @@ def test_what_stands_behind_the_last_planned_layer_is_not_run(prefix: str, monke
     from graphq.passes import blockwise
 
     ran: list[str] = []
-    plain = blockwise.see_batch
+    plain = blockwise.run_batch
 
-    def update(gm: fx.GraphModule, batch: tuple[object, ...], number: int) -> tuple[object, ...]:
+    def update(gm: fx.GraphModule, batch: MaskedBatch, number: int, by: str) -> MaskedBatch:
         ran.extend(n.name for n in gm.graph.nodes if n.op == "call_function")
-        return plain(gm, batch, number)
+        return plain(gm, batch, number, by)
 
-    monkeypatch.setattr(blockwise, "see_batch", update)
+    monkeypatch.setattr(blockwise, "run_batch", update)
     counted = Counted()
     gm = annotated(capture(Blocks(), torch.ones(2, 8)), blocks__0="int8/channel")
     before = dump(gm)
