@@ -15,6 +15,7 @@ from graphq.errors import SpecError
 from graphq.ir import edit
 from graphq.ir.layers import sites
 from graphq.ir.pipeline import Batches, Pass
+from graphq.ir.validity import ValidityRun
 from graphq.ir.views import Embedding, GroupedLinear, Weighted, ops_of
 from graphq.numerics import Scales, rounding
 from graphq.numerics.blocks import block_extremes
@@ -87,6 +88,9 @@ class AutoRound(Pass):
             self._tell(layers, trained, in_vain=True)
             return _codes(trained, _Learned.nearest)
         task = _Task(gm, outputs, pools_of(gm, seen, [node for _, node in outputs]), self.batch_size)
+        if self.note is not None:
+            for stop in task.stops:
+                self.note(f"{layers[0].site.path}: masked tokens have a part in what {self.name} compares: {stop}")
         generator = torch.Generator().manual_seed(self.seed)
         lr = 1 / self.steps if self.lr is None else self.lr
         least = torch.inf
@@ -266,6 +270,20 @@ class _Task:
             for index, rows in in_turn(pools, batch_size):
                 found[index].append(self._run(None, pools[index].pick(rows)))
         self.targets = [[torch.cat(one) for one in zip(*parts, strict=True)] for parts in found]
+        self.stops: dict[str, None] = {}
+        self.masks = [self._masks(gm, pool, targets) for pool, targets in zip(pools, self.targets, strict=True)]
+
+    def _masks(self, gm: fx.GraphModule, pool: Pool, targets: Sequence[Tensor]) -> list[Tensor | None]:
+        """Which of the targets come of tokens that masks leave in; None: all."""
+        if pool.inputs.is_trivial:
+            return [None] * len(targets)
+        parts: list[list[Tensor]] = []
+        for _, rows in in_turn([pool], self.batch_size):
+            given = ValidityRun(gm).run_batch(pool.pick(rows))
+            validity = [given.validity[place] for place in self.places]
+            self.stops |= dict.fromkeys(stop for one in validity for stop in one.stops)
+            parts.append([one.full(given[place]) for place, one in zip(self.places, validity, strict=True)])
+        return [torch.cat(one) for one in zip(*parts, strict=True)]
 
     def drawn_error(self, weights: Mapping[str, Tensor], generator: torch.Generator) -> Tensor:
         """The mean squared error of a few rows drawn at random."""
@@ -282,13 +300,21 @@ class _Task:
         pool = self.pools[index]
         made = self._run(weights, pool.pick(rows))
         wanted = [pool.of(target, rows) for target in self.targets[index]]
-        squares = [(computed(a) - computed(b)).square().mean() for a, b in zip(made, wanted, strict=True)]
+        masks = [None if mask is None else pool.of(mask, rows) for mask in self.masks[index]]
+        squares = [_mean_square(computed(a) - computed(b), m) for a, b, m in zip(made, wanted, masks, strict=True)]
         return torch.stack(squares).sum()
 
     def _run(self, weights: Mapping[str, Tensor] | None, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
         self.runner.weights = weights
         given = self.runner.run(*inputs)
         return tuple(given[place] for place in self.places)
+
+
+def _mean_square(error: Tensor, mask: Tensor | None) -> Tensor:
+    """Over what ``mask`` leaves in; 0 where that is nothing."""
+    if mask is None:
+        return error.square().mean()
+    return error[mask].square().sum() / mask.sum().clamp(min=1)
 
 
 @final

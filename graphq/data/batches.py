@@ -26,7 +26,7 @@ def complete(source: Source, batch: object, where: str = "inputs") -> tuple[Tens
     sizes.setdefault(PAST, 0)
     if SEQUENCE in sizes and TOTAL in sizes and sizes[TOTAL] != sizes[SEQUENCE] + sizes[PAST]:
         raise SpecError(
-            f"{where}: {source.mask} covers {sizes[TOTAL]} tokens,"
+            f"{where}: {source.mask or 'attention_mask'} covers {sizes[TOTAL]} tokens,"
             f" past_sequence + sequence are {sizes[PAST]} + {sizes[SEQUENCE]}"
         )
     if SEQUENCE in sizes:
@@ -94,14 +94,15 @@ def _default(
             raise SpecError(f"{where}: {wanted.name} is missing")
         return [sizes[d] if isinstance(d, str) else d for d in wanted.shape]
 
+    mask_name = source.mask or "attention_mask"
     match wanted.name:
-        case name if name == source.mask:
+        case name if name == mask_name:
             return torch.ones(shape(), dtype=wanted.dtype, device=device)
         case "token_type_ids":
             return torch.zeros(shape(), dtype=wanted.dtype, device=device)
-        case "position_ids" if source.mask is not None and source.mask in given:
+        case "position_ids" if mask_name in given:
             # A padded token has no position of its own; 1 is what transformers' generation gives it.
-            mask = given[source.mask]
+            mask = given[mask_name]
             return (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)[:, -sizes[SEQUENCE] :].to(wanted.dtype)
         case _ if wanted.name in source.pasts:
             return torch.zeros(shape(), dtype=wanted.dtype, device=device)

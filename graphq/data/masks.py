@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final, final
 
+import torch
 from torch import Tensor
 
 from graphq.capture.source import BATCH, PAST, SEQUENCE, TOTAL, Source, TensorInput
@@ -29,6 +30,10 @@ class Validity:
     def is_trivial(self) -> bool:
         """Whether there is nothing to say: all elements count, and no masked ones have a part in them."""
         return self.mask is None and not self.stops
+
+    def full(self, x: Tensor) -> Tensor:
+        """The mask of ``x``, all True where there is none."""
+        return torch.ones_like(x, dtype=torch.bool) if self.mask is None else self.mask
 
 
 ALL: Final = Validity()

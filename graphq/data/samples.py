@@ -11,6 +11,9 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor, fx
 
+from graphq.capture.source import source_of
+from graphq.data.masks import MaskedBatch, Validity, masked_batch
+
 _MIXED: Final = -1
 
 
@@ -22,7 +25,7 @@ class Pool:
     ``counts``: numbers that depend on how many rows there are, by input; they are sums of products of sizes.
     """
 
-    inputs: tuple[Any, ...]
+    inputs: MaskedBatch
     axes: tuple[int | None, ...]
     counts: dict[int, Any]
     symbol: Any
@@ -34,16 +37,20 @@ class Pool:
         """Whether its one row is a batch that cannot be taken apart."""
         return self.symbol is None
 
-    def pick(self, rows: Tensor) -> tuple[Any, ...]:
+    def pick(self, rows: Tensor) -> MaskedBatch:
         """The inputs of these rows, as tensors of their own."""
         if self.is_whole:
-            return tuple(x.clone() if isinstance(x, Tensor) else x for x in self.inputs)
+            return MaskedBatch((x.clone() if isinstance(x, Tensor) else x for x in self.inputs), self.inputs.validity)
         found = [
             x if axis is None else x.index_select(axis, rows) for x, axis in zip(self.inputs, self.axes, strict=True)
         ]
         for index, expression in self.counts.items():
             found[index] = int(expression.subs(self.sizes | {self.symbol: rows.numel()}))
-        return tuple(found)
+        validity = [
+            one if axis is None or one.mask is None else Validity(one.mask.index_select(axis, rows), one.stops)
+            for one, axis in zip(self.inputs.validity, self.axes, strict=True)
+        ]
+        return MaskedBatch(found, validity)
 
     def of(self, output: Tensor, rows: Tensor) -> Tensor:
         """These rows of what the graph gave for all."""
@@ -77,14 +84,15 @@ def in_turn(pools: Sequence[Pool], count: int) -> Iterator[tuple[int, Tensor]]:
 def pools_of(gm: fx.GraphModule, batches: Sequence[tuple[Any, ...]], outputs: Sequence[fx.Node]) -> list[Pool]:
     """The batches of ``gm`` as pools of rows, as ``outputs`` have them. Their tensors are copies."""
     with torch.inference_mode(False):
+        given = [masked_batch(source_of(gm), batch) for batch in batches]
         vals = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
         symbol = _symbol(outputs)
         axes = None if symbol is None else [_axis(val, symbol) for val in vals]
         if axes is None or _MIXED in axes or all(axis is None for axis in axes):
-            return [_whole(batch) for batch in batches]
+            return [_whole(batch) for batch in given]
         counts = {i: val.node.expr for i, val in enumerate(vals) if _depends(val, symbol)}
-        groups: list[list[tuple[Any, ...]]] = []
-        for batch in batches:
+        groups: list[list[MaskedBatch]] = []
+        for batch in given:
             group = next((g for g in groups if _agree(g[0], batch, axes, counts)), None)
             if group is None:
                 groups.append([batch])
@@ -93,11 +101,12 @@ def pools_of(gm: fx.GraphModule, batches: Sequence[tuple[Any, ...]], outputs: Se
         made = [_joined(group, vals, axes, counts, symbol) for group in groups]
         if all(set(pool.sizes) >= e.free_symbols - {symbol} for pool in made for e in counts.values()):
             return made
-        return [_whole(batch) for batch in batches]
+        return [_whole(batch) for batch in given]
 
 
-def _whole(batch: tuple[Any, ...]) -> Pool:
-    return Pool(batch, (None,) * len(batch), {}, None, {}, 1)
+def _whole(batch: MaskedBatch) -> Pool:
+    validity = [one if one.mask is None else Validity(one.mask.clone(), one.stops) for one in batch.validity]
+    return Pool(MaskedBatch(batch, validity), (None,) * len(batch), {}, None, {}, 1)
 
 
 def _symbol(outputs: Sequence[fx.Node]) -> Any:
@@ -129,8 +138,11 @@ def _axis(val: Any, symbol: Any) -> int | None:
     return found[0] if len(found) == 1 and _expression(val.shape[found[0]]) == symbol else _MIXED
 
 
-def _agree(a: tuple[Any, ...], b: tuple[Any, ...], axes: Sequence[int | None], counts: dict[int, Any]) -> bool:
+def _agree(a: MaskedBatch, b: MaskedBatch, axes: Sequence[int | None], counts: dict[int, Any]) -> bool:
     """Whether two batches differ in their rows alone."""
+    masks = ((x.mask, y.mask) for x, y, axis in zip(a.validity, b.validity, axes, strict=True) if axis is None)
+    if any(x is not y and (x is None or y is None or not torch.equal(x, y)) for x, y in masks):
+        return False
     for index, (x, y, axis) in enumerate(zip(a, b, axes, strict=True)):
         if not isinstance(x, Tensor):
             if index not in counts and x != y:
@@ -144,7 +156,7 @@ def _agree(a: tuple[Any, ...], b: tuple[Any, ...], axes: Sequence[int | None], c
 
 
 def _joined(
-    group: Sequence[tuple[Any, ...]],
+    group: Sequence[MaskedBatch],
     vals: Sequence[Any],
     axes: Sequence[int | None],
     counts: dict[int, Any],
@@ -166,4 +178,15 @@ def _joined(
             if expression is not None and expression.is_symbol:
                 sizes[expression] = int(actual)
         inputs.append(x)
-    return Pool(tuple(inputs), tuple(axes), counts, symbol, sizes, size)
+    validity = [_joined_validity(group, index, axis) for index, axis in enumerate(axes)]
+    return Pool(MaskedBatch(inputs, validity), tuple(axes), counts, symbol, sizes, size)
+
+
+def _joined_validity(group: Sequence[MaskedBatch], index: int, axis: int | None) -> Validity:
+    masks = [batch.validity[index].mask for batch in group]
+    stops = tuple(dict.fromkeys(stop for batch in group for stop in batch.validity[index].stops))
+    if axis is None:
+        return Validity(None if masks[0] is None else masks[0].clone(), stops)
+    if all(mask is None for mask in masks):
+        return Validity(None, stops)
+    return Validity(torch.cat([batch.validity[index].full(batch[index]) for batch in group], axis), stops)

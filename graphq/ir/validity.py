@@ -16,7 +16,7 @@ from graphq.ir.views import view
 
 
 class ValidityRun(fx.Interpreter):
-    """Runs a graph and knows the ``validity`` of each value for as long as the value is needed."""
+    """Runs a graph, and knows the ``validity`` of each value for as long as it is needed. Observers see nothing."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__(gm)
@@ -30,6 +30,9 @@ class ValidityRun(fx.Interpreter):
         given = zip(self.inputs, batch.validity, strict=True)
         self.validity = {node: one for node, one in given if not one.is_trivial}
         return MaskedBatch(self.run(*batch), self.result)
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return args[0]
 
     def run_node(self, n: fx.Node) -> Any:
         made = super().run_node(n)

@@ -144,9 +144,7 @@ class Rule:
 
     def _full(self, node: Any) -> Tensor:
         """The mask of an operand, in full where all of it counts."""
-        mask = self._mask(node)
-        x = self._value(node)
-        return torch.ones(x.shape, dtype=torch.bool, device=x.device) if mask is None else mask
+        return Validity(self._mask(node)).full(self._value(node))
 
     def _all_of(self, nodes: Sequence[fx.Node]) -> Tensor | None:
         masks = list({id(mask): mask for node in nodes if (mask := self._mask(node)) is not None}.values())
