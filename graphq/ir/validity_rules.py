@@ -66,13 +66,16 @@ class Rule:
                 pass
             case Stopped(reason):
                 masks = None
-                self.stops[f"{self.op.node.target} ({place_of(self.op.node)}) {reason}"] = None
+                self._stop(reason)
         stops = tuple(self.stops)
         if isinstance(self.made, list | tuple):
             parts = masks if isinstance(masks, list) else [masks] * len(cast(Sequence[Any], self.made))
             return [Validity(mask, stops) for mask in parts]
         assert not isinstance(masks, list)
         return ALL if masks is None and not stops else Validity(masks, stops)
+
+    def _stop(self, reason: str) -> None:
+        self.stops[f"{self.op.node.target} ({place_of(self.op.node)}) {reason}"] = None
 
     def _masks(self) -> Carried[_Masks] | Stopped:
         op, node = self.op, self.op.node
@@ -194,6 +197,8 @@ class Rule:
         (axis,) = axes_of(self.op)
         indices = self.made[1] if isinstance(self.made, list | tuple) else self.made
         moved = mask.gather(axis, indices)
+        if moved.shape != mask.shape and row_mask(mask, (axis,)) is None:
+            self._stop("takes some tokens out of all")  # valid ones, which invalid ones may have kept out
         return Carried([moved, moved] if isinstance(self.made, list | tuple) else moved)
 
     def _normalized(self, what: Normalizes) -> Carried[_Masks] | Stopped:
