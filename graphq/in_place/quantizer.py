@@ -148,7 +148,7 @@ class _Calibration:
                 for layer in unsettled:
                     if self.count >= self.wanted and layer.is_reached:
                         layer.settle()
-        except GraphqError as error:
+        except (GraphqError, MemoryError, torch.OutOfMemoryError) as error:
             self.failed = str(error)
             raise
         except Exception as error:

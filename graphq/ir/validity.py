@@ -7,6 +7,7 @@ it ends: from there on all elements count, and the op is remembered.
 
 from typing import Any, cast
 
+import torch
 from torch import fx
 
 from graphq.data.masks import ALL, MaskedBatch, Validity
@@ -41,7 +42,7 @@ class ValidityRun(fx.Interpreter):
         elif n.op != "placeholder" and any(node in self.validity for node in n.all_input_nodes):
             try:
                 found = Rule(view(n), self.validity, self.env, made).validity()
-            except GraphqError:
+            except (GraphqError, MemoryError, torch.OutOfMemoryError):
                 raise
             except Exception as error:
                 raise PassError(f"validity of {n.name}: {n.target}: {error}") from error

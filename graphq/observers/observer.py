@@ -70,7 +70,7 @@ class Observer(nn.Module, ABC):
                 if seen[0].numel():
                     self.update(*seen)
                 self.batches += 1
-        except GraphqError:
+        except (GraphqError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             what = f"{type(self).__name__} of the {self.role} of {self.layers[0]}"

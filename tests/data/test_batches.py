@@ -152,3 +152,16 @@ def test_as_many_batches_as_the_spec_asks_for():
     assert list(first_batches(iter(batches), Run(batches=3))) == batches
     with pytest.raises(SpecError, match=r"^calibration: 3 batches given; the spec asks for 4$"):
         list(first_batches(iter(batches), Run(batches=4)))
+
+
+def test_an_error_of_the_users_own_code_names_the_batch() -> None:
+    def batches():
+        yield X, Y
+        raise FileNotFoundError("no second image\nof that name")
+
+    read = complete_all(IMAGES, batches())
+    next(read)
+    with pytest.raises(SpecError) as error:
+        next(read)
+    assert str(error.value) == "calibration: batch 1 cannot be read: FileNotFoundError: no second image"
+    assert isinstance(error.value.__cause__, FileNotFoundError)

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graphq
-from graphq.errors import SpecError
+from graphq.errors import PassError, SpecError
+from graphq.observers.ranges import MinMaxObserver
 from graphq.runtime.layers import QuantizedLayer
 from tests.in_place.test_quantizer import data, held, linears, seeded
 from tests.models import MLP, Tied, Twice
@@ -490,3 +491,30 @@ def test_hooks_that_change_inputs_and_outputs_have_their_say() -> None:
     assert float((up - 2 * F.linear(x * 10, model.up.weight, model.up.bias)).abs().max()) < 0.02 * float(up.abs().max())
     graphq.convert(model)
     torch.testing.assert_close(model(x), fake, rtol=1e-5, atol=1e-5 * float(fake.abs().max()))
+
+
+@torch.no_grad()
+def test_an_input_that_was_zero_is_noted() -> None:
+    for batch, notes in ((torch.zeros(4, 8), ["up"]), (torch.eye(4, 8), [])):
+        model = watched(MLP())
+        model(batch)
+        seen = [note.partition(": calibration saw only zeros in its input")[0] for note in report_notes(model)]
+        assert seen == notes
+
+
+def report_notes(model: nn.Module) -> list[str]:
+    return [note for note in graphq.in_place_report(model).notes if "calibration saw" in note]
+
+
+@torch.no_grad()
+def test_what_fails_in_graphq_is_said_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: MinMaxObserver, x: Tensor, low: Tensor, high: Tensor) -> None:
+        raise RuntimeError("of no shape")
+
+    monkeypatch.setattr(MinMaxObserver, "see_within", broken)
+    model = watched(MLP())
+    with pytest.raises(PassError) as error:
+        model(torch.ones(4, 8))
+    assert str(error.value) == "calibrate: MinMaxObserver of the input of up: RuntimeError: of no shape"
+    with pytest.raises(SpecError, match="of no shape; calibration ended there: quantize a fresh model"):
+        model(torch.ones(4, 8))

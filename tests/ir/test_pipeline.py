@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from graphq.errors import PassError
+from graphq.errors import GraphError, PassError, SpecError
 from graphq.ir import edit
-from graphq.ir.layers import PLAN
+from graphq.ir.layers import LAYER, PLAN
 from graphq.ir.pipeline import Batches, Invariant, Pass, Pipeline, fingerprint
 from graphq.ir.views import Linear, ops_of, view
 from graphq.spec.plan import PerExpert
@@ -239,3 +239,39 @@ def test_a_pass_may_find_the_layers_by_views() -> None:
     linears = [op for op in ops_of(gm) if isinstance(op, Linear)]
     assert [op.weight_op.node.target for op in linears] == ["up.weight", "down.weight"]
     assert targets(gm) == ["aten.linear", "aten.silu", "aten.linear"]
+
+
+# -- passes that fail
+
+
+class Fails(Pass):
+    """Fails at the second linear."""
+
+    name = "fails"
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
+        for op in [op for op in ops_of(gm) if isinstance(op, Linear)]:
+            if str(op.node.meta[LAYER]) == "down":
+                raise self.error
+        return 0
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a shape\nof two lines"), AssertionError("believed"), KeyError("k")])
+def test_what_a_pass_raises_names_the_pass_and_the_layer(error: Exception) -> None:
+    gm = annotated(capture(MLP(), torch.ones(2, 8)), up="int8/channel", down="int8/channel")
+    with pytest.raises(PassError) as caught:
+        Pipeline([Fails(error)]).run(gm)
+    first = str(error).splitlines()[0]
+    assert str(caught.value) == f"fails: down: {type(error).__name__}: {first}"
+    assert caught.value.__cause__ is error
+
+
+def test_errors_that_passes_raise_on_purpose_stay_what_they_are() -> None:
+    gm = annotated(capture(MLP(), torch.ones(2, 8)), up="int8/channel", down="int8/channel")
+    for error in (SpecError("the user's"), GraphError("the model's"), PassError("ours"), MemoryError()):
+        with pytest.raises(type(error)) as caught:
+            Pipeline([Fails(error)]).run(gm)
+        assert caught.value is error

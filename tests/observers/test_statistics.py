@@ -195,3 +195,66 @@ def test_experts() -> None:
     for i, part in enumerate(x.split([2, 0, 4, 1])):
         torch.testing.assert_close(seen.sums[i], part.T @ part, rtol=1e-5, atol=1e-6)  # float32
     assert F.relu(seen.mean()[1]).sum() == 0
+
+
+def test_the_mean_of_each_expert_is_over_its_own_tokens() -> None:
+    """Seven tokens in all, of which two, none, four and one reached the four experts."""
+    op = next(op for op in ops_of(capture(MoE(), torch.ones(2, 8))) if isinstance(op, Weighted) and op.own_axes)
+    x = numbers(0, 7, 8)
+    seen = HessianObserver(("a",), (4, 8), input_vectors(op)[0])
+    seen(x, torch.tensor([2, 2, 6, 7]))
+    for i, part in enumerate(x.split([2, 0, 4, 1])):
+        wanted = part.T @ part / max(len(part), 1)
+        torch.testing.assert_close(seen.mean()[i], wanted, rtol=1e-5, atol=1e-6)  # float32
+
+
+# -- what masks leave out
+
+
+def test_rows_that_are_not_valid_are_not_seen() -> None:
+    x, valid = numbers(0, 3, 5, 4), torch.rand(3, 5, generator=torch.Generator().manual_seed(1)) < 0.6
+    full = valid.unsqueeze(-1).expand(3, 5, 4)
+    for make in (channels, second_moments, lambda: MeanObserver(("a",), -1, [4])):
+        seen, wanted = make(), make()
+        assert seen(torch.where(full, x, torch.nan), valid=full).isnan().any()  # handed on as it is
+        wanted(x[valid])
+        assert all(torch.equal(a, b) for a, b in zip(seen.buffers(), wanted.buffers(), strict=True))
+        assert seen.has_observed
+
+
+def test_channels_along_another_axis() -> None:
+    x = numbers(0, 2, 4, 3)  # [batch, channels, places]
+    valid = torch.tensor([[True, True, False], [False, True, True]])
+    seen, wanted = ChannelObserver(("a",), 4, -2), ChannelObserver(("a",), 4, -1)
+    seen(x, valid=valid.unsqueeze(1).expand(2, 4, 3))
+    wanted(x.mT[valid])
+    assert all(torch.equal(a, b) for a, b in zip(seen.buffers(), wanted.buffers(), strict=True))
+
+
+def test_a_batch_of_padding_alone_counts_for_nothing() -> None:
+    for make in (channels, second_moments):
+        seen = make()
+        seen(torch.full((2, 4), torch.nan), valid=torch.zeros(2, 4, dtype=torch.bool))
+        assert not seen.has_observed
+        assert int(seen.batches) == 1
+
+
+def test_experts_rows_are_counted_anew() -> None:
+    op = next(op for op in ops_of(capture(MoE(), torch.ones(2, 8))) if isinstance(op, Weighted) and op.own_axes)
+    x = numbers(0, 8, 8)
+    valid = torch.tensor([True, False, False, True, True, False, True, True])
+    seen, wanted = (HessianObserver(("a",), (4, 8), input_vectors(op)[0]) for _ in range(2))
+    seen(x, torch.tensor([2, 3, 7, 7], dtype=torch.int32), valid=valid.unsqueeze(-1).expand(8, 8))
+    wanted(x[valid], torch.tensor([1, 1, 4, 4], dtype=torch.int32))
+    assert seen.counts.tolist() == [1, 0, 3, 0]  # the last row is no expert's
+    assert all(torch.equal(a, b) for a, b in zip(seen.buffers(), wanted.buffers(), strict=True))
+
+
+def test_what_fails_in_an_observer_is_no_fault_of_the_data() -> None:
+    def broken(x: Tensor) -> list[tuple[int, Tensor]]:
+        raise ValueError("no such rows")
+
+    with pytest.raises(PassError) as error:
+        HessianObserver(("a.b",), (1, 4), broken)(torch.ones(2, 4))
+    assert str(error.value) == "calibrate: HessianObserver of the input of a.b: ValueError: no such rows"
+    assert isinstance(error.value.__cause__, ValueError)

@@ -7,11 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from graphq.errors import SpecError
+from graphq.errors import PassError, SpecError
 from graphq.ir.pipeline import Pipeline
-from graphq.observers.ranges import RangeObserver
+from graphq.observers.ranges import MinMaxObserver, RangeObserver
 from graphq.passes.calibrate import Calibrate
 from graphq.passes.observe import Observe, observers
+from graphq.passes.quantize_weights import QuantizeWeights
+from graphq.runtime import ops
 from graphq.state import tensor_of
 from tests.graphs import annotated, plan
 from tests.models import MLP, capture, captured, random_inputs
@@ -119,3 +121,77 @@ def test_llama() -> None:
     Observe().run(gm)
     assert Pipeline([Calibrate()], strict=True).run(gm, [random_inputs(gm, seed=s) for s in (0, 1)]) == {"calibrate": 8}
     assert len(observers(gm)) == 8  # two blocks: the inputs of q/k/v, of o, of gate/up and of down
+
+
+# -- whose fault it is
+
+
+class Looked(nn.Module):
+    """A linear on rows of an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.linear = nn.Embedding(16, 8), nn.Linear(8, 8)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.linear(self.embedding(ids))
+
+
+def looked() -> fx.GraphModule:
+    gm = annotated(capture(Looked(), torch.ones(2, 3, dtype=torch.int64)), linear=STATIC)
+    Observe().run(gm)
+    return gm
+
+
+IDS = torch.arange(6).view(2, 3)
+
+
+def test_a_batch_on_which_the_model_fails() -> None:
+    gm = looked()
+    with pytest.raises(SpecError) as error:
+        Calibrate().run(gm, [(IDS,), (IDS + 16,)])
+    assert str(error.value) == "calibration: batch 1: the model fails on it: index out of range in self"
+    assert isinstance(error.value.__cause__, IndexError)
+    (seen,) = (seen for _, seen in observers(gm))
+    assert int(seen.batches) == 1  # the search for what failed showed it nothing
+
+
+def test_an_observer_that_fails_is_no_fault_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: MinMaxObserver, x: Tensor, low: Tensor, high: Tensor) -> None:
+        raise RuntimeError("of no shape")
+
+    monkeypatch.setattr(MinMaxObserver, "see_within", broken)
+    with pytest.raises(PassError) as error:
+        Calibrate().run(looked(), [(IDS,)])
+    assert str(error.value) == "calibrate: MinMaxObserver of the input of linear: RuntimeError: of no shape"
+    assert isinstance(error.value.__cause__, RuntimeError)
+
+
+def test_a_graph_that_passes_left_wrong_is_no_fault_of_the_batch() -> None:
+    """The weight is not of the shape that its node promises."""
+    gm = looked()
+    tensor_of(gm, "linear.weight").data = torch.ones(8, 7)
+    with pytest.raises(PassError) as error:
+        Calibrate().run(gm, [(IDS,)])
+    assert str(error.value).startswith("calibrate: batch 0: linear: aten.linear.default: RuntimeError: ")
+    assert isinstance(error.value.__cause__, RuntimeError)
+
+
+def test_an_op_of_ours_that_fails_is_no_fault_of_the_batch() -> None:
+    gm = looked()
+    QuantizeWeights().run(gm)
+    (dequantize,) = (node for node in gm.graph.nodes if node.target is ops.dequantize)
+    dequantize.args = (*dequantize.args[:5], [3, -1, 1], *dequantize.args[6:])
+    with pytest.raises(PassError) as error:
+        Calibrate().run(gm, [(IDS,)])
+    assert str(error.value).startswith("calibrate: batch 0: linear: graphq.dequantize.default: ")
+    assert error.value.__cause__ is not None
+
+
+def test_memory_that_runs_out_stays_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: MinMaxObserver, x: Tensor, low: Tensor, high: Tensor) -> None:
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(MinMaxObserver, "see_within", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        Calibrate().run(looked(), [(IDS,)])

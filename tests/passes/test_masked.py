@@ -214,12 +214,20 @@ IDS = torch.arange(10).view(2, 5)
 MASK = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
 
 
-def notes_of(model: nn.Module, mask: Tensor, *steps: NeedsStatistics) -> tuple[fx.GraphModule, list[str]]:
+def notes_of(
+    model: nn.Module,
+    mask: Tensor,
+    *steps: NeedsStatistics,
+    weight: str = "int8/channel",
+    input: str = "int8/tensor",
+    means: bool = False,
+) -> tuple[fx.GraphModule, list[str]]:
     torch.manual_seed(0)
-    everything = {"kind:linear|conv1d": plan("int8/channel", "int8/tensor")}
+    everything = {"kind:linear|conv1d": plan(weight, input)}
     gm = annotated(capture_module(model.eval(), (IDS, MASK), mask="mask"), **everything)
     notes: list[str] = []
-    Pipeline([Observe(steps), Calibrate(notes.append)]).run(gm, [(IDS, mask)])
+    with torch.no_grad():
+        Pipeline([Observe(steps), *[ObserveMeans()] * means, Calibrate(notes.append)]).run(gm, [(IDS, mask)])
     return gm, notes
 
 
@@ -248,6 +256,10 @@ def test_convolutions() -> None:
     conv = next(seen for _, seen in observers(gm) if seen.layers == ("conv",))
     assert isinstance(conv, MinMaxObserver)
     assert torch.equal(conv.high, gm.embedding.weight[IDS][MASK.bool()].max())
-    assert notes_of(Convolved(), MASK, GPTQ())[1][0] == (
-        "conv: masked tokens have a part in its calibration: a convolution reads many of them at once"
-    )
+    windows = "conv: masked tokens have a part in its calibration: a convolution reads many of them at once"
+    assert notes == [note for note in notes_of(Convolved(), MASK, SmoothQuant())[1] if note != windows]
+    for step in (GPTQ(), AWQ(power=4, clip=False)):
+        assert windows in notes_of(Convolved(), MASK, step)[1]
+    assert windows in notes_of(Convolved(), MASK, input="int8/tensor/ofmr")[1]
+    assert windows in notes_of(Convolved(), MASK, weight="int8/channel/ofmr")[1]
+    assert windows in notes_of(Convolved(), MASK, means=True)[1]

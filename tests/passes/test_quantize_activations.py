@@ -432,3 +432,35 @@ def test_ranges_by_their_method() -> None:
     assert (
         abs(scale - x.abs().flatten().kthvalue(int(0.99 * x.numel())).values.item()) < 50 / 1024
     )  # a bin of the histogram
+
+
+# -- inputs of which calibration saw a single number
+
+
+def noted(text: str, *batches: Tensor) -> list[str]:
+    notes: list[str] = []
+    gm = annotated(capture(Attention(), torch.ones(2, 8)), q_proj=plan(None, text), v_proj=plan(None, text))
+    steps = [Observe(), Calibrate(), QuantizeActivations(notes.append)]
+    Pipeline(steps, strict=True).run(gm, [(x,) for x in batches])
+    return notes
+
+
+CONSTANT = torch.full((2, 8), 0.5)  # a layer norm of it gives zeros
+
+
+@pytest.mark.parametrize("text", ["int8/tensor", "int8/asym/tensor", "int8/tensor/ema", "int8/tensor/percentile"])
+def test_layers_whose_input_was_zero_are_noted(text: str) -> None:
+    assert noted(text, CONSTANT, CONSTANT) == [
+        f"{layer}: calibration saw only zeros in its input, from which no range of {parse_quant(text)} follows"
+        for layer in ("q_proj", "v_proj")
+    ]
+    assert noted(text, CONSTANT, X[:2]) == []
+    assert noted(text.partition("/")[0] + "/token/dynamic", CONSTANT) == []
+
+
+def test_layers_whose_input_was_one_number_are_noted() -> None:
+    notes: list[str] = []
+    for x in (CONSTANT, torch.cat([CONSTANT, CONSTANT.nextafter(torch.ones(()))])):
+        gm = annotated(capture(MLP(), torch.ones(2, 8)), up=plan(None, "int8/tensor"))
+        Pipeline([Observe(), Calibrate(), QuantizeActivations(notes.append)]).run(gm, [(x,)])
+    assert notes == ["up: calibration saw nothing but 0.5 in its input, from which no range of int8/tensor follows"]
