@@ -258,7 +258,7 @@ def test_convolutions() -> None:
     assert torch.equal(conv.high, gm.embedding.weight[IDS][MASK.bool()].max())
     windows = "conv: masked tokens have a part in its calibration: a convolution reads many of them at once"
     assert notes == [note for note in notes_of(Convolved(), MASK, SmoothQuant())[1] if note != windows]
-    for step in (GPTQ(), AWQ(power=4, clip=False)):
+    for step in (GPTQ(), AWQ(power=4, clip=False, where="multiply")):
         assert windows in notes_of(Convolved(), MASK, step)[1]
     assert windows in notes_of(Convolved(), MASK, input="int8/tensor/ofmr")[1]
     assert windows in notes_of(Convolved(), MASK, weight="int8/channel/ofmr")[1]
