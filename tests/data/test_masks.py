@@ -51,6 +51,7 @@ def test_tokens_and_caches() -> None:
 def test_without_a_cache_every_column_is_a_new_token() -> None:
     mask = torch.tensor([[0, 1, 1], [1, 1, 0]])
     ids, _, key, *_ = masks(masked_batch(LM, inputs(mask, 3)))
+    assert ids is not None
     assert torch.equal(ids, mask.bool())
     assert key is not None
     assert key.numel() == 0
@@ -71,7 +72,9 @@ def test_a_source_without_a_mask() -> None:
 def test_bool_and_float_masks() -> None:
     for dtype in (torch.bool, torch.float32):
         mask = torch.tensor([[1, 0, 1]]).to(dtype)
-        assert torch.equal(masks(masked_batch(LM, inputs(mask, 3)))[0], mask.bool())
+        ids = masks(masked_batch(LM, inputs(mask, 3)))[0]
+        assert ids is not None
+        assert torch.equal(ids, mask.bool())
 
 
 def fixed(name: str, dtype: torch.dtype, *shape: int) -> TensorInput:

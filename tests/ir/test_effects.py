@@ -30,12 +30,10 @@ from graphq.ir.effects import (
     Pads,
     Pools,
     Projects,
-    Quantizes,
     ReadsShape,
     Reduces,
     Scales,
     Scatters,
-    Selects,
     axes_of,
     channel_axis,
     effect,
@@ -204,9 +202,6 @@ CASES: dict[Any, tuple[Any, ...]] = {
     aten.scatter.value: (X, 1, torch.tensor([[[5, 0, 2]]]), 0.0),
     aten.constant_pad_nd.default: (X, [1, 2], 3.0),
     aten.pad.default: (X, [0, 1, 2, 0]),
-    ops.quantize: (X, torch.full((1, 1, 1), 0.1), None, None, "int8", [-1, -1, -1]),
-    ops.dequantize: (X[0].round().to(torch.int8), torch.full((6, 1), 0.1), None, None, "int8", [1, -1]),
-    ops.select_rows: ([r(4, 10), r(4, 10)], torch.tensor([1, 3], dtype=torch.int32), [1, 0]),
     aten.sym_size.int: (X, 1),
     aten.sym_numel.default: (X,),
     aten.new_empty.default: (X, [0, 3]),
@@ -377,8 +372,7 @@ def test_adds(target: Any) -> None:
 
 @pytest.mark.parametrize("target", targets(Scales), ids=str)
 def test_scales(target: Any) -> None:
-    x, y = CASES[target]
-    found = effect_of(target, CASES[target])
+    (x, y), found = CASES[target], effect_of(target, CASES[target])
     assert isinstance(found, Scales)
     assert is_linear(of(target, CASES[target]), x)
     assert torch.allclose(target(x, 2.5 * y), target(x, y) * (1 / 2.5 if found.divides else 2.5), rtol=1e-12, atol=0)
@@ -407,13 +401,6 @@ def test_mixes_an_axis(target: Any) -> None:
     (mixed,) = axes_of(view(node_of(target, CASES[target])))
     assert follows(f, x, [None if axis == mixed else axis for axis in range(x.dim())])
     assert flat(f(x))[0].shape != x.shape or not follows(f, x, same(x))
-
-    values, *rest = flat(f(x))
-    indices = rest[0] if rest else values
-    orders = indices.dtype == torch.int64
-    assert effect_of(target, CASES[target]) == MixesAxis(orders)
-    if orders and rest:
-        assert torch.equal(values, x.gather(mixed, indices))
 
 
 @pytest.mark.parametrize("target", targets(Normalizes), ids=str)
@@ -535,34 +522,7 @@ def test_scatters(target: Any) -> None:
     at = names.index(found.source)
     both = [2.5 * a if i in (0, at) else a for i, a in enumerate(given)]
     assert torch.allclose(target(*both), 2.5 * target(*given), rtol=1e-12, atol=0)
-    written = torch.equal(
-        target(*[a if i != 0 else a * 3 for i, a in enumerate(given)])[changed], target(*given)[changed]
-    )
-    assert found.adds == (not written)
     assert (changed.sum() == given[at].numel()) == (target(*given)[changed].numel() == given[at].numel())
-
-
-def test_an_index_put_adds_where_it_accumulates() -> None:
-    given = (X, [ROWS], r(4, 6, 10))
-    assert effect_of(aten.index_put.default, (*given, True)) == Scatters("values", adds=True)
-    assert effect_of(aten.index_put.default, (*given, False)) == Scatters("values")
-
-
-@pytest.mark.parametrize("target", targets(Quantizes), ids=str)
-def test_quantizes(target: Any) -> None:
-    x = CASES[target][0]
-    for place in torch.randperm(x.numel(), generator=G)[:8].tolist():
-        changed = x.clone()
-        changed.view(-1)[place] = -x.view(-1)[place] + 1
-        where = (target(*CASES[target]) != of(target, CASES[target])(changed)).flatten()
-        assert where.nonzero().flatten().tolist() == [place]
-
-
-def test_selects() -> None:
-    (a, b), offsets, choice = CASES[ops.select_rows]
-    made = ops.select_rows([a, b], offsets, choice)
-    assert torch.equal(made[:3], torch.cat([b[:1], a[1:3]]))
-    assert effect_of(ops.select_rows, CASES[ops.select_rows]) == Selects()
 
 
 @pytest.mark.parametrize("target", targets(Pads), ids=str)

@@ -10,7 +10,7 @@ from expecttest import assert_expected_inline
 from torch import Tensor, fx
 
 from graphq.data.masks import MaskedBatch, Validity
-from graphq.ir.effects import MixesAxis
+from graphq.ir.effects import MixesAxis, Scatters
 from graphq.ir.validity import ValidityRun
 from graphq.ir.validity_rules import Rule, row_mask
 from graphq.ir.views import view
@@ -20,6 +20,7 @@ from tests.ir.test_effects import CASES, effect_of
 aten = torch.ops.aten
 G = torch.Generator().manual_seed(0)
 F, T = False, True
+X = torch.zeros(2, 3, 4)
 
 
 def masked(target: Any, arguments: Sequence[Any], *masks: Tensor | None) -> Validity | list[Validity]:
@@ -68,6 +69,35 @@ def bools(*rows: Any) -> Tensor:
     return torch.tensor(rows, dtype=torch.bool)
 
 
+# -- what the table says of order and of sums
+
+
+@pytest.mark.parametrize("target", [t for t, a in CASES.items() if isinstance(effect_of(t, a), MixesAxis)], ids=str)
+def test_ops_that_order(target: Any) -> None:
+    x = CASES[target][0]
+    values, *rest = called(target, CASES[target])
+    indices = rest[0] if rest else values
+    assert effect_of(target, CASES[target]) == MixesAxis(orders=indices.dtype == torch.int64)
+    if rest:
+        axis = next(a for a in range(3) if torch.equal(values, x.gather(a, indices.clamp(max=x.shape[a] - 1))))
+        assert indices.shape[axis] <= x.shape[axis]
+
+
+@pytest.mark.parametrize("target", [t for t, a in CASES.items() if isinstance(effect_of(t, a), Scatters)], ids=str)
+def test_ops_that_add(target: Any) -> None:
+    base, *rest = CASES[target]
+    made, again = target(base, *rest), target(base + 1, *rest)
+    found = effect_of(target, CASES[target])
+    assert isinstance(found, Scatters)
+    assert found.adds == torch.allclose(again, made + 1)  # what was there is still in every element
+
+
+def test_an_index_put_adds_where_it_accumulates() -> None:
+    given = (X, [torch.tensor([1, 0])], X)
+    assert effect_of(aten.index_put.default, (*given, True)) == Scatters("slices", "values", adds=True)
+    assert effect_of(aten.index_put.default, (*given, False)) == Scatters("slices", "values")
+
+
 # -- every op: what it says is valid does not depend on what is not
 
 
@@ -76,7 +106,7 @@ def first_tensor(target: Any) -> int:
     return 1 if target in (aten.addmm.default, aten.embedding.default) else 0
 
 
-RUN = [t for t, a in CASES.items() if t is not ops.dequantize and isinstance(a[0], Tensor) and a[0].numel()]
+RUN = [t for t, a in CASES.items() if isinstance(a[0], Tensor) and a[0].numel()]
 SHAPES: dict[str, Callable[[Sequence[int]], list[int]]] = {
     "rows": lambda shape: [*shape[:-1], 1],
     "samples": lambda shape: [shape[0], *[1] * (len(shape) - 1)],
@@ -145,6 +175,8 @@ amax.default: rows, elements
 amin.default: rows, samples, elements
 max.default: rows, samples, elements
 min.default: rows, samples, elements
+var.dim: rows, elements
+std.dim: rows, elements
 var.correction: rows, elements
 std.correction: rows, samples, elements
 prod.dim_int: rows, elements
@@ -200,7 +232,6 @@ scaled_dot_product_attention.default: elements""",
 
 # -- each rule, and what differs from it only a little
 
-X = torch.zeros(2, 3, 4)
 TOKENS = bools([T, T, F], [F, T, T]).unsqueeze(-1).expand(2, 3, 4)  # rows
 PARTS = bools([T, T, T, F]).expand(2, 3, 4)  # channels
 WHOLE = bools([T], [F]).unsqueeze(-1).expand(2, 3, 4)  # samples
@@ -248,13 +279,14 @@ def test_an_axis_that_is_mixed_keeps_rows() -> None:
 
 def test_orders_take_the_mask_along() -> None:
     x = torch.tensor([[3.0, 1.0, 2.0]])
-    values, indices = masked(aten.sort.default, (x,), bools([F, T, T]))  # pyright: ignore[reportGeneralTypeIssues]
-    assert values.mask.tolist() == indices.mask.tolist() == [[T, T, F]]
-    assert values.stops == ()
+    ordered = masked(aten.sort.default, (x,), bools([F, T, T]))
+    assert isinstance(ordered, list)
+    assert [one.full(x).tolist() for one in ordered] == [[[T, T, F]]] * 2
+    assert ordered[0].stops == ()
     assert mask_of(aten.argsort.default, (x,), bools([T, F, T])) == [[F, T, T]]
     best = masked(aten.topk.default, (x, 2), bools([F, T, T]))
     assert isinstance(best, list)
-    assert [one.mask is not None and one.mask.tolist() for one in best] == [[[F, T]]] * 2
+    assert [one.full(x).tolist() for one in best] == [[[F, T]]] * 2
     assert best[0].stops == ("aten.topk.default (topk_default) takes some tokens out of all",)
     of_channels = masked(aten.topk.default, (X, 2), TOKENS)
     assert isinstance(of_channels, list)
@@ -338,6 +370,15 @@ def test_rows_picked_by_indices() -> None:
     apart = mask_of(aten.index.Tensor, (split, [torch.tensor([0, 1]), None, torch.tensor([1, 1])]), None, bools(F, T))
     assert apart == [[[F] * 3] * 3, [[T] * 3] * 3]  # indices that stand apart come first
     assert rows(mask_of(aten.index.Tensor, (X[0], [bools(T, F, T)]), TOKENS[0], bools(F, F, F))) == [T, F]
+
+
+def test_codes_have_the_mask_of_what_they_are_codes_of() -> None:
+    scale = torch.ones(2, 3, 1)
+    quantize = (X, scale, None, None, "int8", [1, 1, -1])
+    assert rows(mask_of(ops.quantize, quantize, TOKENS)) == ROWS
+    assert rows(mask_of(ops.dequantize, (X.to(torch.int8), *quantize[1:]), TOKENS, WHOLE[..., :1])) == ROWS
+    choice = ([X[0], X[1]], torch.tensor([1, 3], dtype=torch.int32), [1, 0])
+    assert rows(mask_of(ops.select_rows, choice, TOKENS[0], TOKENS[0])) == ROWS[0]
 
 
 def test_elements_gathered() -> None:

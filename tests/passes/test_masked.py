@@ -1,9 +1,11 @@
 """Masked tokens in calibration: whatever stands under the mask, every statistic is the same, and so is every scale."""
 
+import functools
 from collections.abc import Sequence
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from graphq.capture.modules import capture_module
@@ -22,6 +24,7 @@ from graphq.passes.observe_means import ObserveMeans
 from graphq.passes.quantize_activations import QuantizeActivations
 from graphq.passes.quantize_weights import QuantizeWeights
 from graphq.passes.smooth_quant import SmoothQuant
+from graphq.state import tensor_of
 from tests.graphs import annotated, plan
 from tests.models import captured
 
@@ -83,8 +86,10 @@ def seen_of(family: str, batches: Sequence[tuple[Tensor, ...]], notes: list[str]
     }
 
 
-KINDS = {"MinMaxObserver", "MovingAverageObserver", "HistogramObserver", "ChannelObserver", "HessianObserver"}
-KINDS |= {"ErrorObserver", "MeanObserver"}
+KINDS = {
+    *("MinMaxObserver", "MovingAverageObserver", "HistogramObserver"),
+    *("ChannelObserver", "HessianObserver", "ErrorObserver", "MeanObserver"),
+}
 CASES = [
     *((family, layout) for family in ("llama", "opt", "bert", "mixtral", "deepseek") for layout in ("right", "left")),
     *(("gpt2", "left"), ("llama", "between")),
@@ -240,12 +245,12 @@ def test_layers_that_masked_tokens_reach_are_noted() -> None:
 
 def test_behind_a_mean_of_tokens_masked_rows_of_tokens_are_still_left_out() -> None:
     gm, _ = notes_of(Pooled(), MASK)
-    again = observers(gm)
-    gated = next(seen for _, seen in again if seen.layers == ("gated",))
+    held = functools.partial(tensor_of, gm)
+    gated = next(seen for _, seen in observers(gm) if seen.layers == ("gated",))
     assert isinstance(gated, MinMaxObserver)
     with torch.no_grad():
-        x = gm.embedding.weight[IDS] @ gm.token.weight.T + gm.token.bias
-        x = x * (x.mean(1, keepdim=True) @ gm.pool.weight.T + gm.pool.bias)
+        x = F.linear(held("embedding.weight")[IDS], held("token.weight"), held("token.bias"))
+        x = x * F.linear(x.mean(1, keepdim=True), held("pool.weight"), held("pool.bias"))
     torch.testing.assert_close(gated.high, x[MASK.bool()].max(), rtol=1e-5, atol=0)
 
 
@@ -255,7 +260,7 @@ def test_convolutions() -> None:
     assert notes == ["head: masked tokens have a part in its calibration: aten.conv1d.default (conv) mixes tokens"]
     conv = next(seen for _, seen in observers(gm) if seen.layers == ("conv",))
     assert isinstance(conv, MinMaxObserver)
-    assert torch.equal(conv.high, gm.embedding.weight[IDS][MASK.bool()].max())
+    assert torch.equal(conv.high, tensor_of(gm, "embedding.weight")[IDS][MASK.bool()].max())
     windows = "conv: masked tokens have a part in its calibration: a convolution reads many of them at once"
     assert notes == [note for note in notes_of(Convolved(), MASK, SmoothQuant())[1] if note != windows]
     for step in (GPTQ(), AWQ(power=4, clip=False, where="multiply")):
