@@ -527,8 +527,7 @@ def test_scatters(target: Any) -> None:
 
 @pytest.mark.parametrize("target", targets(Pads), ids=str)
 def test_pads(target: Any) -> None:
-    x = CASES[target][0]
-    found = effect_of(target, CASES[target])
+    x, found = CASES[target][0], effect_of(target, CASES[target])
     assert isinstance(found, Pads)
     assert found.value is not None
     made = of(target, CASES[target])(torch.ones(x.shape, dtype=torch.float64) * 7)
