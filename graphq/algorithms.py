@@ -145,19 +145,17 @@ def quantization(spec: Spec, layers: Mapping[str, Layer], context: PassContext, 
             case _:
                 assert_never(stage)
     independent = spec.pipeline == "independent" and len(calibrated) > 1
+    correcting = [step for made in corrections.values() for step in made]
     walks = [[request] for request in calibrated] if independent else [calibrated]
     for number, walk in enumerate(walks):
         if number == len(walks) - 1:
-            inner = _last_walk(walk, [step for made in corrections.values() for step in made], context)
+            inner = _last_walk(walk, correcting, context)
         else:
             later = [request for other in walks[number + 1 :] for request in other]
             inner = _walk(walk, _layers_finished(walk, later, layers), context)
         passes += [Blockwise(tuple(inner), spec.prefix)] if blocks else inner
     if blocks:  # what several parts share was left to the whole
-        passes += [
-            *(Observe(), Calibrate(context.note)),
-            *(QuantizeWeights(context.record), QuantizeActivations(context.note)),
-        ]
+        passes += _last_walk([], correcting, context)
     return passes
 
 

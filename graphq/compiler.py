@@ -239,7 +239,7 @@ def compile(  # noqa: A001
         Pipeline(passes).run(gm, batches)
     _copy_tensors(gm, shared)
     bits = source.dtype.itemsize * 8
-    told = [*source.notes, *notes, *pass_notes]
+    told = [*source.notes, *notes, *dict.fromkeys(pass_notes)]
     report = make_report(resolved, told, bits, sqnr, spec_settings(parsed), widths, others)
     return Compiled(gm, parsed, report, seed)
 

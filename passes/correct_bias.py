@@ -17,7 +17,7 @@ from graphq.ir import edit
 from graphq.ir.biases import bias_of, set_bias
 from graphq.ir.effects import channel_axis
 from graphq.ir.index import GraphIndex
-from graphq.ir.layers import LAYER
+from graphq.ir.layers import BY, LAYER
 from graphq.ir.pipeline import Batches, Invariant, Pass
 from graphq.ir.views import Dequantize, Op, Param, TransposedLinear, view
 from graphq.observers.statistics import MeanObserver
@@ -49,7 +49,9 @@ class CorrectBias(Pass):
     """Every layer that ``ObserveMeans`` watched has the float model's mean output for each channel, given the float
     model's inputs; its observers are gone.
 
-    A layer without a bias gets one, ``<layer>.bias``. ``note`` is told of each layer that is left as it is, and why.
+    A layer without a bias gets one, ``<layer>.bias``. One bias of several uses makes up for the mean over all that they
+    read, which leaves the least sum of squares of their mean errors, each use weighted by how much it reads. ``note``
+    is told of each layer that is left as it is, and why; a layer that was corrected before is left without one.
     """
 
     note: Callable[[str], None] | None = None
@@ -64,6 +66,8 @@ class CorrectBias(Pass):
             layer = str(uses[0].node.meta[LAYER])
             reason = why_uncorrectable(index, uses)
             biased = [op for op in uses if isinstance(op, Correctable)]
+            if reason is None and all(self._is_corrected(op) for op in biased):
+                continue
             means = [mean for op in biased for mean in (mean_of(gm, op.input_op, read_by(op)), _output(gm, op))]
             seen = [mean for mean in means if mean is not None and mean.has_observed]
             if reason is None and len(seen) < len(means):
@@ -80,6 +84,10 @@ class CorrectBias(Pass):
         if count:
             edit.drop_unused(gm)
         return count
+
+    def _is_corrected(self, op: Correctable) -> bool:
+        bias = bias_of(op)
+        return bias is not None and self.name in bias.node.meta.get(BY, ())
 
     def _correct(
         self,

@@ -6,6 +6,7 @@ from typing import ClassVar, Final, final
 
 from torch import fx
 
+from graphq.capture.source import SHARED
 from graphq.ir.biases import channels_of, why_no_bias
 from graphq.ir.effects import channel_axis
 from graphq.ir.index import GraphIndex
@@ -48,7 +49,7 @@ class ObserveMeans(Pass):
         wanted: dict[tuple[Op, int | Window], list[Correctable]] = {}
         index = GraphIndex(gm)
         for uses in planned_layers(gm):
-            if why_uncorrectable(index, uses) is None:
+            if isinstance(stored_weight(uses[0]), Param) and why_uncorrectable(index, uses) is None:
                 for op in uses:
                     assert isinstance(op, Correctable), "asked for"
                     wanted.setdefault((op.input_op, read_by(op)), []).append(op)
@@ -66,11 +67,17 @@ class ObserveMeans(Pass):
 
 
 def planned_layers(gm: fx.GraphModule) -> list[list[Weighted]]:
-    """The uses of each layer with a planned weight, whether it is quantized already or not."""
+    """The uses of each layer with a planned weight, whether it is quantized already or not.
+
+    In a part of a graph these are its own: a weight that other parts read, too, is quantized, and its bias corrected,
+    in the whole.
+    """
     found: dict[Op | str, list[Weighted]] = {}
     for op in ops_of(gm):
         if isinstance(op, Weighted) and any(weight_quants(op.node.meta.get(PLAN))):
             weight = stored_weight(op)
+            if isinstance(weight, Param) and weight.fqn in gm.meta.get(SHARED, ()):
+                continue
             found.setdefault(weight.fqn if isinstance(weight, Param) else weight, []).append(op)
     return list(found.values())
 

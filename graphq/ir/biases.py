@@ -5,6 +5,7 @@ from typing import Any, cast
 
 from torch import Tensor, fx, nn
 
+from graphq.capture.source import SHARED
 from graphq.errors import GraphError
 from graphq.ir import edit
 from graphq.ir.effects import channel_axis
@@ -48,7 +49,7 @@ def bias_name(weight: str) -> str:
 
 def why_no_bias(index: GraphIndex, ops: Sequence[Biased]) -> str | None:
     """None where ``ops``, the uses of one layer, can be given another bias, else the reason: what they add is computed,
-    or belongs to others, too.
+    or others read it, too. Of tied biases, which are one tensor under several names, each can be another.
     """
     bias = bias_of(ops[0])
     if any(bias_of(op) != bias for op in ops):
@@ -60,7 +61,7 @@ def why_no_bias(index: GraphIndex, ops: Sequence[Biased]) -> str | None:
     if list(bias.val.shape) != [channels_of(ops[0])]:
         return f"its bias has the shape {list(bias.val.shape)}"
     readers = {user for node in index.reads(bias.fqn) for user in view(node).users}
-    if not readers <= set(ops) or bias.fqn in index.tied:
+    if not readers <= set(ops) or bias.fqn in index.gm.meta.get(SHARED, ()):
         return f"{bias.fqn} is read elsewhere, too"
     return None
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from graphq.capture.source import SHARED
 from graphq.errors import GraphError
 from graphq.ir.biases import Biased, bias_of, channels_of, set_bias, weight_of, why_no_bias
 from graphq.ir.effects import channel_axis
@@ -97,9 +98,19 @@ def test_a_tied_bias() -> None:
             return self.a(x) + self.b(x)
 
     gm = capture(Tied(), torch.ones(2, 4))
-    assert [why_no_bias(GraphIndex(gm), [op]) for op in biased(gm)] == [
-        f"{n}.bias is read elsewhere, too" for n in "ab"
-    ]
+    x, b = torch.randn(5, 4), torch.randn(4)
+    first, second = (tensor_of(gm, f"{name}.weight").detach() for name in "ab")
+    old = tensor_of(gm, "b.bias").detach().clone()
+    assert [why_no_bias(GraphIndex(gm), [op]) for op in biased(gm)] == [None, None]
+    set_bias(gm, biased(gm)[:1], "a.bias", b, by="test")
+    assert torch.equal(run(gm, x), F.linear(x, first, b) + F.linear(x, second, old))
+
+
+def test_a_bias_that_other_parts_of_a_graph_read() -> None:
+    gm = capture(nn.Sequential(nn.Linear(4, 4)), torch.ones(2, 4))
+    assert why_no_bias(GraphIndex(gm), biased(gm)) is None
+    gm.meta[SHARED] = frozenset({"0.bias"})
+    assert why_no_bias(GraphIndex(gm), biased(gm)) == "0.bias is read elsewhere, too"
 
 
 def test_a_new_bias_is_added_by_every_use() -> None:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from torch import Tensor, fx, nn
 
+from graphq.capture.source import SHARED
 from graphq.errors import GraphError, PassError, SpecError
 from graphq.ir.pipeline import Pipeline
 from graphq.ir.text import dump
@@ -79,9 +80,9 @@ return [%5]
 
 
 class Call(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int, out: int) -> None:
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.empty(8, 6)), nn.Parameter(torch.empty(6))
+        self.weight, self.bias = nn.Parameter(torch.empty(width, out)), nn.Parameter(torch.empty(out))
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.addmm(self.bias, x, self.weight)
@@ -92,7 +93,8 @@ class Call(nn.Module):
     [
         (nn.Linear(8, 6), -1, (5, 3, 8)),
         (nn.Linear(8, 6, bias=False), -1, (5, 8)),
-        (Call(), -1, (5, 8)),
+        (Call(8, 6), -1, (5, 8)),
+        (Call(8, 8), -1, (5, 8)),  # where its transpose would do as well
         (nn.Conv1d(4, 6, 3, padding=2, stride=2), -2, (5, 4, 9)),
         (nn.Conv1d(4, 6, 4, padding="same", groups=2, bias=False), -2, (5, 4, 9)),
         (nn.Conv2d(4, 6, 3, padding=(0, 2), dilation=2, stride=(2, 1)), -3, (5, 4, 9, 8)),
@@ -114,6 +116,50 @@ def test_a_layer_called_twice_has_one_bias_for_both() -> None:
     codes, scale = (tensor_of(gm, f"shared.{name}").double() for name in ("weight", "weight_scale"))
     wanted = (reads @ (w - codes * scale).t()).mean(0)
     assert (tensor_of(gm, "shared.bias") - wanted).abs().max() <= 1e-5 * wanted.abs().max()  # of float32 outputs
+
+
+def test_a_bias_of_two_uses_weighs_them_by_what_they_read() -> None:
+    class Uneven(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared = nn.Linear(8, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.shared(x) + self.shared(x.square().sum(1, keepdim=True))
+
+    batches = data(2, 5, 8)
+    gm = annotated(capture(Uneven(), torch.ones(2, 3, 8)), shared=WEIGHT)
+    w, bias = (tensor_of(gm, f"shared.{name}").detach().double().clone() for name in ("weight", "bias"))
+    x = torch.cat([x for (x,) in batches]).double()
+    reads = torch.cat([x.flatten(0, 1), x.square().sum(1)])
+    assert corrected(gm, batches) == 1
+    codes, scale = (tensor_of(gm, f"shared.{name}").double() for name in ("weight", "weight_scale"))
+    added = (reads @ (w - codes * scale).t()).mean(0)
+    assert (tensor_of(gm, "shared.bias") - bias - added).abs().max() <= 1e-5 * added.abs().max()  # of float32 outputs
+
+
+def test_a_corrected_layer_is_corrected_once() -> None:
+    notes: list[str] = []
+    gm = annotated(capture(MLP(), torch.ones(2, 8)), up=WEIGHT, down=WEIGHT)
+    assert corrected(gm, data(5, 8), notes) == 2
+    before = dump(gm)
+    steps = [ObserveMeans(), Calibrate(), CorrectBias(notes.append)]
+    assert Pipeline(steps, strict=True).run(gm, data(5, 8)) == {"observe-means": 0, "calibrate": 0, "correct-bias": 0}
+    assert (dump(gm), notes) == (before, [])
+
+
+def test_a_part_leaves_what_other_parts_read_to_the_whole() -> None:
+    notes: list[str] = []
+    gm = annotated(capture(MLP(), torch.ones(2, 8)), up=WEIGHT, down=WEIGHT)
+    gm.meta[SHARED] = frozenset({"up.weight"})
+    bias = tensor_of(gm, "up.bias").clone()
+    assert corrected(gm, data(5, 8), notes) == 1
+    assert notes == []
+    assert torch.equal(tensor_of(gm, "up.bias"), bias)
+    del gm.meta[SHARED]
+    assert corrected(gm, data(5, 8), notes) == 1
+    assert not torch.equal(tensor_of(gm, "up.bias"), bias)
+    assert notes == []
 
 
 def test_every_layer_is_corrected_for_the_float_models_inputs() -> None:
