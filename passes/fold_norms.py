@@ -110,6 +110,8 @@ def _norm(gm: fx.GraphModule, op: Op) -> _Norm | None:
         why = None if is_known else "its gain or bias is computed"
         if any(tensor is not None and tensor.dim() != 1 for tensor in held.values()):
             why = "its gain is not one number for each channel"
+        if len(neutral) < sum(found is not None for found in wanted.values()):
+            why = "its gain is its bias, too"
         return _Norm(place(op), held.get("weight"), held.get("bias"), neutral, (op,), why)
     match gain_of(gm, op):
         case (x, factor, held) if is_normalized(x):
@@ -154,12 +156,11 @@ def _kept(index: GraphIndex, norm: _Norm, readers: list[Weighted]) -> str | None
     """Why the norm cannot be folded into its readers; None if it can."""
     if norm.why is not None:
         return norm.why
-    users = {reader.node for reader in readers}
-    changed = list(norm.neutral)
+    changed = [(fqn, {op.node for op in norm.uses}) for fqn in norm.neutral]  # with what may read it
     for reader in readers:
         if weight_param(reader) is None:
             return f"{place(reader)}: its weight is computed"
-        changed.append(_weight(reader))
+        changed.append((_weight(reader), {reader.node}))
         if norm.has_bias:
             own = _bias(reader)
             if isinstance(reader, GroupedLinear):
@@ -168,12 +169,12 @@ def _kept(index: GraphIndex, norm: _Norm, readers: list[Weighted]) -> str | None
                 return f"{name}: the model has a tensor of this name"
             if own is not None and not (isinstance(own, Param) and own.val.dim() == 1 and width(own) == width(reader)):
                 return f"{place(reader)}: its bias is computed"
-            changed += [own.fqn] if isinstance(own, Param) else []
-    twice = next((fqn for fqn in changed if changed.count(fqn) > 1), None)
+            changed += [(own.fqn, {reader.node})] if isinstance(own, Param) else []
+    names = [fqn for fqn, _ in changed]
+    twice = next((fqn for fqn in names if names.count(fqn) > 1), None)
     if twice is not None:
         return f"{twice}: it is read several times"
-    allowed = users | {op.node for op in norm.uses}
-    reasons = (index.why_shared(fqn, allowed) for fqn in changed)
+    reasons = (index.why_shared(fqn, users) for fqn, users in changed)
     return next((reason for reason in reasons if reason is not None), None)
 
 

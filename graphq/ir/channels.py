@@ -194,6 +194,8 @@ def _parameters_of(index: GraphIndex, op: Op) -> tuple[tuple[LabelledParam, ...]
             params = [param for param in held if isinstance(param, Param) and index.is_own(param)]
             if len(params) != len(held):
                 return Stopped(f"the gain of {op.node.name} has other readers")
+            if len(set(params)) < len(params):
+                return Stopped(f"the gain of {op.node.name} is its bias, too")
             if params[0].val.dim() != 1:
                 return Stopped(f"{op.node.name} has no gain by channel")
             count = int(params[0].val.numel())

@@ -348,6 +348,10 @@ def gemma_twice(m: Any, x: Tensor) -> Tensor:
         (with_norm(lambda m, x: m.down(m.norm(x)), norm=nn.GroupNorm(1, 5)), "the channels of linear are mixed"),
         (with_norm(lambda m, x: m.down(m.norm(x)), norm=Gemma()), "down.weight <- norm.weight"),
         (with_norm(gemma_twice), "norm.weight has other readers"),
+        (
+            with_norm(lambda m, x: m.down(F.layer_norm(x, [8], m.norm.weight, m.norm.weight))),
+            "the gain of layer_norm is its bias, too",
+        ),
         (with_norm(lambda m, x: m.down(x * m.norm.weight)), "down.weight <- norm.weight"),
         (with_norm(lambda m, x: m.down(m.norm.weight * x)), "down.weight <- norm.weight"),
     ],

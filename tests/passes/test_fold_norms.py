@@ -198,6 +198,14 @@ def gain_of_two(m: Any, h: Tensor, x: Tensor) -> Any:
     return m.b(x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True)) * gain) + x * gain
 
 
+def gain_as_bias(m: Any, h: Tensor, _: Tensor) -> Any:
+    return F.linear(h, m.a.weight, m.norm.weight)
+
+
+def one_vector(m: Any, h: Tensor, x: Tensor) -> Any:
+    return m.b(F.layer_norm(x, [8], m.a.bias, m.a.bias))
+
+
 def layer_norm() -> nn.Module:
     return nn.LayerNorm(8)
 
@@ -240,6 +248,8 @@ def test_norms(norm: Any, use: Any, count: int) -> None:
         (layer_norm, bias_read_twice, "a.bias: add reads it, too"),
         (layer_norm, gain_read_twice, "norm.weight: add reads it, too"),
         (lambda: RMS(8, 1.0), gain_read_twice, "norm.weight: add_2 reads it, too"),
+        (lambda: RMS(8), gain_as_bias, "norm.weight: a reads it, too"),
+        (nn.Identity, one_vector, "its gain is its bias, too"),
         (layer_norm, experts, "stack: experts take no bias"),
     ],
 )
