@@ -218,3 +218,31 @@ def test_float_layers_are_no_pair_but_take_factors_up() -> None:
     assert count == 4
     assert_same_function(gm, made, (X,), 1e-12)
     assert equalized(graph(MLP(), X, up="int8/tensor"))[1] == 0  # the reader has no plan
+
+
+@pytest.mark.parametrize("scale", [1e-2, 1e2])
+def test_rows_that_are_all_smaller_or_all_larger(scale: float) -> None:
+    gm = graph(MLP(), X)
+    tensor_of(gm, "up.weight").data *= scale
+    made, count, _ = equalized(gm)
+    assert count == 3
+    torch.testing.assert_close(*_ranges(made, "up", "down"), rtol=5e-3, atol=0)
+    assert_same_function(gm, made, (X,), 1e-12)
+
+
+def test_readers_that_are_not_chosen_have_no_say() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.a, self.b = nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(12, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = F.relu(self.up(x))
+            return self.a(h) + self.b(h)
+
+    gm = graph(Two(), X)
+    tensor_of(gm, "b.weight").data *= 100
+    made, count, _ = equalized(gm, only=frozenset({"a"}))
+    assert count == 4
+    torch.testing.assert_close(*_ranges(made, "up", "a"), rtol=5e-3, atol=0)
+    assert_same_function(gm, made, (X,), 1e-12)
