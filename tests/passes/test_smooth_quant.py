@@ -408,6 +408,28 @@ def test_the_search_finds_the_least_expected_error(family: str) -> None:
     assert max(errors) > 1.1 * min(errors)
 
 
+@pytest.mark.parametrize(
+    ("input", "largest"),
+    [("int8/tensor", 4.0), ("int4/tensor", 4.0), ("int8/token/dynamic", 3 * 1.5), (None, 0.0)],
+)
+def test_the_expected_error_of_rounded_inputs_by_hand(input: str | None, largest: float) -> None:
+    """Weights that are codes lose nothing; an input in steps of d loses d^2 / 12 for each weight squared."""
+    gm = annotated(capture_small(nn.Sequential(nn.Linear(2, 2)), EXAMPLE[:, :2]), blocks=plan("int4/channel", input))
+    tensor_of(gm, "0.weight").data = torch.tensor([[7.0, -2.0], [3.0, 7.0]])
+    step = SmoothQuant(alpha="search", where="multiply")
+    x = torch.tensor([[1.0, -4.0], [-1.0, 0.5], [1.0, 0.0]])  # mean magnitudes 1 and 1.5
+    Pipeline([Observe((step,), ranges=False), Calibrate()]).run(gm, [(x,)])
+    (group,) = groups(gm, None, "multiply", None)
+    size = 2 * largest / (2 ** (4 if input == "int4/tensor" else 8) - 1)
+    found = expected_error(gm, group, torch.ones(2, dtype=torch.float64))
+    assert found == pytest.approx(size**2 / 12 * (49 + 4 + 9 + 49), rel=1e-6)
+    if input == "int8/tensor":  # a factor of 2 halves the step of the second channel, and doubles its weights
+        halved = expected_error(gm, group, torch.tensor([1.0, 2.0], dtype=torch.float64))
+        weights = torch.tensor([[7.0, -4.0], [3.0, 14.0]])  # 3 becomes 4 in steps of 2: its input squared is lost
+        lost = float(x[:, 0].square().mean())
+        assert halved == pytest.approx((size / 2) ** 2 / 12 * float(weights.square().sum()) + lost, rel=1e-6)
+
+
 # -- before GPTQ
 
 
