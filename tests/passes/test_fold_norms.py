@@ -124,6 +124,13 @@ def test_a_head_without_bias_gets_one() -> None:
     assert tensor_of(gm, "lm_head.bias").shape == (128,)
 
 
+def test_a_bias_of_zeros_gives_no_reader_a_bias() -> None:
+    gm = capture(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8, bias=False)), X[:2].float())
+    tensor_of(gm, "0.bias").data.zero_()
+    assert fold(gm) == (1, [])
+    assert sorted(gm.state_dict()) == ["0.bias", "0.weight", "1.weight"]
+
+
 class Near(nn.Module):
     """A norm, and what ``use`` makes of it."""
 
@@ -132,6 +139,7 @@ class Near(nn.Module):
         self.norm, self.use = norm, use
         self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
         self.stack = nn.Parameter(torch.empty(4, 8, 8))
+        self.row, self.single = nn.Parameter(torch.empty(1, 8)), nn.Parameter(torch.empty(1))
 
     def forward(self, x: Tensor) -> Any:
         return self.use(self, self.norm(x), x)
@@ -198,6 +206,14 @@ def gain_of_two(m: Any, h: Tensor, x: Tensor) -> Any:
     return m.b(x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True)) * gain) + x * gain
 
 
+def bias_of_rows(m: Any, h: Tensor, _: Tensor) -> Any:
+    return torch.addmm(m.row, h, m.a.weight)
+
+
+def bias_of_one_number(m: Any, h: Tensor, _: Tensor) -> Any:
+    return torch.addmm(m.single, h, m.a.weight)
+
+
 def gain_as_bias(m: Any, h: Tensor, _: Tensor) -> Any:
     return F.linear(h, m.a.weight, m.norm.weight)
 
@@ -248,6 +264,8 @@ def test_norms(norm: Any, use: Any, count: int) -> None:
         (layer_norm, bias_read_twice, "a.bias: add reads it, too"),
         (layer_norm, gain_read_twice, "norm.weight: add reads it, too"),
         (lambda: RMS(8, 1.0), gain_read_twice, "norm.weight: add_2 reads it, too"),
+        (layer_norm, bias_of_rows, "a: its bias is computed"),
+        (layer_norm, bias_of_one_number, "a: its bias is computed"),
         (lambda: RMS(8), gain_as_bias, "norm.weight: a reads it, too"),
         (nn.Identity, one_vector, "its gain is its bias, too"),
         (layer_norm, experts, "stack: experts take no bias"),
