@@ -25,6 +25,7 @@ from graphq.passes.observe import Observe
 from graphq.passes.raise_grouped_linear import RaiseGroupedLinear
 from graphq.passes.remove_no_ops import RemoveNoOps
 from graphq.passes.rotate import Rotate
+from graphq.passes.rotate_online import RotateOnline
 from graphq.passes.smooth_quant import SmoothQuant
 from graphq.passes.split_gate_up import SplitGateUp
 from graphq.passes.stop_observing import StopObserving
@@ -225,14 +226,14 @@ def random_passes(seed: int, note: Callable[[str], None]) -> list[Pass]:
     some = lambda passes, share: [step for step in passes if dice.random() < share]  # noqa: E731
     canonical: list[Pass] = [RemoveNoOps(), RaiseGroupedLinear(), SplitGateUp()]
     turns = [f"r{i}" for i in (1, 2, 3, 4) if dice.random() < 0.6]
-    options: dict[str, Any] = {
-        "kind": dice.choice(["random_hadamard", "hadamard", "orthogonal"]),
-        "block_size": dice.choice([None, None, 4, 8]),
-        "seed": seed,
-        "note": note,
-    }
+    size = dice.choice([None, None, 4, 8])
+    kind: Any = dice.choice(["random_hadamard", "hadamard", "orthogonal"])
     chosen = [turns] if dice.random() < 0.5 else [[turn] for turn in turns]
-    rotations = [Rotate(**{f"r{i}": f"r{i}" in own for i in (1, 2, 3, 4)}, **options) for own in chosen]
+    rotations: list[Pass] = []
+    for own in chosen:
+        r1, r2, r3, r4 = (f"r{i}" in own for i in (1, 2, 3, 4))
+        rotations += [Rotate(r1, r2, kind, size, seed, note)] if r1 or r2 else []
+        rotations += [RotateOnline(r3, r4, size, note)] if r3 or r4 else []
     prepared = [*some([FoldBatchNorm(), Untie(), FoldNorms(note)], 0.8), *rotations]
     scaled: list[Pass] = []
     for kind in dice.choices(["equalize", "smooth", "awq"], k=dice.choice([0, 1, 1, 2])):

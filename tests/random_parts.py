@@ -93,12 +93,10 @@ class Norm(Part):
             self.kind = self.drawn["kind"] = dice.norm = dice.norm or self.kind
         self.width = width
         size = width // 2 if self.kind in ("two axes", "part") else width
-        self.weight = nn.Parameter(torch.empty([2, size] if self.kind == "two axes" else [size]))
-        self.bias = (
-            nn.Parameter(torch.empty(self.weight.shape))
-            if self.kind in ("layer", "group", "batch", "two axes")
-            else None
-        )
+        if self.kind not in ("plain layer", "plain rms", "none"):
+            self.weight = nn.Parameter(torch.empty([2, size] if self.kind == "two axes" else [size]))
+        has_bias = self.kind in ("layer", "group", "batch", "two axes")
+        self.bias = nn.Parameter(torch.empty(self.weight.shape)) if has_bias else None
         if self.kind == "batch":
             self.register_buffer("mean", torch.empty(width))
             self.register_buffer("var", torch.empty(width))
