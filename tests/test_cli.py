@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import graphq
 from graphq.cli import app
+from graphq.cli.printing import print_report
 from graphq.errors import GraphError, PassError, TargetError
 from graphq.spec.algorithms import ALGORITHMS
 from tests.checkpoints import save_checkpoint, text
@@ -138,10 +139,10 @@ def test_an_artifact_is_no_model(artifacts, spec):
 
 def test_explain_in_a_terminal(model, spec, monkeypatch):
     report = graphq.explain(model, spec)
-    monkeypatch.setattr("graphq.cli.sys.stdout", type("Terminal", (), {"isatty": lambda _: True})())
+    monkeypatch.setattr("graphq.cli.printing.sys.stdout", type("Terminal", (), {"isatty": lambda _: True})())
     printed: list[Any] = []
     monkeypatch.setattr("rich.console.Console.print", lambda _, x: printed.append(x))
-    graphq.cli._print_report(report, as_json=False)  # type: ignore[attr-defined]
+    print_report(report, as_json=False)
     assert [column.header for column in printed[0].columns] == list(report.table()[0])
     assert printed[0].row_count == len(report.layers)
     assert [str(note) for note in printed[1:]] == [f"note: {note}" for note in report.notes]

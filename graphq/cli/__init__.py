@@ -1,0 +1,59 @@
+"""The command line: ``compile``, ``explain``, ``spec``, ``dump``, ``eval`` and ``verify``.
+
+Results go to the standard output, everything else to the standard error. Exit status: 0; 1 for errors, a line each;
+2 for wrong usage; 130 when interrupted. Heavy libraries are imported when a command runs: ``--help`` answers at once.
+"""
+
+from typing import Annotated, Final
+
+import typer
+
+from graphq.cli.artifacts import verify
+from graphq.cli.evaluation import eval_
+from graphq.cli.models import compile_, dump, explain
+from graphq.cli.specs import convert, presets
+
+app: Final = typer.Typer(
+    help="Compile PyTorch models into quantized artifacts: any spec dialect in, torch or ONNX out.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def main() -> None:
+    """The ``graphq`` command."""
+    app()
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            typer.echo(f"graphq {version('graphq')}")
+        except PackageNotFoundError:  # run from its sources
+            typer.echo("graphq, not installed")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None: ...
+
+
+spec_app: Final = typer.Typer(help="Read and write specs.", no_args_is_help=True, rich_markup_mode=None)
+
+app.command(name="compile")(compile_)  # in the order of ``--help``
+app.command()(explain)
+app.command()(dump)
+app.command(name="eval")(eval_)
+app.command()(verify)
+app.add_typer(spec_app, name="spec")
+spec_app.command()(convert)
+spec_app.command()(presets)

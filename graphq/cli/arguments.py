@@ -1,0 +1,30 @@
+"""The arguments and options that several commands take."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="A Hugging Face model directory.")]
+NamedModel = Annotated[
+    Path | None,
+    typer.Argument(metavar="[MODEL_DIR]", help="A Hugging Face model directory; default: the one that the spec names."),
+]
+SpecFile = Annotated[
+    str,
+    typer.Option("--spec", metavar="FILE|PRESET", help="A file in any dialect, or a preset such as w4a16."),
+]
+Dialect = Annotated[str | None, typer.Option(help="The spec's dialect, where it cannot be recognised, such as llmc.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON: a list with one object for each layer.")]
+Calibration = Annotated[
+    Path | None, typer.Option(metavar="FILE|DIR", help="Text to calibrate on: a file, or all files in a directory.")
+]
+Samples = Annotated[
+    int | None,
+    typer.Option(min=1, help="Windows of text to calibrate on, fewer if the text ends before; default: 128."),
+]
+Length = Annotated[int, typer.Option("--sequence-length", min=2, help="Tokens in a window.")]
+SpecLength = Annotated[
+    int | None, typer.Option("--sequence-length", min=2, help="Tokens in a window; default: the spec's, or 256.")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

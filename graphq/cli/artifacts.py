@@ -1,0 +1,28 @@
+"""``verify``: what is done with an artifact."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from graphq.cli.arguments import Debug
+from graphq.cli.errors import fail, one_line_errors
+
+
+@one_line_errors
+def verify(
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A directory that graphq compile wrote.")],
+    against: Annotated[
+        Path | None, typer.Option(metavar="MODEL_DIR", help="Compile this model anew and compare the weights with it.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Compare an artifact's integers, scales and files, bit for bit, with what was compiled. Exit 1 on a difference."""
+    from graphq.verifier import verify
+
+    found = verify(artifact, against)
+    for line in (*found.differences, *(f"note: {note}" for note in found.notes)):
+        typer.echo(line)
+    if not found.ok:
+        fail(f"{artifact}: {len(found.differences)} differences from what was compiled")
+    typer.echo(f"{artifact}: {found.compared} tensors of codes, scales and zero points are as they were compiled")

@@ -1,0 +1,140 @@
+"""``compile``, ``explain`` and ``dump``: what is done with a model directory and a spec."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from graphq.cli.arguments import Calibration, Debug, Dialect, Json, Model, NamedModel, Samples, SpecFile, SpecLength
+from graphq.cli.errors import one_line_errors
+from graphq.cli.printing import print_report
+from graphq.data.model_text import calibration_batches
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from graphq.spec.rules import Run
+
+
+@one_line_errors
+def compile_(
+    spec: SpecFile,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where to write the artifact, a directory.")],
+    model: NamedModel = None,
+    target: Annotated[
+        str | None, typer.Option(metavar="NAME", help="What to write, torch or onnx; default: what the spec names.")
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE", help="An option of the target, repeatable, such as opset=21 or bfloat16=true."
+        ),
+    ] = None,
+    calibration: Calibration = None,
+    samples: Samples = None,
+    sequence_length: SpecLength = None,
+    algorithm: Annotated[
+        Literal["rtn"] | None, typer.Option(help="rtn: round to nearest, whatever algorithm the spec names.")
+    ] = None,
+    dialect: Dialect = None,
+    seed: Annotated[
+        int | None, typer.Option(help="The seed of what an algorithm draws; default: the spec's, or 0.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an artifact that stands in DIR.")] = False,
+    as_json: Json = False,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="ONNX without the key/value cache.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Quantize a model and write the artifact."""
+    from graphq.files import check_place
+    from graphq.frontends import load_spec
+    from graphq.lowering.targets import TARGETS, read_options
+
+    if target is not None and target not in TARGETS:
+        raise typer.BadParameter(f"{target} is not one of {', '.join(TARGETS)}", param_hint="--target")
+    parsed = load_spec(spec, dialect)
+    run = parsed.run
+    model = model_directory(model, run)
+    target_name = target or run.target
+    if not target_name:
+        names = " or ".join(TARGETS)
+        raise typer.BadParameter(f"the spec names no target: say --target {names}", param_hint="--target")
+    options = read_options(target_name, [*["overwrite=true"] * overwrite, *["cache=false"] * no_cache, *(option or [])])
+    calibration = calibration or (Path(run.calibration) if run.calibration else None)
+    read = [model, *([Path(spec)] if Path(spec).exists() else []), *filter(None, [calibration])]
+    check_place(out, options.get("overwrite") is True, read)
+    from graphq import compiler
+
+    batches = calibration_text(model, calibration, samples, sequence_length, run)
+    made = compiler.compile(model, parsed, calibration=batches, algorithm=algorithm, seed=seed)
+    made.emit(target_name, out, **options)
+    print_report(made.report, as_json)
+    quantized = sum(layer.weight is not None or layer.input is not None for layer in made.report.layers)
+    typer.echo(f"{out}: {target_name} artifact, {quantized} of {len(made.report.layers)} layers quantized", err=True)
+
+
+@one_line_errors
+def explain(
+    spec: SpecFile,
+    model: NamedModel = None,
+    diff: Annotated[
+        str | None, typer.Option(metavar="FILE|PRESET", help="Show what would change with this other spec instead.")
+    ] = None,
+    as_json: Json = False,
+    dialect: Dialect = None,
+    debug: Debug = False,
+) -> None:
+    """Show each layer's plan and the rule that decides. Reads the model's configuration, not its weights."""
+    from graphq.frontends import load_spec
+
+    parsed = load_spec(spec, dialect)
+    other = None if diff is None else load_spec(diff)
+    model = model_directory(model, parsed.run)
+    from graphq.compiler import compare, explain
+
+    if other is None:
+        print_report(explain(model, parsed), as_json)
+        return
+    changed = compare(model, parsed, other)
+    typer.echo(json.dumps(changed.to_json(), indent=1) if as_json else str(changed))
+
+
+@one_line_errors
+def dump(
+    model: Model,
+    spec: SpecFile,
+    after: Annotated[
+        str | None, typer.Option(metavar="PASS", help="Stop after this pass, such as annotate; default: the last.")
+    ] = None,
+    calibration: Calibration = None,
+    samples: Samples = None,
+    sequence_length: SpecLength = None,
+    dialect: Dialect = None,
+    debug: Debug = False,
+) -> None:
+    """Print the graph, one line a node. Reads weights only where a pass needs them."""
+    from graphq.compiler import graph_after
+    from graphq.frontends import load_spec
+    from graphq.ir.text import dump
+
+    parsed = load_spec(spec, dialect)
+    batches = calibration_text(model, calibration, samples, sequence_length, parsed.run)
+    typer.echo(dump(graph_after(model, parsed, after, calibration=batches)), nl=False)
+
+
+def model_directory(given: Path | None, run: "Run") -> Path:
+    """The directory that was given, or else the one that the spec names."""
+    if given is None and not run.model:
+        raise typer.BadParameter("none is given, and the spec names none", param_hint="MODEL_DIR")
+    return given or Path(run.model)
+
+
+def calibration_text(
+    model: Path, place: Path | None, samples: int | None, length: int | None, run: "Run"
+) -> "Sequence[Tensor] | None":
+    """Batches of the text at ``place``, as many and as long as was given, or else as the spec says."""
+    if place is None:
+        return None
+    return calibration_batches(model, place, samples or run.samples or 128, length or run.sequence_length or 256)

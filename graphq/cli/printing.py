@@ -1,0 +1,33 @@
+"""A report on the standard output: a table on a terminal, aligned text elsewhere, or JSON."""
+
+import json
+import sys
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from graphq.report import Report
+
+
+def print_report(report: "Report", as_json: bool) -> None:
+    """``report`` stands on the standard output; its notes, for which the JSON has no place, on the standard error."""
+    if as_json:
+        typer.echo(json.dumps(report.to_json(), indent=1, allow_nan=False))
+        for note in report.notes:
+            typer.echo(f"note: {note}", err=True)
+    elif sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        header, *rows = report.table()
+        table = Table(*header, box=None, header_style="bold")
+        for row in rows:
+            table.add_row(*map(Text, row))
+        console = Console()
+        console.print(table)
+        for note in report.notes:
+            console.print(Text(f"note: {note}"))
+    else:
+        typer.echo(str(report))
