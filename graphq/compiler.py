@@ -35,6 +35,7 @@ from graphq.passes.remove_no_ops import RemoveNoOps
 from graphq.passes.round_to_stored import RoundToStored
 from graphq.passes.split_gate_up import SplitGateUp
 from graphq.report import Difference, Report, algorithm_text, difference, make_report, spec_settings
+from graphq.runtime.calls import Outputs
 from graphq.runtime.model import CompiledModel
 from graphq.spec.algorithms import ALGORITHMS
 from graphq.spec.match import Layer
@@ -43,6 +44,10 @@ from graphq.state import put_tensor, tensor_of
 
 _SILENT: Final = PassContext()
 _NOTHING: Final = "NOTHING IS QUANTIZED: all rules of the spec keep layers float"
+_OF_ITS_MODULE: Final = (
+    "can_generate", "config", "device", "dtype", "eval", "generate", "generation_config", "input_modalities",
+    "output_modalities", "tie_weights", "to",
+)  # fmt: skip
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
 
@@ -67,7 +72,8 @@ def passes_for(
 @final
 class Compiled:
     """A compiled model. ``graph`` is the QDQ form, the truth that every artifact equals; ``report`` says what became of
-    each layer; ``spec`` is what was compiled. Calling it runs the packed torch module.
+    each layer; ``spec`` is what was compiled. Calling it runs the packed torch module, whose ``config``, ``device``,
+    ``dtype``, ``generate`` and the like are its own, too: lm-eval and transformers' pipelines take it as a model.
     """
 
     def __init__(self, graph: fx.GraphModule, spec: Spec, report: Report, seed: int) -> None:
@@ -84,14 +90,15 @@ class Compiled:
             self._packed = CompiledModel(pack(self.graph)).eval()
         return self._packed
 
-    def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor | tuple[Tensor, ...] | dict[str, Tensor]:
+    def __call__(self, *args: object, **kwargs: object) -> Outputs:
         """See ``CompiledModel.forward``."""
         with torch.inference_mode():
             return self.module(*args, **kwargs)
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """See ``CompiledModel.generate``."""
-        return self.module.generate(*args, **kwargs)
+    def __getattr__(self, name: str) -> Any:
+        if name in _OF_ITS_MODULE:
+            return getattr(self.module, name)
+        raise AttributeError(f"{type(self).__name__} has no attribute {name}")
 
     def emit(self, target: str, path: str | os.PathLike[str], **options: Any) -> None:
         """Write the artifact for ``target`` (``"torch"``, ``"onnx"``) into the directory ``path``, whole or not at all.

@@ -1,18 +1,19 @@
 """``generate`` for a captured causal language model: a thin transformers model around the graph."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
-from transformers import AutoConfig, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from graphq.capture.source import Source
 from graphq.data.batches import complete
 from graphq.errors import GraphqError
+from graphq.runtime.calls import ModelOutput, cached
 
 
 class _Generator(PreTrainedModel, GenerationMixin):
@@ -48,14 +49,15 @@ class _Generator(PreTrainedModel, GenerationMixin):
             given["position_ids"] = position_ids
         past = past_key_values if past_key_values is not None else DynamicCache()
         _check_cache(past)
-        for i, layer in enumerate(cast(Any, past).layers):
-            if layer.is_initialized:
-                given |= {f"past_key_values.{i}.key": layer.keys, f"past_key_values.{i}.value": layer.values}
+        given |= cached(past)
         batch = complete(self.captured, {k: v for k, v in given.items() if v is not None})
-        outputs: dict[str, Tensor] = dict(zip(self.captured.outputs, self.graph(*batch), strict=True))
+        outputs = ModelOutput(zip(self.captured.outputs, self.graph(*batch), strict=True))
         # Without a cache generate gives all tokens again each time, which a cache handed back would double.
-        kept = None if use_cache is False else _hold(past, outputs)
-        return CausalLMOutputWithPast(logits=outputs["logits"], past_key_values=kept)
+        if use_cache is not False:
+            past.layers = outputs.past_key_values.layers
+        return CausalLMOutputWithPast(
+            logits=cast(Any, outputs.logits), past_key_values=None if use_cache is False else past
+        )
 
 
 def _check_cache(cache: Any) -> None:
@@ -68,22 +70,20 @@ def _check_cache(cache: Any) -> None:
         )
 
 
-def _hold(cache: Any, outputs: Mapping[str, Tensor]) -> Any:
-    """``cache`` with full-length layers that hold the graph's present keys and values."""
-    layers: list[DynamicLayer] = []
-    while f"present.{len(layers)}.key" in outputs:
+def dynamic_cache(pairs: Sequence[tuple[Tensor, Tensor]]) -> DynamicCache:
+    """A cache of full-length layers that hold these keys and values."""
+    cache = DynamicCache()
+    for keys, values in pairs:
         layer = DynamicLayer()
-        layer.keys, layer.values = outputs[f"present.{len(layers)}.key"], outputs[f"present.{len(layers)}.value"]
-        layer.dtype, layer.device, layer.is_initialized = layer.keys.dtype, layer.keys.device, True
-        layers.append(layer)
-    cache.layers = layers
+        layer.keys, layer.values = keys, values
+        layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
+        cache.layers.append(layer)
     return cache
 
 
-def generator(graph: fx.GraphModule, source: Source, config: dict[str, Any]) -> PreTrainedModel:
+def generator(graph: fx.GraphModule, source: Source, config: Any) -> PreTrainedModel:
     """A transformers model whose forward is ``graph``, with the source's configuration."""
-    settings = AutoConfig.for_model(**{k: v for k, v in config.items() if k != "transformers_version"})
-    made = _Generator(settings, graph, source)
+    made = _Generator(config, graph, source)
     if source.generation_config is not None:
         made.generation_config = GenerationConfig.from_dict(json.loads(source.generation_config))
     return made.eval()

@@ -1,15 +1,16 @@
 """A compiled model as it is deployed: packed weights, the source's calling convention, generation for causal LMs."""
 
 import copy
-import json
 from typing import Any, Self, cast, final
 
 import torch
 from torch import Tensor, fx, nn
 
 from graphq.capture.source import Source, source_of
-from graphq.data.batches import complete
-from graphq.errors import GraphqError, SpecError
+from graphq.errors import GraphqError
+from graphq.runtime.calls import Outputs, call
+from graphq.runtime.configuration import configuration
+from graphq.runtime.modules import Int8Linear, PackedWeight
 
 
 @final
@@ -17,16 +18,21 @@ class CompiledModel(nn.Module):
     """A captured graph behind the source's inputs and outputs.
 
     Calling it takes the captured inputs in the source's order or by name, and returns what the source returned: a
-    tensor, a tuple, or a dict by name (a causal language model: ``logits`` and ``present.{i}.key|value``). Masks,
-    positions and empty caches may be left out.
+    tensor, a tuple, or a dict by name (a transformers model: a ``ModelOutput``; a causal language model: ``logits`` and
+    ``present.{i}.key|value``). Masks, positions and empty caches may be left out.
+
+    It has what lm-eval's ``HFLM`` and transformers' pipelines ask of a model: ``config``, ``generation_config``,
+    ``device``, ``dtype``, ``generate``, ``can_generate`` and ``tie_weights``.
     """
 
     graph: fx.GraphModule
+    _generator: Any
+    _config: Any
 
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__()
         # Its tensors and modules are the graph's own, so that their names are the layers' and ``to`` moves both.
-        self.__dict__ |= {"graph": graph} | {
+        self.__dict__ |= {"graph": graph, "_generator": None, "_config": None} | {
             kind: graph.__dict__[kind] for kind in ("_parameters", "_buffers", "_modules")
         }
         self.train(graph.training)
@@ -39,45 +45,71 @@ class CompiledModel(nn.Module):
         """What capture recorded of the source."""
         return source_of(self.graph)
 
-    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor | tuple[Tensor, ...] | dict[str, Tensor]:
-        """Raises ``TypeError`` for an argument that was not captured, ``SpecError`` for a wrong shape."""
-        source = self.source
-        batch = by_name(source, args, kwargs)
-        outputs = cast(tuple[Tensor, ...], self.graph(*complete(source, batch)))
-        match source.output_kind:
-            case "tensor":
-                return outputs[0]
-            case "tuple":
-                return tuple(outputs)
-            case "dict":
-                return dict(zip(source.outputs, outputs, strict=True))
+    @property
+    def config(self) -> Any:
+        """The configuration of a transformers model; where transformers is not installed, a namespace of its settings.
+
+        Raises ``AttributeError`` for another model.
+        """
+        if self._config is None:
+            if self.source.config is None:
+                raise AttributeError("config: the source is not a model of transformers")
+            self.__dict__["_config"] = configuration(self.source.config)
+        return self._config
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return next((x.device for x in (*self.buffers(), *self.parameters())), torch.device("cpu"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that it computes in."""
+        taken = [i.dtype for i in self.source.inputs]
+        made = [m.graphq_form.dtype for m in self.modules() if isinstance(m, PackedWeight | Int8Linear)]
+        held = [x.dtype for x in (*self.parameters(), *self.buffers())]
+        return next((d for d in (*taken, *made, *held) if d.is_floating_point), self.source.dtype)
+
+    def forward(self, *args: object, **kwargs: object) -> Outputs:
+        """See ``graphq.runtime.calls.call``."""
+        return call(self.source, lambda batch: cast(tuple[Tensor, ...], self.graph(*batch)), args, kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """``transformers``' ``generate`` on this model: greedy, sampling, beams, left padding, with the KV cache.
 
         Raises ``GraphqError`` for models that are not causal language models with a cache. Needs transformers.
         """
-        source = self.source
-        if not source.is_causal_lm or source.config is None or not source.caches:
-            raise GraphqError("generate: this model is not a causal language model captured with its key/value cache")
-        from graphq.runtime.generation import generator
-
         with torch.inference_mode():
-            return cast(Any, generator(self.graph, source, json.loads(source.config))).generate(*args, **kwargs)
+            return self._transformers_model().generate(*args, **kwargs)
 
+    @property
+    def generation_config(self) -> Any:
+        """What ``generate`` does by default; changes of it last. Raises what ``generate`` raises."""
+        return self._transformers_model().generation_config
 
-def by_name(source: Source, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Arguments of a call by the names of the captured inputs."""
-    names = [i.name for i in source.inputs]
-    if len(args) > len(names):
-        raise TypeError(f"forward() takes {len(names)} inputs, {len(args)} were given: {', '.join(names)}")
-    batch = dict(zip(names, args, strict=False))
-    for name, value in kwargs.items():
-        if name not in names:
-            raise TypeError(f"forward() was captured without the argument {name}; it takes {', '.join(names)}")
-        if name in batch:
-            raise TypeError(f"forward() got {name} twice, by position and by name")
-        batch[name] = value
-    if not batch:
-        raise SpecError(f"inputs: none given; the model takes {', '.join(names)}")
-    return batch
+    def can_generate(self) -> bool:
+        """Whether it is a causal language model captured with its key/value cache."""
+        source = self.source
+        return source.is_causal_lm and source.config is not None and bool(source.caches)
+
+    @property
+    def input_modalities(self) -> Any:
+        """What transformers' pipelines say of it."""
+        return self._transformers_model().input_modalities
+
+    @property
+    def output_modalities(self) -> Any:
+        """What transformers' pipelines say of it."""
+        return self._transformers_model().output_modalities
+
+    def tie_weights(self) -> None:
+        """Nothing is left to do: what was tied in the source is one tensor."""
+
+    def _transformers_model(self) -> Any:
+        if not self.can_generate():
+            raise GraphqError("generate: this model is not a causal language model captured with its key/value cache")
+        if self._generator is None:
+            from graphq.runtime.generation import generator
+
+            self.__dict__["_generator"] = generator(self.graph, self.source, self.config)
+        return self._generator

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from graphq.capture.source import Source
-from graphq.data.batches import complete
 from graphq.errors import TargetError
-from graphq.runtime.model import by_name
+from graphq.runtime.calls import Outputs, call
 
 
 @final
@@ -34,16 +33,11 @@ class OnnxSession:
             raise TargetError(f"{file}: gives {', '.join(given)}; the manifest says {', '.join(promised)}")
         self.source = source
 
-    def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor | tuple[Tensor, ...] | dict[str, Tensor]:
-        """Raises ``TypeError`` for an argument that the source does not take, ``SpecError`` for a wrong shape."""
-        batch = complete(self.source, by_name(self.source, args, kwargs))
+    def __call__(self, *args: object, **kwargs: object) -> Outputs:
+        """See ``graphq.runtime.calls.call``."""
+        return call(self.source, self._run, args, kwargs)
+
+    def _run(self, batch: tuple[Tensor, ...]) -> list[Tensor]:
         feeds = {i.name: x.detach().cpu().numpy() for i, x in zip(self.source.inputs, batch, strict=True)}
         found = cast("list[Any]", self._session.run(list(self.source.outputs), feeds))
-        outputs = tuple(torch.from_numpy(x) for x in found)
-        match self.source.output_kind:
-            case "tensor":
-                return outputs[0]
-            case "tuple":
-                return outputs
-            case "dict":
-                return dict(zip(self.source.outputs, outputs, strict=True))
+        return [torch.from_numpy(x) for x in found]

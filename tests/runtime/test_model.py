@@ -1,19 +1,26 @@
 """A compiled model is called like its source: the same inputs by position and name, the same structure of outputs."""
 
 import copy
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, pipeline
 
 import graphq
+from graphq.capture.hugging_face import capture_directory
 from graphq.capture.modules import capture_module
 from graphq.capture.source import source_of
 from graphq.errors import GraphqError, SpecError
+from graphq.runtime.calls import ModelOutput
+from graphq.runtime.configuration import configuration
 from graphq.runtime.model import CompiledModel
 from tests import models
-from tests.models import MLP, Tied, tiny
+from tests.checkpoints import save_checkpoint
+from tests.models import MLP, Tied, tiny, tiny_config
 
 
 def floats(*shape: int, seed: int = 0) -> Tensor:
@@ -154,3 +161,108 @@ def test_only_causal_language_models_generate() -> None:
     assert str(caught.value) == (
         "generate: this model is not a causal language model captured with its key/value cache"
     )
+
+
+# -- as transformers' models are called --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def llama() -> CompiledModel:
+    return CompiledModel(models._captured("llama"))
+
+
+IDS = torch.arange(10).reshape(2, 5)
+
+
+def test_the_outputs_have_names_places_and_attributes(llama: CompiledModel) -> None:
+    out: Any = llama(IDS)
+    assert isinstance(out, ModelOutput)
+    assert out.logits is out["logits"] is out[0]
+    assert out[:2] == (out["logits"], out["present.0.key"])
+    assert out.get("present.1.value") is out[-1]
+    with pytest.raises(AttributeError) as caught:
+        _ = out.hidden_states
+    assert str(caught.value).startswith("the model returned no hidden_states; it returned logits, present.0.key, ")
+    with pytest.raises(KeyError, match="hidden_states"):
+        _ = out["hidden_states"]
+    assert llama(IDS, return_dict=False)[0].equal(out.logits)
+
+
+def test_the_cache_goes_back_into_the_model_and_into_transformers(llama: CompiledModel) -> None:
+    expected: Any = llama(IDS)
+    first: Any = llama(IDS[:, :3])
+    assert isinstance(first.past_key_values, DynamicCache)
+    assert first["past_key_values"].get_seq_length() == 3
+    pairs = tuple((first[f"present.{i}.key"], first[f"present.{i}.value"]) for i in range(2))
+    for past in (first.past_key_values, pairs):
+        second: Any = llama(IDS[:, 3:], past_key_values=past, use_cache=True)
+        assert (second.logits - expected.logits[:, 3:]).abs().max() <= 1e-6 * expected.logits.abs().max()
+    with torch.no_grad():
+        theirs = tiny("llama")(input_ids=IDS[:, 3:], past_key_values=first.past_key_values).logits
+    assert (theirs - expected.logits[:, 3:]).abs().max() <= 1e-5 * expected.logits.abs().max()
+    assert torch.equal(llama(IDS, past_key_values=DynamicCache()).logits, expected.logits)  # type: ignore[union-attr]
+
+
+def test_without_a_cache(llama: CompiledModel) -> None:
+    out: Any = llama(IDS, use_cache=False)
+    assert list(out) == ["logits"]
+    assert out.past_key_values is None
+    with pytest.raises(KeyError):
+        _ = out["past_key_values"]
+
+
+def test_arguments_that_ask_for_nothing_are_left_out(llama: CompiledModel) -> None:
+    nothing: dict[str, Any] = {"labels": None, "output_attentions": False, "logits_to_keep": 0, "attention_mask": None}
+    assert torch.equal(llama(input_ids=IDS, **nothing)[0], llama(IDS)[0])
+    with pytest.raises(TypeError, match="was captured without the argument output_attentions"):
+        llama(IDS, output_attentions=True)
+
+
+def test_what_is_known_of_it(llama: CompiledModel) -> None:
+    config = tiny_config("llama")[1]
+    assert type(llama.config) is type(config)
+    assert llama.config.num_hidden_layers == 2
+    assert llama.config is llama.config
+    assert (llama.device, llama.dtype) == (torch.device("cpu"), torch.float32)
+    assert llama.can_generate()
+    llama.generation_config.max_new_tokens = 2
+    try:
+        assert llama.generate(IDS, pad_token_id=0).shape == (2, 7)
+    finally:
+        llama.generation_config.max_new_tokens = None
+
+
+def test_what_is_known_of_a_plain_module() -> None:
+    made = graphq.compile(MLP().bfloat16(), {"graphq": 1, "weight": "int4/g4"}, inputs=floats(2, 8).bfloat16())
+    assert (made.dtype, made.device, made.can_generate()) == (torch.bfloat16, torch.device("cpu"), False)
+    assert made.eval() is made.module
+    assert not hasattr(made, "config")
+    assert not hasattr(made, "nothing")
+    with pytest.raises(GraphqError, match="not a causal language model"):
+        _ = made.generation_config
+
+
+def test_a_configuration_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    found = configuration('{"hidden_size": 4, "rope": {"theta": 2.0}, "id2label": {"0": "a"}}')
+    assert (found.hidden_size, found.rope.theta, found.id2label) == (4, 2.0, {"0": "a"})
+    monkeypatch.setitem(sys.modules, "graphq.runtime.generation", None)
+    x = floats(1)
+    assert ModelOutput({"present.0.key": x, "present.0.value": x}).past_key_values == ((x, x),)
+
+
+def test_a_configuration_that_transformers_does_not_know() -> None:
+    assert configuration('{"model_type": "mine", "hidden_size": 4}').hidden_size == 4
+
+
+def test_a_pipeline_of_transformers(tmp_path: Path) -> None:
+    """The text that a pipeline writes with the model and with its source: nothing is quantized."""
+    tokenizer = AutoTokenizer.from_pretrained(save_checkpoint(tmp_path / "llama"))
+    model = CompiledModel(capture_directory(tmp_path / "llama"))
+    source = AutoModelForCausalLM.from_pretrained(tmp_path / "llama", dtype=torch.float32)
+    texts: list[Any] = []
+    for each in (source, model):
+        write = pipeline("text-generation", model=each, tokenizer=tokenizer)
+        assert "'input_modalities': 'text'" in repr(write)
+        texts.append(write(["w1 w2", "w3"], max_new_tokens=6, do_sample=False, pad_token_id=0))
+    assert texts[0] == texts[1]
