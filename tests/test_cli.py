@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +56,17 @@ def test_help_names_the_commands_and_imports_nothing_heavy():
     code = "import sys, graphq.cli as c\ntry: c.main()\nfinally: print([m for m in ('torch','transformers','onnx') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
-    for command in ("compile", "explain", "dump", "eval", "verify"):
+    for command in ("compile", "explain", "dump", "eval", "inspect", "verify"):
         assert f"\n  {command}  " in done.stdout
         assert "--debug" in graphq_(command, "-h").stdout
 
 
 def test_version():
-    assert graphq_("--version").stdout.startswith("graphq")
+    names = ("graphq", "torch", "transformers", "onnxruntime")
+    assert graphq_("--version").stdout == "".join(f"{name} {version(name)}\n" for name in names)
+    code = "import sys, graphq.cli as c\ntry: c.main()\nfinally: print([m for m in ('torch','transformers','onnxruntime') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The command line: ``compile``, ``explain``, ``spec``, ``dump``, ``eval`` and ``verify``.
+"""The command line: ``compile``, ``explain``, ``spec``, ``dump``, ``eval``, ``inspect`` and ``verify``.
 
 Results go to the standard output, everything else to the standard error. Exit status: 0; 1 for errors, a line each;
 2 for wrong usage; 130 when interrupted. Heavy libraries are imported when a command runs: ``--help`` answers at once.
@@ -8,7 +8,7 @@ from typing import Annotated, Final
 
 import typer
 
-from graphq.cli.artifacts import verify
+from graphq.cli.artifacts import inspect, verify
 from graphq.cli.evaluation import eval_
 from graphq.cli.models import compile_, dump, explain
 from graphq.cli.specs import convert, presets
@@ -29,20 +29,24 @@ def main() -> None:
 
 
 def _print_version(wanted: bool) -> None:
+    """Graphq's version, and of each library that results depend on the one that is installed; none is imported."""
     if wanted:
         from importlib.metadata import PackageNotFoundError, version
 
-        try:
-            typer.echo(f"graphq {version('graphq')}")
-        except PackageNotFoundError:  # run from its sources
-            typer.echo("graphq, not installed")
+        for name in ("graphq", "torch", "transformers", "onnxruntime"):
+            try:
+                typer.echo(f"{name} {version(name)}")
+            except PackageNotFoundError:
+                if name == "graphq":  # run from its sources
+                    typer.echo("graphq, not installed")
         raise typer.Exit
 
 
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print graphq's version, and torch's."),
     ] = False,
 ) -> None: ...
 
@@ -53,6 +57,7 @@ app.command(name="compile")(compile_)  # in the order of ``--help``
 app.command()(explain)
 app.command()(dump)
 app.command(name="eval")(eval_)
+app.command()(inspect)
 app.command()(verify)
 app.add_typer(spec_app, name="spec")
 spec_app.command()(convert)

@@ -1,5 +1,6 @@
-"""``verify``: what is done with an artifact."""
+"""``inspect`` and ``verify``: what is done with an artifact."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -8,10 +9,25 @@ import typer
 from graphq.cli.arguments import Debug
 from graphq.cli.errors import fail, one_line_errors
 
+Artifact = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A directory that graphq compile wrote.")]
+
+
+@one_line_errors
+def inspect(
+    artifact: Artifact,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: one object.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show what an artifact holds: layers and their formats, source, spec, versions, files. Loads no weights."""
+    from graphq.artifacts.inspect import inspect
+
+    found = inspect(artifact)
+    typer.echo(json.dumps(found.to_json(), indent=1) if as_json else str(found))
+
 
 @one_line_errors
 def verify(
-    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A directory that graphq compile wrote.")],
+    artifact: Artifact,
     against: Annotated[
         Path | None, typer.Option(metavar="MODEL_DIR", help="Compile this model anew and compare the weights with it.")
     ] = None,
