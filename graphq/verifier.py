@@ -80,10 +80,7 @@ def verify(path: str | Path, against: str | Path | None = None) -> Verification:
 
 def _files(directory: Path, described: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
     """A line for each file of the artifact that is gone or differs, by its name; and the files that are not its own."""
-    try:
-        listed = {str(name): str(sha256) for name, sha256 in described["files"].items()}
-    except (KeyError, AttributeError) as error:
-        raise TargetError(f"{directory / manifest.NAME}: damaged: files: {error}") from error
+    listed = manifest.listed_files(directory, described)
     found = manifest.file_digests(directory)
     changed = {name: f"{name}: missing" for name in sorted(listed.keys() - found.keys())}
     for name in sorted(listed.keys() & found.keys()):

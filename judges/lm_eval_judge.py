@@ -80,9 +80,9 @@ def write_tasks(folder: Path) -> None:
 
 def measure(model: Any, tokenizer: Any, folder: Path) -> dict[str, Any]:
     """Accuracy, perplexity by byte, and the texts written."""
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
+    import lm_eval  # pyright: ignore[reportMissingImports]
+    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     judge = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -206,6 +206,7 @@ def write(
         "graphq": FORMAT,
         "target": target,
         "version": _version(),
+        "torch": torch.__version__,
         **made_from,
         "source": source_json(source),
         "computed_in": str(dtype).removeprefix("torch.") if dtype is not None else None,
@@ -235,12 +236,36 @@ def sources(gm: fx.GraphModule) -> tuple[str, ...]:
 
 def file_digests(directory: Path) -> dict[str, str]:
     """SHA-256 of every file in an artifact, by its path in it; the manifest, which holds them, is left out."""
-    found: dict[str, str] = {}
-    for file in sorted(directory.rglob("*")):
-        if file.is_file() and file != directory / NAME:
-            with file.open("rb") as opened:
-                found[file.relative_to(directory).as_posix()] = hashlib.file_digest(opened, "sha256").hexdigest()
-    return found
+    return {
+        file.relative_to(directory).as_posix(): _file_digest(file)
+        for file in sorted(directory.rglob("*"))
+        if file.is_file() and file != directory / NAME
+    }
+
+
+def _file_digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def listed_files(directory: Path, described: Mapping[str, Any]) -> dict[str, str]:
+    """The digests of an artifact's files by their names. Raises ``TargetError`` where the manifest is damaged."""
+    try:
+        return {str(name): str(sha256) for name, sha256 in described["files"].items()}
+    except (KeyError, AttributeError) as error:
+        raise TargetError(f"{directory / NAME}: damaged: files: {error}") from error
+
+
+def check_files(directory: Path, described: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raises ``TargetError`` for one of these files that is missing or is not what was written."""
+    listed = listed_files(directory, described)
+    for name in names:
+        try:
+            found = _file_digest(directory / name)
+        except OSError as error:
+            raise TargetError(f"{directory / name}: {error.strerror}") from error
+        if found != listed.get(name):
+            raise TargetError(f"{directory / name}: differs from its digest in {NAME}: damaged, or changed since")
 
 
 def _version() -> str:

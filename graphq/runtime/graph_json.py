@@ -1,6 +1,6 @@
 """A graph of packed modules as plain data and back: nodes over an allow-list of ops, no code.
 
-Ops are functional aten ops, graphq's own, and arithmetic on sizes. What an argument can be: a node, a number, a
+Ops are those of ``allowed_ops``, graphq's own, and arithmetic on sizes. What an argument can be: a node, a number, a
 word, None, a list, a dtype, a device, a layout or a memory format. Infinite numbers are written as words, since JSON
 has none.
 """
@@ -8,15 +8,18 @@ has none.
 import keyword
 import math
 import operator
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch._ops import OpOverload, OpOverloadPacket
+from torch._ops import OpOverload
 
 from graphq.errors import PassError, SpecError, TargetError
 from graphq.runtime import ops as graphq_ops
+from graphq.runtime.allowed_ops import OVERLOADS
+from graphq.runtime.checked_ops import SUBSTITUTES
 from graphq.runtime.modules import Int8Linear, PackedWeight, settings_of
 from graphq.state import put_input, put_tensor
 
@@ -44,6 +47,7 @@ _FUNCTIONS: Final[dict[str, Callable[..., Any]]] = {
     "sym_ite": torch.sym_ite,
 }
 _NAMES: Final = {function: name for name, function in _FUNCTIONS.items()}
+_CHECKED: Final = {function: name for name, function in SUBSTITUTES.items() if not isinstance(function, OpOverload)}
 _GRAPHQ: Final = {
     str(op): op
     for op in (
@@ -55,16 +59,18 @@ _GRAPHQ: Final = {
 }
 _GRAPHQ_MOE: Final = {str(op): op for op in (graphq_ops.grouped_linear, graphq_ops.select_rows)}
 _MODULES: Final = {"PackedWeight": PackedWeight, "Int8Linear": Int8Linear}
-_WORDS: Final = (
-    "rounding_mode",
-    "approximate",
-    "padding",
-    "mode",
-    "reduction",
-    "indexing",
-    "equation",
-    "pad_mode",
-    "reduce",
+_DTYPES: Final = re.compile(r"b?float(64|32|16)|float8_e\w+|u?int(64|32|16|8)|bool|complex(128|64)")
+_KINDS: Final[Mapping[str, type]] = {  # an integer would do in their place, unchecked
+    "ScalarType": torch.dtype,
+    "Layout": torch.layout,
+    "MemoryFormat": torch.memory_format,
+    "Device": torch.device,
+}
+_WINDOWS: Final = frozenset(["kernel_size", "stride", "padding", "output_padding", "dilation"])
+_WIDEST: Final = 1 << 16  # of a convolution's or a pool's window, from which kernels compute memory without care
+_MOST: Final = 1 << 31  # elements of a tensor that a graph makes of nothing
+_MADE: Final = re.compile(
+    r"aten::(arange|empty|eye|hann_window|linspace|(new_)?(empty|full|ones|zeros)|tri[lu]_indices)"
 )
 _DAMAGE: Final = (
     KeyError,
@@ -83,35 +89,47 @@ _DAMAGE: Final = (
 
 
 def allowed(target: object) -> bool:
-    """Whether an op may stand in an artifact: it changes nothing in place, reads no file and calls no code."""
+    """Whether an op may stand in an artifact: it changes nothing in place, reads no file, calls no code, and checks its
+    arguments.
+    """
     if target in _NAMES or str(target) in _GRAPHQ | _GRAPHQ_MOE:
         return True
     if not isinstance(target, OpOverload) or target.namespace != "aten":
         return False
-    schema = target._schema  # pyright: ignore[reportPrivateUsage]
-    words = [a.name for a in schema.arguments if "str" in str(a.type) and a.name not in _WORDS]
-    return not schema.is_mutable and not words
+    _, op, overload = str(target).split(".")
+    return overload in OVERLOADS.get(op, "").split()
+
+
+def refusal(node: fx.Node) -> str | None:
+    """Why an artifact cannot hold a node of a graph, None if it can."""
+    if node.op != "call_function":
+        return None
+    if not allowed(node.target):
+        return f"{node.target} cannot be stored: graphq.runtime.allowed_ops does not list it"
+    try:
+        _check_arguments(node.name, cast(Any, node.target), node.args, node.kwargs)
+        _to_json([node.args, *node.kwargs.values()])
+    except TargetError as error:
+        return f"{node.target} cannot be stored: {str(error).removeprefix('graph.json: ')}"
+    return None
 
 
 def _target_name(target: object) -> str:
-    return _NAMES[cast(Any, target)] if target in _NAMES else str(target)
+    return _NAMES[cast(Any, target)] if target in _NAMES else _CHECKED.get(cast(Any, target), str(target))
 
 
-def _target_named(name: str) -> Callable[..., Any]:
+def _target_named(node: str, name: str) -> Callable[..., Any]:
     known = _FUNCTIONS.get(name) or (_GRAPHQ | _GRAPHQ_MOE).get(name)
     if known is not None:
         return known
     parts = name.split(".")
-    if len(parts) == 3 and parts[0] == "aten" and all(p.isidentifier() for p in parts):
-        packet = getattr(torch.ops.aten, parts[1], None)
-        found = getattr(packet, parts[2], None) if isinstance(packet, OpOverloadPacket) else None
-        if isinstance(found, OpOverload) and allowed(found):
-            return found
-    raise TargetError(f"graph.json: {name} is not an op that artifacts may hold")
+    if len(parts) == 3 and parts[0] == "aten" and parts[2] in OVERLOADS.get(parts[1], "").split():
+        return getattr(getattr(torch.ops.aten, parts[1]), parts[2])
+    raise TargetError(f"graph.json: {node}: {name} is not an op that artifacts may hold")
 
 
 def graph_to_json(gm: fx.GraphModule) -> dict[str, Any]:
-    """The graph and the settings of its modules. Ops must be ``allowed``."""
+    """The graph and the settings of its modules. There must be no ``refusal`` of a node."""
     modules: dict[str, Any] = {}
     nodes: list[dict[str, Any]] = []
     for node in gm.graph.nodes:
@@ -207,8 +225,11 @@ def _build(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> fx.GraphMo
                     raise TargetError(f"graph.json: {name}: its arguments are not those of {entry['target']}")
                 node = graph.create_node("call_module", entry["target"], args, kwargs, name=name)
             case "call_function":
-                target = _target_named(entry["target"])
+                target = _target_named(name, entry["target"])
                 _check_arguments(name, target, args, kwargs)
+                if entry["target"] == "aten.empty.memory_format":
+                    kwargs.pop("memory_format", None)  # the zeros in its place have none
+                target = SUBSTITUTES.get(entry["target"], target)
                 node = graph.create_node("call_function", target, args, kwargs, name=name)
             case "output":
                 if not isinstance(args[0], list) or not all(isinstance(a, fx.Node) for a in cast(list[Any], args[0])):
@@ -242,16 +263,34 @@ def _check_settings(path: str, module: PackedWeight | Int8Linear) -> None:
         raise TargetError(f"graph.json: {path}: block: {block} does not divide {shape}")
 
 
-def _check_arguments(name: str, target: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Raises ``TargetError`` for arguments that an op does not take, or lacks."""
+def _check_arguments(name: str, target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raises ``TargetError`` for arguments that an op does not take, or lacks, and for a tensor out of all bounds."""
     if not isinstance(target, OpOverload):
         return
     taken = target._schema.arguments  # pyright: ignore[reportPrivateUsage]
     positional = [a.name for a in taken if not a.kwarg_only]
-    given = {*positional[: len(args)], *kwargs}
+    given = {**dict(zip(positional, args, strict=False)), **kwargs}
     needed = {a.name for a in taken if not a.has_default_value()}
-    if len(args) > len(positional) or not needed <= given <= {a.name for a in taken}:
+    if len(args) > len(positional) or not needed <= given.keys() <= {a.name for a in taken}:
         raise TargetError(f"graph.json: {name}: its arguments are not those of {target}")
+    for argument in taken:
+        value = given.get(argument.name)
+        kind = _KINDS.get(str(cast(Any, argument).real_type).removeprefix("Optional[").removesuffix("]"))
+        if kind is not None and value is not None and not isinstance(value, kind):
+            raise TargetError(f"graph.json: {name}: {target}: {argument.name}: {value!r} is not a {kind.__name__}")
+    for window in _WINDOWS & given.keys():
+        if any(size > _WIDEST for size in _sizes(given[window])):
+            raise TargetError(f"graph.json: {name}: {target}: {window}: {given[window]} is out of range")
+    if target == torch.ops.aten.view.dtype and given["dtype"] == torch.bool:
+        raise TargetError(f"graph.json: {name}: {target}: bytes are not read as bools, which are 0 or 1")
+    if _MADE.fullmatch(target._schema.name):  # pyright: ignore[reportPrivateUsage]
+        sizes = [v for v in given.values() if isinstance(v, list | int)]
+        if any(math.prod(_sizes(size)) > _MOST for size in sizes):
+            raise TargetError(f"graph.json: {name}: {target}: makes a tensor of more than 2^31 elements")
+
+
+def _sizes(size: Any) -> list[int]:
+    return [s for s in (cast(list[Any], size) if isinstance(size, list) else [size]) if isinstance(s, int) and s > 0]
 
 
 def _name(text: object) -> str:
@@ -287,8 +326,10 @@ def _from_json(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
             return _torch_named(name, torch.dtype)
         case {"device": "cpu"}:
             return torch.device("cpu")
+        case {"torch": "strided"}:
+            return torch.strided
         case {"torch": str(name)}:
-            return _torch_named(name, torch.layout, torch.memory_format)
+            return _torch_named(name, torch.memory_format)
         case {"float": "inf" | "-inf" | "nan" as text}:
             return float(text)
         case {"slice": [start, stop, step]}:
@@ -301,8 +342,8 @@ def _from_json(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
             raise TargetError(f"graph.json: {value!r} is not an argument")
 
 
-def _torch_named(name: str, *kinds: type) -> Any:
+def _torch_named(name: str, kind: type) -> Any:
     found = getattr(torch, name, None)
-    if not isinstance(found, kinds):
-        raise TargetError(f"graph.json: torch has no {name}")
+    if not isinstance(found, kind) or (kind is torch.dtype and not _DTYPES.fullmatch(name)):
+        raise TargetError(f"graph.json: {name} is not a {kind.__name__} that artifacts may hold")
     return found

@@ -183,6 +183,8 @@ class Int8Linear(FixedDtypes):
     def forward(self, q: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
         """``q``: int8 codes ``[..., K]``; ``scale``, ``zero_point``: ``[..., 1]``, for each token, or single ones."""
         it, (weight_scale, weight_zero_point, _), bias = self.graphq_form, scales_of(self), _bias_of(self)
+        if q.dtype != torch.int8 or q.shape[-1:] != self.weight.shape[1:]:  # which the kernel takes for granted
+            raise PassError(f"codes {q.dtype}{list(q.shape)} for a weight int8{list(self.weight.shape)}")
         prepared = self._graphq_prepared
         if prepared is None or not prepared.is_of(self.weight):
             row_sums = self.weight.sum(1, dtype=torch.int32).to(torch.float32)

@@ -112,20 +112,27 @@ def _choose_global_scale_fake(x: Tensor) -> Tensor:
     return x.new_empty([1] * x.dim(), dtype=torch.float32)
 
 
-def _bounds(offsets: Tensor, experts: int) -> list[tuple[int, int]]:
-    """The first row of each expert and the one after its last."""
+def _bounds(offsets: Tensor, experts: int, rows: int) -> list[tuple[int, int]]:
+    """The first row of each expert and the one after its last. Raises ``PassError`` for offsets that do not cut
+    ``rows`` rows into as many parts, one after the other.
+    """
     ends: list[int] = offsets.tolist()
-    if len(ends) != experts:
-        raise PassError(f"{len(ends)} offsets for {experts} experts")
-    return list(zip([0, *ends[:-1]], ends, strict=True))
+    if offsets.dim() != 1 or len(ends) != experts:
+        raise PassError(f"{offsets.numel()} offsets for {experts} experts")
+    starts = [0, *ends[:-1]]
+    if any(not first <= last <= rows for first, last in zip(starts, ends, strict=True)):
+        raise PassError(f"offsets {ends} do not divide {rows} rows")
+    return list(zip(starts, ends, strict=True))
 
 
 def _grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """Rows of ``x[T, K]`` up to ``offsets[0]`` times ``weight[0, N, K]``, up to ``offsets[1]`` times ``weight[1]`` and
     so on; rows after the last offset are 0. A loop over experts: the reference, in any dtype.
     """
+    if x.dim() != 2 or weight.dim() != 3 or x.shape[1] != weight.shape[2]:
+        raise PassError(f"rows {tuple(x.shape)} for experts' weights {tuple(weight.shape)}")
     out = x.new_zeros(x.shape[0], weight.shape[1])
-    for expert, (first, last) in enumerate(_bounds(offsets, weight.shape[0])):
+    for expert, (first, last) in enumerate(_bounds(offsets, weight.shape[0], x.shape[0])):
         out[first:last] = torch.nn.functional.linear(x[first:last], weight[expert])
     return out
 
@@ -138,8 +145,13 @@ def _select_rows(candidates: Sequence[Tensor], offsets: Tensor, choice: Sequence
     """The rows of expert ``e`` (those up to ``offsets[e]``) taken from ``candidates[choice[e]]``; all are ``[T, K]``.
     Rows after the last offset are 0.
     """
+    shapes = {tuple(x.shape) for x in candidates}
+    if len(shapes) != 1 or len(min(shapes)) != 2:
+        raise PassError(f"candidates of shapes {sorted(shapes)} for the rows of experts")
+    if not set(choice) <= set(range(len(candidates))):
+        raise PassError(f"choice {list(choice)} of {len(candidates)} candidates")
     out = torch.zeros_like(candidates[0])
-    for expert, (first, last) in enumerate(_bounds(offsets, len(choice))):
+    for expert, (first, last) in enumerate(_bounds(offsets, len(choice), out.shape[0])):
         out[first:last] = candidates[choice[expert]][first:last]
     return out
 

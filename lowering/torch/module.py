@@ -1,10 +1,12 @@
 """The torch target: a directory with ``graph.json``, packed weights in safetensors, manifest and the model's files."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, fx
@@ -16,7 +18,7 @@ from graphq.files import whole_directory
 from graphq.ir.views import Op
 from graphq.lowering.legalize import Limits, legalize
 from graphq.lowering.torch.pack import pack
-from graphq.runtime.graph_json import allowed, graph_from_json, graph_to_json
+from graphq.runtime.graph_json import graph_from_json, graph_to_json, refusal
 from graphq.runtime.model import CompiledModel
 from graphq.runtime.modules import Int8Linear, PackedWeight, codes_of, format_of, scales_of
 from graphq.state import first_names
@@ -26,9 +28,9 @@ _WEIGHTS: Final = "model.safetensors"
 
 
 def _refuses(op: Op) -> str | None:
-    if op.node.op == "call_function" and not allowed(op.node.target):
-        return f"{op.node.target} cannot be stored: artifacts hold functional aten and graphq ops"
-    return None
+    reason = refusal(op.node)
+    frames = re.findall(r'File "(.+)", line (\d+), in .+\n *(.+)', op.node.meta.get("stack_trace", ""))
+    return reason if reason is None or not frames else f"{reason} ({':'.join(frames[-1][:2])}: {frames[-1][2]})"
 
 
 LIMITS: Final = Limits("torch", _refuses)
@@ -57,22 +59,25 @@ def _differs(held: Mapping[str, Tensor], name: str, same: Mapping[str, str]) -> 
     return held[name].dtype != held[same[name]].dtype
 
 
-def load(path: str | Path) -> CompiledModel:
+def load(path: str | Path, verify: bool = True) -> CompiledModel:
     """The model of a torch artifact; neither quantizes again nor imports transformers.
 
-    Raises ``TargetError`` naming the file that is missing, damaged or of another kind.
+    Raises ``TargetError`` naming the file that is missing, damaged or of another kind, or whose digest is not that in
+    the manifest. ``verify=False`` leaves the digests unread, and large weights in their file until they are used.
     """
     directory = Path(path)
     described = manifest.read(directory)
     if described.get("target") != "torch":
         raise TargetError(f"{directory}: an artifact for {described.get('target')}; graphq.load reads torch artifacts")
+    if verify:
+        manifest.check_files(directory, described, (_GRAPH, _WEIGHTS))
     try:
         data = json.loads((directory / _GRAPH).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise TargetError(f"{directory / _GRAPH}: damaged or incomplete: {error}") from error
     try:
         with safe_open(directory / _WEIGHTS, framework="pt") as file:
-            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors: dict[str, Tensor] = {name: _sound(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
     except (OSError, ValueError, SafetensorError) as error:
         raise TargetError(f"{directory / _WEIGHTS}: damaged or incomplete: {error}") from error
     source = manifest.source_of_artifact(directory, described)
@@ -89,6 +94,11 @@ def load(path: str | Path) -> CompiledModel:
     _check_ends(directory, gm, source)
     gm.meta[KEY] = source
     return CompiledModel(gm).eval()
+
+
+def _sound(x: Tensor) -> Tensor:
+    """The tensor, whose bools are 0 or 1: a file can hold other bytes, which torch's kernels count on not to meet."""
+    return x if x.dtype != torch.bool else x.view(torch.uint8) != 0
 
 
 def _check_others(directory: Path, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -125,7 +135,7 @@ def stored_codes(model: CompiledModel) -> dict[str, manifest.QuantizedTensor]:
 
 def stored_tensors(directory: Path) -> dict[str, Tensor]:
     """All tensors of an artifact by name, packed codes unpacked. Raises ``TargetError`` for a damaged one."""
-    model = load(directory)
+    model = load(directory, verify=False)
     try:
         return model.graph.state_dict() | manifest.named_tensors(stored_codes(model))
     except (GraphqError, RuntimeError) as error:

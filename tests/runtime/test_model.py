@@ -3,7 +3,7 @@
 import copy
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -261,8 +261,8 @@ def test_a_pipeline_of_transformers(tmp_path: Path) -> None:
     model = CompiledModel(capture_directory(tmp_path / "llama"))
     source = AutoModelForCausalLM.from_pretrained(tmp_path / "llama", dtype=torch.float32)
     texts: list[Any] = []
-    for each in (source, model):
-        write = pipeline("text-generation", model=each, tokenizer=tokenizer)
+    for each in cast("list[Any]", [source, model]):
+        write: Any = pipeline("text-generation", model=each, tokenizer=tokenizer)
         assert "'input_modalities': 'text'" in repr(write)
         texts.append(write(["w1 w2", "w3"], max_new_tokens=6, do_sample=False, pad_token_id=0))
     assert texts[0] == texts[1]
