@@ -88,7 +88,7 @@ def call(
         case "dict":
             named = dict(zip(source.outputs, outputs, strict=True))
             if switches.get("use_cache") is False:
-                named = {name: x for name, x in named.items() if not name.startswith("present.")}
+                named = {name: x for name, x in named.items() if name not in source.presents}
             if switches.get("return_dict") is False:
                 return tuple(named.values())
             return ModelOutput(named) if is_transformers(source) else named
