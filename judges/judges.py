@@ -42,9 +42,9 @@ class Judge:
 JUDGES: Final = (
     Judge(
         "lm-eval",
-        ("lm-eval[hf]==0.4.13",),
+        ("lm-eval[hf]==0.4.13", "accelerate==1.15.0"),
         "run_lm_eval.py",
-        "a compiled model and a loaded artifact run a local task as HFLM(pretrained=...), offline",
+        "compiled models and loaded artifacts run local tasks as HFLM(pretrained=...), as well as the float model",
         "0.7 GB, 5 minutes",
     ),
 )
