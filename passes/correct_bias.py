@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from graphq.ir import edit
-from graphq.ir.biases import bias_of, set_bias
+from graphq.ir.biases import bias_of, set_bias, weight_of
 from graphq.ir.effects import channel_axis
 from graphq.ir.index import GraphIndex
 from graphq.ir.layers import BY, LAYER
@@ -103,7 +103,8 @@ class CorrectBias(Pass):
             assert x.count == y.count, "the same batches"
             rest += y.total - product(op, w, x.total)
         old = bias_of(uses[0])
-        dtype = tensor_of(gm, old.fqn).dtype if isinstance(old, Param) else w.dtype
+        wide = weight_of(uses[0]).val.dtype  # of the product, for which a stored weight may be cast
+        dtype = tensor_of(gm, old.fqn).dtype if isinstance(old, Param) else wide
         bias = rest / sum(int(y.count) for y in outputs)
         set_bias(gm, uses, name, bias.to(dtype), by=self.name)
 

@@ -282,3 +282,18 @@ def test_nan_names_the_layer_and_the_batch() -> None:
     gm = annotated(capture(ConvBnRelu(), torch.ones(2, 4, 8, 8)), conv=WEIGHT)
     with pytest.raises(SpecError, match=r"^calibration: batch 1: the input of conv holds NaN or Inf$"):
         corrected(gm, batches)
+
+
+def test_a_new_bias_has_the_dtype_of_the_product() -> None:
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(6, 8, generator=torch.Generator().manual_seed(1)).bfloat16())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.w.float())
+
+    gm = annotated(capture(Half(), torch.ones(2, 8)), w=WEIGHT)
+    assert corrected(gm, data(5, 8)) == 1
+    assert tensor_of(gm, "w.bias").dtype == torch.float32
+    run(gm, torch.ones(2, 8))

@@ -246,7 +246,7 @@ def _read_roundings(selections: Sequence[Selection]) -> Iterator[Algorithm]:
                 continue
             for match in one.matches:
                 try:
-                    left = _left(match, earlier)
+                    left = _without_earlier(match, earlier)
                 except SpecError as error:
                     one.section.report(str(error), "include")
                     continue
@@ -256,7 +256,7 @@ def _read_roundings(selections: Sequence[Selection]) -> Iterator[Algorithm]:
             yield Algorithm(name, options, source, tuple(matches))
 
 
-def _left(match: Linears, earlier: Sequence[Selection]) -> Linears | None:
+def _without_earlier(match: Linears, earlier: Sequence[Selection]) -> Linears | None:
     """The layers of ``match`` that no earlier processor takes; None for none.
 
     Raises ``SpecError`` where patterns cannot say which these are.
