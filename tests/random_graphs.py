@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphq.capture.modules import capture_module
+from graphq.compiler import canonical_passes
 from graphq.ir.pipeline import Pass, Pipeline
 from graphq.ir.text import dump
 from graphq.passes.annotate import Annotate
@@ -22,12 +23,9 @@ from graphq.passes.equalize import Equalize
 from graphq.passes.fold_batch_norm import FoldBatchNorm
 from graphq.passes.fold_norms import FoldNorms
 from graphq.passes.observe import Observe
-from graphq.passes.raise_grouped_linear import RaiseGroupedLinear
-from graphq.passes.remove_no_ops import RemoveNoOps
 from graphq.passes.rotate import Rotate
 from graphq.passes.rotate_online import RotateOnline
 from graphq.passes.smooth_quant import SmoothQuant
-from graphq.passes.split_gate_up import SplitGateUp
 from graphq.passes.stop_observing import StopObserving
 from graphq.passes.untie import Untie
 from graphq.spec.match import parse_match
@@ -82,7 +80,7 @@ class Sequences(Part):
         super().__init__(dice)
         self.width = width = self.draw("width", 8, 12, 16)
         self.inputs = self.draw("inputs", "tokens", "vectors", "state")
-        self.drawn["tidy"] = dice.tidy = dice.random() < 0.5
+        self.drawn["tidy"] = dice.tidy = dice.random() < 0.6
         self.embedding = nn.Embedding(16, width) if self.inputs == "tokens" else Project(dice, 6, width)
         kinds = (Attention, MLP) if dice.tidy else (Attention, MLP, MLP, Experts, Pieces, Along, Scalars, Query)
         made: list[Block] = []
@@ -224,7 +222,7 @@ def random_passes(seed: int, note: Callable[[str], None]) -> list[Pass]:
     """Passes in an order that the compiler has, or in another one: each leaves the function alone."""
     dice = random.Random(f"passes {seed}")
     some = lambda passes, share: [step for step in passes if dice.random() < share]  # noqa: E731
-    canonical: list[Pass] = [RemoveNoOps(), RaiseGroupedLinear(), SplitGateUp()]
+    canonical = canonical_passes()
     turns = [f"r{i}" for i in (1, 2, 3, 4) if dice.random() < 0.6]
     size = dice.choice([None, None, 4, 8])
     kind: Any = dice.choice(["random_hadamard", "hadamard", "orthogonal"])
@@ -234,7 +232,7 @@ def random_passes(seed: int, note: Callable[[str], None]) -> list[Pass]:
         r1, r2, r3, r4 = (f"r{i}" in own for i in (1, 2, 3, 4))
         rotations += [Rotate(r1, r2, kind, size, seed, note)] if r1 or r2 else []
         rotations += [RotateOnline(r3, r4, size, note)] if r3 or r4 else []
-    prepared = [*some([FoldBatchNorm(), Untie(), FoldNorms(note)], 0.8), *rotations]
+    prepared = [*some([FoldBatchNorm(), Untie(), FoldNorms(note)], 0.95 if rotations else 0.7), *rotations]
     scaled: list[Pass] = []
     for kind in dice.choices(["equalize", "smooth", "awq"], k=dice.choice([0, 1, 1, 2])):
         where: Any = dice.choice(["fold", "fold", "fold-or-multiply", "multiply"])

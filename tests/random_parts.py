@@ -23,7 +23,9 @@ class Dice(random.Random):
     norm = ""
 
 
-_UNTIDY: Final = frozenset[object]({"computed", "plain layer", "plain rms", "layer without bias", "group", "batch"}) | {
+_UNTIDY: Final = frozenset[object](
+    {"computed", "plain layer", "plain rms", "addmm alpha beta", "layer without bias", "group", "batch"}
+) | {
     *("two axes", "part", "none", "gate", "norms of heads", "again", "scaled", "hidden", "normed"),
 }
 
@@ -87,7 +89,17 @@ class Norm(Part):
 
     def __init__(self, dice: Dice, width: int) -> None:
         super().__init__(dice)
-        odd = ("plain layer", "plain rms", "layer without bias", "group", "batch", "two axes", "part", "none")
+        odd = (
+            "plain layer",
+            "plain rms",
+            "addmm alpha beta",
+            "layer without bias",
+            "group",
+            "batch",
+            "two axes",
+            "part",
+            "none",
+        )
         self.kind = self.draw("kind", "layer", "layer", "rms", "1 + rms", "nn.RMSNorm", "cast rms", *odd)
         if dice.tidy:
             self.kind = self.drawn["kind"] = dice.norm = dice.norm or self.kind

@@ -16,12 +16,13 @@ TOLERANCE = 1e-9
 # On how many of a hundred graphs each pass changes something, at least: a generator of nothing foldable is no test.
 SHARES = {
     "remove-no-ops": 3,
+    "raise-linear": 20,
     "raise-grouped-linear": 2,
     "split-gate-up": 4,
     "fold-batch-norm": 10,
     "untie": 4,
     "fold-norms": 30,
-    "rotate": 10,
+    "rotate": 5,
     "r1": 2,
     "r2": 2,
     "r3": 2,
