@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from graphq.capture.source import source_of, stored_dtype
 from graphq.ir import edit
 from graphq.ir.views import Embedding, Param, ops_of
-from graphq.state import put_tensor, tensor_of
+from graphq.state import put_tensor, same_tensors, tensor_of
 
 _BY = "hold-stored"
 
@@ -28,16 +28,16 @@ def stored(gm: fx.GraphModule, fqn: str) -> Tensor:
 
 def hold_stored(gm: fx.GraphModule) -> None:
     """``gm`` holds its float parameters in the dtype of the source's weights; what it computes stays."""
-    narrow: dict[tuple[object, ...], Tensor] = {}  # tied tensors stay one
+    first = same_tensors(gm)  # found before any is freed, whose place in memory another may take
+    narrow: dict[str, Tensor] = {}  # tied tensors stay one
     for op in ops_of(gm):
         if not isinstance(op, Param):
             continue
-        wide = tensor_of(gm, op.fqn)
-        place = (wide.untyped_storage().data_ptr(), wide.storage_offset(), wide.shape, wide.stride())
-        held = narrow[place] if place in narrow else stored(gm, op.fqn)
+        name = first.get(op.fqn, op.fqn)
+        held = narrow[name] if name in narrow else stored(gm, op.fqn)
         if held.dtype == op.val.dtype:
             continue
-        narrow[place] = held
+        narrow[name] = held
         _hold(gm, op, held)
 
 

@@ -18,14 +18,14 @@ from graphq.compiler import Compiled
 from graphq.ir import edit
 from graphq.ir.text import dump
 from graphq.ir.views import view
-from graphq.lowering.stored import stored
+from graphq.lowering.stored import hold_stored, stored
 from graphq.lowering.torch.pack import pack
 from graphq.runtime.modules import Int8Linear
 from graphq.runtime.onnx_session import OnnxSession
 from graphq.state import put_tensor, tensor_of
 from graphq.verifier import verify
 from tests.checkpoints import write_tokenizer
-from tests.models import MLP, Tied, random_inputs, tiny
+from tests.models import MLP, Tied, capture, random_inputs, tiny
 
 STDLIB = Path(__file__).parents[2] / "examples" / "models" / "stdlib-llama"
 TOKENS = torch.tensor([[0, 3, 15], [7, 7, 1]])
@@ -123,6 +123,50 @@ def test_tied_tensors_stay_one() -> None:
     assert tensor_of(packed, "second.weight").dtype == torch.bfloat16
     places = {tensor_of(packed, f"{name}.weight").data_ptr() for name in ("embedding", "second")}
     assert len(places) == 1
+
+
+class ReadTwice(nn.Module):
+    """Parameters of one shape that are not tied."""
+
+    def __init__(self, count: int = 3) -> None:
+        super().__init__()
+        self.gains = nn.ParameterList([nn.Parameter(torch.empty(32, 32)) for _ in range(count)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for gain in self.gains:
+            x = x * gain
+        return x
+
+
+def test_parameters_that_several_nodes_read_keep_their_own_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    gm = capture(ReadTwice(), torch.ones(2, 32, 32))
+    with torch.no_grad():
+        for parameter in gm.parameters():
+            parameter.copy_(torch.randn(parameter.shape).bfloat16())
+    gm.meta[KEY] = dataclasses.replace(source_of(gm), dtype=torch.bfloat16)
+    record_stored(gm)
+    for node in gm.graph.find_nodes(op="get_attr"):
+        (user,) = node.users
+        with gm.graph.inserting_before(user):
+            again = gm.graph.node_copy(node)
+            twice = gm.graph.call_function(torch.ops.aten.mul.Tensor, (user.args[0], again))
+        twice.meta = dict(user.meta)
+        user.args = (twice, node)
+    wanted = {name: tensor.clone() for name, tensor in gm.state_dict().items()}
+    freed: list[Tensor] = []
+
+    def stored_there(gm: fx.GraphModule, fqn: str) -> Tensor:
+        """As if the allocator gave the narrow numbers the memory that the last wide ones had."""
+        held = stored(gm, fqn)
+        place = freed.pop().detach().view(torch.bfloat16).flatten()[: held.numel()] if freed else held.flatten()
+        freed.append(tensor_of(gm, fqn))
+        return nn.Parameter(place.view(held.shape).copy_(held), requires_grad=False)
+
+    monkeypatch.setattr("graphq.lowering.stored.stored", stored_there)
+    hold_stored(gm)
+    found = gm.state_dict()
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
+    assert [name for name in wanted if not torch.equal(found[name].float(), wanted[name])] == []
 
 
 def test_numbers_that_the_dtype_does_not_hold_stay_as_they_are() -> None:
