@@ -230,6 +230,9 @@ def merge(gm: fx.GraphModule, stage: Sequence[fx.Node], part: BlockGraph) -> dic
     made |= dict(zip(inputs, part.takes, strict=True))
     outputs: tuple[fx.Node, ...] = ()
     own = set(stage)
+    source, of_part = source_of(gm), source_of(part.gm)
+    if of_part.wide is not source.wide:  # of parameters that passes made
+        gm.meta[KEY] = dataclasses.replace(source, wide=source.wide | of_part.wide)
     reads = [n for n in gm.graph.find_nodes(op="get_attr") if n.users and own.issuperset(n.users)]
     others = {str(n.target) for n in gm.graph.find_nodes(op="get_attr") if n not in reads}
     for name in dict.fromkeys(str(n.target) for n in reads):

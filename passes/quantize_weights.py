@@ -227,7 +227,7 @@ def replace_weight(
         path = site.path if len(layer.parts) == 1 else f"{site.path}.part{number}"
         if codes is None or part.quant is None:
             kept = torch.nn.Parameter(part.w, requires_grad=False)
-            parts.append(edit.add_tensor(gm, first, f"{path}.weight", kept, by=by, like=site.op))
+            parts.append(edit.add_tensor(gm, first, f"{path}.weight", kept, by, site.op, of=site.param.fqn))
             continue
         parts.append(hold_codes(gm, first, path, part.quant, codes, part.w.dtype, site.op, by))
         if record is not None:

@@ -1,5 +1,6 @@
 """The ways to change a graph. Each keeps ``val`` true and notes in ``graphq.by`` which passes made or moved a node."""
 
+import dataclasses
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, count
@@ -11,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
+from graphq.capture.source import KEY, source_of
 from graphq.errors import PassError
 from graphq.ir.layers import BY, LAYER, PLAN
 from graphq.ir.views import Op, view
@@ -137,11 +139,18 @@ def redirect(reader: Op, old: Op, new: Op, by: str) -> None:
     _note(reader.node, by)
 
 
-def add_tensor(gm: fx.GraphModule, before: Op, fqn: str, tensor: Tensor, by: str, like: Op | None = None) -> Op:
-    """A new buffer (a parameter if ``tensor`` is one) of this name, and a node in front of ``before`` that reads it."""
+def add_tensor(
+    gm: fx.GraphModule, before: Op, fqn: str, tensor: Tensor, by: str, like: Op | None = None, of: str | None = None
+) -> Op:
+    """A new buffer (a parameter if ``tensor`` is one) of this name, and a node in front of ``before`` that reads it.
+
+    ``of``: the parameter that its numbers come from; it is stored in the dtype that this one is.
+    """
     if has_tensor(gm, fqn):
         raise PassError(f"{by}: the graph has a tensor {fqn} already")
     put_tensor(gm, fqn, tensor)
+    if of is not None and of in (source := source_of(gm)).wide:
+        gm.meta[KEY] = dataclasses.replace(source, wide=source.wide | {fqn})
     with gm.graph.inserting_before(before.node):
         node = gm.graph.get_attr(fqn)
     val = tensor

@@ -12,6 +12,7 @@ from graphq.errors import GraphError
 from graphq.ir import edit
 from graphq.ir.pipeline import Pipeline
 from graphq.ir.views import ops_of
+from graphq.passes.blockwise import Blockwise
 from graphq.passes.equalize import Equalize
 from graphq.passes.quantize_weights import QuantizeWeights
 from graphq.passes.round_to_stored import RoundToStored, rounded
@@ -117,6 +118,20 @@ def test_experts_that_stay_float() -> None:
     kept = [name for name, _ in gm.named_parameters() if ".part" in name]
     assert kept
     assert all(is_exact(gm.state_dict()[name]) for name in kept)
+
+
+@pytest.mark.parametrize("by_block", [False, True])
+def test_experts_that_the_source_holds_in_float32_keep_it(by_block: bool) -> None:
+    plans = {"experts__1": "int8/channel", "experts__2": "int8/channel"}
+    gm = graph(MoE(), torch.ones(3, 8), wide=("experts.down_proj",), **plans)
+    assert source_of(gm).wide == {"experts.down_proj"}
+    before = gm.state_dict()["experts.down_proj"].clone()
+    Pipeline([Blockwise((QuantizeWeights(),)) if by_block else QuantizeWeights()]).run(gm)
+    kept = {name: tensor for name, tensor in gm.named_parameters() if ".part" in name}
+    assert [name for name, tensor in kept.items() if not is_exact(tensor)] == ["experts.down_proj.part0.weight"]
+    assert source_of(gm).wide == {"experts.down_proj", "experts.down_proj.part0.weight"}
+    assert rounds(gm) == 0
+    assert torch.equal(gm.state_dict()["experts.down_proj.part0.weight"], before[[0, 3]])
 
 
 def test_tied_tensors_stay_tied_where_nothing_changes() -> None:
