@@ -6,6 +6,7 @@ activations between parts are kept, and what stands behind the last layer with a
 
 import dataclasses
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, cast, final
@@ -41,29 +42,32 @@ class Blockwise(Pass):
     name: ClassVar[str] = "blockwise"
 
     def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
-        stages = cut(gm)
-        shared = _shared(gm, stages)
-        planned = [i for i, stage in enumerate(stages) if any(_is_planned(node) for node in stage)]
+        parts = Parts(gm)
+        planned = [i for i, stage in enumerate(parts.stages) if any(_is_planned(node) for node in stage)]
         seen = None if batches is None else [_inputs(gm, batch) for batch in batches]
         if seen == []:
             raise SpecError("calibration: no batches; give at least one")
         changes = 0
-        for index, stage in enumerate(stages[: planned[-1] + 1] if planned else ()):
-            part = extract(gm, stage, stages[index + 1 :], shared)
-            later = part.carried and index < planned[-1]
-            after: list[_Values] | None = None
+        for index in range(planned[-1] + 1 if planned else 0):
+            part = parts.extract(index)
+            later = index < planned[-1]
+            given: list[_Values] | None = None
             if seen is not None and later and (self.prefix == "float" or index not in planned):
-                after = _run(part, seen, self.name)
+                given = _run(part, seen, self.name)
+            names: dict[str, str] = {}
+            done = parts.done_with(index, part)
             if index in planned:
                 inputs = None if seen is None else _Replay(part, seen)
                 count = sum(Pipeline(self.passes).run(part.gm, inputs).values())
-                if seen is not None and later and after is None:
-                    after = _run(part, seen, self.name)
+                if seen is not None and later and given is None:
+                    given = _run(part, seen, self.name)
                 if count:
-                    names = merge(gm, stage, part)
-                    after = after and [{names.get(k, k): v for k, v in values.items()} for values in after]
+                    names = parts.merge(index, part)
                     changes += count
-            seen = after
+            for values, new in zip(seen or (), given or (), strict=False):
+                for name in done:
+                    values.pop(name, None)
+                values |= {names.get(name, name): value for name, value in new.items() if name not in done}
         edit.drop_unused(gm)
         return changes
 
@@ -71,16 +75,11 @@ class Blockwise(Pass):
 @final
 @dataclass(frozen=True)
 class BlockGraph:
-    """A part of a graph: the nodes whose values it takes and gives, by name in the whole graph, in order.
-
-    ``carried``: those that it gives and that later parts take, rather than the model's outputs alone; and what
-    passes it by.
-    """
+    """A part of a graph: the nodes whose values it takes and gives, of the whole graph, in order."""
 
     gm: fx.GraphModule
     takes: tuple[fx.Node, ...]
     gives: tuple[fx.Node, ...]
-    carried: frozenset[str]
 
 
 _Values = dict[str, tuple[Any, Validity]]  # of a batch, by the names of their nodes
@@ -114,14 +113,13 @@ def _named(names: Sequence[str], batch: MaskedBatch) -> _Values:
 
 
 def _run(part: BlockGraph, seen: Sequence[_Values], by: str) -> list[_Values]:
-    """What later parts take of each batch."""
+    """What the part gives for each batch."""
     part.gm.recompile()
     names = [node.name for node in part.gives]
     found: list[_Values] = []
     for number, values in enumerate(seen):
         with torch.inference_mode():
-            given = _named(names, run_batch(part.gm, _arguments(part, values), number, by))
-        found.append({name: value for name, value in (values | given).items() if name in part.carried})
+            found.append(_named(names, run_batch(part.gm, _arguments(part, values), number, by)))
     return found
 
 
@@ -138,9 +136,13 @@ def cut(gm: fx.GraphModule) -> list[list[fx.Node]]:
     """The nodes that compute, in order: those in front of the blocks, those of each block, and those behind."""
     nodes = [n for n in gm.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
     blocks = [_block_of(gm, node) for node in nodes]
-    order = list(dict.fromkeys(block for block in blocks if block is not None))
-    first = {block: blocks.index(block) for block in order}
-    last = {block: len(blocks) - 1 - blocks[::-1].index(block) for block in order}
+    first: dict[tuple[str, int], int] = {}
+    last: dict[tuple[str, int], int] = {}
+    for place, block in enumerate(blocks):
+        if block is not None:
+            first.setdefault(block, place)
+            last[block] = place
+    order = list(first)
     if not order or any(last[a] >= first[b] for a, b in itertools.pairwise(order)):
         return [nodes]
     ends = [*(first[block] for block in order), last[order[-1]] + 1, len(nodes)]
@@ -171,43 +173,113 @@ def _shared(gm: fx.GraphModule, stages: Sequence[Sequence[fx.Node]]) -> frozense
     return frozenset(name for storage, found in readers.items() if len(found) > 1 for name in names[storage])
 
 
-def extract(
-    gm: fx.GraphModule, stage: Sequence[fx.Node], later: Sequence[Sequence[fx.Node]], shared: frozenset[str]
-) -> BlockGraph:
-    """The graph of a part. It holds the same tensors as ``gm``; those in ``shared`` belong to others, too."""
-    own = set(stage)
-    behind = {node for other in later for node in other}
-    takes: dict[fx.Node, None] = {}
-    for node in stage:
-        takes |= dict.fromkeys(n for n in node.all_input_nodes if n not in own and n.op != "get_attr")
-    gives = tuple(node for node in stage if any(user not in own for user in node.users))
-    outputs = next(node for node in gm.graph.nodes if node.op == "output").args[0]
-    source = source_of(gm)
-    named = dict(zip(cast(tuple[fx.Node, ...], outputs), source.outputs, strict=True))
+@final
+class Parts:
+    """A graph cut at its blocks. What a part needs to know of the whole is found once, and kept true by ``merge``: what
+    a part costs does not depend on how many there are.
+    """
 
-    graph = fx.Graph()
-    made: dict[fx.Node, fx.Node] = {}
-    for node in takes:
-        made[node] = put_input(graph, node.name)
-        made[node].meta = {"val": node.meta["val"]}
-    root = nn.Module()
-    for node in gm.graph.nodes:
-        if node.op == "get_attr" and any(user in own for user in node.users):
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.gm = gm
+        self.stages = cut(gm)
+        self.shared: frozenset[str] = _shared(gm, self.stages) | gm.meta.get(SHARED, frozenset())
+        source = source_of(gm)
+        self._declared = dict(zip(gm.graph.find_nodes(op="placeholder"), source.inputs, strict=True))
+        results = cast(tuple[fx.Node, ...], gm.graph.output_node().args[0])
+        self._outputs = {node: place for place, node in enumerate(results)}
+        self._reads = Counter(str(node.target) for node in gm.graph.find_nodes(op="get_attr"))  # nodes of each name
+        self._last: dict[fx.Node, int] = {}  # the last part that takes each value
+        for index, stage in enumerate(self.stages):
+            self._last |= dict.fromkeys((n for node in stage for n in node.all_input_nodes), index)
+
+    def extract(self, index: int) -> BlockGraph:
+        """The graph of a part. It holds the same tensors as the whole; those in ``shared`` belong to others, too."""
+        stage = self.stages[index]
+        own = set(stage)
+        takes: dict[fx.Node, None] = {}
+        for node in stage:
+            takes |= dict.fromkeys(n for n in node.all_input_nodes if n not in own and n.op != "get_attr")
+        gives = tuple(node for node in stage if any(user not in own for user in node.users))
+        source = source_of(self.gm)
+
+        graph = fx.Graph()
+        made: dict[fx.Node, fx.Node] = {}
+        for node in takes:
+            made[node] = put_input(graph, node.name)
+            made[node].meta = {"val": node.meta["val"]}
+        root = nn.Module()
+        for node in _tensors_of(stage):
             name = str(node.target)
-            put_tensor(root, name, tensor_of(gm, name))
+            put_tensor(root, name, tensor_of(self.gm, name))
             made[node] = graph.node_copy(node, made.__getitem__)
-    for node in stage:
-        made[node] = graph.node_copy(node, made.__getitem__)
-    graph.output(tuple(made[node] for node in gives))
-    part = fx.GraphModule(root, graph)
-    names = tuple(named.get(node, f"{_OUTPUT}_{i}") for i, node in enumerate(gives))
-    declared = dict(zip(gm.graph.find_nodes(op="placeholder"), source.inputs, strict=True))
-    inputs = tuple(declared.get(node) or _input(node) for node in takes)
-    # Its batches come with their validity, whose mask may not be among them.
-    part.meta[KEY] = dataclasses.replace(source, inputs=inputs, outputs=names, mask=None)
-    part.meta[SHARED] = shared | gm.meta.get(SHARED, frozenset())
-    needed = frozenset(n.name for other in behind for n in other.all_input_nodes)
-    return BlockGraph(part, tuple(takes), gives, needed)
+        for node in stage:
+            made[node] = graph.node_copy(node, made.__getitem__)
+        graph.output(tuple(made[node] for node in gives))
+        part = fx.GraphModule(root, graph)
+        places = [self._outputs.get(node) for node in gives]
+        names = tuple(f"{_OUTPUT}_{i}" if at is None else source.outputs[at] for i, at in enumerate(places))
+        inputs = tuple(self._declared.get(node) or _input(node) for node in takes)
+        # Its batches come with their validity, whose mask may not be among them.
+        part.meta[KEY] = dataclasses.replace(source, inputs=inputs, outputs=names, mask=None)
+        part.meta[SHARED] = self.shared
+        return BlockGraph(part, tuple(takes), gives)
+
+    def done_with(self, index: int, part: BlockGraph) -> frozenset[str]:
+        """What the part takes and gives, by name, and no later part takes."""
+        return frozenset(node.name for node in (*part.takes, *part.gives) if self._last.get(node, -1) <= index)
+
+    def merge(self, index: int, part: BlockGraph) -> dict[str, str]:
+        """The nodes of the part's stage are those that became of it, with the tensors that these read.
+
+        Gives the new names of what the part gives, by the old ones.
+        """
+        gm, stage = self.gm, self.stages[index]
+        made: dict[fx.Node, fx.Node] = {}
+        held: dict[str, fx.Node] = {}
+        inputs = part.gm.graph.find_nodes(op="placeholder")
+        made |= dict(zip(inputs, part.takes, strict=True))
+        outputs: tuple[fx.Node, ...] = ()
+        source, of_part = source_of(gm), source_of(part.gm)
+        if of_part.wide is not source.wide:  # of parameters that passes made
+            gm.meta[KEY] = dataclasses.replace(source, wide=source.wide | of_part.wide)
+        own = set(stage)
+        reads = [node for node in _tensors_of(stage) if all(user in own for user in node.users)]
+        self._reads.subtract(str(node.target) for node in reads)
+        for name in dict.fromkeys(str(node.target) for node in reads):
+            if not self._reads[name]:
+                remove_tensor(gm, name)  # the part holds it, if it has not made something else of it
+        with gm.graph.inserting_before(stage[0]):
+            for node in part.gm.graph.nodes:
+                match node.op:
+                    case "placeholder":
+                        continue
+                    case "output":
+                        outputs = node.args[0]
+                    case "get_attr":
+                        name = str(node.target)
+                        put_tensor(gm, name, tensor_of(part.gm, name))
+                        if name not in held:
+                            held[name] = gm.graph.node_copy(node, made.__getitem__)
+                        made[node] = held[name]
+                    case _:
+                        made[node] = gm.graph.node_copy(node, made.__getitem__)
+        self._reads.update(held.keys())
+        names: dict[str, str] = {}
+        for old, result in zip(part.gives, outputs, strict=True):
+            new = made[result]
+            old.replace_all_uses_with(new)
+            names[old.name] = new.name
+            for found in (self._last, self._outputs):
+                if old in found:  # ``new`` may be a node that was there, or stand for several
+                    found[new] = max(found.pop(old), found.get(new, -1))
+        for node in (*reversed(stage), *reads):
+            gm.graph.erase_node(node)
+        return names
+
+
+def _tensors_of(stage: Sequence[fx.Node]) -> list[fx.Node]:
+    """The nodes of tensors that these nodes read, in graph order."""
+    return sorted({n for node in stage for n in node.all_input_nodes if n.op == "get_attr"})
 
 
 def _input(node: fx.Node) -> TensorInput:
@@ -217,45 +289,3 @@ def _input(node: fx.Node) -> TensorInput:
         return TensorInput(node.name, torch.int64, ())
     sizes = (str(size) if isinstance(cast(Any, size), torch.SymInt) else size for size in val.shape)
     return TensorInput(node.name, val.dtype, tuple(sizes))
-
-
-def merge(gm: fx.GraphModule, stage: Sequence[fx.Node], part: BlockGraph) -> dict[str, str]:
-    """The nodes of ``stage`` are those that became of its part, with the tensors that these read.
-
-    Gives the new names of what the part gives, by the old ones.
-    """
-    made: dict[fx.Node, fx.Node] = {}
-    held: dict[str, fx.Node] = {}
-    inputs = part.gm.graph.find_nodes(op="placeholder")
-    made |= dict(zip(inputs, part.takes, strict=True))
-    outputs: tuple[fx.Node, ...] = ()
-    own = set(stage)
-    source, of_part = source_of(gm), source_of(part.gm)
-    if of_part.wide is not source.wide:  # of parameters that passes made
-        gm.meta[KEY] = dataclasses.replace(source, wide=source.wide | of_part.wide)
-    reads = [n for n in gm.graph.find_nodes(op="get_attr") if n.users and own.issuperset(n.users)]
-    others = {str(n.target) for n in gm.graph.find_nodes(op="get_attr") if n not in reads}
-    for name in dict.fromkeys(str(n.target) for n in reads):
-        if name not in others:
-            remove_tensor(gm, name)  # the part holds it, if it has not made something else of it
-    with gm.graph.inserting_before(stage[0]):
-        for node in part.gm.graph.nodes:
-            match node.op:
-                case "placeholder":
-                    continue
-                case "output":
-                    outputs = node.args[0]
-                case "get_attr":
-                    name = str(node.target)
-                    put_tensor(gm, name, tensor_of(part.gm, name))
-                    if name not in held:
-                        held[name] = gm.graph.node_copy(node, made.__getitem__)
-                    made[node] = held[name]
-                case _:
-                    made[node] = gm.graph.node_copy(node, made.__getitem__)
-    for old, new in zip(part.gives, outputs, strict=True):
-        old.replace_all_uses_with(made[new])
-    names = {old.name: made[new].name for old, new in zip(part.gives, outputs, strict=True)}
-    for node in (*reversed(stage), *reads):
-        gm.graph.erase_node(node)
-    return names

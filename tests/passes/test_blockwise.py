@@ -11,7 +11,7 @@ from graphq.errors import SpecError
 from graphq.ir.index import GraphIndex
 from graphq.ir.pipeline import Batches, Pass, Pipeline, fingerprint
 from graphq.ir.text import dump
-from graphq.passes.blockwise import Blockwise, cut, extract, merge
+from graphq.passes.blockwise import Blockwise, Parts, cut
 from graphq.passes.calibrate import Calibrate
 from graphq.passes.observe import Observe, observers
 from graphq.passes.quantize_activations import QuantizeActivations
@@ -30,11 +30,8 @@ def data(count: int = 2) -> list[tuple[Tensor]]:
 
 
 def shared_of(gm: fx.GraphModule) -> list[frozenset[str]]:
-    from graphq.passes import blockwise
-
-    stages = cut(gm)
-    shared = blockwise._shared(gm, stages)  # pyright: ignore[reportPrivateUsage]
-    return [extract(gm, stage, stages[i + 1 :], shared).gm.meta[SHARED] for i, stage in enumerate(stages)]
+    parts = Parts(gm)
+    return [parts.extract(index).gm.meta[SHARED] for index in range(len(parts.stages))]
 
 
 # -- cutting
@@ -62,8 +59,9 @@ def test_parts_that_are_not_changed_make_the_same_graph(family: str) -> None:
     inputs = random_inputs(gm)
     wanted = run(gm, *inputs)
     state = gm.state_dict()
-    for i, stage in enumerate(stages):
-        merge(gm, stage, extract(gm, stage, stages[i + 1 :], frozenset()))
+    parts = Parts(gm)
+    for index in range(blocks):
+        parts.merge(index, parts.extract(index))
     assert dump(gm) == before
     assert gm.state_dict().keys() == state.keys()
     assert torch.equal(run(gm, *inputs), wanted)
@@ -72,9 +70,9 @@ def test_parts_that_are_not_changed_make_the_same_graph(family: str) -> None:
 def test_parts_know_the_caches_that_they_read_and_give() -> None:
     gm = captured("llama")
     Pipeline(canonical_passes()).run(gm)
-    stages = cut(gm)
-    parts = [extract(gm, stage, stages[i + 1 :], frozenset()) for i, stage in enumerate(stages)]
-    assert [sorted(GraphIndex(part.gm).input_names[past] for past in GraphIndex(part.gm).pasts) for part in parts] == [
+    parts = Parts(gm)
+    indices = [GraphIndex(parts.extract(index).gm) for index in range(len(parts.stages))]
+    assert [sorted(index.input_names[past] for past in index.pasts) for index in indices] == [
         [],
         ["past_key_values.0.key", "past_key_values.0.value"],
         ["past_key_values.1.key", "past_key_values.1.value"],
