@@ -3,11 +3,11 @@ gives the integers and scales.
 
 What the artifact holds, unpacked (ONNX: UINT4 lowered by 8), is compared bit for bit with the digests in
 ``graphq.json``, and its codes and weight scales, with a model directory, also with what the manifest's spec makes of
-that. Files are compared by their digests: what a graph computes is what was written. A file of tensors is named only
-where no tensor in it is.
+that. Files are compared by their digests: what a graph computes is what was written. A file that the target reads and
+that has no digest differs. A file of tensors that is not what was written is named only where no tensor in it is.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, final
@@ -17,6 +17,7 @@ import yaml
 from torch import Tensor
 
 from graphq.artifacts import manifest
+from graphq.artifacts.source import dtype_named
 from graphq.errors import SpecError, TargetError
 from graphq.lowering.targets import TARGETS
 
@@ -57,10 +58,8 @@ def verify(path: str | Path, against: str | Path | None = None) -> Verification:
         for name in sorted(wanted | held)
         if (line := manifest.difference(name, wanted.get(name), held.get(name))) is not None
     ]
-    changed, added = _files(directory, described)
-    differences += [
-        line for name, line in changed.items() if name not in _TENSORS or not differences or "missing" in line
-    ]
+    changed, added = _files(directory, described, skip=_TENSORS if differences else ())
+    differences += changed
     notes = [f"{name}: graphq did not write it" for name in added]
     if against is None:
         return Verification(tuple(differences), len(recorded), tuple(notes))
@@ -78,15 +77,22 @@ def verify(path: str | Path, against: str | Path | None = None) -> Verification:
     return Verification(tuple(differences), len(recorded), tuple(notes))
 
 
-def _files(directory: Path, described: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
-    """A line for each file of the artifact that is gone or differs, by its name; and the files that are not its own."""
+def _files(directory: Path, described: Mapping[str, Any], skip: Container[str]) -> tuple[list[str], list[str]]:
+    """A line for each file of the artifact that is gone, differs (but those in ``skip``) or has no digest; and the
+    files that are not its own.
+    """
     listed = manifest.listed_files(directory, described)
     found = manifest.file_digests(directory)
-    changed = {name: f"{name}: missing" for name in sorted(listed.keys() - found.keys())}
-    for name in sorted(listed.keys() & found.keys()):
-        if listed[name] != found[name]:
-            changed[name] = f"{name}: differs from its digest in the manifest"
-    return changed, sorted(found.keys() - listed.keys())
+    own = listed.keys() | (found.keys() & TARGETS[described["target"]].files)
+    lines: list[str] = []
+    for name in sorted(own):
+        if name not in found:
+            lines.append(f"{name}: missing")
+        elif name not in listed:
+            lines.append(f"{name}: the manifest has no digest of it")
+        elif listed[name] != found[name] and name not in skip:
+            lines.append(f"{name}: differs from its digest in the manifest")
+    return lines, sorted(found.keys() - own)
 
 
 def _held(directory: Path, described: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -129,7 +135,7 @@ def _recompile(directory: Path, described: Mapping[str, Any], model: Path) -> di
         raise TargetError(f"{file}: algorithm: {described.get('algorithm')}: cannot be run again without its data")
     try:
         spec = load_spec(yaml.safe_load(described["spec"]))
-        dtype = manifest.dtype_named(described["computed_in"] or "float32")
+        dtype = dtype_named(described["computed_in"] or "float32")
     except (KeyError, TypeError, AttributeError, ValueError, yaml.YAMLError, SpecError) as error:
         raise TargetError(f"{file}: damaged: {str(error).splitlines()[0]}") from error
     cache = bool(manifest.source_of_artifact(directory, described).caches)

@@ -12,10 +12,12 @@ from torch import Tensor, fx
 
 from graphq.capture.source import Source
 from graphq.errors import TargetError
+from graphq.lowering.onnx.emit import FILES as ONNX_FILES
 from graphq.lowering.onnx.emit import emit as emit_onnx
 from graphq.lowering.onnx.emit import open_session
 from graphq.lowering.onnx.form import onnx_form
 from graphq.lowering.onnx.tensors import initializers
+from graphq.lowering.torch.module import FILES as TORCH_FILES
 from graphq.lowering.torch.module import emit as emit_torch
 from graphq.lowering.torch.module import load, stored_tensors
 
@@ -30,17 +32,19 @@ class Target:
     tensors: all tensors of an artifact by name, packed codes unpacked. Raises ``TargetError`` for a damaged one.
     open: what an artifact of this source is called as.
     form: the QDQ form with the codes and scales that the artifact holds, and those names.
+    files: the files that ``tensors`` and ``open`` read, beside the manifest, of those that there are.
     """
 
     emit: Callable[..., None]
     tensors: Callable[[Path], dict[str, Tensor]]
     open: Callable[[Path, Source], Callable[..., Any]]
     form: Callable[[fx.GraphModule], fx.GraphModule]
+    files: tuple[str, ...]
 
 
 TARGETS: Final[Mapping[str, Target]] = {
-    "torch": Target(emit_torch, stored_tensors, lambda path, source: load(path), lambda gm: gm),
-    "onnx": Target(emit_onnx, initializers, open_session, onnx_form),
+    "torch": Target(emit_torch, stored_tensors, lambda path, source: load(path), lambda gm: gm, TORCH_FILES),
+    "onnx": Target(emit_onnx, initializers, open_session, onnx_form, ONNX_FILES),
 }
 
 

@@ -215,6 +215,30 @@ def test_other_files(artifact):
     assert (found.differences, found.notes) == (("tokenizer.json: missing",), ("README.md: graphq did not write it",))
 
 
+FILES = {"torch": ("graph.json", "model.safetensors"), "onnx": ("model.onnx", "model.onnx.data")}
+
+
+@pytest.mark.parametrize("target", FILES)
+def test_a_file_that_the_target_reads_and_the_manifest_does_not_list(artifacts, tmp_path, target):
+    """Whatever it holds: nothing tells a file without a digest from another that was put in its place."""
+    artifact = Path(shutil.copytree(artifacts / target, tmp_path / "a"))
+    (artifact / FILES["onnx"][1]).touch()  # of the torch target nothing but somebody else's file
+    own = [name for name in FILES[target] if (artifact / name).exists()]
+    lines = tuple(f"{name}: the manifest has no digest of it" for name in own)
+    notes = () if target == "onnx" else ("model.onnx.data: graphq did not write it",)
+    change_manifest(artifact, lambda data: data.update(files={}))
+    assert verify(artifact) == Verification(lines, len(NAMES), notes)
+    if target == "torch":
+        edit_graph(artifact, replace_relu)
+    change_tensor(artifact, "head.bias", flip_first_bit)
+    assert verify(artifact).differences == ("head.bias: differs from its digest in the manifest", *lines)
+    result = CliRunner().invoke(app, ["verify", str(artifact)])
+    assert (result.exit_code, result.stderr) == (
+        1,
+        f"{artifact}: {1 + len(lines)} differences from what was compiled\n",
+    )
+
+
 class OwnNames(torch.nn.Module):
     """A layer with buffers of its own that are called as graphq calls its tensors."""
 
@@ -285,7 +309,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
         manifest_with(tensors={"a.weight": {"dtype": "int8"}}),
         "{}/graphq.json: damaged: tensors: 'shape'",
     ),
-    "source": ("torch", manifest_with(source={}), "{}/graphq.json: damaged: source: KeyError: 'inputs'"),
+    "source": ("torch", manifest_with(source={}), "{}/graphq.json: damaged: source: inputs: missing"),
     "truncated": (
         "torch",
         edit_text("model.safetensors", lambda b: b[:-1]),

@@ -12,7 +12,8 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor, fx
 
-from graphq.capture.source import CachePair, Source, TensorInput, source_of
+from graphq.artifacts.source import source_from_json, source_json
+from graphq.capture.source import Source, source_of
 from graphq.errors import TargetError
 from graphq.files import FORMAT, MANIFEST
 from graphq.ir.views import Dequantize, Op, Param, Quantize, ops_of
@@ -136,59 +137,12 @@ def computed_in(gm: fx.GraphModule) -> torch.dtype | None:
     return next((op.val.dtype for op in reads), None)
 
 
-def source_json(source: Source) -> dict[str, Any]:
-    """A ``Source`` as plain data, without the place it was read from."""
-    return {
-        "inputs": [
-            {"name": i.name, "dtype": str(i.dtype).removeprefix("torch."), "shape": list(i.shape)}
-            for i in source.inputs
-        ],
-        "outputs": list(source.outputs),
-        "output_kind": source.output_kind,
-        "dtype": str(source.dtype).removeprefix("torch."),
-        "ranges": [list(r) for r in source.ranges],
-        "blocks": list(source.blocks),
-        "caches": [[pair.past, pair.present] for pair in source.caches],
-        "config": source.config,
-        "generation_config": source.generation_config,
-        "mask": source.mask,
-    }
-
-
-def source_from_json(data: Mapping[str, Any]) -> Source:
-    """The ``Source`` that ``source_json`` wrote. Raises ``KeyError``, ``TypeError``, ``ValueError`` for other data."""
-    inputs, outputs = [str(i["name"]) for i in data["inputs"]], list(data["outputs"])
-    for past, present in data["caches"]:
-        if past not in inputs or present not in outputs:
-            raise ValueError(f"no cache {past} that comes back as {present}")
-    return Source(
-        inputs=tuple(TensorInput(str(i["name"]), dtype_named(i["dtype"]), tuple(i["shape"])) for i in data["inputs"]),
-        outputs=tuple(data["outputs"]),
-        output_kind=data["output_kind"],
-        dtype=dtype_named(data["dtype"]),
-        ranges=tuple((str(name), int(low), int(high)) for name, low, high in data["ranges"]),
-        blocks=tuple(data["blocks"]),
-        config=data["config"],
-        generation_config=data["generation_config"],
-        caches=tuple(CachePair(str(past), str(present)) for past, present in data["caches"]),
-        mask=data["mask"],
-    )
-
-
 def source_of_artifact(directory: Path, described: Mapping[str, Any]) -> Source:
     """The ``Source`` in an artifact's manifest. Raises ``TargetError`` where it is damaged."""
     try:
-        return source_from_json(described["source"])
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise TargetError(f"{directory / NAME}: damaged: source: {type(error).__name__}: {error}") from error
-
-
-def dtype_named(name: str) -> torch.dtype:
-    """The dtype of this name. Raises ``KeyError`` for another name."""
-    found = getattr(torch, name, None) if name.isidentifier() else None
-    if not isinstance(found, torch.dtype):
-        raise KeyError(f"no dtype {name}")
-    return found
+        return source_from_json(described.get("source"))
+    except ValueError as error:
+        raise TargetError(f"{directory / NAME}: damaged: source: {error}") from error
 
 
 def write(
@@ -257,14 +211,16 @@ def listed_files(directory: Path, described: Mapping[str, Any]) -> dict[str, str
 
 
 def check_files(directory: Path, described: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Raises ``TargetError`` for one of these files that is missing or is not what was written."""
+    """Raises ``TargetError`` for one of these files that is missing, has no digest, or is not what was written."""
     listed = listed_files(directory, described)
     for name in names:
         try:
             found = _file_digest(directory / name)
         except OSError as error:
             raise TargetError(f"{directory / name}: {error.strerror}") from error
-        if found != listed.get(name):
+        if name not in listed:
+            raise TargetError(f"{directory / name}: the manifest has no digest of it")
+        if found != listed[name]:
             raise TargetError(f"{directory / name}: differs from its digest in {NAME}: damaged, or changed since")
 
 

@@ -1,7 +1,7 @@
 """How a compiled model is called: like its source, or like any model of transformers, which this does not import."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, cast, final
+from typing import Any, assert_never, cast, final
 
 from torch import Tensor
 
@@ -92,6 +92,8 @@ def call(
             if switches.get("return_dict") is False:
                 return tuple(named.values())
             return ModelOutput(named) if is_transformers(source) else named
+        case _:
+            assert_never(source.output_kind)
 
 
 def cached(past: Any) -> dict[str, Tensor]:

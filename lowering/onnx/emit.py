@@ -31,6 +31,7 @@ from graphq.spec.formats import Float, Int
 from graphq.state import same_tensors
 
 _DATA: Final = "model.onnx.data"
+FILES: Final = (NAME, _DATA)
 _INLINE_BYTES: Final = 1 << 30  # protobuf ends at 2 GiB
 _SAMPLE: Final = {SEQUENCE: 3, PAST: 5, TOTAL: 8}
 

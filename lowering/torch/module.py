@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, fx
 
 from graphq.artifacts import manifest
+from graphq.artifacts.source import dtype_named
 from graphq.capture.source import KEY, Source
 from graphq.errors import GraphqError, TargetError
 from graphq.files import whole_directory
@@ -25,6 +26,7 @@ from graphq.state import first_names
 
 _GRAPH: Final = "graph.json"
 _WEIGHTS: Final = "model.safetensors"
+FILES: Final = (_GRAPH, _WEIGHTS)
 
 
 def _refuses(op: Op) -> str | None:
@@ -70,7 +72,7 @@ def load(path: str | Path, verify: bool = True) -> CompiledModel:
     if described.get("target") != "torch":
         raise TargetError(f"{directory}: an artifact for {described.get('target')}; graphq.load reads torch artifacts")
     if verify:
-        manifest.check_files(directory, described, (_GRAPH, _WEIGHTS))
+        manifest.check_files(directory, described, FILES)
     try:
         data = json.loads((directory / _GRAPH).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -83,7 +85,7 @@ def load(path: str | Path, verify: bool = True) -> CompiledModel:
     source = manifest.source_of_artifact(directory, described)
     try:
         tensors |= {name: tensors[other] for name, other in data["same"].items()}
-        tensors |= {n: tensors[n].view(manifest.dtype_named(d)) for n, d in data.get("read_as", {}).items()}
+        tensors |= {n: tensors[n].view(dtype_named(d)) for n, d in data.get("read_as", {}).items()}
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise TargetError(f"{directory / _GRAPH}: damaged: same: {error}") from error
     try:
