@@ -4,6 +4,13 @@ from collections.abc import Sequence
 from typing import final
 
 
+def printable(text: str) -> str:
+    """``text`` as one line that a terminal shows and does not obey: control characters, line breaks, lone surrogates
+    and whatever else is not printable are escaped as Python writes them.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class GraphqError(Exception):
     """Every error graphq raises on purpose; the command line prints its lines and exits 1."""
 

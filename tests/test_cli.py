@@ -61,6 +61,16 @@ def test_help_names_the_commands_and_imports_nothing_heavy():
         assert "--debug" in graphq_(command, "-h").stdout
 
 
+def test_the_package_is_the_command():
+    def run(*args: str) -> Any:
+        return subprocess.run([sys.executable, "-m", "graphq", *args], capture_output=True, text=True, check=False)
+
+    assert run("--version").stdout == graphq_("--version").stdout
+    wrong = run("nosuch")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr.startswith("Usage: python -m graphq ")
+
+
 def test_version():
     names = ("graphq", "torch", "transformers", "onnxruntime")
     assert graphq_("--version").stdout == "".join(f"{name} {version(name)}\n" for name in names)
@@ -397,6 +407,7 @@ def test_every_problem_of_a_spec_has_its_line(model, spec):
     [
         (GraphError("one\ntwo"), 1, "one\ntwo\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
+        (TargetError("a\x1b[2J\ud800\tb\nc\r"), 1, "a\\x1b[2J\\ud800\\tb\nc\\r\n"),
         (PassError("x"), 1, "internal error: x; please report it, with the traceback that --debug shows\n"),
         (
             ValueError("a\nb"),

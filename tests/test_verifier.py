@@ -239,6 +239,16 @@ def test_a_file_that_the_target_reads_and_the_manifest_does_not_list(artifacts, 
     )
 
 
+def test_lines_of_names_that_are_not_printable(artifacts, tmp_path):
+    artifact = Path(shutil.copytree(artifacts / "torch", tmp_path / "a"))
+    change_manifest(artifact, lambda data: data["files"].update({"a\x1b[2J\n\ud800": "0"}))
+    (artifact / "b\x1b").touch()
+    assert verify(artifact).differences == ("a\x1b[2J\n\ud800: missing",)
+    result = CliRunner().invoke(app, ["verify", str(artifact)])
+    lines = [r"a\x1b[2J\n\ud800: missing", r"note: b\x1b: graphq did not write it"]
+    assert (result.exit_code, result.stdout.splitlines()) == (1, lines)
+
+
 class OwnNames(torch.nn.Module):
     """A layer with buffers of its own that are called as graphq calls its tensors."""
 

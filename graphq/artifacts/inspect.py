@@ -4,11 +4,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Final, final
 
 from graphq.artifacts import manifest
+from graphq.artifacts.fields import entry, is_size, is_text, is_text_or_null
 from graphq.capture.source import Source
-from graphq.errors import TargetError
+from graphq.errors import TargetError, printable
+
+_SEEDS: Final = 1 << 64
 
 
 @final
@@ -37,7 +40,9 @@ class ArtifactFile:
 @final
 @dataclass(frozen=True)
 class Inspection:
-    """An artifact's manifest in short. ``str`` of it is for people, ``to_json`` for programs."""
+    """An artifact's manifest in short. ``str`` of it is for people, with what is not printable escaped; ``to_json`` for
+    programs.
+    """
 
     path: str
     target: str
@@ -106,7 +111,7 @@ class Inspection:
         files += [(f.name, "missing" if f.nbytes is None else str(f.nbytes), f.sha256) for f in self.files]
         layers = [("layer", "weight", "input", "rule", "bytes", "why float")]
         layers += [(x.name, x.weight, x.input, x.rule, str(x.nbytes), x.reason) for x in self.layers]
-        spec = [f"  {line}" for line in self.spec.splitlines()]
+        spec = [f"  {printable(line)}" for line in self.spec.splitlines()]
         return "\n".join([*_aligned(facts), "spec", *spec, "", *_aligned(layers), "", *_aligned(files)])
 
 
@@ -120,39 +125,45 @@ def inspect(path: str | Path) -> Inspection:
     described = manifest.read(directory)
     source = manifest.source_of_artifact(directory, described)
     try:
-        versions = {"graphq": str(described["version"])}
-        versions |= {"torch": str(described["torch"])} if "torch" in described else {}
+        named = {"graphq": "version", "torch": "torch"}
+        seed = entry(described, "seed", lambda value: type(value) is int and abs(value) < _SEEDS, "a seed")
+        report = entry(described, "report", lambda value: isinstance(value, list), "a list of layers")
         return Inspection(
             path=str(directory),
-            target=str(described["target"]),
-            versions=versions,
+            target=entry(described, "target", is_text, "text"),
+            versions={
+                n: entry(described, k, is_text, "text") for n, k in named.items() if n == "graphq" or k in described
+            },
             model=_model(source),
             source=source,
-            computed_in=described["computed_in"],
-            spec=str(described["spec"]),
-            algorithm=str(described["algorithm"]),
-            seed=int(described["seed"]),
-            layers=tuple(_layer(entry) for entry in described["report"]),
+            computed_in=entry(described, "computed_in", is_text_or_null, "text or null"),
+            spec=entry(described, "spec", is_text, "text"),
+            algorithm=entry(described, "algorithm", is_text, "text"),
+            seed=seed,
+            layers=tuple(map(_layer, report)),
             files=tuple(
-                _file(directory, name, sha256)
+                ArtifactFile(name, (directory / name).stat().st_size if (directory / name).is_file() else None, sha256)
                 for name, sha256 in sorted(manifest.listed_files(directory, described).items())
             ),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise TargetError(f"{directory / manifest.NAME}: damaged: {type(error).__name__}: {error}") from error
+    except ValueError as error:
+        raise TargetError(f"{directory / manifest.NAME}: damaged: {error}") from error
 
 
-def _layer(entry: dict[str, Any]) -> ArtifactLayer:
-    weight, activation = ("float" if entry[k] is None else str(entry[k]["text"]) for k in ("weight", "input"))
-    rule = " ".join(part for part in (entry["source"], f"({entry['rule']})" if entry["rule"] else "") if part)
-    return ArtifactLayer(str(entry["layer"]), weight, activation, rule, int(entry["bytes"]), str(entry["reason"]))
+def _layer(data: object) -> ArtifactLayer:
+    try:
+        texts = {key: entry(data, key, is_text, "text") for key in ("layer", "source", "rule", "reason")}
+        weight, activation = (_plan(data, key) for key in ("weight", "input"))
+        nbytes = entry(data, "bytes", is_size, "a size")
+    except ValueError as error:
+        raise ValueError(f"report: {error}") from error
+    rule = " ".join(part for part in (texts["source"], f"({texts['rule']})" if texts["rule"] else "") if part)
+    return ArtifactLayer(texts["layer"], weight, activation, rule, nbytes, texts["reason"])
 
 
-def _file(directory: Path, name: str, sha256: str) -> ArtifactFile:
-    place = directory / name
-    if ".." in Path(name).parts or Path(name).is_absolute():
-        raise ValueError(f"files: {name} is not in the artifact")
-    return ArtifactFile(name, place.stat().st_size if place.is_file() else None, sha256)
+def _plan(data: object, key: str) -> str:
+    plan = entry(data, key, lambda value: value is None or isinstance(value, dict), "a plan or null")
+    return "float" if plan is None else entry(plan, "text", is_text, "text")
 
 
 def _model(source: Source) -> str:
@@ -167,5 +178,6 @@ def _dtype(source: Source) -> str:
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    rows = [tuple(map(printable, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

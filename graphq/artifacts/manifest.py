@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import math
+import reprlib
 import shutil
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor, fx
 
+from graphq.artifacts.fields import entry, is_text
 from graphq.artifacts.source import source_from_json, source_json
 from graphq.capture.source import Source, source_of
 from graphq.errors import TargetError
@@ -20,6 +23,7 @@ from graphq.ir.views import Dequantize, Op, Param, Quantize, ops_of
 from graphq.state import first_names, tensor_of
 
 NAME: Final = MANIFEST
+_LONGEST: Final = 255  # bytes of a file's name on Linux's and macOS's file systems
 _COMPANIONS: Final = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -205,9 +209,22 @@ def _file_digest(file: Path) -> str:
 def listed_files(directory: Path, described: Mapping[str, Any]) -> dict[str, str]:
     """The digests of an artifact's files by their names. Raises ``TargetError`` where the manifest is damaged."""
     try:
-        return {str(name): str(sha256) for name, sha256 in described["files"].items()}
-    except (KeyError, AttributeError) as error:
-        raise TargetError(f"{directory / NAME}: damaged: files: {error}") from error
+        listed: dict[str, Any] = entry(described, "files", lambda value: isinstance(value, dict), "digests by name")
+        for name in listed:
+            if not _is_inside(name):
+                raise ValueError(f"files: {reprlib.repr(name)} is not the name of a file in the artifact")
+            entry(listed, name, is_text, "a digest")
+    except ValueError as error:
+        raise TargetError(f"{directory / NAME}: damaged: {error}") from error
+    return dict(listed)
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a file of an artifact can be called so: below its directory, in names that file systems hold."""
+    parts = name.split("/")
+    return "\0" not in name and all(
+        part not in ("", ".", "..") and len(part.encode(errors="surrogatepass")) <= _LONGEST for part in parts
+    )
 
 
 def check_files(directory: Path, described: Mapping[str, Any], names: Iterable[str]) -> None:
@@ -231,13 +248,20 @@ def _version() -> str:
         return "0"
 
 
+def _finite(written: str) -> float:
+    """The number. Raises ``ValueError`` for one that is not finite: no manifest holds any."""
+    if not math.isfinite(found := float(written)):
+        raise ValueError(f"{written:.20} is not a finite number")
+    return found
+
+
 def read(directory: Path) -> dict[str, Any]:
     """The manifest of an artifact. Raises ``TargetError`` naming what is missing or wrong."""
     path = directory / NAME
     if not path.is_file():
         raise TargetError(f"{directory}: not a graphq artifact: {NAME} is missing")
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise TargetError(f"{path}: damaged: {error}") from error
     if not isinstance(found, dict) or found.get("graphq") != FORMAT:

@@ -8,6 +8,7 @@ import typer
 
 from graphq.cli.arguments import Debug
 from graphq.cli.errors import fail, one_line_errors
+from graphq.errors import printable
 
 Artifact = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A directory that graphq compile wrote.")]
 
@@ -38,7 +39,8 @@ def verify(
 
     found = verify(artifact, against)
     for line in (*found.differences, *(f"note: {note}" for note in found.notes)):
-        typer.echo(line)
+        typer.echo(printable(line))
     if not found.ok:
         fail(f"{artifact}: {len(found.differences)} differences from what was compiled")
-    typer.echo(f"{artifact}: {found.compared} tensors of codes, scales and zero points are as they were compiled")
+    place = printable(str(artifact))
+    typer.echo(f"{place}: {found.compared} tensors of codes, scales and zero points are as they were compiled")

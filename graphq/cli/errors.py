@@ -7,7 +7,7 @@ from typing import Final, NoReturn, ParamSpec, TypeVar
 
 import typer
 
-from graphq.errors import GraphqError, PassError
+from graphq.errors import GraphqError, PassError, printable
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -48,6 +48,7 @@ def _in_words(error: Exception) -> str:
 
 
 def fail(text: str, status: int = 1) -> NoReturn:
-    """``text`` stands on the standard error, and the command ends with ``status``."""
-    typer.echo(text, err=True)
+    """``text`` stands on the standard error, line by line, and the command ends with ``status``."""
+    for line in text.split("\n"):
+        typer.echo(printable(line), err=True)
     raise typer.Exit(status)

@@ -1,6 +1,7 @@
 """What an artifact says of itself: the exact text and JSON, of both targets, without its weights, and of damaged ones."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -109,15 +110,45 @@ def test_no_weights_are_needed(artifacts: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.pop("report"), "damaged: KeyError: 'report'"),
-        (lambda d: d.update(report=3), "damaged: TypeError"),
-        (lambda d: d["report"][0].update(weight=3), "damaged: TypeError"),
-        (lambda d: d["report"][0].update(bytes="many"), "damaged: ValueError"),
-        (lambda d: d.update(seed=None), "damaged: TypeError"),
-        (lambda d: d.pop("files"), "damaged: files: 'files'"),
-        (
-            lambda d: d["files"].update({"../secret": "0"}),
-            "damaged: ValueError: files: ../secret is not in the artifact",
+        (lambda d: d.pop("report"), "damaged: report: missing"),
+        (lambda d: d.update(report=3), "damaged: report: 3 is not a list of layers"),
+        (lambda d: d.update(report=[3]), "damaged: report: layer: 3 holds no entries"),
+        (lambda d: d["report"][0].update(weight=3), "damaged: report: weight: 3 is not a plan or null"),
+        (lambda d: d["report"][0].update(input={}), "damaged: report: text: missing"),
+        (lambda d: d["report"][0].update(reason=None), "damaged: report: reason: None is not text"),
+        (lambda d: d["report"][0].update(bytes="many"), "damaged: report: bytes: 'many' is not a size"),
+        (lambda d: d["report"][0].update(bytes=-1), "damaged: report: bytes: -1 is not a size"),
+        (lambda d: d["report"][0].update(bytes=True), "damaged: report: bytes: True is not a size"),
+        (lambda d: d["report"][0].update(bytes=2**63), "damaged: report: bytes: 9223372036854775808 is not a size"),
+        (lambda d: d["report"][0].update(bytes=math.inf), "damaged: Infinity is not a finite number"),
+        (lambda d: d.update(seed=math.nan), "damaged: NaN is not a finite number"),
+        (lambda d: d.update(seed=-math.inf), "damaged: -Infinity is not a finite number"),
+        (lambda d: d.update(seed=None), "damaged: seed: None is not a seed"),
+        (lambda d: d.update(seed=1.5), "damaged: seed: 1.5 is not a seed"),
+        (lambda d: d.update(seed=2**64), "damaged: seed: 18446744073709551616 is not a seed"),
+        (lambda d: d.update(target=[]), "damaged: target: [] is not text"),
+        (lambda d: d.update(version=1), "damaged: version: 1 is not text"),
+        (lambda d: d.update(torch=1), "damaged: torch: 1 is not text"),
+        (lambda d: d.update(computed_in=1), "damaged: computed_in: 1 is not text or null"),
+        (lambda d: d.update(spec={}), "damaged: spec: {} is not text"),
+        (lambda d: d.update(algorithm=None), "damaged: algorithm: None is not text"),
+        (lambda d: d.pop("files"), "damaged: files: missing"),
+        (lambda d: d["files"].update(a=1), "damaged: a: 1 is not a digest"),
+        *(
+            (
+                lambda d, name=name: d["files"].update({name: "0"}),
+                f"damaged: files: {shown!s} is not the name of a file in the artifact",
+            )
+            for name, shown in {
+                "../secret": "'../secret'",
+                "/etc/passwd": "'/etc/passwd'",
+                "a/../../b": "'a/../../b'",
+                "": "''",
+                ".": "'.'",
+                "a\0b": r"'a\x00b'",
+                "x" * 5000: "'xxxxxxxxxxxx...xxxxxxxxxxxxx'",
+                "é" * 128: "'éééééééééééé...ééééééééééééé'",
+            }.items()
         ),
         (lambda d: d["source"].update(config="{"), "damaged: source: config: '{' is not null or"),
         (lambda d: d["source"].pop("inputs"), "damaged: source: inputs: missing"),
@@ -132,6 +163,39 @@ def test_damaged_manifests(artifacts: Path, tmp_path: Path, change: Any, message
         inspect(tmp_path)
     assert str(caught.value).startswith(f"{tmp_path / 'graphq.json'}: {message}")
     assert shown(tmp_path, status=1).stderr == f"{caught.value}\n"
+
+
+def test_numbers_too_large_to_be_any(artifacts: Path, tmp_path: Path) -> None:
+    text = (artifacts / "torch" / "graphq.json").read_text().replace('"seed": 0', '"seed": -1e999')
+    (tmp_path / "graphq.json").write_text(text)
+    for command in ("inspect", "verify"):
+        result = CliRunner().invoke(app, [command, str(tmp_path)])
+        message = f"{tmp_path / 'graphq.json'}: damaged: -1e999 is not a finite number\n"
+        assert (result.exit_code, result.stderr) == (1, message)
+
+
+def test_the_longest_name_of_a_file(artifacts: Path, tmp_path: Path) -> None:
+    data = json.loads((artifacts / "torch" / "graphq.json").read_text())
+    name = f"folder/{'x' * 255}"
+    (tmp_path / "graphq.json").write_text(json.dumps(data | {"files": {name: "0"}}))
+    assert [(file.name, file.nbytes) for file in inspect(tmp_path).files] == [(name, None)]
+
+
+def test_what_is_not_printable_is_escaped(artifacts: Path, tmp_path: Path) -> None:
+    """A terminal obeys nothing that a manifest says, no name makes a line, and lone surrogates are shown."""
+    data = json.loads((artifacts / "torch" / "graphq.json").read_text())
+    said = "\x1b]0;owned\x07\x9b2J\ud800\u202eé\n\r"
+    escaped = r"\x1b]0;owned\x07\x9b2J\ud800\u202eé\n\r"
+    data |= {"algorithm": said, "version": said, "spec": said, "files": {said: said}}
+    data["report"][0] |= {"layer": said, "rule": said, "reason": said}
+    (tmp_path / "graphq.json").write_text(json.dumps(data))
+    text = shown(tmp_path).stdout
+    assert all(c.isprintable() for c in text.replace("\n", ""))
+    assert text.count(escaped) == 7
+    assert text.count("\n") == 8 + (1 + 2) + 1 + 3 + 1 + 2  # facts, spec (whose line breaks are its own), layers, files
+    assert str(inspect(tmp_path)) + "\n" == text
+    as_json = json.loads(shown(tmp_path, "--json").stdout)
+    assert (as_json["algorithm"], list(as_json["files"])) == (said, [said])
 
 
 def test_a_folder_that_is_no_artifact(tmp_path: Path) -> None:
