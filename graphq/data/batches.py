@@ -16,7 +16,7 @@ def complete(source: Source, batch: object, where: str = "inputs") -> tuple[Tens
     """Every input of the graph, in order, from a tensor (the first input), a tuple, or a dict by name.
 
     Masks, positions, token types and empty caches that were left out are filled in. Raises ``SpecError``, beginning
-    with ``where``, for unknown and missing inputs, wrong types and wrong shapes.
+    with ``where``, for unknown and missing inputs, a cache without some of its tensors, wrong types and wrong shapes.
     """
     given = _by_name(source, batch, where)
     sizes: dict[str, int] = {}
@@ -31,6 +31,7 @@ def complete(source: Source, batch: object, where: str = "inputs") -> tuple[Tens
         )
     if SEQUENCE in sizes:
         sizes[TOTAL] = sizes[SEQUENCE] + sizes[PAST]
+    _check_caches(source, given, sizes, where)
     complete: list[Tensor] = []
     first = next(iter(given.values()))
     for wanted in source.inputs:
@@ -78,6 +79,17 @@ def _fit(wanted: TensorInput, value: Tensor, sizes: dict[str, int], where: str) 
         expected = ", ".join(f"{d} = {sizes[d]}" if isinstance(d, str) and d in sizes else str(d) for d in wanted.shape)
         raise SpecError(f"{where}: {wanted.name} has shape {tuple(value.shape)}, expected ({expected})")
     return value.to(wanted.dtype)
+
+
+def _check_caches(source: Source, given: Mapping[str, Tensor], sizes: Mapping[str, int], where: str) -> None:
+    """Raises ``SpecError`` for a part of the caches, in which zeros would be taken for what tokens left."""
+    missing = [
+        wanted.name
+        for wanted in source.inputs
+        if wanted.name in source.pasts - given.keys() and not (wanted.is_cache and sizes[PAST] == 0)
+    ]
+    if missing and source.pasts & given.keys():
+        raise SpecError(f"{where}: the cache lacks {', '.join(missing)}; give all of it, or none")
 
 
 def _default(

@@ -70,12 +70,30 @@ def test_positions_follow_the_mask():
 
 def test_a_past_lengthens_the_mask():
     past = torch.zeros(2, 2, 4, 4)
-    _, mask, positions, *_ = complete(LM, {"input_ids": IDS, "past_key_values.0.key": past})
+    given = {"input_ids": IDS, "past_key_values.0.key": past, "past_key_values.0.value": past}
+    _, mask, positions, *_ = complete(LM, given)
     assert mask.shape == (2, 7)
     assert positions.tolist() == [[4, 5, 6]] * 2
 
 
+def test_the_other_caches_of_an_empty_one_are_empty():
+    empty = torch.zeros(2, 2, 0, 4)
+    *_, key, value = complete(LM, {"input_ids": IDS, "past_key_values.0.key": empty})
+    assert key.shape == value.shape == (2, 2, 0, 4)
+
+
 PAST_TWO = torch.zeros(2, 2, 2, 4)
+STATES = Source(  # of a fixed size: zeros are a state like any other
+    inputs=(
+        TensorInput("x", torch.float32, (BATCH, 3)),
+        TensorInput("state.a", torch.float32, (BATCH, 5)),
+        TensorInput("state.b", torch.float32, (BATCH, 5)),
+    ),
+    outputs=("y", "next.a", "next.b"),
+    output_kind="dict",
+    dtype=torch.float32,
+    caches=(CachePair("state.a", "next.a"), CachePair("state.b", "next.b")),
+)
 WRONG: list[tuple[Source, Any, str]] = [
     (IMAGES, "hello", "a str is not a batch; give a tensor, a tuple or a dict of tensors"),
     (IMAGES, None, "a NoneType is not a batch; give a tensor, a tuple or a dict of tensors"),
@@ -105,6 +123,17 @@ WRONG: list[tuple[Source, Any, str]] = [
         {"input_ids": IDS, "past_key_values.0.key": PAST_TWO, "past_key_values.0.value": torch.zeros(2, 2, 3, 4)},
         "past_key_values.0.value has shape (2, 2, 3, 4), expected (batch = 2, 2, past_sequence = 2, 4)",
     ),
+    (
+        LM,
+        {"input_ids": IDS, "past_key_values.0.key": PAST_TWO},
+        "the cache lacks past_key_values.0.value; give all of it, or none",
+    ),
+    (
+        LM,
+        {"input_ids": IDS, "past_key_values.0.value": PAST_TWO},
+        "the cache lacks past_key_values.0.key; give all of it, or none",
+    ),
+    (STATES, (X, torch.ones(2, 5)), "the cache lacks state.b; give all of it, or none"),
     (
         LM,
         {"input_ids": IDS, "position_ids": IDS[:, :2]},
