@@ -1,7 +1,9 @@
 """How a compiled model is called: like its source, or like any model of transformers, which this does not import."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, assert_never, cast, final
+from functools import cached_property
+from typing import Any, Final, assert_never, cast, final
 
 from torch import Tensor
 
@@ -9,50 +11,99 @@ from graphq.capture.source import Source
 from graphq.data.batches import complete
 from graphq.errors import SpecError
 
-Outputs = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
+Outputs = Tensor | tuple[Any, ...] | dict[str, Tensor]  # a tuple of a transformers model holds its cache
+_PAST: Final = "past_key_values"
+_PRESENT: Final = re.compile(r"present\.\d+\.(key|value)")
+_NEVER_RETURNED: Final = frozenset(  # an argument that asks for one of them is refused
+    ["attentions", "aux_loss", "cross_attentions", "hidden_states", "loss", "router_logits"]
+)
 
 
 @final
 class ModelOutput(dict[str, Tensor]):
-    """The outputs of a transformers model by name, in their order, as transformers' own ``ModelOutput`` gives them.
+    """The outputs of a transformers model, read as transformers' own ``ModelOutput`` is.
 
-    ``out["logits"]``, ``out.logits`` and ``out[0]`` are one tensor. ``out.past_key_values`` holds ``present.{i}.key``
-    and ``present.{i}.value``: a ``DynamicCache``, or one pair of tensors for each layer where transformers is not
-    installed, and None without a cache. The next call takes it back, as does transformers.
+    ``out["logits"]``, ``out.logits`` and ``out[0]`` are one tensor, also after one of them is set. The key/value cache
+    is one output with the name ``past_key_values``, the last place, and one object at each read: the ``DynamicCache``
+    that was given to the call, else a new one, or one pair of tensors for each layer where transformers is not
+    installed, and None without a cache. The next call takes it back, as does transformers. What a model of
+    transformers returns only on demand, such as ``loss``, is None.
+
+    As a dict it holds the graph's own outputs, in which each tensor of the cache has a name: ``present.{i}.key`` and
+    ``present.{i}.value``. These are what iteration, ``len``, ``dict(out)`` and ``**out`` give.
     """
+
+    def __init__(self, outputs: Mapping[str, Tensor], past: Any = None) -> None:
+        """``past``: the cache that holds the ``present`` outputs, if there is one."""
+        super().__init__(outputs)
+        if past is not None:
+            self.__dict__[_PAST] = past
+
+    @cached_property
+    def past_key_values(self) -> Any:
+        """The key/value cache, as the class says."""
+        pairs = pairs_of(self)
+        if not pairs:
+            return None
+        try:
+            from graphq.runtime.key_value_cache import dynamic_cache
+        except ImportError:
+            return tuple(pairs)
+        return dynamic_cache(pairs)
 
     def __getitem__(self, key: str | int | slice) -> Any:
         """By name, or as in a tuple."""
         return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
 
     def __missing__(self, key: str) -> Any:
-        if key == "past_key_values" and (found := self.past_key_values) is not None:
-            return found
+        if key == _PAST and self.past_key_values is not None:
+            return self.past_key_values
         raise KeyError(key)
 
-    def __getattr__(self, name: str) -> Tensor:
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(key) or (key == _PAST and self.past_key_values is not None)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """By name."""
         try:
-            return super().__getitem__(name)
+            return self[key]
         except KeyError:
-            raise AttributeError(f"the model returned no {name}; it returned {', '.join(self)}") from None
+            return default
 
-    @property
-    def past_key_values(self) -> Any:
-        """The key/value cache, as the class says."""
-        pairs: list[tuple[Tensor, Tensor]] = []
-        while (name := f"present.{len(pairs)}") + ".key" in self:
-            pairs.append((self[f"{name}.key"], self[f"{name}.value"]))
-        if not pairs:
+    def __getattr__(self, name: str) -> Any:
+        if name in self:
+            return self[name]
+        if name in _NEVER_RETURNED:
             return None
-        try:
-            from graphq.runtime.generation import dynamic_cache
-        except ImportError:
-            return tuple(pairs)
-        return dynamic_cache(pairs)
+        raise AttributeError(f"the model returned no {name}; it returned {', '.join(self)}")
 
-    def to_tuple(self) -> tuple[Tensor, ...]:
-        """The outputs in their order."""
-        return tuple(self.values())
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key == _PAST:
+            self.past_key_values = value
+        else:
+            super().__setitem__(key, value)
+            self.__dict__.pop(_PAST if _PRESENT.fullmatch(key) else key, None)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != _PAST and value is not None:
+            self[name] = value
+            return
+        for held in [n for n in self if n == name or (name == _PAST and _PRESENT.fullmatch(n))]:
+            del self[held]
+        self.__dict__[name] = value
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The outputs in their order, the cache as one, behind the others."""
+        past = self.past_key_values
+        return (*(x for name, x in self.items() if not _PRESENT.fullmatch(name)), *(() if past is None else (past,)))
+
+
+def pairs_of(outputs: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """``present.{i}.key`` and ``present.{i}.value`` of each layer."""
+    pairs: list[tuple[Tensor, Tensor]] = []
+    while (name := f"present.{len(pairs)}") + ".key" in outputs:
+        pairs.append((outputs[f"{name}.key"], outputs[f"{name}.value"]))
+    return pairs
 
 
 def is_transformers(source: Source) -> bool:
@@ -68,16 +119,24 @@ def call(
 ) -> Outputs:
     """What ``run``, which takes all flat inputs and gives all flat outputs, makes of a call of the source.
 
-    A model of transformers also takes ``past_key_values`` (a ``DynamicCache``, or a pair of tensors for each layer),
-    ``use_cache=False`` (the outputs hold no cache), ``return_dict=False`` (they are a tuple) and any argument that asks
-    for nothing: None, False or 0. Raises ``TypeError`` for an argument that was not captured, ``SpecError`` for a wrong
-    shape.
+    A model of transformers also takes ``past_key_values`` (a ``DynamicCache``, which then holds the present keys and
+    values, as after a call of transformers; or a pair of tensors for each layer, which stay), ``use_cache=False`` (the
+    outputs hold no cache), ``return_dict=False`` (they are a tuple) and any argument that asks for nothing: None, False
+    or 0. Raises ``TypeError`` for an argument that was not captured or is of a wrong type, ``SpecError`` for a wrong
+    shape, a cache of another kind, and one in which a layer is missing.
     """
     given = dict(kwargs)
     switches: dict[str, object] = {}
+    past: Any = None
     if is_transformers(source):
-        switches = {name: given.pop(name) for name in ("use_cache", "return_dict") if name in given}
-        given |= cached(given.pop("past_key_values", None))
+        switches = {name: given.pop(name) for name in ("use_cache", "return_dict") if given.get(name) is not None}
+        past = given.pop(_PAST, None) if _PAST not in (i.name for i in source.inputs) else None
+        tensors = cached(past)
+        for name in tensors.keys() & given.keys():
+            raise TypeError(f"forward() got {name} twice, by its name and in {_PAST}")
+        given |= tensors
+        if source.is_causal_lm and not source.pasts and (_is_cache(past) or switches.get("use_cache")):
+            raise TypeError(f"forward() was captured without a cache; it takes neither {_PAST} nor use_cache=True")
     batch = complete(source, _by_name(source, args, given))
     outputs = tuple(run(batch))
     match source.output_kind:
@@ -87,29 +146,62 @@ def call(
             return outputs
         case "dict":
             named = dict(zip(source.outputs, outputs, strict=True))
-            if switches.get("use_cache") is False:
+            if not is_transformers(source):
+                return named
+            if _is_cache(past):
+                from graphq.runtime.key_value_cache import hold
+
+                hold(past, pairs_of(named))
+            uses_cache = bool(switches.get("use_cache", True))
+            if not uses_cache:
                 named = {name: x for name, x in named.items() if name not in source.presents}
-            if switches.get("return_dict") is False:
-                return tuple(named.values())
-            return ModelOutput(named) if is_transformers(source) else named
+            made = ModelOutput(named, past if uses_cache and _is_cache(past) else None)
+            return made if switches.get("return_dict", True) else made.to_tuple()
         case _:
             assert_never(source.output_kind)
 
 
+def _is_cache(past: object) -> bool:
+    """Whether it is a cache of transformers, of any kind."""
+    return hasattr(past, "layers")
+
+
 def cached(past: Any) -> dict[str, Tensor]:
-    """The flat inputs ``past_key_values.{i}.key`` and ``.value`` of a key/value cache: a cache of transformers, whose
-    layers may be empty yet, a pair of tensors for each layer, or None.
+    """The flat inputs ``past_key_values.{i}.key`` and ``.value`` of a key/value cache: a ``DynamicCache``, whose layers
+    may be empty yet, a pair of tensors for each layer, or None. Raises ``SpecError`` for a cache of another kind,
+    ``TypeError`` for what is no cache.
     """
-    layers = getattr(past, "layers", None)
-    if layers is not None:
-        pairs = [(layer.keys, layer.values) if layer.is_initialized else None for layer in layers]
+    if _is_cache(past):
+        from graphq.runtime.key_value_cache import layers_of, refusal
+
+        refused = refusal(past)
+        if refused is not None:
+            raise SpecError(
+                f"inputs: {_PAST}: {refused} cannot hold this graph's keys and values, which grow with the text;"
+                " give a DynamicCache()"
+            )
+        pairs: Sequence[object] = layers_of(past)
+    elif past is None or (isinstance(past, int) and not past):
+        pairs = ()
+    elif isinstance(past, list | tuple):
+        pairs = cast(Sequence[object], past)
     else:
-        pairs = cast("Sequence[tuple[Tensor, Tensor] | None]", past or ())
+        raise _no_cache(f"a {type(past).__name__}")
     found: dict[str, Tensor] = {}
     for i, pair in enumerate(pairs):
-        if pair is not None:
-            found |= {f"past_key_values.{i}.key": pair[0], f"past_key_values.{i}.value": pair[1]}
+        match pair:
+            case None:
+                continue
+            # A DynamicCache is iterated over in threes, whose last is the window of a sliding layer.
+            case (Tensor() as key, Tensor() as value) | (Tensor() as key, Tensor() as value, None):
+                found |= {f"{_PAST}.{i}.key": key, f"{_PAST}.{i}.value": value}
+            case _:
+                raise _no_cache(f"layer {i} is a {type(pair).__name__}")
     return found
+
+
+def _no_cache(given: str) -> TypeError:
+    return TypeError(f"forward(): {_PAST}: {given}; give a DynamicCache, or a pair of tensors for each layer")
 
 
 def _by_name(source: Source, args: Sequence[object], kwargs: Mapping[str, object]) -> dict[str, object]:
