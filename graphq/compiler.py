@@ -37,6 +37,7 @@ from graphq.passes.split_gate_up import SplitGateUp
 from graphq.report import Difference, Report, algorithm_text, difference, make_report, spec_settings
 from graphq.runtime.calls import Outputs
 from graphq.runtime.model import CompiledModel
+from graphq.runtime.pickling import NotPickled
 from graphq.spec.algorithms import ALGORITHMS
 from graphq.spec.match import Layer
 from graphq.spec.rules import Spec
@@ -70,7 +71,7 @@ def passes_for(
 
 
 @final
-class Compiled:
+class Compiled(NotPickled):
     """A compiled model. ``graph`` is the QDQ form, the truth that every artifact equals; ``report`` says what became of
     each layer; ``spec`` is what was compiled. Calling it runs the packed torch module, whose ``config``, ``device``,
     ``dtype``, ``generate`` and the like are its own, too: lm-eval and transformers' pipelines take it as a model.

@@ -11,10 +11,11 @@ from graphq.errors import GraphqError
 from graphq.runtime.calls import Outputs, call
 from graphq.runtime.configuration import configuration
 from graphq.runtime.modules import Int8Linear, PackedWeight
+from graphq.runtime.pickling import NotPickled
 
 
 @final
-class CompiledModel(nn.Module):
+class CompiledModel(NotPickled, nn.Module):
     """A captured graph behind the source's inputs and outputs.
 
     Calling it takes the captured inputs in the source's order or by name, and returns what the source returned: a

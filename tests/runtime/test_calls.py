@@ -1,7 +1,7 @@
 """Calls in transformers' style: the caches that a compiled model takes and fills, and how its outputs are read."""
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -68,10 +68,10 @@ def test_the_callers_cache_is_filled_where_it_stands(llama: Any) -> None:
     second = llama(IDS[:, 3:], past_key_values=past, use_cache=False)  # which transformers fills, too
     assert second.past_key_values is None
     assert [a is b for a, b in zip(past.layers, layers, strict=True)] == [True, True]
-    for i, layer in enumerate(past.layers):
+    for i, layer in enumerate(cast(list[Any], past.layers)):
         for found, part in ((layer.keys, "key"), (layer.values, "value")):
             expected = whole[f"present.{i}.{part}"]
-            assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()  # type: ignore[operator]
+            assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
 
 
 def test_a_failed_call_leaves_the_cache_alone(llama: Any) -> None:
@@ -114,7 +114,7 @@ def test_calibration_with_a_part_of_a_cache(out: Any) -> None:
 
 def sliding() -> DynamicCache:
     cache = DynamicCache()
-    cache.layers = [DynamicSlidingWindowLayer(4) for _ in range(2)]
+    cache.layers.extend(DynamicSlidingWindowLayer(4) for _ in range(2))
     for i in range(2):
         cache.update(torch.ones(2, 2, 3, 16), torch.ones(2, 2, 3, 16), i)
     return cache
