@@ -190,8 +190,8 @@ def _build(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> fx.GraphMo
             raise TargetError(f"graph.json: {described['class']} is not a class of modules that artifacts may hold")
         settings = {k: _from_json(v, {}) for k, v in described["settings"].items()}
         dtype = settings.get("dtype", torch.float32)  # without one, the module refuses by itself
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise TargetError(f"graph.json: {path}: dtype: {dtype} is not one of floating-point numbers")
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize == 1:
+            raise TargetError(f"graph.json: {path}: dtype: {dtype} is not one that graphs compute in")
         with torch.device("meta"):  # the tensors are at hand; whatever sizes the settings ask for, none is made
             made = _MODULES[described["class"]](**settings)
         _check_settings(path, made)
@@ -275,7 +275,10 @@ def _check_arguments(name: str, target: Callable[..., Any], args: Sequence[Any],
         raise TargetError(f"graph.json: {name}: its arguments are not those of {target}")
     for argument in taken:
         value = given.get(argument.name)
-        kind = _KINDS.get(str(cast(Any, argument).real_type).removeprefix("Optional[").removesuffix("]"))
+        real_type = str(cast(Any, argument).real_type)
+        if argument.name in given and not _are_tensors(target, real_type, value):
+            raise TargetError(f"graph.json: {name}: {target}: {argument.name}: {value!r} is not a {real_type}")
+        kind = _KINDS.get(real_type.removeprefix("Optional[").removesuffix("]"))
         if kind is not None and value is not None and not isinstance(value, kind):
             raise TargetError(f"graph.json: {name}: {target}: {argument.name}: {value!r} is not a {kind.__name__}")
     for window in _WINDOWS & given.keys():
@@ -287,6 +290,24 @@ def _check_arguments(name: str, target: Callable[..., Any], args: Sequence[Any],
         sizes = [v for v in given.values() if isinstance(v, list | int)]
         if any(math.prod(_sizes(size)) > _MOST for size in sizes):
             raise TargetError(f"graph.json: {name}: {target}: makes a tensor of more than 2^31 elements")
+
+
+def _are_tensors(target: OpOverload, real_type: str, value: Any) -> bool:
+    """Whether a value is a node, or nodes, where an op takes tensors. A few ops take numbers in their place."""
+    match real_type:
+        case "Tensor":
+            op = target._schema.name.removeprefix("aten::")  # pyright: ignore[reportPrivateUsage]
+            takes_numbers = cast(Any, torch._C)._should_allow_numbers_as_tensors(op)
+            return isinstance(value, fx.Node) or (takes_numbers and isinstance(value, int | float | complex))
+        case "Optional[Tensor]":
+            return value is None or _are_tensors(target, "Tensor", value)
+        case "List[Tensor]" | "List[Optional[Tensor]]" if isinstance(value, list | tuple):
+            each = real_type.removeprefix("List[").removesuffix("]")
+            return all(_are_tensors(target, each, v) for v in cast(Sequence[Any], value))
+        case "List[Tensor]" | "List[Optional[Tensor]]":
+            return isinstance(value, fx.Node)
+        case _:
+            return True
 
 
 def _sizes(size: Any) -> list[int]:

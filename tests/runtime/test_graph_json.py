@@ -247,9 +247,13 @@ def _set(*path: Any) -> Callable[[dict[str, Any]], None]:
         ),
         (
             _set("modules", "up", "settings", "dtype", {"dtype": "int8"}),
-            "dtype: torch.int8 is not one of floating-point",
+            "dtype: torch.int8 is not one that graphs compute in",
         ),
-        (_set("modules", "up", "settings", "dtype", 3), "up: dtype: 3 is not one of floating-point numbers"),
+        (
+            _set("modules", "up", "settings", "dtype", {"dtype": "float8_e4m3fn"}),
+            "up: dtype: torch.float8_e4m3fn is not one that graphs compute in",
+        ),
+        (_set("modules", "up", "settings", "dtype", 3), "up: dtype: 3 is not one that graphs compute in"),
         (_set("modules", "up", "settings", "shape", [10**9, 10**9]), "up.weight is uint8[1000000000, "),
         (_set("modules", "up", "settings", "shape", [-1, 8]), "graph.json: "),
         (_set("modules", "up", "settings", "row_axes", [7]), "damaged: IndexError"),
@@ -283,6 +287,40 @@ def test_damaged_files(mlp: fx.GraphModule, change: Callable[[dict[str, Any]], N
         graph_from_json(data, mlp.state_dict())
     assert message in str(caught.value)
     assert str(caught.value).startswith("graph.json: ")
+
+
+@pytest.mark.parametrize(
+    ("target", "args", "named"),
+    [
+        ("aten.relu.default", ["x"], "self: 'x' is not a Tensor"),
+        ("aten.relu.default", [3], "self: 3 is not a Tensor"),
+        ("aten.relu.default", [None], "self: None is not a Tensor"),
+        ("aten.relu.default", [[{"node": "x"}]], "self: [x] is not a Tensor"),
+        ("aten.add.Tensor", [{"node": "x"}, "y"], "other: 'y' is not a Tensor"),
+        ("aten.linear.default", [{"node": "x"}, {"node": "x"}, 1.5], "bias: 1.5 is not a Optional[Tensor]"),
+        ("aten.cat.default", [[{"node": "x"}, 2]], "tensors: [x, 2] is not a List[Tensor]"),
+        ("aten.cat.default", ["x"], "tensors: 'x' is not a List[Tensor]"),
+        ("aten.index.Tensor", [{"node": "x"}, [None, 1]], "indices: [None, 1] is not a List[Optional[Tensor]]"),
+    ],
+)
+def test_what_is_no_tensor(mlp: fx.GraphModule, target: str, args: list[Any], named: str) -> None:
+    data = graph_to_json(mlp)
+    found = node(data, "call_function")
+    found |= {"target": target, "args": args}
+    with pytest.raises(TargetError) as caught:
+        graph_from_json(data, mlp.state_dict())
+    assert str(caught.value) == f"graph.json: linear: {target}: {named}"
+
+
+def test_numbers_and_nothing_in_place_of_tensors() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    y = graph.call_function(aten.mul.Tensor, (graph.call_function(aten.add.Tensor, (x, 1)), 0.5))
+    picked = graph.call_function(aten.index.Tensor, (y, [None, graph.call_function(aten.arange.default, (2,))]))
+    parts = graph.call_function(aten.unbind.int, (picked,))
+    graph.output((graph.call_function(aten.cat.default, (parts,)),))
+    gm = fx.GraphModule(nn.Module(), graph)
+    assert torch.equal(graph_from_json(graph_to_json(gm), {})(X)[0], gm(X)[0])
 
 
 def test_weights_that_are_missing() -> None:
