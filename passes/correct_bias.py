@@ -15,7 +15,7 @@ from torch.fx.node import map_arg
 
 from graphq.ir import edit
 from graphq.ir.biases import bias_of, set_bias, weight_of
-from graphq.ir.effects import channel_axis
+from graphq.ir.effect_table import channel_axis
 from graphq.ir.index import GraphIndex
 from graphq.ir.layers import BY, LAYER
 from graphq.ir.pipeline import Batches, Invariant, Pass

@@ -15,7 +15,8 @@ from torch import Tensor, fx, nn
 
 from graphq.ir import edit
 from graphq.ir.biases import bias_name
-from graphq.ir.effects import Normalizes, ReadsShape, effect
+from graphq.ir.effect_table import effect
+from graphq.ir.effects import Normalizes, ReadsShape
 from graphq.ir.index import GraphIndex
 from graphq.ir.layers import weight_param
 from graphq.ir.pipeline import Batches, Pass

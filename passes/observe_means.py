@@ -8,7 +8,7 @@ from torch import fx
 
 from graphq.capture.source import SHARED
 from graphq.ir.biases import channels_of, why_no_bias
-from graphq.ir.effects import channel_axis
+from graphq.ir.effect_table import channel_axis
 from graphq.ir.index import GraphIndex
 from graphq.ir.layers import LAYER, PLAN
 from graphq.ir.pipeline import Batches, Invariant, Pass

@@ -7,7 +7,8 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphq.ir import edit
-from graphq.ir.effects import Copies, effect
+from graphq.ir.effect_table import effect
+from graphq.ir.effects import Copies
 from graphq.ir.pipeline import Batches, Pass
 from graphq.ir.views import Input, Op, Param, ops_of, view
 

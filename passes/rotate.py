@@ -18,7 +18,8 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphq.ir import edit
-from graphq.ir.effects import ReadsShape, effect
+from graphq.ir.effect_table import effect
+from graphq.ir.effects import ReadsShape
 from graphq.ir.index import GraphIndex
 from graphq.ir.pipeline import Batches, Pass
 from graphq.ir.streams import Stream, residual_streams, value_streams

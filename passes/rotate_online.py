@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, fx
 
 from graphq.ir import edit
-from graphq.ir.effects import Attends, Carried, Contracts, Joins, ReadsShape, effect
+from graphq.ir.effect_table import effect
+from graphq.ir.effects import (
+    Attends,
+    Carried,
+    Contracts,
+    Joins,
+    ReadsShape,
+)
 from graphq.ir.index import GraphIndex
 from graphq.ir.layers import weight_param
 from graphq.ir.pipeline import Batches, Pass

@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 from graphq.capture.source import SHARED
 from graphq.errors import GraphError
 from graphq.ir import edit
-from graphq.ir.effects import channel_axis
+from graphq.ir.effect_table import channel_axis
 from graphq.ir.index import GraphIndex
 from graphq.ir.views import (
     Conv1d,

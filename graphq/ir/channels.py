@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from graphq.ir import edit
+from graphq.ir.effect_table import effect
 from graphq.ir.effects import (
     Adds,
     Attends,
@@ -28,7 +29,6 @@ from graphq.ir.effects import (
     Reduces,
     Scales,
     Stopped,
-    effect,
 )
 from graphq.ir.index import GraphIndex
 from graphq.ir.labels import NONE, LabelledParam, Reader, Walk

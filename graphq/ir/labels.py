@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
+from graphq.ir.effect_table import axes_of, channel_axis, effect
 from graphq.ir.effects import (
     Adds,
     Attends,
@@ -39,9 +40,6 @@ from graphq.ir.effects import (
     Scales,
     Scatters,
     Stopped,
-    axes_of,
-    channel_axis,
-    effect,
 )
 from graphq.ir.index import GraphIndex
 from graphq.ir.layers import weight_param

@@ -10,6 +10,7 @@ from typing import cast, final
 import torch
 from torch import Tensor, fx
 
+from graphq.ir.effect_table import effect
 from graphq.ir.effects import (
     Adds,
     Attends,
@@ -20,7 +21,6 @@ from graphq.ir.effects import (
     Normalizes,
     ReadsShape,
     Stopped,
-    effect,
 )
 from graphq.ir.index import GraphIndex
 from graphq.ir.layers import weight_param

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from graphq.data.masks import ALL, Validity
+from graphq.ir.effect_table import axes_of, effect
 from graphq.ir.effects import (
     Adds,
     Attends,
@@ -36,8 +37,6 @@ from graphq.ir.effects import (
     Scales,
     Scatters,
     Stopped,
-    axes_of,
-    effect,
 )
 from graphq.ir.views import Dequantize, Op, Quantize
 from graphq.runtime import ops

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
+from graphq.ir.effect_table import axes_of, effect
 from graphq.ir.effects import (
     Adds,
     Attends,
@@ -33,8 +34,6 @@ from graphq.ir.effects import (
     Scales,
     Scatters,
     Stopped,
-    axes_of,
-    effect,
 )
 from graphq.ir.layers import layer_path, weight_param
 from graphq.ir.views import Cast, Op, Param, Weighted, view

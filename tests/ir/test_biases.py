@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from graphq.capture.source import SHARED
 from graphq.errors import GraphError
 from graphq.ir.biases import Biased, bias_of, channels_of, set_bias, weight_of, why_no_bias
-from graphq.ir.effects import channel_axis
+from graphq.ir.effect_table import channel_axis
 from graphq.ir.index import GraphIndex
 from graphq.ir.views import Param, ops_of
 from graphq.state import tensor_of

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
+from graphq.ir.effect_table import EFFECTS, axes_of, channel_axis, effect
 from graphq.ir.effects import (
-    EFFECTS,
     Adds,
     Attends,
     Contracts,
@@ -34,9 +34,6 @@ from graphq.ir.effects import (
     Reduces,
     Scales,
     Scatters,
-    axes_of,
-    channel_axis,
-    effect,
 )
 from graphq.ir.views import view
 from graphq.runtime import ops
