@@ -14,6 +14,7 @@ from torch._ops import OpOverload
 
 from graphq.ir.effects import (
     Adds,
+    AddsProduct,
     Attends,
     Contracts,
     Convolves,
@@ -95,6 +96,7 @@ _ROWS: Final[tuple[tuple[_Row, tuple[Any, ...]], ...]] = (
             *(aten.floor_divide.default, aten.hardswish.default, aten.log_sigmoid.default),
             *(aten.tril.default, aten.triu.default),  # an element, or 0
             aten.copy.default,  # the second's element
+            *(aten.where.Scalar, aten.where.ScalarOther, aten.where.ScalarSelf, aten.masked_fill.Tensor),
         ),
     ),
     (Adds(), (aten.add.Tensor, aten.sub.Tensor, aten.add.Scalar, aten.sub.Scalar)),
@@ -109,13 +111,15 @@ _ROWS: Final[tuple[tuple[_Row, tuple[Any, ...]], ...]] = (
         Reduces("other"),
         (
             *(aten.var.dim, aten.std.dim, aten.var.correction, aten.std.correction),
-            *(aten.prod.dim_int, aten.logsumexp.default),
+            *(aten.var.default, aten.std.default, aten.var_mean.default, aten.std_mean.default),
+            *(aten.var_mean.dim, aten.std_mean.dim, aten.var_mean.correction, aten.std_mean.correction),
+            *(aten.aminmax.default, aten.prod.default, aten.prod.dim_int, aten.logsumexp.default),
             *(aten.argmax.default, aten.argmin.default, aten.max.dim, aten.min.dim),
             *(aten.any.dim, aten.all.dim, aten.any.default, aten.all.default),
         ),
     ),
     (MixesAxis(), (aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default)),
-    (MixesAxis(), (aten.cumsum.default, aten.glu.default)),
+    (MixesAxis(), (aten.cumsum.default, aten.cummax.default, aten.cummin.default, aten.glu.default)),
     (
         MixesAxis(orders=True),
         (aten.sort.default, aten.sort.stable, aten.argsort.default, aten.argsort.stable, aten.topk.default),
@@ -132,7 +136,10 @@ _ROWS: Final[tuple[tuple[_Row, tuple[Any, ...]], ...]] = (
     (Convolves(2), (aten.conv2d.default, aten.conv2d.padding, aten.conv_transpose2d.input)),
     (Convolves(3), (aten.conv3d.default, aten.conv3d.padding, aten.conv_transpose3d.input)),
     (LooksUp(), (aten.embedding.default,)),
+    (LooksUp("self"), (aten.one_hot.default,)),
     (Contracts(), (aten.matmul.default, aten.bmm.default, aten.mm.default)),
+    (AddsProduct(), (aten.baddbmm.default,)),
+    (AddsProduct(sums=True), (aten.addbmm.default,)),
     (Attends(), (aten.scaled_dot_product_attention.default,)),
     (Joins(), (aten.cat.default,)),
     (Joins(new=True), (aten.stack.default,)),
@@ -183,7 +190,9 @@ def effect(op: Op) -> Effect:
         case Scatters() if target == aten.index_put.default:
             return replace(row, adds=bool(op.argument("accumulate")))
         case Normalizes() if target == aten.batch_norm.default and op.argument("training"):
-            return Normalizes(row.axis, "positions")
+            return Normalizes(row.axis, "batch")
+        case Reduces() if target == aten.linalg_vector_norm.default and op.argument("ord") == 0:
+            return Reduces("other")  # how many are not 0
         case _:
             return row
 

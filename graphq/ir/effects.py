@@ -100,12 +100,12 @@ class Normalizes:
     """(x - mean) / deviation * gain + bias. ``parameters``: the names of gain and bias, which may be None.
 
     axis: that of the channels, which gain and bias run along. over: what mean and deviation are taken over: the
-    ``row`` of the last axes (``normalized_shape``); ``nothing``, where they are constants; or also ``positions``.
-    centres: whether the mean comes off.
+    ``row`` of the last axes (``normalized_shape``); ``nothing``, where they are constants; also ``positions``, of each
+    sample by itself; or the whole ``batch``, of each channel by itself. centres: whether the mean comes off.
     """
 
     axis: int
-    over: Literal["row", "nothing", "positions"]
+    over: Literal["row", "nothing", "positions", "batch"]
     centres: bool = True
     parameters: tuple[str, ...] = ("weight", "bias")
 
@@ -138,13 +138,26 @@ class Convolves:
 @final
 @dataclass(frozen=True)
 class LooksUp:
-    """For each index a row of a weight, along a new last axis."""
+    """For each index (the argument ``indices``) a row of a weight, or of the identity, along a new last axis."""
+
+    indices: str = "indices"
 
 
 @final
 @dataclass(frozen=True)
 class Contracts:
     """The matrix product of the first two arguments: each row of the first times the last two axes of the second."""
+
+
+@final
+@dataclass(frozen=True)
+class AddsProduct:
+    """The first argument plus the batched matrix product of the next two, a multiple of each.
+
+    ``sums``: the products of a batch are added up.
+    """
+
+    sums: bool = False
 
 
 @final
@@ -215,6 +228,6 @@ class Opaque:
 
 
 _OfElements = Copies | Moves | Homogeneous | Elementwise | Adds | Scales | Joins | Gathers | Scatters | Pads
-_OfAxes = Reduces | MixesAxis | Normalizes | Pools | Contracts | Attends
+_OfAxes = Reduces | MixesAxis | Normalizes | Pools | Contracts | AddsProduct | Attends
 _OfWeights = Projects | Convolves | LooksUp
 Effect = _OfElements | _OfAxes | _OfWeights | ReadsShape | Observes | Opaque

@@ -17,6 +17,7 @@ from torch.fx.node import map_arg
 from graphq.ir.effect_table import axes_of, channel_axis, effect
 from graphq.ir.effects import (
     Adds,
+    AddsProduct,
     Attends,
     Carried,
     Contracts,
@@ -191,7 +192,7 @@ class Walk:
             case (
                 (Copies() | Homogeneous() | Pools() | Reduces() | Scales() | Joins() | Gathers() | Pads())
                 | (Elementwise() | MixesAxis() | Normalizes() | Projects() | Convolves() | LooksUp())
-                | (Scatters() | Opaque())
+                | (AddsProduct() | Scatters() | Opaque())
             ):
                 return Stopped(f"{op.node.target} reads it")
 

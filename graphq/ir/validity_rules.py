@@ -15,6 +15,7 @@ from graphq.data.masks import ALL, Validity
 from graphq.ir.effect_table import axes_of, effect
 from graphq.ir.effects import (
     Adds,
+    AddsProduct,
     Attends,
     Carried,
     Contracts,
@@ -111,11 +112,13 @@ class Rule:
                 return self._convolved(rank)
             case Projects():
                 return self._projected()
-            case LooksUp():
-                mask = self._mask(op.argument("indices"))
+            case LooksUp(indices):
+                mask = self._mask(op.argument(indices))
                 return Carried(None if mask is None else mask.unsqueeze(-1).expand(self.made.shape))
             case Contracts():
-                return self._contracted()
+                return self._contracted(node.args[0], node.args[1])
+            case AddsProduct(sums):
+                return self._added(self._contracted(node.args[1], node.args[2], sums), node.args[0])
             case Attends():
                 for name in ("key", "value"):
                     self._mask(op.argument(name))
@@ -148,13 +151,16 @@ class Rule:
         """The mask of an operand, in full where all of it counts."""
         return Validity(self._mask(node)).full(self._value(node))
 
-    def _all_of(self, nodes: Sequence[fx.Node]) -> Tensor | None:
+    def _all_of(self, nodes: Sequence[fx.Node]) -> _Masks:
+        """Where all operands are valid, as they broadcast; for each part of what has several."""
         masks = list({id(mask): mask for node in nodes if (mask := self._mask(node)) is not None}.values())
         if not masks:
             return None
         whole = masks[0]
         for mask in masks[1:]:
             whole = whole & mask
+        if isinstance(self.made, list | tuple):
+            return [whole.expand(part.shape) for part in cast(Sequence[Tensor], self.made)]
         return whole.expand(self.made.shape)
 
     def _rerun(self, *masks: Tensor) -> Any:
@@ -204,9 +210,13 @@ class Rule:
         mask = self._mask(self.op.node.args[0])
         if mask is None or what.over == "nothing":
             return Carried([mask, None, None] if isinstance(self.made, list | tuple) else mask)
-        axes = range(1, mask.dim())
-        if what.over == "row":
-            axes = range(-len(cast(Sequence[int], self.op.argument("normalized_shape"))), 0)
+        match what.over:
+            case "row":
+                axes = range(-len(cast(Sequence[int], self.op.argument("normalized_shape"))), 0)
+            case "positions":
+                axes = range(1, mask.dim())
+            case "batch":
+                axes = [axis for axis in range(mask.dim()) if axis != what.axis]
         row = row_mask(mask, tuple(axes))
         if row is None:
             return _MIXES
@@ -223,28 +233,36 @@ class Rule:
         target, args = self.op.node.target, self.op.node.args
         if target is not aten.addmm.default:
             return self._rows(self._mask(args[0]), (-1,))
-        found = self._rows(self._mask(args[1]), (-1,))
-        added = self._mask(args[0])
-        if isinstance(found, Stopped) or added is None:
-            return found
-        return Carried(added.expand(self.made.shape) if found.value is None else added & cast(Tensor, found.value))
+        return self._added(self._rows(self._mask(args[1]), (-1,)), args[0])
 
-    def _contracted(self) -> Carried[_Masks] | Stopped:
-        """The rows of the first factor; where all of these count, the columns of the second."""
-        a, b = (self._mask(node) for node in self.op.node.args[:2])
-        ranks = [self._value(node).dim() for node in self.op.node.args[:2]]
+    def _added(self, product: Carried[_Masks] | Stopped, node: Any) -> Carried[_Masks] | Stopped:
+        """The mask of a product, and that of what is added to it."""
+        added = self._mask(node)
+        if isinstance(product, Stopped) or added is None:
+            return product
+        return Carried(added.expand(self.made.shape) if product.value is None else added & cast(Tensor, product.value))
+
+    def _contracted(self, first: Any, second: Any, sums: bool = False) -> Carried[_Masks] | Stopped:
+        """The rows of the first factor; where all of these count, the columns of the second.
+
+        ``sums``: over the first axis, too.
+        """
+        a, b = self._mask(first), self._mask(second)
+        ranks = [self._value(node).dim() for node in (first, second)]
+        summed = (0,) if sums else ()
         if a is not None:
-            row = row_mask(a, (-1,))
+            row = row_mask(a, (*summed, -1))
             if row is None:
                 return _MIXES
-            return Carried((row[..., 0] if ranks[1] == 1 else row).expand(self.made.shape))
+            return Carried((row[..., 0] if ranks[1] == 1 else row[0] if sums else row).expand(self.made.shape))
         if b is None:
             return Carried(None)
         axis = -1 if ranks[1] == 1 else -2
-        column = row_mask(b, (axis,))
+        column = row_mask(b, (*summed, axis))
         if column is None:
             return _MIXES
-        return Carried((column.squeeze(axis) if 1 in ranks else column).expand(self.made.shape))
+        column = column.squeeze(axis) if 1 in ranks else column[0] if sums else column
+        return Carried(column.expand(self.made.shape))
 
     def _joined(self, nodes: Sequence[fx.Node]) -> Tensor | None:
         if all(self._mask(node) is None for node in nodes):

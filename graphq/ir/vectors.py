@@ -11,6 +11,7 @@ from torch.fx.node import map_arg
 from graphq.ir.effect_table import axes_of, effect
 from graphq.ir.effects import (
     Adds,
+    AddsProduct,
     Attends,
     Carried,
     Contracts,
@@ -113,7 +114,7 @@ def _sources(op: Op, args: list[Any]) -> list[Any] | None:
             return [args[1]] if args[1].val.dim() > 1 else None
         case (
             Homogeneous() | Reduces() | Gathers() | Scatters() | Normalizes() | ReadsShape() | Elementwise() | Pads()
-        ) | (MixesAxis() | Pools() | Projects() | Convolves() | LooksUp() | Observes() | Opaque()):
+        ) | (MixesAxis() | Pools() | AddsProduct() | Projects() | Convolves() | LooksUp() | Observes() | Opaque()):
             return None
 
 

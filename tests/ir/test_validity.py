@@ -15,7 +15,8 @@ from graphq.ir.validity import ValidityRun
 from graphq.ir.validity_rules import Rule, row_mask
 from graphq.ir.views import view
 from graphq.runtime import ops
-from tests.ir.test_effects import CASES, effect_of
+from tests.ir.op_calls import CASES
+from tests.ir.test_effects import effect_of
 
 aten = torch.ops.aten
 G = torch.Generator().manual_seed(0)
@@ -77,7 +78,8 @@ def test_ops_that_order(target: Any) -> None:
     x = CASES[target][0]
     values, *rest = called(target, CASES[target])
     indices = rest[0] if rest else values
-    assert effect_of(target, CASES[target]) == MixesAxis(orders=indices.dtype == torch.int64)
+    orders = indices.dtype == torch.int64 and any(bool(indices.sort(a).values.diff(dim=a).all()) for a in range(3))
+    assert effect_of(target, CASES[target]) == MixesAxis(orders=orders)  # each place once
     if rest:
         axis = next(a for a in range(3) if torch.equal(values, x.gather(a, indices.clamp(max=x.shape[a] - 1))))
         assert indices.shape[axis] <= x.shape[axis]
@@ -103,7 +105,8 @@ def test_an_index_put_adds_where_it_accumulates() -> None:
 
 def first_tensor(target: Any) -> int:
     """The argument whose elements an op is about."""
-    return 1 if target in (aten.addmm.default, aten.embedding.default) else 0
+    later = (aten.addmm.default, aten.baddbmm.default, aten.addbmm.default, aten.embedding.default)
+    return 1 if target in later else 0
 
 
 RUN = [t for t, a in CASES.items() if isinstance(a[0], Tensor) and a[0].numel()]
@@ -179,6 +182,16 @@ var.dim: rows, elements
 std.dim: rows, elements
 var.correction: rows, elements
 std.correction: rows, samples, elements
+var.default: rows, samples, elements
+std.default: rows, samples, elements
+var_mean.default: rows, samples, elements
+std_mean.default: rows, samples, elements
+var_mean.dim: rows, elements
+std_mean.dim: rows, elements
+var_mean.correction: rows, elements
+std_mean.correction: rows, samples, elements
+aminmax.default: rows, elements
+prod.default: rows, elements
 prod.dim_int: rows, elements
 logsumexp.default: rows, elements
 argmax.default: rows, elements
@@ -192,6 +205,7 @@ all.default: rows, samples, elements
 softmax.int: rows, elements
 log_softmax.int: rows, samples, elements
 cumsum.default: rows, elements
+cummax.default: rows, elements
 glu.default: rows, elements
 group_norm.default: rows, elements
 instance_norm.default: rows, elements
@@ -210,10 +224,12 @@ conv_transpose2d.input: rows, elements
 conv3d.default: rows, elements
 conv3d.padding: rows, elements
 conv_transpose3d.input: rows, elements
+addbmm.default: rows, samples, elements
 mean.dim: elements
 linalg_vector_norm.default: elements
 _softmax.default: elements
 _log_softmax.default: elements
+cummin.default: elements
 layer_norm.default: elements
 native_layer_norm.default: elements
 rms_norm.default: elements
@@ -226,6 +242,7 @@ graphq.grouped_linear.default: elements
 matmul.default: elements
 bmm.default: elements
 mm.default: elements
+baddbmm.default: elements
 scaled_dot_product_attention.default: elements""",
     )
 
@@ -260,6 +277,24 @@ def test_elementwise_ops_are_valid_where_all_operands_are() -> None:
     assert rows(mask_of(aten.mul.Tensor, (X, X), TOKENS, WHOLE)) == [[T, T, F], [F, F, F]]
     assert rows(mask_of(aten.mul.Tensor, (X, X), None, TOKENS)) == ROWS
     assert mask_of(aten.mul.Tensor, (X, X)) is None
+
+
+def test_a_number_in_the_place_of_an_operand() -> None:
+    chosen = X > 0
+    assert rows(mask_of(aten.where.ScalarOther, (chosen, X, 0.0), None, TOKENS)) == ROWS
+    assert rows(mask_of(aten.where.ScalarSelf, (chosen, 0.0, X), TOKENS, WHOLE)) == [[T, T, F], [F, F, F]]
+    assert rows(mask_of(aten.where.Scalar, (chosen, 0.0, 1.0), TOKENS)) == ROWS
+    assert rows(mask_of(aten.masked_fill.Tensor, (X, chosen, X[0, 0, 0]), TOKENS)) == ROWS
+
+
+def test_elementwise_ops_with_several_outputs() -> None:
+    found = masked(aten.frexp.Tensor, (X,), TOKENS)
+    assert isinstance(found, list)
+    assert [rows(one.full(X).tolist()) for one in found] == [ROWS, ROWS]
+
+
+def test_one_hot_has_the_rows_of_its_indices() -> None:
+    assert rows(mask_of(aten.one_hot.default, (torch.zeros(2, 3, dtype=torch.int64), 5), TOKENS[..., 0])) == ROWS
 
 
 def test_reductions_of_channels_keep_rows() -> None:
@@ -300,6 +335,15 @@ def test_norms() -> None:
     assert stop_of(aten.group_norm.default, (X, 1), TOKENS) == "aten.group_norm.default mixes tokens"
     norm = (X, torch.ones(3), torch.zeros(3), torch.zeros(3), torch.ones(3), False, 0.1, 1e-5, False)
     assert mask_of(aten.batch_norm.default, norm, TOKENS) == TOKENS.tolist()
+    of_batch = (*norm[:5], True, *norm[6:])
+    stop = "aten.batch_norm.default mixes tokens"
+    assert stop_of(aten.batch_norm.default, of_batch, WHOLE) == stop  # a group norm keeps samples
+    assert (
+        stop_of(aten.batch_norm.default, (X[0], *[a[:1].expand(4) for a in norm[1:5]], *of_batch[5:]), TOKENS[0])
+        == stop
+    )
+    channels = bools([[T], [F], [T]]).expand(2, 3, 4)
+    assert mask_of(aten.batch_norm.default, of_batch, channels) == channels.tolist()
 
 
 def test_linears_keep_rows() -> None:
@@ -339,6 +383,26 @@ def test_products_have_the_rows_of_their_first_factor() -> None:
     assert mask_of(aten.matmul.default, (X, vector), TOKENS) == ROWS
     assert mask_of(aten.matmul.default, (vector, X.transpose(1, 2)), None, TOKENS.transpose(1, 2)) == ROWS
     assert mask_of(aten.matmul.default, (X, vector), None, bools(T, T, T, T)) == [[T] * 3] * 2
+
+
+def test_products_that_are_added() -> None:
+    y, bias = torch.zeros(2, 4, 5), torch.zeros(2, 3, 5)
+    target, added = aten.baddbmm.default, TOKENS[..., :1].flip(1).expand(2, 3, 5)
+    assert rows(mask_of(target, (bias, X, y), None, TOKENS)) == ROWS
+    assert rows(mask_of(target, (bias, X, y), added)) == [[F, T, T], [T, T, F]]
+    assert rows(mask_of(target, (bias, X, y), added, TOKENS)) == [[F, T, F], [F, T, F]]
+    columns = bools([T, T, F, T, T]).expand(2, 4, 5)
+    assert mask_of(target, (bias, X, y), None, None, columns) == columns[:, :3].tolist()
+    assert mask_of(target, (bias, X, y)) is None
+    assert stop_of(target, (bias, X, y), None, PARTS) == "aten.baddbmm.default mixes tokens"
+
+    target, stop = aten.addbmm.default, "aten.addbmm.default mixes tokens"
+    same = TOKENS[:1].expand(2, 3, 4)
+    assert rows(mask_of(target, (bias[0], X, y), None, same)) == ROWS[0]
+    assert rows(mask_of(target, (bias[0], X, y), added[0], same)) == [F, T, F]
+    assert mask_of(target, (bias[0], X, y), None, None, columns) == columns[0, :3].tolist()
+    assert stop_of(target, (bias[0], X, y), None, TOKENS) == stop  # the batch is added up
+    assert stop_of(target, (bias[0], X, y), None, None, columns & bools([[T]], [[F]])) == stop
 
 
 def test_attention_has_the_rows_of_the_query() -> None:
