@@ -15,8 +15,9 @@ from graphq.data.masks import ALL, MaskedBatch, masked_batch
 from graphq.errors import GraphqError, PassError, SpecError
 from graphq.ir.layers import LAYER
 from graphq.ir.pipeline import Batches, Pass
+from graphq.ir.row_masks import row_mask
 from graphq.ir.validity import ValidityRun
-from graphq.ir.validity_rules import place_of, row_mask, validity_of
+from graphq.ir.validity_rules import place_of, validity_of
 from graphq.passes.observe import observers
 
 Reached = dict[str, dict[str, None]]  # by the op that masked tokens come through, the layers whose input they reach
@@ -27,8 +28,8 @@ Reached = dict[str, dict[str, None]]  # by the op that masked tokens come throug
 class Calibrate(Pass):
     """Every observer has seen every batch, in as many sweeps as it asks for. Without observers no batch is run.
 
-    What a batch's mask leaves out is not seen. ``note`` is told of the layers whose inputs masked tokens reach all the
-    same, and through which op.
+    What a batch's mask leaves out is not seen. ``note`` is told of the layers whose observers see masked tokens all
+    the same, and of the op beyond which these cannot be told from others.
     """
 
     note: Callable[[str], None] | None = None

@@ -72,6 +72,22 @@ _OPTIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "GPT2Config",
         {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 128, "n_positions": 128},
     ),
+    "bloom": (  # no rotary positions: what it adds to its scores comes of the mask
+        "BloomForCausalLM",
+        "BloomConfig",
+        {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 128},
+    ),
+    "gpt_oss": (  # a sink beside the scores of each row
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        _DECODER
+        | {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 4,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
     "bert": ("BertModel", "BertConfig", _COMMON),
     "vit": (
         "ViTForImageClassification",

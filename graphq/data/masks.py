@@ -20,7 +20,7 @@ from graphq.capture.source import BATCH, PAST, SEQUENCE, TOTAL, Source, TensorIn
 class Validity:
     """``mask``: bool, of a value's shape, True where an element counts; None: all count.
 
-    ``stops``: in words, the ops in front of it beyond which masked tokens cannot be told from others.
+    ``stops``: in words, the ops in front of it beyond which masked tokens cannot be told from others, nor can here.
     """
 
     mask: Tensor | None = None

@@ -11,6 +11,8 @@ import torch
 from torch import fx, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from graphq.ir.effect_table import effect
+from graphq.ir.effects import ReadsShape
 from graphq.ir.layers import weight_param
 from graphq.ir.views import Cast, Op, Param, Weighted, ops_of, view
 from graphq.state import tensor_of
@@ -125,6 +127,20 @@ def from_inputs(gm: fx.GraphModule) -> set[fx.Node]:
         if node.op == "placeholder" or (not is_size and not found.isdisjoint(node.all_input_nodes)):
             found.add(node)
     return found
+
+
+def reads_inputs(node: fx.Node) -> bool:
+    """Whether a node holds anything of the graph's inputs but their sizes."""
+    pending, seen = [node], {node}
+    while pending:
+        one = pending.pop()
+        if one.op == "placeholder":
+            return True
+        if not isinstance(effect(view(one)), ReadsShape):
+            new = [read for read in one.all_input_nodes if read not in seen]
+            seen.update(new)
+            pending += new
+    return False
 
 
 def _product(gm: fx.GraphModule, op: Op) -> Product | None:

@@ -2,7 +2,8 @@
 
 It starts at the declared mask (``graphq.data.masks``) and goes through the graph as the batch does
 (``graphq.ir.validity_rules``). Where valid and invalid elements are mixed, as in a mean over tokens or a convolution,
-it ends: from there on all elements count, and the op is remembered.
+it ends: from there on all elements count, and the op is remembered, up to a sum, say, with a value that still has
+a mask of all tokens.
 """
 
 from typing import Any, cast

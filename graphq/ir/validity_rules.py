@@ -39,6 +39,8 @@ from graphq.ir.effects import (
     Scatters,
     Stopped,
 )
+from graphq.ir.products import reads_inputs
+from graphq.ir.row_masks import fits, fitted, padded, row_mask
 from graphq.ir.views import Dequantize, Op, Quantize
 from graphq.runtime import ops
 
@@ -118,11 +120,14 @@ class Rule:
             case Contracts():
                 return self._contracted(node.args[0], node.args[1])
             case AddsProduct(sums):
-                return self._added(self._contracted(node.args[1], node.args[2], sums), node.args[0])
+                added = self._mask(node.args[0])
+                return self._added(self._contracted(node.args[1], node.args[2], sums), added)
             case Attends():
                 for name in ("key", "value"):
                     self._mask(op.argument(name))
-                return self._rows(self._mask(op.argument("query")), (-1,))
+                found = self._rows(self._mask(op.argument("query")), (-1,))
+                self._settle(op.argument("query"))
+                return found
             case Gathers("slices"):
                 return Carried(self._gathered_slices())
             case Gathers("elements"):
@@ -144,6 +149,13 @@ class Rule:
         self.stops |= dict.fromkeys(found.stops)
         return found.mask
 
+    def _settle(self, *nodes: Any) -> None:
+        """Forgets the stops of all operands where one of these, each of which has the output's rows, has a mask and no
+        stops: that mask tells the invalid rows of the output.
+        """
+        if any(one.mask is not None and not one.stops for one in (validity_of(node, self.known) for node in nodes)):
+            self.stops.clear()
+
     def _value(self, node: Any) -> Any:
         return self.values[node] if isinstance(node, fx.Node) else node
 
@@ -159,9 +171,9 @@ class Rule:
         whole = masks[0]
         for mask in masks[1:]:
             whole = whole & mask
-        if isinstance(self.made, list | tuple):
-            return [whole.expand(part.shape) for part in cast(Sequence[Tensor], self.made)]
-        return whole.expand(self.made.shape)
+        parts = cast(Sequence[Tensor], self.made if isinstance(self.made, list | tuple) else [self.made])
+        self._settle(*[node for node in nodes if getattr(self._value(node), "shape", None) == parts[0].shape])
+        return [whole.expand(part.shape) for part in parts] if len(parts) > 1 else whole.expand(parts[0].shape)
 
     def _rerun(self, *masks: Tensor) -> Any:
         """What the op gives for masks in the place of its first arguments."""
@@ -192,9 +204,9 @@ class Rule:
         if row is None:
             return _MIXES
         if isinstance(self.made, list | tuple):
-            masks: list[Tensor | None] = [_fitted(row, part.shape) for part in cast(Sequence[Tensor], self.made)]
+            masks: list[Tensor | None] = [fitted(row, part.shape) for part in cast(Sequence[Tensor], self.made)]
             return Carried(masks)
-        return Carried(_fitted(row, self.made.shape))
+        return Carried(fitted(row, self.made.shape))
 
     def _ordered(self, mask: Tensor | None) -> Carried[_Masks]:
         if mask is None:
@@ -233,11 +245,13 @@ class Rule:
         target, args = self.op.node.target, self.op.node.args
         if target is not aten.addmm.default:
             return self._rows(self._mask(args[0]), (-1,))
-        return self._added(self._rows(self._mask(args[1]), (-1,)), args[0])
+        added = self._mask(args[0])
+        product = self._rows(self._mask(args[1]), (-1,))
+        self._settle(args[1])
+        return self._added(product, added)
 
-    def _added(self, product: Carried[_Masks] | Stopped, node: Any) -> Carried[_Masks] | Stopped:
+    def _added(self, product: Carried[_Masks] | Stopped, added: Tensor | None) -> Carried[_Masks] | Stopped:
         """The mask of a product, and that of what is added to it."""
-        added = self._mask(node)
         if isinstance(product, Stopped) or added is None:
             return product
         return Carried(added.expand(self.made.shape) if product.value is None else added & cast(Tensor, product.value))
@@ -254,6 +268,7 @@ class Rule:
             row = row_mask(a, (*summed, -1))
             if row is None:
                 return _MIXES
+            self._settle(first)
             return Carried((row[..., 0] if ranks[1] == 1 else row[0] if sums else row).expand(self.made.shape))
         if b is None:
             return Carried(None)
@@ -265,10 +280,24 @@ class Rule:
         return Carried(column.expand(self.made.shape))
 
     def _joined(self, nodes: Sequence[fx.Node]) -> Tensor | None:
+        """The masks of all parts. What is made of parameters alone, as attention's sinks are, is valid in those rows
+        where something of the rest is.
+        """
         if all(self._mask(node) is None for node in nodes):
             return None
         masks = [self._full(node) for node in nodes]
-        return cast(Callable[..., Tensor], self.op.node.target)(masks, *self.op.node.args[1:], **self.op.node.kwargs)
+        joined = self._join(masks)
+        are_data = [self._mask(node) is not None or reads_inputs(node) for node in nodes]
+        if all(are_data):
+            return joined
+        is_data = self._join([torch.full_like(m, one) for m, one in zip(masks, are_data, strict=True)])
+        if not is_data.any():
+            return joined  # as empty caches are
+        dim = int(self.op.argument("dim"))
+        return joined & (is_data | (joined & is_data).any(dim, keepdim=True))
+
+    def _join(self, parts: Sequence[Tensor]) -> Tensor:
+        return cast(Callable[..., Tensor], self.op.node.target)(parts, *self.op.node.args[1:], **self.op.node.kwargs)
 
     def _gathered_slices(self) -> Tensor | None:
         """Where what is picked is valid, and so is the index that picks it."""
@@ -333,7 +362,7 @@ class Rule:
             return base & (base.int().zero_().scatter_add(dim, places, (~written).int()) == 0)
         row = None if known is None else row_mask(known, (dim,))
         made = base.scatter(dim, places, written)
-        return made if row is None or not _fits(row, made) else made & row
+        return made if row is None or not fits(row, made) else made & row
 
     def _written(self, source: Any, index: Tensor | None, shape: torch.Size) -> Tensor:
         """The mask of what is written, of this shape."""
@@ -350,17 +379,8 @@ class Rule:
         mask = self._mask(self.op.node.args[0])
         if mask is None:
             return Carried(None)
-        pads = [int(self._value(size)) for size in self.op.argument("pad")]
-        for axis, (before, behind) in enumerate(zip(pads[::2], pads[1::2], strict=True)):
-            row = row_mask(mask, (-1 - axis,))
-            if row is not None:
-                size = mask.shape[-1 - axis] + before + behind
-                mask = row.expand([*row.shape[: row.dim() - 1 - axis], size, *row.shape[row.dim() - axis :]])
-            elif what.value is None:
-                return _MIXES
-            else:
-                mask = torch.nn.functional.pad(mask, [0] * 2 * axis + [before, behind], value=True)
-        return Carried(mask)
+        made = padded(mask, [int(self._value(n)) for n in self.op.argument("pad")], what.value is not None)
+        return _MIXES if made is None else Carried(made)
 
 
 def validity_of(node: Any, known: Mapping[fx.Node, Known]) -> Validity:
@@ -369,25 +389,8 @@ def validity_of(node: Any, known: Mapping[fx.Node, Known]) -> Validity:
     return found if isinstance(found, Validity) else ALL
 
 
-def row_mask(mask: Tensor, axes: Sequence[int]) -> Tensor | None:
-    """The mask, of size 1 along ``axes``; None where it is not constant along them."""
-    if not mask.dim() or not mask.numel():
-        return mask
-    low, high = mask.amin(tuple(axes), keepdim=True), mask.amax(tuple(axes), keepdim=True)
-    return low if torch.equal(low, high) else None
-
-
 def _slices(indices: Sequence[Tensor | None]) -> list[Any]:
     return [slice(None) if index is None else index for index in indices]
-
-
-def _fits(row: Tensor, made: Tensor) -> bool:
-    """Whether the row of each index is a row of what was written into."""
-    return all(size in (1, other) for size, other in zip(row.shape, made.shape, strict=True))
-
-
-def _fitted(row: Tensor, shape: torch.Size) -> Tensor:
-    return row.expand(shape) if row.dim() == len(shape) else row.reshape(shape)
 
 
 def place_of(node: fx.Node) -> str:

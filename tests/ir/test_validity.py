@@ -11,8 +11,9 @@ from torch import Tensor, fx
 
 from graphq.data.masks import MaskedBatch, Validity
 from graphq.ir.effects import MixesAxis, Scatters
+from graphq.ir.row_masks import row_mask
 from graphq.ir.validity import ValidityRun
-from graphq.ir.validity_rules import Rule, row_mask
+from graphq.ir.validity_rules import Rule
 from graphq.ir.views import view
 from graphq.runtime import ops
 from tests.ir.op_calls import CASES
@@ -24,7 +25,7 @@ F, T = False, True
 X = torch.zeros(2, 3, 4)
 
 
-def masked(target: Any, arguments: Sequence[Any], *masks: Tensor | None) -> Validity | list[Validity]:
+def masked(target: Any, arguments: Sequence[Any], *masks: Tensor | Validity | None) -> Validity | list[Validity]:
     """The validity of what an op gives for these masks of its tensors, in their order."""
     graph, values, given = fx.Graph(), dict[fx.Node, Any](), list(masks)
     known: dict[fx.Node, Any] = {}
@@ -38,7 +39,7 @@ def masked(target: Any, arguments: Sequence[Any], *masks: Tensor | None) -> Vali
         node.meta["val"], values[node] = value, value
         mask = given.pop(0) if given else None
         if mask is not None:
-            known[node] = Validity(mask)
+            known[node] = mask if isinstance(mask, Validity) else Validity(mask)
         return node
 
     kwargs = arguments[-1] if isinstance(arguments[-1], dict) else {}
@@ -277,6 +278,12 @@ def test_elementwise_ops_are_valid_where_all_operands_are() -> None:
     assert rows(mask_of(aten.mul.Tensor, (X, X), TOKENS, WHOLE)) == [[T, T, F], [F, F, F]]
     assert rows(mask_of(aten.mul.Tensor, (X, X), None, TOKENS)) == ROWS
     assert mask_of(aten.mul.Tensor, (X, X)) is None
+    count = fx.Graph().call_function(aten.sym_size.int, (X, 1))
+    x = count.graph.placeholder("x")
+    scaled = count.graph.call_function(aten.mul.Tensor, (x, count))
+    found = Rule(view(scaled), {x: Validity(TOKENS)}, {x: X, count: 3}, X).validity()
+    assert isinstance(found, Validity)
+    assert rows(found.full(X).tolist()) == ROWS
 
 
 def test_a_number_in_the_place_of_an_operand() -> None:
@@ -411,6 +418,11 @@ def test_attention_has_the_rows_of_the_query() -> None:
     keys = bools([T, F, T, T, T, T]).view(1, 1, 6, 1).expand(2, 1, 6, 4)
     assert rows(mask_of(target, (q, k, k), mask, keys, keys)) == [[r] for r in ROWS]
     assert mask_of(target, (q, k, k), None, keys, keys) is None
+    stopped = Validity(None, ("a stop",))
+    for query, stops in ((None, ("a stop",)), (mask, ())):
+        found = masked(target, (q, k, k), query, stopped, stopped)
+        assert isinstance(found, Validity)
+        assert (found.mask is None, found.stops) == (query is None, stops)
     stop = "aten.scaled_dot_product_attention.default mixes tokens"
     assert stop_of(target, (q, k, k), PARTS.unsqueeze(1)) == stop
 
@@ -526,12 +538,46 @@ def through(f: Callable[..., Any], mask: Tensor, x: Tensor = X) -> Validity:
 
 
 def test_stops_are_remembered() -> None:
-    found = through(lambda x: x * x.mean(1, keepdim=True) + 1, TOKENS)
-    assert found.mask is not None
-    assert rows(found.mask.tolist()) == ROWS
-    assert found.stops == ("aten.mean.dim (mean) mixes tokens",)
     found = through(lambda x: x.mean(1).sum(0), TOKENS)
     assert (found.mask, found.stops) == (None, ("aten.mean.dim (mean) mixes tokens",))
+    found = through(lambda x: torch.cat([x.flip(1) - x.mean(1, keepdim=True), x.cumsum(1)], 1), TOKENS)
+    assert found.mask is not None  # of the first half
+    assert found.stops == ("aten.cumsum.default (cumsum) mixes tokens",)
+    found = through(lambda x: x.cumsum(1) + x[:, :1], TOKENS)
+    assert found.mask is not None  # of samples
+    assert found.stops == ("aten.cumsum.default (cumsum) mixes tokens",)
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: x * x.mean(1, keepdim=True) + 1,
+        lambda x: x.cumsum(1) + x,
+        lambda x: x @ x.cumsum(1).mT,
+        lambda x: torch.baddbmm(x.cumsum(1), x, x.new_ones(2, 4, 4)),
+        lambda x: torch.addmm(x.cumsum(1).view(6, 4), x.view(6, 4), x.new_ones(4, 4)).view(2, 3, 4),
+    ],
+)
+def test_a_mask_of_all_rows_forgets_stops(f: Callable[[Tensor], Tensor]) -> None:
+    found = through(f, TOKENS)
+    assert found.mask is not None
+    assert (rows(found.mask.tolist()), found.stops) == (ROWS, ())
+
+
+SINK = torch.ones(1, 1, 1)
+
+
+def test_parameters_that_are_joined_have_the_rows_of_what_they_are_joined_with() -> None:
+    sinks = lambda x: (2 * SINK).expand(x.shape[0], 3, 1)  # noqa: E731
+    found = through(lambda x: torch.cat([x, sinks(x)], -1).softmax(-1), TOKENS)
+    assert found.mask is not None
+    assert (rows(found.mask.tolist()), found.stops) == (ROWS, ())
+    found = through(lambda x: torch.stack([x[..., 0], sinks(x)[..., 0]], 0), TOKENS)
+    assert found.full(X).tolist() == [ROWS, ROWS]
+    found = through(lambda x: torch.cat([SINK.expand(2, 1, 4), x], 1), TOKENS & WHOLE)
+    assert rows(found.full(X).tolist()) == [[T, T, T, F], [F, F, F, F]]  # a first token, and a sample of padding
+    found = through(lambda x: torch.cat([x[..., :0], SINK.expand(2, 3, 1)], -1), TOKENS)
+    assert found.full(X[..., :1]).all()
 
 
 def test_shapes_remember_nothing() -> None:

@@ -28,7 +28,7 @@ from graphq.state import tensor_of
 from tests.graphs import annotated, plan
 from tests.models import captured
 
-EXPERTS = ("mixtral", "deepseek")
+EXPERTS = ("mixtral", "deepseek", "gpt_oss")
 INNER: tuple[Pass, ...] = (Observe(), Calibrate(), QuantizeWeights(), QuantizeActivations())
 OFMR = {"OfmrObserver", "OfmrWeightObserver"}
 LAYOUTS = {  # by row: 0 where a token is padding
@@ -92,7 +92,7 @@ KINDS = {
 }
 CASES = [
     *((family, layout) for family in ("llama", "opt", "bert", "mixtral", "deepseek") for layout in ("right", "left")),
-    *(("gpt2", "left"), ("llama", "between")),
+    *(("gpt2", "left"), ("llama", "between"), ("bloom", "right"), ("bloom", "left"), ("gpt_oss", "left")),
 ]
 
 
@@ -215,6 +215,20 @@ class Convolved(nn.Module):
         return self.head(self.conv(self.embedding(ids).mT).mT) * mask.unsqueeze(-1)
 
 
+class OfBatch(nn.Module):
+    """A norm by the statistics of all tokens of a batch, and a linear behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(16, 8)
+        self.norm, self.head = nn.BatchNorm1d(8, track_running_stats=False), nn.Linear(8, 8)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        x = torch.where(mask.unsqueeze(-1) == 0, 100 * x, x)
+        return self.head(self.norm(x.flatten(0, 1)).view(x.shape)) * mask.unsqueeze(-1)
+
+
 IDS = torch.arange(10).view(2, 5)
 MASK = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
 
@@ -238,9 +252,15 @@ def notes_of(
 
 def test_layers_that_masked_tokens_reach_are_noted() -> None:
     assert notes_of(Pooled(), MASK)[1] == [
-        "pool and 1 more: masked tokens have a part in its calibration: aten.mean.dim (mean) mixes tokens"
+        "pool: masked tokens have a part in its calibration: aten.mean.dim (mean) mixes tokens"
     ]
     assert notes_of(Pooled(), torch.ones_like(MASK))[1] == []
+
+
+def test_a_batch_norm_of_a_batch_mixes_its_tokens() -> None:
+    assert notes_of(OfBatch(), MASK)[1] == [
+        "head: masked tokens have a part in its calibration: aten.batch_norm.default (norm) mixes tokens"
+    ]
 
 
 def test_behind_a_mean_of_tokens_masked_rows_of_tokens_are_still_left_out() -> None:
