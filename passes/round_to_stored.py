@@ -17,7 +17,6 @@ from graphq.ir import edit
 from graphq.ir.layers import BY, PLAN, sites
 from graphq.ir.pipeline import Batches, Pass
 from graphq.passes.annotate import annotated
-from graphq.passes.quantize_weights import with_weights
 from graphq.spec.plan import weight_quants
 from graphq.state import tensor_of
 
@@ -28,15 +27,16 @@ class RoundToStored(Pass):
     """Every parameter that a pass changed and that stays float holds numbers of the dtype that it is stored in.
 
     Weights that are planned to be quantized are left as they are: their codes are stored. Of a stack the experts that
-    stay float are rounded. Raises ``GraphError`` naming the parameter whose numbers are too large for the dtype.
+    stay float are rounded. A graph without data is left as it is. Raises ``GraphError`` naming the parameter whose
+    numbers are too large for the dtype.
     """
 
     name: ClassVar[str] = "round-to-stored"
-    requires: ClassVar = (annotated, with_weights)
+    requires: ClassVar = (annotated,)
 
     def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
         source = source_of(gm)
-        if source.stored is None:
+        if source.stored is None or not edit.has_data(gm):
             return 0
         plans = {site.param.fqn: weight_quants(site.op.node.meta.get(PLAN)) for site in sites(gm)}
         count = 0

@@ -19,7 +19,7 @@ from graphq.passes.round_to_stored import RoundToStored, rounded
 from graphq.passes.split_gate_up import SplitGateUp
 from graphq.passes.untie import Untie
 from graphq.state import tensor_of
-from tests.graphs import annotated
+from tests.graphs import annotated, without_data
 from tests.models import MLP, Blocks, MoE, Tied, capture
 
 X = torch.ones(2, 8)
@@ -178,3 +178,9 @@ def test_after_a_fold_without_data() -> None:
     assert Equalize().run(gm) > 0
     assert rounds(gm) == 2  # the biases of both first layers
     assert all(is_exact(gm.state_dict()[f"blocks.{i}.up.bias"]) for i in (0, 1))
+
+
+def test_a_graph_without_data_has_nothing_to_round() -> None:
+    gm = graph(MLP(), X, up="int8/channel")
+    third(gm, "up.bias", "down.weight")
+    assert rounds(without_data(gm)) == 0
