@@ -334,9 +334,9 @@ def test_a_path_that_depends_on_values_names_layer_and_line() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ModuleDict({"gate": Inner()})["gate"])
     with pytest.raises(GraphError) as caught:
         capture_module(model, floats(3, 4))
-    text = re.sub(r"\(.*?test_capture\.py:\d+", "(test_capture.py:N", str(caught.value))
+    text = re.sub(r"\(.*?test_modules\.py:\d+", "(test_modules.py:N", str(caught.value))
     assert text == (
-        "1 (test_capture.py:N: if self.up(x).sum() > 0:): "
+        "1 (test_modules.py:N: if self.up(x).sum() > 0:): "
         "the path taken depends on the values of a tensor, which a graph cannot hold"
     )
 
@@ -349,9 +349,9 @@ def test_an_error_of_the_model_names_layer_and_line() -> None:
     model = nn.Sequential(nn.Linear(4, 4), Broken())
     with pytest.raises(GraphError) as caught:
         capture_module(model, floats(3, 4))
-    text = re.sub(r"\(.*?test_capture\.py:\d+", "(test_capture.py:N", str(caught.value))
+    text = re.sub(r"\(.*?test_modules\.py:\d+", "(test_modules.py:N", str(caught.value))
     assert text == (
-        '1 (test_capture.py:N: raise RuntimeError("the message\\nwith a second line")): cannot be captured: the message'
+        '1 (test_modules.py:N: raise RuntimeError("the message\\nwith a second line")): cannot be captured: the message'
     )
 
 
