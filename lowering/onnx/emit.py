@@ -80,15 +80,16 @@ def emit(
 
     ``cache=False`` leaves the key/value cache out of a causal language model. ``opset``: the lowest to use; types may
     ask for more. A model that computes in bfloat16 is refused unless ``bfloat16``. Large models keep their tensors in
-    ``model.onnx.data``. Raises ``TargetError`` naming op and layer for what ONNX cannot hold, and for an existing
-    ``path``.
+    ``model.onnx.data``. Raises ``TargetError`` naming op and layer for what ONNX cannot hold, for an opset that is
+    never written, and for an existing ``path``.
     """
     import onnx
     import onnx_ir as ir
     from onnx_ir.passes import common
 
-    from graphq.lowering.onnx.opset import lower_opset
+    from graphq.lowering.onnx.opset import check_opset, lower_opset
 
+    check_opset(opset)
     legalize(gm, LIMITS)
     if not bfloat16:
         _refuse_bfloat16(gm)

@@ -38,13 +38,19 @@ _TYPES_SINCE: Final = {  # (op, element type of an input): the first opset that 
 }
 
 
+def check_opset(opset: int) -> None:
+    """Raises ``TargetError`` for an opset that nothing is written in."""
+    if opset > HIGHEST:
+        raise TargetError(f"onnx: opset {opset}: the highest is {HIGHEST}")
+    if opset < LOWEST:
+        raise TargetError(f"onnx: opset {opset}: the lowest is {LOWEST}")
+
+
 def lower_opset(model: ir.Model, may_be_empty: Collection[str] = (), at_least: int = LOWEST) -> int:
     """``model`` in the lowest opset from ``at_least`` on that can hold it; that opset.
 
     ``may_be_empty``: the names of dimensions whose size can be 0.
     """
-    if at_least > HIGHEST:
-        raise TargetError(f"onnx: opset {at_least}: the highest is {HIGHEST}")
     for node in list(model.graph):
         _rewrite(model.graph, node, may_be_empty)
     opset = at_least

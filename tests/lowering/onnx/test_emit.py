@@ -88,16 +88,21 @@ def test_the_lowest_opset_that_holds_the_types(weight: str, input: str | None, e
     assert opset(emitted(made, tmp_path / "a")) == expected
 
 
-@pytest.mark.parametrize(("wanted", "given"), [(17, 17), (21, 21), (25, 25), (9, 13)])
+@pytest.mark.parametrize(("wanted", "given"), [(17, 17), (21, 21), (25, 25), (13, 13)])
 def test_a_higher_opset_can_be_asked_for(wanted: int, given: int, tmp_path: Path) -> None:
     made = compiled(MLP(), weight="int8/channel")
     assert opset(emitted(made, tmp_path / "a", opset=wanted)) == given
 
 
-def test_an_opset_beyond_the_highest_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("wanted", [99, 26, 12, 7, 0, -1])
+def test_an_opset_that_is_never_written_is_refused(
+    wanted: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: pytest.fail("the export begins"))
     with pytest.raises(TargetError) as caught:
-        compiled(MLP(), weight="int8/channel").emit("onnx", tmp_path / "a", opset=99)
-    assert str(caught.value) == "onnx: opset 99: the highest is 25"
+        compiled(MLP(), weight="int8/channel").emit("onnx", tmp_path / "a", opset=wanted)
+    end = "the highest is 25" if wanted > 25 else "the lowest is 13"
+    assert str(caught.value) == f"onnx: opset {wanted}: {end}"
     assert not (tmp_path / "a").exists()
 
 
