@@ -123,7 +123,8 @@ def call(
     values, as after a call of transformers; or a pair of tensors for each layer, which stay), ``use_cache=False`` (the
     outputs hold no cache), ``return_dict=False`` (they are a tuple) and any argument that asks for nothing: None, False
     or 0. Raises ``TypeError`` for an argument that was not captured or is of a wrong type, ``SpecError`` for a wrong
-    shape, a cache of another kind, and one in which a layer is missing.
+    shape, a cache of another kind, one in which a layer is missing, and an empty batch of which the graph can make
+    nothing.
     """
     given = dict(kwargs)
     switches: dict[str, object] = {}
@@ -138,7 +139,12 @@ def call(
         if source.is_causal_lm and not source.pasts and (_is_cache(past) or switches.get("use_cache")):
             raise TypeError(f"forward() was captured without a cache; it takes neither {_PAST} nor use_cache=True")
     batch = complete(source, _by_name(source, args, given))
-    outputs = tuple(run(batch))
+    try:
+        outputs = tuple(run(batch))
+    except Exception as error:  # whatever the ops say
+        if problem := _below_range(source, batch):
+            raise SpecError(f"inputs: {problem}") from error
+        raise
     match source.output_kind:
         case "tensor":
             return outputs[0]
@@ -164,6 +170,16 @@ def call(
 def _is_cache(past: object) -> bool:
     """Whether it is a cache of transformers, of any kind."""
     return hasattr(past, "layers")
+
+
+def _below_range(source: Source, batch: Sequence[Tensor]) -> str | None:
+    """The first size that is smaller than the smallest that the graph was captured for, in words."""
+    lowest = {dimension: low for dimension, low, _ in source.ranges}
+    for wanted, value in zip(source.inputs, batch, strict=True):
+        for dimension, size in zip(wanted.shape, value.shape, strict=True):
+            if isinstance(dimension, str) and size < (low := lowest.get(dimension, 0)):
+                return f"{wanted.name} has shape {tuple(value.shape)}; {dimension} is at least {low} in this graph"
+    return None
 
 
 def cached(past: Any) -> dict[str, Tensor]:

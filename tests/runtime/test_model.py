@@ -264,3 +264,14 @@ def test_a_pipeline_of_transformers(tmp_path: Path) -> None:
         assert "'input_modalities': 'text'" in repr(write)
         texts.append(write(["w1 w2", "w3"], max_new_tokens=6, do_sample=False, pad_token_id=0))
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(("shape", "dimension"), [((2, 0), "sequence"), ((0, 3), "batch")])
+def test_an_empty_batch_of_which_the_graph_makes_nothing(
+    llama: CompiledModel, shape: tuple[int, int], dimension: str
+) -> None:
+    with pytest.raises(SpecError) as caught:
+        llama(torch.ones(shape, dtype=torch.int64))
+    assert str(caught.value) == f"inputs: input_ids has shape {shape}; {dimension} is at least 1 in this graph"
+    with pytest.raises(IndexError):  # nothing is empty: the error of the ops
+        llama(torch.full((1, 3), 10**6))
