@@ -194,8 +194,8 @@ def compile(  # noqa: A001
         ``dialect`` names it where it cannot be recognised.
     calibration: batches (each a tensor, a tuple or a dict) for activations with static scales, and for algorithms. Of
         more batches than the spec asks for, the first are taken.
-    mask: which of ``inputs`` is the mask of tokens, ``[batch, tokens]``, 0 where a token is padding; what is padding in
-        a calibration batch has no part in it. transformers' models say it themselves.
+    mask: which of ``inputs`` is the mask of tokens, ``[batch, tokens]``, 1 where a token counts and 0 where it is
+        padding; what is padding in a calibration batch has no part in it. transformers' models say it themselves.
     algorithm: ``"rtn"`` rounds to nearest whatever algorithm the spec names.
     matmul_precision: how float32 products are computed in calibration, as ``torch.set_float32_matmul_precision`` takes
         it: ``medium`` rounds their factors to bfloat16, which is several times faster on processors with units for it.
@@ -304,14 +304,15 @@ def explain(
     inputs: Inputs | None = None,
     dialect: str | None = None,
     cache: bool = True,
+    mask: str | None = None,
 ) -> Report:
-    """What ``compile`` would do with each layer, and by which rule. A directory's weights are not read.
+    """What ``compile``, given the same, would do with each layer, and by which rule. Reads no weights of a directory.
 
     Each parameter of two or more axes that is multiplied with an activation and is no layer has its reason. What
     ``compile`` would refuse is a note that says so.
     """
     parsed = load_spec(cast(Any, spec), dialect)
-    return _explained(capture(model, inputs, weights=False, cache=cache), parsed)
+    return _explained(capture(model, inputs, weights=False, cache=cache, mask=mask), parsed)
 
 
 def compare(
@@ -320,10 +321,16 @@ def compare(
     other: Spec | Mapping[str, Any] | str | os.PathLike[str],
     *,
     inputs: Inputs | None = None,
+    dialect: str | None = None,
+    cache: bool = True,
+    mask: str | None = None,
 ) -> Difference:
-    """What would change for each layer of ``model`` with ``other`` in place of ``spec``. Reads no weights."""
-    before, after = load_spec(cast(Any, spec)), load_spec(cast(Any, other))
-    gm = capture(model, inputs, weights=False)
+    """What would change for each layer of ``model`` with ``other`` in place of ``spec``. Reads no weights.
+
+    ``dialect`` names that of ``spec`` where it cannot be recognised; that of ``other`` is recognised.
+    """
+    before, after = load_spec(cast(Any, spec), dialect), load_spec(cast(Any, other))
+    gm = capture(model, inputs, weights=False, cache=cache, mask=mask)
     return difference(_explained(gm, before), _explained(gm, after))
 
 

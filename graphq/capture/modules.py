@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from graphq.capture.export import FlatModel, SpecializedError, export_flat
 from graphq.capture.source import BATCH, KEY, SEQUENCE, Source, TensorInput
+from graphq.capture.token_axes import has_tokens, problem_of, token_axes
 from graphq.errors import GraphError, PassError, SpecError
 
 
@@ -27,8 +28,10 @@ def capture_module(
 
     The first dimension of every input is the dynamic ``batch``; the second dimension of ``[batch, n]`` integer and
     ``[batch, n, features]`` inputs is the dynamic ``sequence`` where the model allows it; a note says where not.
-    ``mask`` names the input ``[batch, tokens]`` that is 0 where a token is padding. Raises ``GraphError`` for inputs or
-    outputs that are not tensors, a specialized batch, and untraceable code; ``SpecError`` for a mask that is none.
+    ``mask`` names the input ``[batch, tokens]`` that is 1 where a token counts and 0 where it is padding; with it,
+    ``sequence`` is the dimension of an input that is as large as the mask (``token_axes``). Raises ``GraphError`` for
+    inputs or outputs that are not tensors, a specialized batch, and untraceable code; ``SpecError`` for a mask that is
+    none: one of other numbers, or of the tokens of no input.
     """
     model = unwrapped(model)
     named = _name_inputs(model, inputs)
@@ -38,10 +41,15 @@ def capture_module(
     _check_examples(gm, model, named)
     source: Source = gm.meta[KEY]
     undeclared = () if mask else (name for name, x in named.items() if name.endswith("mask") and x.dim() == 2)
-    notes = (
+    notes = [
         f"{name}: is not declared as the mask of padding: all tokens calibrate (compile takes mask={name!r})"
         for name in undeclared
-    )
+    ]
+    size = {one.name: one.shape for one in source.inputs}[mask][1] if mask else None
+    square = [one.name for one in source.inputs if isinstance(size, int) and one.shape[1:] == (size, size)]
+    notes += [
+        f"{name}: dimensions 1 and 2 are as large as {mask}: dimension 1 is taken for its tokens" for name in square
+    ]
     gm.meta[KEY] = replace(source, mask=mask, notes=(*source.notes, *notes))
     return gm
 
@@ -71,8 +79,33 @@ def _check_mask(mask: str | None, named: Mapping[str, Tensor]) -> None:
         return
     if mask not in named:
         raise SpecError(f"mask: the model has no input {mask}; it takes {', '.join(named)}")
-    if named[mask].dim() != 2:
-        raise SpecError(f"mask: {mask} has shape {tuple(named[mask].shape)}; a mask of tokens is (batch, tokens)")
+    given = named[mask]
+    if given.dim() != 2:
+        raise SpecError(f"mask: {mask} has shape {tuple(given.shape)}; a mask of tokens is (batch, tokens)")
+    if not token_axes(_declared(named), mask):
+        others = ", ".join(f"{name} {tuple(x.shape)}" for name, x in named.items() if name != mask)
+        raise SpecError(
+            f"mask: no input has the {given.shape[1]} tokens of {mask} {tuple(given.shape)}; there"
+            f" {f'are {others}' if others else 'is no other'}"
+        )
+    if not (given.is_meta or isinstance(given, FakeTensor)) and (problem := problem_of(given)):
+        raise SpecError(f"mask: {mask} {problem}")
+
+
+def _declared(named: Mapping[str, Tensor], tokens: Mapping[str, int] | None = None) -> tuple[TensorInput, ...]:
+    """The inputs, with a dynamic batch and a dynamic size of these axes, the others as in the examples."""
+    axes = {} if tokens is None else tokens
+    return tuple(
+        TensorInput(
+            name,
+            x.dtype,
+            tuple(
+                BATCH if axis == 0 else SEQUENCE if axis == axes.get(name) else size
+                for axis, size in enumerate(x.shape)
+            ),
+        )
+        for name, x in named.items()
+    )
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -116,8 +149,10 @@ def _capture(
     model: nn.Module, named: dict[str, Tensor], options: Mapping[str, Any], mask: str | None
 ) -> fx.GraphModule:
     """The graph, with inputs in the order of ``named``; ``options``: further arguments of the model."""
-    over_tokens = {name for name, x in named.items() if _has_sequence(x) or name == mask}
-    sequence_sizes = {named[name].shape[1] for name in over_tokens}
+    tokens = {one.name: 1 for one in _declared(named) if has_tokens(one)}
+    if mask is not None:
+        tokens |= {mask: 1} | token_axes(_declared(named), mask)
+    sequence_sizes = {named[name].shape[axis] for name, axis in tokens.items()}
     with_sequence = len(sequence_sizes) == 1 and sequence_sizes != {1}
     batch_sizes = {x.shape[0] for x in named.values() if x.dim()}
     if len(batch_sizes) > 1:
@@ -128,33 +163,17 @@ def _capture(
     )  # export would take a batch of 1 for a constant, one tensor given twice for one
     named = {name: torch.cat([x] * copies) if x.dim() else x.clone() for name, x in named.items()}
 
-    def declare(sequence: bool) -> tuple[TensorInput, ...]:
-        return tuple(
-            TensorInput(
-                name,
-                x.dtype,
-                tuple(
-                    BATCH if axis == 0 else SEQUENCE if axis == 1 and sequence and name in over_tokens else size
-                    for axis, size in enumerate(x.shape)
-                ),
-            )
-            for name, x in named.items()
-        )
-
     flat = FlatModel(model, tuple(named), _caller(model, options))
     if with_sequence:
         try:
-            return export_flat(flat, declare(sequence=True), tuple(named.values()))
+            return export_flat(flat, _declared(named, tokens), tuple(named.values()))
         except SpecializedError as error:
-            gm = export_flat(flat, declare(sequence=False), tuple(named.values()))
+            gm = export_flat(flat, _declared(named), tuple(named.values()))
             source: Source = gm.meta[KEY]
-            gm.meta[KEY] = replace(source, notes=(*source.notes, f"dimension 1 of the inputs is fixed: {error}"))
+            axes = " and ".join(str(axis) for axis in sorted(set(tokens.values())))
+            gm.meta[KEY] = replace(source, notes=(*source.notes, f"dimension {axes} of the inputs is fixed: {error}"))
             return gm
-    return export_flat(flat, declare(sequence=False), tuple(named.values()))
-
-
-def _has_sequence(x: Tensor) -> bool:
-    return x.dim() == 3 or (x.dim() == 2 and not x.is_floating_point())
+    return export_flat(flat, _declared(named), tuple(named.values()))
 
 
 def _caller(model: nn.Module, options: Mapping[str, Any]) -> Callable[[nn.Module, dict[str, Tensor]], Any]:

@@ -2,14 +2,18 @@
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-from graphq.capture.source import PAST, SEQUENCE, TOTAL, Source, TensorInput
+from graphq.capture.source import BATCH, PAST, SEQUENCE, TOTAL, Source, TensorInput
+from graphq.data.masks import check_mask
 from graphq.errors import GraphqError, SpecError
 from graphq.spec.rules import Run
+
+_COUNTED: Final = (BATCH, SEQUENCE)  # of a cache, a first batch has none
 
 
 def complete(source: Source, batch: object, where: str = "inputs") -> tuple[Tensor, ...]:
@@ -71,6 +75,9 @@ def _by_name(source: Source, batch: object, where: str) -> dict[str, Tensor]:
 def _fit(wanted: TensorInput, value: Tensor, sizes: dict[str, int], where: str) -> Tensor:
     if wanted.dtype.is_floating_point != value.is_floating_point():
         raise SpecError(f"{where}: {wanted.name} is {value.dtype}, the model takes {wanted.dtype}")
+    if value.is_nested or value.layout != torch.strided:
+        kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise SpecError(f"{where}: {wanted.name} is a tensor of layout {kind}, the model takes dense ones")
     fits = value.dim() == len(wanted.shape) and all(
         size == sizes.setdefault(want, size) if isinstance(want, str) else size == want
         for want, size in zip(wanted.shape, value.shape, strict=True)
@@ -138,11 +145,27 @@ def first_batches(batches: Iterator[tuple[Tensor, ...]], run: Run) -> Iterator[t
 
 
 def complete_all(source: Source, batches: Iterable[object], where: str = "calibration") -> Iterator[tuple[Tensor, ...]]:
-    """``complete`` for each of many batches, which the errors number from 0."""
+    """``complete`` for each of many batches, which the errors number from 0.
+
+    Raises ``SpecError`` also for batches without rows, tokens or data, and for masks of other numbers than 0 and 1.
+    """
     if isinstance(batches, Tensor | Mapping | str | bytes) or not isinstance(cast(object, batches), Iterable):
         raise SpecError(f"{where}: a {type(batches).__name__}; give a list of tensors, tuples or dicts")
     for number, batch in enumerate(_read(batches, where)):
-        yield complete(source, batch, f"{where}: batch {number}")
+        place = f"{where}: batch {number}"
+        given = complete(source, batch, place)
+        _check_data(source, given, place)
+        check_mask(source, given, place)
+        yield given
+
+
+def _check_data(source: Source, batch: tuple[Tensor, ...], where: str) -> None:
+    for wanted, value in zip(source.inputs, batch, strict=True):
+        if value.is_meta or isinstance(value, FakeTensor):
+            raise SpecError(f"{where}: {wanted.name} is on {value.device.type}, it holds no data")
+        empty = [want for want, size in zip(wanted.shape, value.shape, strict=True) if want in _COUNTED and not size]
+        if empty:
+            raise SpecError(f"{where}: {wanted.name} has shape {tuple(value.shape)}: {empty[0]} is 0")
 
 
 def _read(batches: Iterable[object], where: str) -> Iterator[object]:

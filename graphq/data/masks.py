@@ -12,7 +12,9 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor
 
-from graphq.capture.source import BATCH, PAST, SEQUENCE, TOTAL, Source, TensorInput
+from graphq.capture.source import BATCH, PAST, TOTAL, Source, TensorInput
+from graphq.capture.token_axes import problem_of, token_axes
+from graphq.errors import SpecError
 
 
 @final
@@ -67,17 +69,33 @@ def masked_batch(source: Source, batch: tuple[Any, ...]) -> MaskedBatch:
         mask = batch[place] != 0
         if not mask.all():
             declared = source.inputs[place]
+            axes = token_axes(source.inputs, declared.name)
             validity = [
-                ALL if i == place else Validity(_of_input(wanted, declared, mask, x))
-                for i, (wanted, x) in enumerate(zip(source.inputs, batch, strict=True))
+                Validity(_of_input(wanted, declared, axes[wanted.name], mask, x)) if wanted.name in axes else ALL
+                for wanted, x in zip(source.inputs, batch, strict=True)
             ]
     return MaskedBatch(batch, validity)
 
 
-def _of_input(wanted: TensorInput, declared: TensorInput, mask: Tensor, x: Tensor) -> Tensor | None:
-    """The mask ``[batch, n]`` in the shape of an input; None for an input that does not run over tokens."""
-    axis, columns = token_axis(wanted, declared), mask
-    if axis is None or wanted.shape[:1] != (BATCH,):
+def check_mask(source: Source, batch: tuple[Tensor, ...], where: str) -> None:
+    """Raises ``SpecError``, beginning with ``where``, if the batch's mask does not say of each token if it counts.
+
+    A mask of zeros alone leaves nothing to calibrate on; one that is added to scores has zeros where tokens count.
+    """
+    names = [wanted.name for wanted in source.inputs]
+    if source.mask not in names:
+        return
+    mask = batch[names.index(source.mask)]
+    if problem := problem_of(mask):
+        raise SpecError(f"{where}: {source.mask} {problem}")
+    if not mask.any():
+        raise SpecError(f"{where}: {source.mask} is 0 everywhere; it is 1 where a token counts")
+
+
+def _of_input(wanted: TensorInput, declared: TensorInput, axis: int, mask: Tensor, x: Tensor) -> Tensor | None:
+    """The mask ``[batch, n]`` in the shape of an input whose tokens are along ``axis``; None for one without batch."""
+    columns = mask
+    if wanted.shape[:1] != (BATCH,):
         return None
     count = x.shape[axis]
     match wanted.shape[axis]:
@@ -89,16 +107,3 @@ def _of_input(wanted: TensorInput, declared: TensorInput, mask: Tensor, x: Tenso
             columns = mask[:, mask.shape[1] - count :]
     shape = [size if i in (0, axis) else 1 for i, size in enumerate(x.shape)]
     return columns.reshape(shape).expand(x.shape).contiguous()
-
-
-def token_axis(wanted: TensorInput, mask: TensorInput) -> int | None:
-    """The axis of an input that runs over tokens, None where there is none.
-
-    It is that of a dynamic size that the mask's columns are made of; where these are a fixed number, the second axis of
-    ids ``[batch, n]`` and features ``[batch, n, K]`` of that number.
-    """
-    if isinstance(mask.shape[1], str):
-        sizes = (SEQUENCE, PAST, TOTAL) if mask.shape[1] in (SEQUENCE, TOTAL) else (mask.shape[1],)
-        return next((i for i, size in enumerate(wanted.shape) if i and size in sizes), None)
-    has_tokens = len(wanted.shape) == 3 or (len(wanted.shape) == 2 and not wanted.dtype.is_floating_point)
-    return 1 if has_tokens and wanted.shape[1] == mask.shape[1] else None

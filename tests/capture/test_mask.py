@@ -1,5 +1,7 @@
 """Which input of a captured model is its mask."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -7,7 +9,7 @@ from torch import Tensor, nn
 import graphq
 from graphq.artifacts.manifest import source_from_json, source_json
 from graphq.capture.modules import capture_module
-from graphq.capture.source import source_of
+from graphq.capture.source import SEQUENCE, source_of
 from graphq.compiler import capture
 from graphq.data.batches import complete
 from graphq.data.masks import masked_batch
@@ -68,6 +70,72 @@ def test_masks_that_are_none() -> None:
     with pytest.raises(SpecError, match=r"^mask: pixel_values: this model takes no mask$"):
         capture(tiny("vit"), mask="pixel_values")
     assert source_of(capture(tiny("bert"), mask="attention_mask")).mask == "attention_mask"
+
+
+class ChannelsFirst(nn.Module):
+    """A convolution of one column along tokens, which are the last axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(3, 4, 1)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.conv(x) * mask.unsqueeze(1)
+
+
+class Waves(nn.Module):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return x * mask
+
+
+@pytest.mark.parametrize(("model", "shape", "axis"), [(ChannelsFirst(), (2, 3, 5), 2), (Waves(), (2, 5), 1)])
+def test_tokens_are_found_where_the_mask_has_as_many(model: nn.Module, shape: tuple[int, ...], axis: int) -> None:
+    x = torch.ones(shape)
+    source = source_of(capture_module(model, (x, MASK), mask="mask"))
+    assert source.inputs[0].shape[axis] == SEQUENCE
+    assert source.notes == ()
+    found, _ = masked_batch(source, complete(source, (x, MASK))).validity
+    assert found.mask is not None
+    assert torch.equal(found.mask, (MASK.bool() if x.dim() == 2 else MASK.bool()[:, None]).expand(shape))
+
+
+def test_as_many_channels_as_tokens_are_noted() -> None:
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    notes = source_of(capture_module(ChannelsFirst(), (torch.ones(2, 3, 3), mask), mask="mask")).notes
+    assert notes[-1] == "x: dimensions 1 and 2 are as large as mask: dimension 1 is taken for its tokens"
+
+
+def test_a_mask_that_reaches_no_input() -> None:
+    class Apart(nn.Module):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return x * mask.sum(1)[:, None, None]
+
+    nine = torch.ones(2, 9, dtype=torch.int64)
+    expected = r"^mask: no input has the 9 tokens of mask \(2, 9\); there are x \(2, 6, 8\)$"
+    with pytest.raises(SpecError, match=expected):
+        capture_module(Apart(), (torch.ones(2, 6, 8), nine), mask="mask")
+    with pytest.raises(SpecError, match=r"^mask: no input has the 5 tokens of input \(2, 5\); there is no other$"):
+        capture_module(nn.Embedding(16, 8), IDS, mask="input")
+
+
+@pytest.mark.parametrize(("name", "mask"), [("ids", MASK), ("pad_mask", (MASK - 1.0) * 1e9)])
+def test_an_input_of_other_numbers_is_no_mask(name: str, mask: Tensor) -> None:
+    with pytest.raises(
+        SpecError, match=rf"^mask: {name} holds -?\S+; a mask is 1 where a token counts and 0 elsewhere"
+    ):
+        capture_module(Masked(), (IDS, mask), mask=name)
+
+
+def test_explain_and_compare_take_the_mask() -> None:
+    given: dict[str, Any] = {"inputs": (IDS, MASK), "mask": "pad_mask", "cache": False}
+    assert not any("declared" in note for note in graphq.explain(Masked(), "w8a8", **given).notes)
+    assert "linear" in str(graphq.compare(Masked(), "w8a8", "w8a16", **given, dialect="native"))
+    wrong: dict[str, Any] = given | {"mask": "padmask"}
+    for run in (graphq.explain, lambda *a, **k: graphq.compare(*a, "w8a16", **k)):
+        with pytest.raises(SpecError, match=r"^mask: the model has no input padmask"):
+            run(Masked(), "w8a8", **wrong)
+    with pytest.raises(SpecError, match="dialect"):
+        graphq.compare(Masked(), "w8a8", "w8a16", **given, dialect="none")
 
 
 def test_compile_leaves_masked_tokens_out() -> None:

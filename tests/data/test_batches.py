@@ -1,5 +1,6 @@
 """What a user gives becomes every input of the graph, or an error that names the input."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -194,3 +195,30 @@ def test_an_error_of_the_users_own_code_names_the_batch() -> None:
         next(read)
     assert str(error.value) == "calibration: batch 1 cannot be read: FileNotFoundError: no second image"
     assert isinstance(error.value.__cause__, FileNotFoundError)
+
+
+@pytest.mark.parametrize(
+    ("batch", "problem"),
+    [
+        (IDS.to_sparse(), "input_ids is a tensor of layout sparse_coo, the model takes dense ones"),
+        (
+            torch.nested.nested_tensor([IDS[0], IDS[1, :2]], layout=torch.jagged),
+            "input_ids is a tensor of layout nested, the model takes",
+        ),
+        (IDS.to("meta"), "input_ids is on meta, it holds no data"),
+        (IDS[:, :0], "input_ids has shape (2, 0): sequence is 0"),
+        (IDS[:0], "input_ids has shape (0, 3): batch is 0"),
+    ],
+)
+def test_batches_that_hold_nothing_to_calibrate_on(batch: torch.Tensor, problem: str):
+    read = complete_all(LM, [IDS, batch])
+    assert next(read)[0] is IDS  # its cache is empty
+    with pytest.raises(SpecError) as caught:
+        next(read)
+    assert str(caught.value).startswith(f"calibration: batch 1: {problem}")
+
+
+def test_the_mask_of_a_batch_is_checked():
+    source = dataclasses.replace(LM, mask="attention_mask")
+    with pytest.raises(SpecError, match=r"^calibration: batch 0: attention_mask holds 2; "):
+        list(complete_all(source, [{"input_ids": IDS, "attention_mask": torch.full((2, 3), 2)}]))

@@ -1,10 +1,14 @@
 """What a batch's mask says of each input: its last columns of new tokens, its first of a cache, nothing of the rest."""
 
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor
 
 from graphq.capture.source import BATCH, PAST, SEQUENCE, TOTAL, Source, TensorInput
-from graphq.data.masks import ALL, MaskedBatch, Validity, masked_batch, token_axis
+from graphq.data.masks import ALL, MaskedBatch, Validity, check_mask, masked_batch
+from graphq.errors import SpecError
 
 IDS = TensorInput("input_ids", torch.int64, (BATCH, SEQUENCE))
 MASK = TensorInput("attention_mask", torch.int64, (BATCH, TOTAL))
@@ -58,10 +62,9 @@ def test_without_a_cache_every_column_is_a_new_token() -> None:
 
 
 def test_a_mask_of_ones_says_nothing() -> None:
-    for mask in (torch.ones(2, 5, dtype=torch.int64), torch.full((2, 5), 7)):
-        found = masked_batch(LM, inputs(mask, 3))
-        assert found.is_trivial
-        assert all(one is ALL for one in found.validity)
+    found = masked_batch(LM, inputs(torch.ones(2, 5, dtype=torch.int64), 3))
+    assert found.is_trivial
+    assert all(one is ALL for one in found.validity)
 
 
 def test_a_source_without_a_mask() -> None:
@@ -81,16 +84,6 @@ def fixed(name: str, dtype: torch.dtype, *shape: int) -> TensorInput:
     return TensorInput(name, dtype, (BATCH, *shape))
 
 
-def test_the_axis_of_tokens() -> None:
-    assert [token_axis(i, MASK) for i in LM.inputs] == [1, 1, 2, 1, None, None]
-    mask = fixed("mask", torch.bool, 6)
-    assert token_axis(fixed("ids", torch.int64, 6), mask) == 1
-    assert token_axis(fixed("features", torch.float32, 6, 8), mask) == 1
-    assert token_axis(fixed("ids", torch.int64, 5), mask) is None
-    assert token_axis(fixed("vector", torch.float32, 6), mask) is None  # as many channels as there are tokens
-    assert token_axis(fixed("image", torch.float32, 6, 6, 6), mask) is None
-
-
 def test_a_batch_of_a_fixed_length() -> None:
     mask = torch.tensor([[1, 1, 0]])
     declared = (fixed("x", torch.float32, 3, 2), fixed("mask", torch.int64, 3))
@@ -98,6 +91,41 @@ def test_a_batch_of_a_fixed_length() -> None:
     x, _ = masks(masked_batch(source, (torch.zeros(1, 3, 2), mask)))
     assert x is not None
     assert x.tolist() == [[[True, True], [True, True], [False, False]]]
+
+
+def test_features_of_which_tokens_are_the_last_axis() -> None:
+    declared = (fixed("x", torch.float32, 2, 3), fixed("mask", torch.int64, 3))
+    source = Source(declared, ("output",), "tensor", torch.float32, mask="mask")
+    x, _ = masks(masked_batch(source, (torch.zeros(1, 2, 3), torch.tensor([[1, 1, 0]]))))
+    assert x is not None
+    assert x.tolist() == [[[True, True, False]] * 2]
+
+
+nan = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("mask", "problem"),
+    [
+        ([[0.0, 0.0, -1e9]], "holds -1e+09; a mask is 1 where"),
+        ([[1.0, nan, 0.0]], "holds nan; a mask is 1 where"),
+        ([[1, 1, 2]], "holds 2; a mask is 1 where a token counts and 0 elsewhere, and is not one to add to scores"),
+        ([[1, -1, 0]], "holds -1; a mask is 1 where"),
+        ([[0.5, 1.0, 1.0]], "holds 0.5; a mask is 1 where"),
+        ([[0.0, 0.0, 0.0]], "is 0 everywhere; it is 1 where a token counts"),  # one to add that leaves out nothing
+    ],
+)
+def test_numbers_that_are_no_mask(mask: list[Any], problem: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        check_mask(LM, inputs(torch.tensor(mask), 3), "calibration: batch 2")
+    assert str(caught.value).startswith(f"calibration: batch 2: attention_mask {problem}")
+
+
+def test_numbers_that_are_a_mask() -> None:
+    for mask in (torch.tensor([[1, 0, 1]]), torch.tensor([[True, False, True]]), torch.tensor([[1.0, 0.0, 1.0]])):
+        check_mask(LM, inputs(mask, 3), "calibration: batch 0")
+    unmasked = Source(LM.inputs, ("logits",), "dict", torch.float32)
+    check_mask(unmasked, inputs(torch.tensor([[7, 7, 7]]), 3), "calibration: batch 0")
 
 
 def test_full() -> None:
