@@ -147,7 +147,7 @@ class AWQ(Pass):
         new = as_weight(awq.clipped(w, hessian, quant.format, [1, 1, size]), op, old).to(old.dtype)
         if torch.equal(new, old):
             return 0
-        edit.set_param(index.gm, param.fqn, lambda _: new.contiguous(), self.name)
+        edit.set_param(index.gm, param.fqn, lambda _: new.contiguous(), self.name, index.reads(param.fqn))
         return 1
 
 

@@ -51,21 +51,24 @@ class FoldNorms(Pass):
             readers = _readers(op)
             why = readers if isinstance(readers, str) else _kept(index, norm, readers)
             if why is None:
-                self._fold(gm, norm, [r for r in readers if isinstance(r, Weighted)])
+                self._fold(index, norm, [r for r in readers if isinstance(r, Weighted)])
                 count += 1
             elif self.note is not None:
                 self.note(f"{self.name}: {norm.name}: kept: {why}")
         return count
 
-    def _fold(self, gm: fx.GraphModule, norm: "_Norm", readers: list[Weighted]) -> None:
+    def _fold(self, index: GraphIndex, norm: "_Norm", readers: list[Weighted]) -> None:
+        gm = index.gm
         for reader in readers:
             fqn = _weight(reader)
             if norm.bias is not None and norm.has_bias:
                 self._add_bias(gm, reader, bias_through(tensor_of(gm, fqn).detach(), reader.in_axis, norm.bias))
             if norm.gain is not None:
-                edit.set_param(gm, fqn, partial(scale_axis, axis=reader.in_axis, gain=norm.gain), by=self.name)
+                scale = partial(scale_axis, axis=reader.in_axis, gain=norm.gain)
+                edit.set_param(gm, fqn, scale, by=self.name, reads=index.reads(fqn))
         for fqn, value in norm.neutral.items():
-            edit.set_param(gm, fqn, partial(torch.full_like, fill_value=value), by=self.name)
+            neutral = partial(torch.full_like, fill_value=value)
+            edit.set_param(gm, fqn, neutral, by=self.name, reads=index.reads(fqn))
 
     def _add_bias(self, gm: fx.GraphModule, reader: Weighted, added: Tensor) -> None:
         own, fqn = _bias(reader), _weight(reader)

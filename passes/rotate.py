@@ -62,7 +62,8 @@ class Rotate(Pass):
         if self.r2:
             self._rotate_values(index, changes)
         for fqn, steps in changes.items():
-            edit.set_param(gm, fqn, partial(in_float64, steps=tuple(steps)), by=self.name)
+            change = partial(in_float64, steps=tuple(steps))
+            edit.set_param(gm, fqn, change, by=self.name, reads=index.reads(fqn))
         for norm in norms:
             self._take_square_mean(gm, norm)
         if norms:

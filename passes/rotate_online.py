@@ -128,7 +128,8 @@ class RotateOnline(Pass):
                     change = partial(rotate_axis, axis=op.in_axis, rotation=h)
                     changes.setdefault(param.fqn, []).append(change)
         for fqn, steps in changes.items():
-            edit.set_param(gm, fqn, partial(in_float64, steps=tuple(steps)), by=self.name)
+            change = partial(in_float64, steps=tuple(steps))
+            edit.set_param(gm, fqn, change, by=self.name, reads=index.reads(fqn))
         return len(products) + len(changes)
 
 

@@ -174,14 +174,19 @@ def add_observer(
     return _describe(node, x.val, like, by)
 
 
-def set_param(gm: fx.GraphModule, fqn: str, f: Callable[[Tensor], Tensor], by: str) -> None:
-    """The parameter of this name becomes ``f`` of itself; ``f`` is pure, and shape and dtype stay."""
+def set_param(
+    gm: fx.GraphModule, fqn: str, f: Callable[[Tensor], Tensor], by: str, reads: Iterable[fx.Node] | None = None
+) -> None:
+    """The parameter of this name becomes ``f`` of itself; ``f`` is pure, and shape and dtype stay.
+
+    ``reads``: the nodes that are the parameter, from an index; without it the whole graph is searched for them.
+    """
     old = tensor_of(gm, fqn)
     new = f(old.detach())
     if new.shape != old.shape or new.dtype != old.dtype:
         raise PassError(f"{by}: {fqn} would change from {old.dtype}{list(old.shape)} to {new.dtype}{list(new.shape)}")
     put_tensor(gm, fqn, nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new)
-    for node in gm.graph.find_nodes(op="get_attr", target=fqn):
+    for node in gm.graph.find_nodes(op="get_attr", target=fqn) if reads is None else reads:
         _note(node, by)
 
 

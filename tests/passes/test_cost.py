@@ -1,4 +1,4 @@
-"""Analyses of a whole graph cost time linear in its blocks. Calls are counted, so that the machine does not matter."""
+"""Analyses of a whole graph cost time linear in its blocks. Calls and lines are counted, so that the machine does not matter."""
 
 import copy
 import sys
@@ -14,9 +14,11 @@ from graphq.ir.channel_groups import apply_factors, groups
 from graphq.ir.pipeline import Pipeline
 from graphq.passes.annotate import Annotate
 from graphq.passes.awq import AWQ
+from graphq.passes.blockwise import Blockwise
 from graphq.passes.equalize import Equalize
 from graphq.passes.fold_norms import FoldNorms
 from graphq.passes.observe_means import ObserveMeans
+from graphq.passes.quantize_weights import QuantizeWeights
 from graphq.passes.remove_no_ops import RemoveNoOps
 from graphq.passes.rotate import Rotate
 from graphq.passes.rotate_online import RotateOnline
@@ -65,20 +67,27 @@ def graphs() -> tuple[fx.GraphModule, fx.GraphModule]:
     return small, large
 
 
-def calls(f: Callable[[], Any]) -> int:
-    """How many calls of functions ``f`` makes in all."""
+def steps(f: Callable[[], Any]) -> int:
+    """How many functions ``f`` calls and lines it runs in all; those of a comprehension once for each element."""
     count = 0
 
     def see(frame: object, event: str, argument: object) -> None:
         nonlocal count
         count += event in ("call", "c_call")
 
-    before = sys.getprofile()
+    def trace(frame: object, event: str, argument: object) -> Any:
+        nonlocal count
+        count += event == "line"
+        return trace
+
+    before = sys.getprofile(), sys.gettrace()
     sys.setprofile(see)
+    sys.settrace(trace)
     try:
         f()
     finally:
-        sys.setprofile(before)
+        sys.setprofile(before[0])
+        sys.settrace(before[1])
     return count
 
 
@@ -103,12 +112,13 @@ WORK: dict[str, Callable[[fx.GraphModule], Any]] = {
     "rotate-online": RotateOnline(r3=True, r4=True).run,
     "annotate": Annotate(PLANS).run,
     "observe-means": ObserveMeans().run,
+    "blockwise": Blockwise((QuantizeWeights(),)).run,
     "pipeline": Pipeline([Untie()]).run,
 }
 
 
 @pytest.mark.parametrize("name", WORK)
-def test_twice_the_blocks_cost_twice_the_calls(name: str, graphs: tuple[fx.GraphModule, fx.GraphModule]) -> None:
+def test_twice_the_blocks_cost_twice_the_steps(name: str, graphs: tuple[fx.GraphModule, fx.GraphModule]) -> None:
     counts: list[int] = []
     first = copy.deepcopy(graphs[0])
     Annotate(PLANS).run(first)
@@ -116,5 +126,5 @@ def test_twice_the_blocks_cost_twice_the_calls(name: str, graphs: tuple[fx.Graph
     for whole in graphs:
         gm = copy.deepcopy(whole)
         Annotate(PLANS).run(gm)
-        counts.append(calls(lambda gm=gm: WORK[name](gm)))
+        counts.append(steps(lambda gm=gm: WORK[name](gm)))
     assert counts[1] <= 2.2 * counts[0], f"{name}: {counts}"
