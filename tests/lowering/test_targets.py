@@ -41,7 +41,7 @@ def emit_everything(
 
 @pytest.fixture
 def everything(monkeypatch: pytest.MonkeyPatch) -> str:
-    row = Target(emit_everything, *(TARGETS["torch"].__dict__[name] for name in ("tensors", "open", "form")))
+    row = Target(emit_everything, *(TARGETS["torch"].__dict__[name] for name in ("tensors", "open", "form", "files")))
     monkeypatch.setitem(targets.TARGETS, "everything", row)  # pyright: ignore[reportArgumentType]
     return "everything"
 
