@@ -40,6 +40,152 @@ def native_batch_norm(
     return aten._native_batch_norm_legit_no_training(x, weight, bias, running_mean, running_var, momentum, eps)
 
 
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """``aten.scaled_dot_product_attention``, of as many keys as values and a mask ``[..., queries, keys]``."""
+    q, k, v = query.shape, key.shape, value.shape
+    fits = min(len(q), len(k), len(v)) >= 2 and k[-2] == v[-2] and q[-1] == k[-1]
+    batch: torch.Size | None = q[:-2]
+    if fits and not batch == k[:-2] == v[:-2]:
+        if enable_gqa:
+            fits = len(q) >= 3 and k[:-2] == v[:-2] and q[:-3] == k[:-3] and k[-3] > 0 and q[-3] % k[-3] == 0
+        else:
+            batch = _broadcast(batch, k[:-2], v[:-2])
+    if not fits or batch is None:
+        raise GraphqError(f"attention: queries {list(q)}, keys {list(k)} and values {list(v)} do not fit")
+    if attn_mask is not None:
+        scores = torch.Size((*batch, q[-2], k[-2]))
+        fits = _broadcast(scores, attn_mask.shape) == scores
+        _require(fits, f"attention: a mask {list(attn_mask.shape)} for scores {list(scores)}")
+    return aten.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+
+
+def _broadcast(*shapes: torch.Size) -> torch.Size | None:
+    """The shape that tensors of these have together, None if they have none."""
+    try:
+        return torch.broadcast_shapes(*shapes)
+    except RuntimeError:
+        return None
+
+
+def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """``aten._weight_norm``, of one norm for each element of its axis."""
+    _check_weight_norm(v, g, dim)
+    return aten._weight_norm(v, g, dim)
+
+
+def weight_norm_interface(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
+    """``aten._weight_norm_interface``, of one norm for each element of the first or the last axis."""
+    _check_weight_norm(v, g, dim)
+    _require(dim in (0, v.dim() - 1), f"weight norm: axis {dim} is not the first or the last")
+    return aten._weight_norm_interface(v.contiguous(), g.contiguous(), dim)
+
+
+def _check_weight_norm(v: Tensor, g: Tensor, dim: int) -> None:
+    fits = dim == -1 and g.dim() == 0  # the norm of the whole
+    if 0 <= dim < v.dim():
+        fits = g.shape == tuple(size if axis == dim else 1 for axis, size in enumerate(v.shape))
+    _require(fits and v.dtype == g.dtype, f"weight norm: norms {list(g.shape)} for axis {dim} of {list(v.shape)}")
+
+
+def embedding_bag(
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    scale_grad_by_freq: bool,
+    mode: int,
+    sparse: bool,
+    per_sample_weights: Tensor | None,
+    include_last_offset: bool,
+    padding_idx: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``aten.embedding_bag.padding_idx``, of bags in order and rows that there are: its first result, and zeros for the
+    others, which only gradients need and which it leaves unwritten.
+    """
+    axes = (weight.dim(), indices.dim(), offsets.dim())
+    integers = indices.dtype == offsets.dtype and indices.dtype in (torch.int32, torch.int64)
+    _require(axes == (2, 1, 1) and integers and mode in (0, 1, 2), "embedding_bag: not rows, indices and offsets")
+    rows, count, bags = weight.shape[0], indices.shape[0], offsets.shape[0]
+    _require(not count or bool((indices >= 0).all() and (indices < rows).all()), f"embedding_bag: not of {rows} rows")
+    ordered = bags > 0 and int(offsets[0]) == 0 and bool((offsets.diff() >= 0).all())
+    _require(
+        ordered and (int(offsets[-1]) == count if include_last_offset else int(offsets[-1]) <= count),
+        f"embedding_bag: offsets that do not divide {count} indices",
+    )
+    if per_sample_weights is not None:
+        fits = per_sample_weights.shape == indices.shape and per_sample_weights.dtype == weight.dtype
+        _require(fits, "embedding_bag: weights of samples that are not one for each index")
+    _require(padding_idx is None or -rows <= padding_idx < rows, f"embedding_bag: padding_idx {padding_idx}")
+    bag, *others = aten.embedding_bag.padding_idx(
+        weight, indices, offsets, False, mode, False, per_sample_weights, include_last_offset, padding_idx
+    )
+    first, second, third = (torch.zeros_like(x) for x in others)
+    return bag, first, second, third
+
+
+def lstm_cell(
+    x: Tensor,
+    hx: Sequence[Tensor],
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``aten.lstm_cell``, of weights and states that fit the input."""
+    _require(len(hx) == 2, "recurrent cell: not two states")
+    _check_cell(x, hx, w_ih, w_hh, (b_ih, b_hh), 4)
+    return aten.lstm_cell(x, hx, w_ih, w_hh, b_ih, b_hh)
+
+
+def _one_state_cell(name: str, gates: int) -> Callable[..., Any]:
+    def run(
+        x: Tensor,
+        hx: Tensor,
+        w_ih: Tensor,
+        w_hh: Tensor,
+        b_ih: Tensor | None = None,
+        b_hh: Tensor | None = None,
+    ) -> Tensor:
+        _check_cell(x, [hx], w_ih, w_hh, (b_ih, b_hh), gates)
+        return op(x, hx, w_ih, w_hh, b_ih, b_hh)
+
+    op = getattr(aten, name).default
+    run.__name__ = run.__qualname__ = name
+    return run
+
+
+def _check_cell(
+    x: Tensor, states: Sequence[Tensor], w_ih: Tensor, w_hh: Tensor, biases: Sequence[Tensor | None], gates: int
+) -> None:
+    """Raises ``GraphqError`` unless weights are ``[gates * hidden, in]`` and ``[gates * hidden, hidden]``, biases
+    ``[gates * hidden]``, and states ``[batch, hidden]``, of an input ``[batch, in]``.
+    """
+    _require(x.dim() == 2 and states[0].dim() == 2, "recurrent cell: its input and states are not of two axes")
+    batch, hidden = states[0].shape
+    given = [b for b in biases if b is not None]
+    fits = (
+        x.shape[0] == batch
+        and all(s.shape == (batch, hidden) for s in states)
+        and w_ih.shape == (gates * hidden, x.shape[1])
+        and w_hh.shape == (gates * hidden, hidden)
+        and all(b.shape == (gates * hidden,) for b in given)
+    )
+    _require(fits, "recurrent cell: weights or states of other shapes than its input takes")
+    same = all(t.dtype == x.dtype for t in (*states, w_ih, w_hh, *given))
+    _require(same, "recurrent cell: weights of another dtype")
+
+
 def lstm(
     x: Tensor,
     hx: Sequence[Tensor],
@@ -57,7 +203,7 @@ def lstm(
     return aten.lstm.input(x, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first)
 
 
-def _one_state(op: Callable[..., Any], gates: int) -> Callable[..., Any]:
+def _one_state(name: str, gates: int) -> Callable[..., Any]:
     def run(
         x: Tensor,
         hx: Tensor,
@@ -72,6 +218,8 @@ def _one_state(op: Callable[..., Any], gates: int) -> Callable[..., Any]:
         _check_recurrent(x, [hx], params, gates, has_biases, num_layers, bidirectional, batch_first)
         return op(x, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first)
 
+    op = getattr(aten, name).input
+    run.__name__ = run.__qualname__ = name  # by which the code of a graph finds it
     return run
 
 
@@ -143,21 +291,30 @@ def grid_sampler(x: Tensor, grid: Tensor, interpolation_mode: int, padding_mode:
     return aten.grid_sampler(x, grid, interpolation_mode, padding_mode, align_corners)
 
 
-gru = _one_state(aten.gru.input, 3)
-rnn_tanh = _one_state(aten.rnn_tanh.input, 1)
-rnn_relu = _one_state(aten.rnn_relu.input, 1)
-for _name, _made in (("gru", gru), ("rnn_tanh", rnn_tanh), ("rnn_relu", rnn_relu)):
-    _made.__name__ = _made.__qualname__ = _name  # by which the code of a graph finds it
+gru = _one_state("gru", 3)
+rnn_tanh = _one_state("rnn_tanh", 1)
+rnn_relu = _one_state("rnn_relu", 1)
+gru_cell = _one_state_cell("gru_cell", 3)
+rnn_tanh_cell = _one_state_cell("rnn_tanh_cell", 1)
+rnn_relu_cell = _one_state_cell("rnn_relu_cell", 1)
 
 SUBSTITUTES: Final[Mapping[str, Callable[..., Any]]] = {
     "aten._native_batch_norm_legit_no_training.default": native_batch_norm,
+    "aten._weight_norm.default": weight_norm,
+    "aten._weight_norm_interface.default": weight_norm_interface,
     "aten.col2im.default": col2im,
+    "aten.embedding_bag.padding_idx": embedding_bag,
     "aten.grid_sampler.default": grid_sampler,
     "aten.gru.input": gru,
+    "aten.gru_cell.default": gru_cell,
     "aten.im2col.default": im2col,
     "aten.lstm.input": lstm,
+    "aten.lstm_cell.default": lstm_cell,
     "aten.rnn_relu.input": rnn_relu,
+    "aten.rnn_relu_cell.default": rnn_relu_cell,
     "aten.rnn_tanh.input": rnn_tanh,
+    "aten.rnn_tanh_cell.default": rnn_tanh_cell,
+    "aten.scaled_dot_product_attention.default": scaled_dot_product_attention,
     # What is written before it is read loses nothing; what is not does not show what else the process held.
     "aten.empty.memory_format": aten.zeros.default,
     "aten.empty_like.default": aten.zeros_like.default,

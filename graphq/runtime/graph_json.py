@@ -70,7 +70,7 @@ _WINDOWS: Final = frozenset(["kernel_size", "stride", "padding", "output_padding
 _WIDEST: Final = 1 << 16  # of a convolution's or a pool's window, from which kernels compute memory without care
 _MOST: Final = 1 << 31  # elements of a tensor that a graph makes of nothing
 _MADE: Final = re.compile(
-    r"aten::(arange|empty|eye|hann_window|linspace|(new_)?(empty|full|ones|zeros)|tri[lu]_indices)"
+    r"aten::(arange|empty|eye|(hamming|hann)_window|(lin|log)space|(new_)?(empty|full|ones|zeros)|tri[lu]_indices)"
 )
 _DAMAGE: Final = (
     KeyError,

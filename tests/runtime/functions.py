@@ -81,7 +81,10 @@ EXPRESSIONS: Final[dict[str, str]] = {
     "attention": """
         F.scaled_dot_product_attention(v, v, v); F.scaled_dot_product_attention(v, v, v, is_causal=True);
         F.scaled_dot_product_attention(im, im, im, attn_mask=T.ones(8, 8, dtype=T.bool));
-        F.scaled_dot_product_attention(im, im, im, scale=0.5)
+        F.scaled_dot_product_attention(im, im, im, scale=0.5);
+        F.scaled_dot_product_attention(im[:, :, :3], im[:, :, :5], im[:, :, :5], T.zeros(3, 5));
+        F.scaled_dot_product_attention(im, im[:, :2, :6], im[:, :2, :6], enable_gqa=True);
+        F.scaled_dot_product_attention(im[:1], im, im[:, :1, :, :3])
     """,
     "norms": """
         F.layer_norm(x, (8,)); F.layer_norm(x, (8,), x[0], x[0]); F.rms_norm(x, (8,)); F.rms_norm(x, (8,), x[0]);
@@ -139,5 +142,42 @@ EXPRESSIONS: Final[dict[str, str]] = {
     """,
     "dropout": """
         F.dropout(x, training=False); F.dropout2d(im, training=False); F.alpha_dropout(x, training=False)
+    """,
+    "cells": """
+        T.lstm_cell(x, (x[:, :4], x[:, 4:]), W, W[:, :4], W[:, 0], W[:, 1])[1];
+        T.gru_cell(x, x[:, :4], W[:12], W[:12, :4], W[:12, 0], W[:12, 1]); T.gru_cell(x, x[:, :4], W[:12], W[:12, :4]);
+        T.rnn_tanh_cell(x, x[:, :4], W[:4], W[:4, :4], W[:4, 0], W[:4, 1]);
+        T.rnn_relu_cell(x, x[:, :4], W[:4], W[:4, :4], W[:4, 0], W[:4, 1])
+    """,
+    "signals": """
+        T.stft(x, 4, 2, window=T.hann_window(4), return_complex=True).abs(); T.hann_window(4, False);
+        T.stft(v.flatten(1), 8, center=False, return_complex=True).abs(); T.hamming_window(4);
+        T.hamming_window(4, False); T.hamming_window(4, True, 0.5); T.hamming_window(4, True, 0.5, 0.4);
+        T.istft(T.stft(v.flatten(1), 8, window=T.hann_window(8), return_complex=True), 8, window=T.hann_window(8))
+    """,
+    "weight norm": """
+        T._weight_norm(W, W[:, :1]); T._weight_norm(W, W[:1], 1); T._weight_norm(W, W.norm(), -1);
+        T._weight_norm(W.reshape(2, 4, 16), W[:4, :1].reshape(1, 4, 1), 1);
+        T._weight_norm_interface(W, W[:, :1].contiguous())[0]; T._weight_norm_interface(W, W[:1], 1)[0];
+        T._weight_norm_interface(W.reshape(16, 4, 2), W[:, :1, None].contiguous())[1]
+    """,
+    "bags": """
+        F.embedding_bag(ids, W); F.embedding_bag(ids, W, mode='sum', per_sample_weights=x[:, :4]);
+        F.embedding_bag(ids, W, mode='max', padding_idx=0); F.embedding_bag(ids[0], W, ids[1].clamp(0, 0).cumsum(0));
+        F.embedding_bag(ids[0], W, T.tensor([0, 1, 4]), include_last_offset=True)
+    """,
+    "matrices": """
+        T.addbmm(v[0] @ v[0].T, v, v.mT); T.addr(W[:8], x[0], x[1]); T.trace(x); T.block_diag(x, W); T.kron(W, W[:2]);
+        T.cartesian_prod(x[0], x[1]); T.vdot(x[0], x[1]); T.ger(x[0], x[1]); T.dist(x, x[:1]); T.renorm(x, 2, 0, 1.0);
+        T.linalg.inv(im + 4 * T.eye(8)); T.inverse(im + 4 * T.eye(8)); T.linalg.det(im); T.det(im);
+        T.linalg.solve(im + 4 * T.eye(8), v.mT[:1]); T.linalg.solve(im[:, 0] + 4 * T.eye(8), v.mT);
+        T.linalg.solve(im[:, 0] + 4 * T.eye(8), v, left=False)
+    """,
+    "special": """
+        T.hypot(x, x[:1]); T.heaviside(x, x[:1]); T.ldexp(x, x[:1]); T.deg2rad(x); T.rad2deg(x); T.msort(x);
+        T.mode(x)[0]; T.gcd(ids, ids[:1]); T.special.entr(x); T.nanmedian(x); T.nanmedian(x, -1)[0]; T.lgamma(x);
+        T.digamma(x); T.i0(x); T.signbit(x); T.dstack([x, x]); T.atleast_1d(x); T.atleast_2d(x[0]); T.atleast_3d(x);
+        T.atleast_1d(x[0, 0], x)[0]; T.atleast_2d(x[0], x)[0]; T.atleast_3d(x[0], x)[0]; T.logspace(0, 1, 4);
+        T.unsafe_chunk(x, 2, -1)[0]; T.unsafe_split(x, 4, -1)[0]; T.unsafe_split_with_sizes(x, [3, 5], -1)[0]
     """,
 }

@@ -1,7 +1,8 @@
 """Ops called with arguments that do not fit, their tensors between pages that cannot be read or written.
 
-Run as ``python -m tests.runtime.guarded MUTATIONS SEED``: an op that reads or writes beyond its tensors ends the process
-by a signal, after its name on the standard error. Each call is one that capture made, with one to three changes.
+Run as ``python -m tests.runtime.guarded MUTATIONS SEED [OP]``: an op that reads or writes beyond its tensors ends the
+process by a signal, after its name on the standard error. Each call is one that capture made, with one to three changes,
+or with another length of an axis for each of several tensors. ``OP`` is the name of the one op to try, such as ``stft``.
 """
 
 import ctypes
@@ -32,7 +33,7 @@ class Calls(fx.Interpreter):
 
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__(gm)
-        self.made: list[tuple[Any, list[Any], dict[str, Any]]] = []
+        self.made: list[tuple[str, Any, list[Any], dict[str, Any]]] = []
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         from graphq.runtime.checked_ops import SUBSTITUTES
@@ -42,7 +43,8 @@ class Calls(fx.Interpreter):
             isinstance(a, Tensor) or (isinstance(a, list) and a and isinstance(a[0], Tensor)) for a in args
         ) or str(target).startswith("aten.new_")
         if allowed(target) and str(target).startswith("aten.") and not makes and "softmax" not in str(target):
-            self.made.append((SUBSTITUTES.get(str(target), target), list(args), dict(kwargs)))
+            op = SUBSTITUTES.get(str(target), target)
+            self.made.append((str(target).split(".")[1], op, list(args), dict(kwargs)))
         return super().call_function(target, args, kwargs)
 
 
@@ -113,7 +115,26 @@ def changed_tensor(x: Tensor, draw: random.Random) -> Tensor:
     return torch.randint(0, 5, shape).to(x.dtype)
 
 
-def main(mutations: int, seed: int) -> None:
+def unlike(args: list[Any], draw: random.Random) -> list[Any]:
+    """The arguments, where they have several tensors each of these with another length of one of its axes, which often
+    is the same axis of them all.
+    """
+    axis, lengths = draw.choice((-1, -2, -3)), draw.sample((1, 2, 3, 5, 60, 600), 6)
+
+    def resized(value: Any) -> Any:
+        if isinstance(value, list):
+            return [resized(v) for v in value]
+        if not isinstance(value, Tensor) or not value.dim() or draw.random() < 0.25:
+            return value
+        shape = list(value.shape)
+        shape[max(axis, -len(shape))] = lengths.pop() if lengths else 4
+        return torch.randint(0, 5, shape).to(value.dtype)
+
+    tensors = [v for a in args for v in (a if isinstance(a, list) else [a]) if isinstance(v, Tensor)]
+    return [resized(a) for a in args] if len(tensors) > 1 else args
+
+
+def main(mutations: int, seed: int, only: str | None = None) -> None:
     """Prints how many calls an op took."""
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))  # a size of 2^31 is an error, not a killed process
@@ -121,13 +142,17 @@ def main(mutations: int, seed: int) -> None:
     for group in EXPRESSIONS:
         calls = Calls(captured_functions(group))
         calls.run(*INPUTS)
-        for number, (op, args, kwargs) in enumerate(calls.made):
+        for number, (name, op, args, kwargs) in enumerate(calls.made):
+            if only not in (None, name):
+                continue
             draw = random.Random(f"{seed} {op} {number}")
             for _ in range(mutations):
                 given = list(args)
                 for _ in range(draw.choice((1, 1, 2, 3)) if given else 0):
                     place = draw.randrange(len(given))
                     given[place] = changed(given[place], draw)
+                if draw.random() < 0.25:
+                    given = unlike(args, draw)
                 pages: list[tuple[Any, int, int]] = []
                 print(op, number, file=sys.stderr, flush=True)
                 try:
@@ -141,4 +166,4 @@ def main(mutations: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:4])

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from graphq.capture.modules import capture_module
 from graphq.errors import GraphqError
-from graphq.runtime import checked_ops
+from graphq.runtime import allowed_ops, checked_ops
 from graphq.runtime.allowed_ops import OVERLOADS
 from graphq.runtime.graph_json import graph_from_json, graph_to_json, refusal
 from tests.models import FAMILIES, captured
@@ -48,7 +48,8 @@ def captured_functions(group: str) -> fx.GraphModule:
 
 
 def test_every_row_is_an_op_that_changes_nothing() -> None:
-    assert list(OVERLOADS) == sorted(OVERLOADS)
+    rows = Path(allowed_ops.__file__).with_suffix(".txt").read_text(encoding="utf-8").splitlines()
+    assert [row.split()[0] for row in rows] == sorted(OVERLOADS)
     for name, overloads in OVERLOADS.items():
         for overload in overloads.split():
             schema = getattr(getattr(aten, name), overload)._schema
@@ -147,3 +148,184 @@ def test_windows_and_modes_in_range() -> None:
     for modes in ((3, 0), (0, 3), (-1, 0)):
         with pytest.raises(GraphqError, match="there is no mode"):
             checked_ops.grid_sampler(ones(1, 1, 2, 2), ones(1, 2, 2, 2), *modes, False)
+
+
+def attend(*shapes: tuple[int, ...], **options: Any) -> tuple[Any, Any]:
+    """What the substitute and torch's own give for tensors of these shapes, the fourth that of the mask."""
+    tensors = [torch.rand(shape, generator=torch.Generator().manual_seed(0)) for shape in shapes]
+    op = aten.scaled_dot_product_attention.default
+    return checked_ops.SUBSTITUTES[str(op)](*tensors, **options), op(*tensors, **options)
+
+
+Q, KV = (1, 2, 3, 8), (1, 2, 5, 8)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ((3, 8), (5, 8), (5, 8)),
+        (Q, KV, KV),
+        (Q, KV, (1, 2, 5, 4)),  # values of another width than keys
+        *((Q, KV, KV, mask) for mask in ((3, 5), (1, 5), (3, 1), (1, 1, 3, 5), (1, 2, 1, 5))),
+        ((4, 2, 3, 8), KV, KV),  # a batch of queries for one of keys
+        (Q, (4, 2, 5, 8), (4, 2, 5, 8), (4, 1, 3, 5)),
+        (Q, (2, 5, 8), (2, 5, 8)),
+        ((0, 2, 3, 8), (0, 2, 5, 8), (0, 2, 5, 8)),
+    ],
+    ids=str,
+)
+def test_attention_takes_what_fits(shapes: tuple[tuple[int, ...], ...]) -> None:
+    assert torch.equal(*attend(*shapes))
+    if len(shapes) == 3:
+        assert torch.equal(*attend(*shapes, is_causal=True, scale=0.5))
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_attention_takes_grouped_heads(heads: int) -> None:
+    assert torch.equal(*attend((2, 4, 3, 8), *[(2, heads, 5, 8)] * 2, (3, 5), enable_gqa=True))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "text"),
+    [
+        ((Q, (1, 2, 5, 8), (1, 2, 60, 8)), "do not fit"),  # reads beyond the keys
+        ((Q, (1, 2, 60, 8), (1, 2, 5, 8)), "do not fit"),
+        ((Q, (1, 2, 5, 7), KV), "do not fit"),
+        ((Q, (1, 3, 5, 8), (1, 3, 5, 8)), "do not fit"),
+        (((8,), (5, 8), (5, 8)), "do not fit"),
+        ((Q, (8,), (5, 8)), "do not fit"),
+        ((Q, (5, 8), (8,)), "do not fit"),
+        *(
+            ((Q, KV, KV, mask), "a mask")
+            for mask in ((3, 4), (2, 5), (4,), (2, 1, 3, 5), (1, 3, 3, 5), (1, 1, 1, 3, 5))
+        ),
+    ],
+    ids=str,
+)
+def test_attention_takes_no_other_lengths(shapes: tuple[tuple[int, ...], ...], text: str) -> None:
+    with pytest.raises(GraphqError, match=text):
+        attend(*shapes)
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "v"),
+    [
+        ((2, 4, 3, 8), (2, 3, 5, 8), (2, 3, 5, 8)),
+        ((2, 4, 3, 8), (2, 2, 5, 8), (2, 4, 5, 8)),
+        ((2, 4, 3, 8), (1, 2, 5, 8), (1, 2, 5, 8)),
+        ((2, 4, 3, 8), (2, 0, 5, 8), (2, 0, 5, 8)),
+        ((3, 8), (2, 5, 8), (2, 5, 8)),
+    ],
+    ids=str,
+)
+def test_attention_takes_no_other_groups(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> None:
+    with pytest.raises(GraphqError, match="do not fit"):
+        attend(q, k, v, enable_gqa=True)
+
+
+@pytest.mark.parametrize("op", ["_weight_norm", "_weight_norm_interface"])
+def test_weight_norm_takes_a_norm_for_each_element_of_its_axis(op: str) -> None:
+    theirs = getattr(aten, op).default
+    ours: Any = checked_ops.SUBSTITUTES[str(theirs)]
+    v = torch.rand(4, 3, 2)
+    for g, dim in ((torch.rand(4, 1, 1), 0), (torch.rand(1, 1, 2), 2)):
+        assert all(torch.equal(a, b) for a, b in zip(ours(v, g, dim), theirs(v, g, dim), strict=True))
+    for g, dim in ((ones(3, 1, 1), 0), (ones(4), 0), (ones(4, 3, 2), 0), (ones(2), 2), (ones(), 0), (ones(1, 1, 2), 3)):
+        with pytest.raises(GraphqError, match="weight norm"):
+            ours(v, g, dim)
+    for wrong in ((v, ones(4, 1, 1).double(), 0), (ones(), ones(), 0), (v, ones(4, 1, 1), -3), (v, ones(1), -1)):
+        with pytest.raises(GraphqError, match="weight norm"):
+            ours(*wrong)
+    inner = v, ones(1, 3, 1), 1  # which torch computes in another way
+    if op == "_weight_norm":
+        assert torch.equal(ours(*inner), theirs(*inner))
+        assert torch.equal(ours(v, ones(), -1), theirs(v, ones(), -1))
+    else:
+        with pytest.raises(GraphqError, match="not the first or the last"):
+            ours(*inner)
+        strided = torch.rand(4, 3)[:, :1, None]  # where torch's own takes other elements
+        assert torch.equal(ours(v, strided)[0], theirs(v, strided.contiguous())[0])
+
+
+def bags(**changes: Any) -> list[Any]:
+    """The arguments of a sum of weighed rows, two bags of them, with these in place of some."""
+    given = {
+        "weight": torch.rand(8, 3, generator=torch.Generator().manual_seed(0)),
+        "indices": torch.tensor([0, 7, 2, 2]),
+        "offsets": torch.tensor([0, 3]),
+        "scale_grad_by_freq": False,
+        "mode": 0,
+        "sparse": False,
+        "per_sample_weights": None,
+        "include_last_offset": False,
+        "padding_idx": None,
+    }
+    assert changes.keys() <= given.keys()
+    return list({**given, **changes}.values())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"mode": mode} for mode in range(3)),
+        {"per_sample_weights": torch.arange(4.0)},
+        {"offsets": torch.tensor([0, 3, 4]), "include_last_offset": True},
+        {"offsets": torch.tensor([0, 0, 4])},
+        {"indices": torch.empty(0, dtype=torch.int64), "offsets": torch.tensor([0, 0])},
+        {"padding_idx": 2},
+        {"padding_idx": -1, "mode": 1},
+    ],
+    ids=str,
+)
+def test_bags_that_fit(changes: dict[str, Any]) -> None:
+    ours, *rest = checked_ops.embedding_bag(*bags(**changes))
+    theirs, *others = aten.embedding_bag.padding_idx(*bags(**changes))
+    assert torch.equal(ours, theirs)
+    assert [(x.shape, x.dtype, int(x.count_nonzero())) for x in rest] == [(x.shape, x.dtype, 0) for x in others]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"weight": ones(8)},
+        {"weight": ones(7, 3)},
+        {"indices": torch.tensor([0, -1, 2, 2])},
+        {"indices": torch.tensor([[0, 7], [2, 2]])},
+        {"indices": torch.tensor([0, 7, 2, 2], dtype=torch.int32)},
+        {"indices": torch.tensor([0.0, 7.0, 2.0, 2.0]), "offsets": torch.tensor([0.0, 3.0])},
+        *({"offsets": torch.tensor(o)} for o in ([[0, 3]], [0, 5], [1, 3], [0, 3, 2], [-1, 3], [0, -2])),
+        {"offsets": torch.empty(0, dtype=torch.int64)},
+        {"offsets": torch.tensor([0, 3]), "include_last_offset": True},
+        {"mode": 3},
+        {"mode": -1},
+        {"per_sample_weights": ones(3)},
+        {"per_sample_weights": ones(4).double()},
+        {"padding_idx": 8},
+        {"padding_idx": -9},
+    ],
+    ids=str,
+)
+def test_bags_that_do_not_fit(changes: dict[str, Any]) -> None:
+    with pytest.raises(GraphqError, match="embedding_bag"):
+        checked_ops.embedding_bag(*bags(**changes))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("kind", "gates"), [("lstm", 4), ("gru", 3), ("rnn_tanh", 1), ("rnn_relu", 1)])
+def test_recurrent_cells_take_weights_that_fit(kind: str, gates: int, bias: bool) -> None:
+    theirs = getattr(aten, f"{kind}_cell").default
+    ours: Any = checked_ops.SUBSTITUTES[str(theirs)]
+    state = torch.rand(3, 6)
+    hx: Any = [state, state + 1] if kind == "lstm" else state
+    weights = [torch.rand(gates * 6, 8), torch.rand(gates * 6, 6), *([torch.rand(gates * 6)] * 2 if bias else [])]
+    args = [torch.rand(3, 8), hx, *weights]
+    assert all(torch.equal(a, b) for a, b in zip(ours(*args), theirs(*args), strict=True))
+    for place, fitting in enumerate(args):
+        for tensor in fitting if isinstance(fitting, list) else [fitting]:
+            for wrong in (tensor[:-1], tensor[..., :-1], tensor.unsqueeze(0), tensor[0], tensor.double()):
+                swapped = [wrong if x is tensor else x for x in hx] if isinstance(fitting, list) else wrong
+                with pytest.raises(GraphqError, match="recurrent cell"):
+                    ours(*args[:place], swapped, *args[place + 1 :])
+    if kind == "lstm":
+        with pytest.raises(GraphqError, match="not two states"):
+            ours(args[0], hx[:1], *weights)

@@ -110,7 +110,7 @@ def test_ops_that_artifacts_hold(target: Any) -> None:
         aten.from_file.default,  # reads a file
         aten.as_strided.default,
         aten._sparse_csr_tensor_unsafe.default,  # reads beyond its tensors
-        aten._weight_norm_interface.default,
+        aten._embedding_bag.default,
         aten.embedding_bag.default,
         aten._weight_int4pack_mm_for_cpu.default,
         aten.quantize_per_tensor.default,

@@ -146,6 +146,23 @@ def test_a_fresh_process_gives_the_same_bits(llama: Compiled, artifact: Path, tm
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_a_convolution_with_weight_norm_is_stored(tmp_path: Path) -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 6, 3))
+            self.up = nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.up(self.conv(x))
+
+    x = floats(2, 4, 10)
+    made = compiled(Normed(), x, rules=[rule("up", "int8/channel")])
+    assert any("_weight_norm" in str(node.target) for node in made.graph.graph.nodes)
+    made.save(tmp_path / "a")
+    assert torch.equal(graphq.load(tmp_path / "a")(x), cast(Any, made)(x))
+
+
 def test_an_artifact_holds_data_alone(artifact: Path) -> None:
     files = {file.name for file in artifact.iterdir()}
     assert files == {"graph.json", "model.safetensors", "graphq.json", "config.json"}
