@@ -54,29 +54,27 @@ def scaled_dot_product_attention(
     """``aten.scaled_dot_product_attention``, of as many keys as values and a mask ``[..., queries, keys]``."""
     q, k, v = query.shape, key.shape, value.shape
     fits = min(len(q), len(k), len(v)) >= 2 and k[-2] == v[-2] and q[-1] == k[-1]
-    batch: torch.Size | None = q[:-2]
+    batch = q[:-2]
     if fits and not batch == k[:-2] == v[:-2]:
         if enable_gqa:
             fits = len(q) >= 3 and k[:-2] == v[:-2] and q[:-3] == k[:-3] and k[-3] > 0 and q[-3] % k[-3] == 0
         else:
-            batch = _broadcast(batch, k[:-2], v[:-2])
-    if not fits or batch is None:
+            try:
+                batch = torch.broadcast_shapes(batch, k[:-2], v[:-2])
+            except RuntimeError:
+                fits = False
+    if not fits:
         raise GraphqError(f"attention: queries {list(q)}, keys {list(k)} and values {list(v)} do not fit")
     if attn_mask is not None:
-        scores = torch.Size((*batch, q[-2], k[-2]))
-        fits = _broadcast(scores, attn_mask.shape) == scores
-        _require(fits, f"attention: a mask {list(attn_mask.shape)} for scores {list(scores)}")
+        mask, scores = attn_mask.shape, (*batch, q[-2], k[-2])
+        fits = len(mask) <= len(scores) and all(
+            own in (1, size) for own, size in zip(mask[::-1], scores[::-1], strict=False)
+        )  # torch.broadcast_shapes costs more than a short attention does
+        if not fits:
+            raise GraphqError(f"attention: a mask {list(mask)} for scores {list(scores)}")
     return aten.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
-
-
-def _broadcast(*shapes: torch.Size) -> torch.Size | None:
-    """The shape that tensors of these have together, None if they have none."""
-    try:
-        return torch.broadcast_shapes(*shapes)
-    except RuntimeError:
-        return None
 
 
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
