@@ -297,7 +297,7 @@ def _are_tensors(target: OpOverload, real_type: str, value: Any) -> bool:
     match real_type:
         case "Tensor":
             op = target._schema.name.removeprefix("aten::")  # pyright: ignore[reportPrivateUsage]
-            takes_numbers = cast(Any, torch._C)._should_allow_numbers_as_tensors(op)
+            takes_numbers = cast(Any, torch._C)._should_allow_numbers_as_tensors(op)  # pyright: ignore[reportPrivateUsage]
             return isinstance(value, fx.Node) or (takes_numbers and isinstance(value, int | float | complex))
         case "Optional[Tensor]":
             return value is None or _are_tensors(target, "Tensor", value)
