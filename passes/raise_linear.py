@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 
 from graphq.ir import edit
+from graphq.ir.index import GraphIndex
 from graphq.ir.pipeline import Batches, Pass
 from graphq.ir.products import Product, products, readers_of
 from graphq.ir.views import Cast, Linear, Op, Param
@@ -90,7 +91,8 @@ def _only_columns(gm: fx.GraphModule, found: Iterable[Product]) -> set[str]:
     for product in found:
         if not product.is_rows:
             columns.setdefault(product.matrix.param.fqn, set()).add(product.op.node)
-    return {fqn for fqn, nodes in columns.items() if readers_of(gm, fqn) == nodes}
+    index = GraphIndex(gm)
+    return {fqn for fqn, nodes in columns.items() if readers_of(index.reads(fqn)) == nodes}
 
 
 def _adds_bias(product: Product) -> bool:

@@ -3,7 +3,7 @@
 A matrix is followed from its parameter through what only moves its axes, repeats or copies it, or casts it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, cast, final
 
@@ -70,10 +70,10 @@ def is_moved(op: Op) -> bool:
     return isinstance(op, Cast) or target in _MOVES or target in _COPIES or target is aten.expand.default
 
 
-def readers_of(gm: fx.GraphModule, fqn: str) -> set[fx.Node]:
-    """The nodes that read a parameter, behind what only moves it."""
+def readers_of(reads: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes that read a parameter, which ``reads`` all are, behind what only moves it."""
     found = set[fx.Node]()
-    pending = [user for read in gm.graph.find_nodes(op="get_attr", target=fqn) for user in view(read).users]
+    pending = [user for read in reads for user in view(read).users]
     while pending:
         op = pending.pop()
         if is_moved(op):

@@ -9,6 +9,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from graphq.capture.source import source_of
+from graphq.ir.index import GraphIndex
 from graphq.ir.layers import layer_path, sites
 from graphq.ir.products import FORMS, from_inputs, is_moved, is_weight, matrix_of, readers_of
 from graphq.ir.views import Op, Param, Weighted, ops_of, view
@@ -34,6 +35,7 @@ _FROM_LEFT: Final = ("aten.matmul", "aten.mm", "aten.bmm", "aten.linear")
 def unnamed(gm: fx.GraphModule) -> tuple[Unnamed, ...]:
     """Each such parameter, in graph order."""
     named = {site.param.fqn for site in sites(gm)}
+    index = GraphIndex(gm)
     computed = from_inputs(gm)
     parts = _parameters_in(gm, computed)
     source = source_of(gm)
@@ -51,7 +53,7 @@ def unnamed(gm: fx.GraphModule) -> tuple[Unnamed, ...]:
                     path = layer_path(param.fqn)
                     shape = tuple(int(size) for size in param.val.shape)
                     layer = Layer(path, "linear", shape, source.block_of(path))
-                    found.setdefault(path, Unnamed(layer, _reason(gm, op, view(node), param)))
+                    found.setdefault(path, Unnamed(layer, _reason(index, op, view(node), param)))
     return tuple(found.values())
 
 
@@ -92,7 +94,7 @@ def _parameters_in(gm: fx.GraphModule, computed: set[fx.Node]) -> dict[fx.Node, 
     return found
 
 
-def _reason(gm: fx.GraphModule, op: Op, factor: Op, param: Param) -> str:
+def _reason(index: GraphIndex, op: Op, factor: Op, param: Param) -> str:
     """What multiplies by a parameter, and why ``raise-linear`` leaves that."""
     how, rank = f"multiplied by {_name(op)}", param.val.dim()
     others = [node for node in op.node.all_input_nodes if node is not factor.node]
@@ -106,6 +108,6 @@ def _reason(gm: fx.GraphModule, op: Op, factor: Op, param: Param) -> str:
         how += f" as a tensor of {rank} axes"
     elif others and view(others[-1]).val.dim() < 2:
         how += " with a vector"
-    elif len(readers_of(gm, param.fqn)) > 1:
+    elif len(readers_of(index.reads(param.fqn))) > 1:
         how += " and read elsewhere, too"
     return f"{how}; no rule can name it"
