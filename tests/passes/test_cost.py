@@ -62,9 +62,8 @@ class Deep(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def graphs() -> tuple[fx.GraphModule, fx.GraphModule]:
-    small, large = (capture(Deep(count), torch.ones(2, 3, dtype=torch.int64)) for count in (8, 16))
-    return small, large
+def graphs() -> tuple[fx.GraphModule, ...]:
+    return tuple(capture(Deep(count), torch.ones(2, 3, dtype=torch.int64)) for count in (8, 16, 24))
 
 
 def steps(f: Callable[[], Any]) -> int:
@@ -118,7 +117,7 @@ WORK: dict[str, Callable[[fx.GraphModule], Any]] = {
 
 
 @pytest.mark.parametrize("name", WORK)
-def test_twice_the_blocks_cost_twice_the_steps(name: str, graphs: tuple[fx.GraphModule, fx.GraphModule]) -> None:
+def test_further_blocks_cost_what_those_before_did(name: str, graphs: tuple[fx.GraphModule, ...]) -> None:
     counts: list[int] = []
     first = copy.deepcopy(graphs[0])
     Annotate(PLANS).run(first)
@@ -127,4 +126,4 @@ def test_twice_the_blocks_cost_twice_the_steps(name: str, graphs: tuple[fx.Graph
         gm = copy.deepcopy(whole)
         Annotate(PLANS).run(gm)
         counts.append(steps(lambda gm=gm: WORK[name](gm)))
-    assert counts[1] <= 2.2 * counts[0], f"{name}: {counts}"
+    assert counts[2] - counts[1] <= 1.1 * (counts[1] - counts[0]), f"{name}: {counts}"
