@@ -122,7 +122,7 @@ def test_experts_that_stay_float() -> None:
 
 @pytest.mark.parametrize("by_block", [False, True])
 def test_experts_that_the_source_holds_in_float32_keep_it(by_block: bool) -> None:
-    plans = {"experts__1": "int8/channel", "experts__2": "int8/channel"}
+    plans: dict[str, Any] = {"experts__1": "int8/channel", "experts__2": "int8/channel"}
     gm = graph(MoE(), torch.ones(3, 8), wide=("experts.down_proj",), **plans)
     assert source_of(gm).wide == {"experts.down_proj"}
     before = gm.state_dict()["experts.down_proj"].clone()
