@@ -126,4 +126,5 @@ def test_further_blocks_cost_what_those_before_did(name: str, graphs: tuple[fx.G
         gm = copy.deepcopy(whole)
         Annotate(PLANS).run(gm)
         counts.append(steps(lambda gm=gm: WORK[name](gm)))
-    assert counts[2] - counts[1] <= 1.1 * (counts[1] - counts[0]), f"{name}: {counts}"
+    limit = 1.1 if name == "groups" else 1.05  # each of a fold's changes searches for the nodes of its parameter
+    assert counts[2] - counts[1] <= limit * (counts[1] - counts[0]), f"{name}: {counts}"
