@@ -2,12 +2,29 @@
 
 import os
 
+import pytest
 import torch
 from hypothesis import settings
 
 settings.register_profile("quick", deadline=None, derandomize=True)  # the same examples in every run
 settings.register_profile("fuzz", deadline=None, max_examples=2000)  # make test-all
 settings.load_profile("quick")
+
+# Files of few tests that take long: begun last, they would keep one of several processes waiting.
+LONG = (
+    "test_examples.py",
+    "test_random_graphs.py",
+    "test_stored.py",
+    "test_conformance.py",
+    "test_emit.py",
+    "test_cli.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files come first; the rest stays in its order."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)

@@ -427,32 +427,40 @@ def test_ops_of_artifacts_that_nothing_is_known_of() -> None:
         "\n".join(textwrap.wrap(" ".join(opaque), 116)),
         """\
 _conj.default _local_scalar_dense.default _upsample_bicubic2d_aa.vec _upsample_bilinear2d_aa.vec
-_upsample_nearest_exact1d.vec _upsample_nearest_exact2d.vec _upsample_nearest_exact3d.vec
-adaptive_max_pool1d.default adaptive_max_pool2d.default adaptive_max_pool3d.default addmv.default adjoint.default
-affine_grid_generator.default all.dims any.dims bilinear.default bincount.default broadcast_tensors.default
-broadcast_to.default bucketize.Scalar bucketize.Tensor cdist.default channel_shuffle.default col2im.default
-column_stack.default complex.default concat.default concatenate.default conj.default cosine_similarity.default
-count_nonzero.default count_nonzero.dim_IntList cumprod.default diag.default diag_embed.default diagonal.default
-diagonal_scatter.default diff.default divide.Scalar divide.Tensor dot.default einsum.default expand_as.default
-fft_fft.default fft_fft2.default fft_fftn.default fft_fftshift.default fft_ifft.default fft_irfft.default
-fft_irfft2.default fft_rfft.default fft_rfft2.default fill.Tensor fliplr.default flipud.default floor_divide.Scalar
-grid_sampler.default gru.input hann_window.default hann_window.periodic histc.default hstack.default im2col.default
-imag.default index_fill.int_Scalar index_fill.int_Tensor inner.default isclose.default isin.Scalar_Tensor
-isin.Tensor_Scalar isin.Tensor_Tensor item.default kthvalue.default linalg_cross.default linalg_matrix_norm.default
-linalg_matrix_norm.str_ord linalg_norm.default linalg_norm.ord_str linspace.default logcumsumexp.default lstm.input
-mH.default masked_scatter.default masked_select.default max_pool1d_with_indices.default
-max_pool2d_with_indices.default max_pool3d_with_indices.default max_unpool2d.default median.default median.dim
-meshgrid.indexing multiply.Scalar multiply.Tensor mv.default nanmean.default nansum.default narrow.Tensor
-nonzero.default norm.Scalar norm.ScalarOpt_dim norm.ScalarOpt_dim_dtype norm.ScalarOpt_dtype outer.default
-pairwise_distance.default pixel_shuffle.default pixel_unshuffle.default polar.default quantile.default
-quantile.scalar ravel.default real.default repeat_interleave.Tensor repeat_interleave.self_Tensor reshape_as.default
-resolve_conj.default resolve_neg.default rnn_relu.input rnn_tanh.input rot90.default rsub.Tensor scatter.reduce
+_upsample_nearest_exact1d.vec _upsample_nearest_exact2d.vec _upsample_nearest_exact3d.vec _weight_norm.default
+_weight_norm_interface.default adaptive_max_pool1d.default adaptive_max_pool2d.default adaptive_max_pool3d.default
+addmv.default addr.default adjoint.default affine_grid_generator.default all.dims any.dims atleast_1d.Sequence
+atleast_1d.default atleast_2d.Sequence atleast_2d.default atleast_3d.Sequence atleast_3d.default bilinear.default
+bincount.default block_diag.default broadcast_tensors.default broadcast_to.default bucketize.Scalar bucketize.Tensor
+cartesian_prod.default cdist.default channel_shuffle.default col2im.default column_stack.default complex.default
+concat.default concatenate.default conj.default cosine_similarity.default count_nonzero.default
+count_nonzero.dim_IntList cumprod.default det.default diag.default diag_embed.default diagonal.default
+diagonal_scatter.default diff.default dist.default divide.Scalar divide.Tensor dot.default dstack.default
+einsum.default embedding_bag.padding_idx expand_as.default fft_fft.default fft_fft2.default fft_fftn.default
+fft_fftshift.default fft_ifft.default fft_irfft.default fft_irfft2.default fft_rfft.default fft_rfft2.default
+fill.Tensor fliplr.default flipud.default floor_divide.Scalar ger.default grid_sampler.default gru.input
+gru_cell.default hamming_window.default hamming_window.periodic hamming_window.periodic_alpha
+hamming_window.periodic_alpha_beta hann_window.default hann_window.periodic histc.default hstack.default
+im2col.default imag.default index_fill.int_Scalar index_fill.int_Tensor inner.default inverse.default
+isclose.default isin.Scalar_Tensor isin.Tensor_Scalar isin.Tensor_Tensor istft.default item.default kron.default
+kthvalue.default linalg_cross.default linalg_det.default linalg_inv.default linalg_matrix_norm.default
+linalg_matrix_norm.str_ord linalg_norm.default linalg_norm.ord_str linalg_solve.default linspace.default
+logcumsumexp.default logspace.default lstm.input lstm_cell.default mH.default masked_scatter.default
+masked_select.default max_pool1d_with_indices.default max_pool2d_with_indices.default
+max_pool3d_with_indices.default max_unpool2d.default median.default median.dim meshgrid.indexing mode.default
+msort.default multiply.Scalar multiply.Tensor mv.default nanmean.default nanmedian.default nanmedian.dim
+nansum.default narrow.Tensor nonzero.default norm.Scalar norm.ScalarOpt_dim norm.ScalarOpt_dim_dtype
+norm.ScalarOpt_dtype outer.default pairwise_distance.default pixel_shuffle.default pixel_unshuffle.default
+polar.default quantile.default quantile.scalar ravel.default real.default renorm.default repeat_interleave.Tensor
+repeat_interleave.self_Tensor reshape_as.default resolve_conj.default resolve_neg.default rnn_relu.input
+rnn_relu_cell.default rnn_tanh.input rnn_tanh_cell.default rot90.default rsub.Tensor scatter.reduce
 scatter.value_reduce scatter_reduce.two searchsorted.Scalar searchsorted.Tensor special_expit.default split.sizes
-subtract.Scalar subtract.Tensor swapdims.default sym_stride.int take.default take_along_dim.default
-tensor_split.indices tensor_split.tensor_indices_or_sections tensordot.default tile.default to.device
-to.dtype_layout to.other tril_indices.default triu_indices.default true_divide.Scalar type_as.default unfold.default
+stft.center stft.default subtract.Scalar subtract.Tensor swapdims.default sym_stride.int take.default
+take_along_dim.default tensor_split.indices tensor_split.tensor_indices_or_sections tensordot.default tile.default
+to.device to.dtype_layout to.other trace.default tril_indices.default triu_indices.default true_divide.Scalar
+type_as.default unfold.default unsafe_chunk.default unsafe_split.Tensor unsafe_split_with_sizes.default
 upsample_bicubic2d.vec upsample_bilinear2d.vec upsample_linear1d.vec upsample_nearest1d.vec upsample_nearest2d.vec
-upsample_nearest3d.vec upsample_trilinear3d.vec view.dtype view_as.default view_as_complex.default
+upsample_nearest3d.vec upsample_trilinear3d.vec vdot.default view.dtype view_as.default view_as_complex.default
 view_as_real.default vstack.default zero.default""",
     )
 
