@@ -1,0 +1,20 @@
+"""The profiles that there are: what each consumer of QDQ models runs in integers, one table a file."""
+
+from collections.abc import Mapping
+from typing import Final
+
+from graphq.errors import SpecError
+from graphq.lowering.profiles.generic_int8 import GENERIC_INT8
+from graphq.lowering.profiles.openvino import OPENVINO
+from graphq.lowering.profiles.ort_cpu import ORT_CPU
+from graphq.lowering.profiles.qnn_htp import QNN_HTP
+from graphq.spec.profile import Profile
+
+PROFILES: Final[Mapping[str, Profile]] = {p.name: p for p in (ORT_CPU, OPENVINO, QNN_HTP, GENERIC_INT8)}
+
+
+def profile_named(name: str) -> Profile:
+    """The profile of that name. Raises ``SpecError`` where there is none."""
+    if name not in PROFILES:
+        raise SpecError(f"profile: {name}: no such profile; there are {', '.join(PROFILES)}")
+    return PROFILES[name]

@@ -1,0 +1,58 @@
+"""``qnn-htp``: Qualcomm's Hexagon Tensor Processor, through QNN as onnxruntime-qnn drives it.
+
+A whole static graph in integers: what is not quantized is float16 there or refused. Linears are Gemm with an int32
+bias: a MatMul and an Add take a second requantization.
+"""
+
+from typing import Final
+
+from graphq.spec.profile import FixedGrid, OpRule, Profile, int_activations, op_types, same_types
+from graphq.spec.quant import parse_quant
+
+_FORMATS: Final = ("uint8", "uint16")
+_ANY: Final = same_types(_FORMATS)
+_WEIGHTED: Final = op_types(
+    "uint8 x int8/channel -> uint8",
+    "uint8 x int8/tensor -> uint8",
+    "uint16 x int8/channel -> uint16",
+    "uint16 x int8/tensor -> uint16",
+    "uint16 x int4/channel -> uint16",
+)
+_PAIRS: Final = op_types("uint8 x uint8 -> uint8", "uint16 x uint8 -> uint16", "uint16 x uint16 -> uint16")
+_UNIT: Final = {"uint8": FixedGrid(1 / 256, 0), "uint16": FixedGrid(1 / 65536, 0)}
+_NORM: Final = op_types("uint8 x uint8/tensor -> uint8", "uint16 x uint8/tensor -> uint16")
+
+_OWN: Final = (
+    *("Add", "Sub", "Mul", "Div", "Concat", "AveragePool", "GlobalAveragePool", "ReduceMean", "Pad"),
+    *("Gelu", "HardSwish", "HardSigmoid", "LeakyRelu", "PRelu", "Elu", "Relu", "Clip", "Sqrt", "Exp", "Pow"),
+    *("GridSample", "Resize"),
+)
+_SAME: Final = (
+    *("Reshape", "Transpose", "Slice", "Split", "Squeeze", "Unsqueeze", "Expand", "Tile", "Gather", "MaxPool"),
+    *("DepthToSpace", "SpaceToDepth"),
+)
+
+QNN_HTP: Final = Profile(
+    name="qnn-htp",
+    consumer="Qualcomm QNN's Hexagon Tensor Processor, through onnxruntime-qnn",
+    activations=int_activations(*_FORMATS),
+    weight=parse_quant("int8/channel"),
+    ops={
+        **{kind: OpRule(_WEIGHTED, bias="int32") for kind in ("Conv", "ConvTranspose", "Linear")},
+        "MatMul": OpRule(_PAIRS),
+        **{kind: OpRule(_NORM, bias="int32") for kind in ("LayerNormalization", "RMSNormalization")},
+        **{kind: OpRule(_NORM, bias="int32") for kind in ("InstanceNormalization", "BatchNormalization")},
+        **{kind: OpRule(_ANY) for kind in _OWN},
+        **{kind: OpRule(_ANY, output="same") for kind in _SAME},
+        "Softmax": OpRule(_ANY, grids=_UNIT),
+        "Sigmoid": OpRule(_ANY, grids=_UNIT),
+        "Tanh": OpRule(_ANY, grids={"uint8": FixedGrid(1 / 128, 128), "uint16": FixedGrid(1 / 32768, 32768)}),
+    },
+    fuses=(("Conv", "Relu"), ("Conv", "Clip"), ("ConvTranspose", "Relu"), ("Linear", "Relu"), ("Add", "Relu")),
+    static=True,
+    sources=(
+        "onnxruntime: quantization/execution_providers/qnn/quant_config.py",
+        "onnxruntime-qnn: op builders",
+        "compiled graphs of onnxruntime-qnn 2.7's simulator",
+    ),
+)
