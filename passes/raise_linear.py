@@ -5,7 +5,7 @@ or hold the matrix as ``[K, N]``.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, final
 
 import torch
@@ -37,15 +37,18 @@ class RaiseLinear(Pass):
         found = products(gm)
         columns = _only_columns(gm, found)
         turned: dict[str, Op] = {}
+        raised: dict[Op, Op] = {}  # a product may read another
         count = 0
         for product in found:
+            x, bias = raised.get(product.x, product.x), product.bias and raised.get(product.bias, product.bias)
+            product = replace(product, x=x, bias=bias)
             fqn = product.matrix.param.fqn
             if product.is_rows:
-                self._raise(gm, product, product.matrix.param)
+                raised |= self._raise(gm, product, product.matrix.param)
             elif fqn in columns:
                 if fqn not in turned:
                     turned[fqn] = self._turn(gm, product)
-                self._raise(gm, product, turned[fqn])
+                raised |= self._raise(gm, product, turned[fqn])
             else:
                 continue
             count += 1
@@ -59,19 +62,22 @@ class RaiseLinear(Pass):
         remove_tensor(gm, fqn)
         return edit.add_tensor(gm, first.op, fqn, rows, by=self.name, like=first.op)
 
-    def _raise(self, gm: fx.GraphModule, product: Product, weight: Op) -> None:
+    def _raise(self, gm: fx.GraphModule, product: Product, weight: Op) -> dict[Op, Op]:
+        """The product's op, or the addition after it, is gone; what stands in its place, by it."""
         op, by = product.op, self.name
         for cast in product.matrix.casts:
             weight = edit.insert(gm, op, Cast.target, weight, by=by, options=cast.node.kwargs)
         if not _adds_bias(product):
-            made = edit.insert(gm, op, Linear.target, product.x, weight, by=by)
-            edit.bypass(gm, op, self._scaled(gm, product, made))
-            return
+            made = self._scaled(gm, product, edit.insert(gm, op, Linear.target, product.x, weight, by=by))
+            edit.bypass(gm, op, made)
+            return {op: made}
         bias, last = product.bias, op
         if bias is None and (added := _added_bias(op)) is not None:
             last, bias = added
         arguments = (product.x, weight) if bias is None else (product.x, weight, bias)
-        edit.bypass(gm, last, edit.insert(gm, last, Linear.target, *arguments, by=by, like=op))
+        made = edit.insert(gm, last, Linear.target, *arguments, by=by, like=op)
+        edit.bypass(gm, last, made)
+        return {last: made}
 
     def _scaled(self, gm: fx.GraphModule, product: Product, made: Op) -> Op:
         """``alpha * made + beta * bias``; as ``addmm`` has it, a bias times 0 is left out whatever it holds."""

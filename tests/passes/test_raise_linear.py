@@ -295,6 +295,37 @@ def test_a_disguised_model_is_compiled_to_the_same_codes(algorithms: list[str]) 
                 torch.testing.assert_close(other[name], tensor, rtol=1e-5, atol=1e-6)  # other orders of sums
 
 
+class Chained(nn.Module):
+    """Products of products with biases, which are raised into additions that others were found to read."""
+
+    def __init__(self, call: Callable[[Tensor, nn.Parameter, nn.Parameter, nn.Parameter], Tensor]) -> None:
+        super().__init__()
+        self.w, self.v = nn.Parameter(torch.empty(8, 8)), nn.Parameter(torch.empty(8, 8))
+        self.b = nn.Parameter(torch.empty(8))
+        self.call = call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(x, self.w, self.v, self.b)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, w, v, b: (x @ w.t() + b) @ v.t() + b,
+        lambda x, w, v, b: torch.addmm(x[0] @ w.t() + b, x[0], v.t(), beta=0.5),
+        lambda x, w, v, b: torch.addmm(b, x[0] @ w.t() + b, v.t(), alpha=2.0),
+        lambda x, w, v, b: torch.addmm(b, torch.addmm(b, x[0], w.t(), beta=0.5), v.t()),
+    ],
+    ids=["x", "bias", "x of addmm", "addmm of addmm"],
+)
+def test_a_product_that_reads_another(call: Callable[..., Tensor]) -> None:
+    gm = capture(Chained(call).double(), EXAMPLE)
+    before = run(gm, ROWS)
+    assert raised(gm) == 2
+    assert_vals(gm, ROWS)
+    torch.testing.assert_close(run(gm, ROWS), before, rtol=1e-12, atol=1e-12)
+
+
 # -- near misses -------------------------------------------------------------------------------------------------------
 
 KEPT: dict[str, tuple[Call, tuple[int, ...]]] = {
