@@ -17,7 +17,9 @@ from graphq.passes.fold_norms import FoldNorms
 from graphq.passes.gptq import GPTQ
 from graphq.passes.observe import NeedsStatistics, Observe
 from graphq.passes.observe_means import ObserveMeans
+from graphq.passes.place_quantizers import PlaceQuantizers
 from graphq.passes.quantize_activations import QuantizeActivations
+from graphq.passes.quantize_biases import QuantizeBiases
 from graphq.passes.quantize_weights import QuantizeWeights
 from graphq.passes.rotate import Rotate
 from graphq.passes.rotate_online import RotateOnline
@@ -28,6 +30,7 @@ from graphq.passes.untie import Untie
 from graphq.spec.algorithms import ALGORITHMS, Stage
 from graphq.spec.folds import EVERYWHERE, Folds
 from graphq.spec.match import Layer, nearest_layer, unmatched_hint
+from graphq.spec.profile import Profile
 from graphq.spec.rules import Algorithm, Spec
 
 Layers = frozenset[str] | None  # by FQN; None for all
@@ -127,8 +130,12 @@ def preparations(spec: Spec, context: PassContext) -> list[Pass]:
     return [step for request in requests if request.stage == "prepare" for step in request.make()]
 
 
-def quantization(spec: Spec, layers: Mapping[str, Layer], context: PassContext, blocks: bool) -> list[Pass]:
-    """The passes from decisions to the QDQ form. ``blocks``: block by block, which needs calibration."""
+def quantization(
+    spec: Spec, layers: Mapping[str, Layer], context: PassContext, blocks: bool, profile: Profile | None = None
+) -> list[Pass]:
+    """The passes from decisions to the QDQ form. ``blocks``: block by block, which needs calibration. ``profile``: where
+    quantizers of activations stand, if not at the inputs of layers alone.
+    """
     passes: list[Pass] = []
     calibrated: list[Request] = []
     corrections: dict[str, list[Pass]] = {}
@@ -156,6 +163,10 @@ def quantization(spec: Spec, layers: Mapping[str, Layer], context: PassContext, 
         passes += [Blockwise(tuple(inner), spec.prefix)] if blocks else inner
     if blocks:  # what several parts share was left to the whole
         passes += _last_walk([], correcting, context)
+    if profile is not None:
+        placing = PlaceQuantizers(profile, spec.activations, context.note)
+        passes += [placing, Calibrate(context.note), QuantizeActivations(context.note)]
+        passes.append(QuantizeBiases(profile, context.note))
     return passes
 
 

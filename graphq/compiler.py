@@ -24,10 +24,12 @@ from graphq.frontends.native import print_spec
 from graphq.ir.layers import sites
 from graphq.ir.pipeline import Batches, Pass, Pipeline
 from graphq.ir.unnamed import unnamed
+from graphq.lowering.profiles import profile_named
 from graphq.lowering.targets import check_options, target_named
 from graphq.lowering.torch.pack import pack
 from graphq.passes.annotate import Annotate, decide
 from graphq.passes.calibrate import Calibrate
+from graphq.passes.fold_batch_norm import FoldBatchNorm
 from graphq.passes.quantize_weights import QuantizeWeights
 from graphq.passes.raise_grouped_linear import RaiseGroupedLinear
 from graphq.passes.raise_linear import RaiseLinear
@@ -40,6 +42,8 @@ from graphq.runtime.model import CompiledModel
 from graphq.runtime.pickling import NotPickled
 from graphq.spec.algorithms import ALGORITHMS
 from graphq.spec.match import Layer
+from graphq.spec.plan import Plan
+from graphq.spec.profile import Profile
 from graphq.spec.rules import Spec
 from graphq.state import put_tensor, tensor_of
 
@@ -61,13 +65,27 @@ def passes_for(
     spec: Spec, layers: Mapping[str, Layer] | None = None, context: PassContext = _SILENT, blocks: bool = False
 ) -> list[Pass]:
     """The whole pipeline for a spec and a model of these layers, in order. ``blocks``: block by block."""
+    profile = placed_for(spec)
     return [
         *canonical_passes(),
+        *([] if profile is None else [FoldBatchNorm()]),
         *preparations(spec, context),
-        Annotate(spec),
+        Annotate(spec, placed=profile is not None),
         RoundToStored(),
-        *quantization(spec, layers or {}, context, blocks),
+        *quantization(spec, layers or {}, context, blocks, profile),
     ]
+
+
+def placed_for(spec: Spec) -> Profile | None:
+    """The profile by which quantizers are placed over the whole graph; None where the inputs of layers alone are
+    quantized: no profile and no rules for activations are given, or no activation is to be an integer of one scale.
+    """
+    if spec.activations:
+        return profile_named(spec.profile or "generic-int8")
+    plans = [rule.decision for rule in spec.rules if isinstance(rule.decision, Plan)]
+    static = any(plan.input is not None and not plan.input.dynamic for plan in plans)
+    given = any(plan.output is not None for plan in plans)
+    return profile_named(spec.profile or "generic-int8") if given or (static and spec.profile) else None
 
 
 @final

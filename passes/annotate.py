@@ -1,7 +1,7 @@
 """Every layer's decision, from the spec's rules, on the nodes that use its weight."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, assert_never, final
 
 from torch import fx
@@ -11,7 +11,8 @@ from graphq.ir.layers import LAYER, PLAN, layers, sites
 from graphq.ir.pipeline import Batches, Invariant, Pass
 from graphq.ir.unnamed import unnamed
 from graphq.spec.match import Layer, Unnamed
-from graphq.spec.plan import PerExpert, Plan
+from graphq.spec.activations import is_tensor_quant
+from graphq.spec.plan import Decision, PerExpert, Plan
 from graphq.spec.quant import Ofmr, PerGroup, PerToken
 from graphq.spec.rules import Resolved, Spec, resolve
 
@@ -79,9 +80,13 @@ annotated = Invariant("a decision for every layer", _unannotated)
 @final
 @dataclass(frozen=True)
 class Annotate(Pass):
-    """Every use of a layer carries the layer's FQN and its decision (a stack of experts: one decision for each)."""
+    """Every use of a layer carries the layer's FQN and its decision (a stack of experts: one decision for each).
+
+    ``placed``: quantizers of activations are placed over the whole graph, those of such layers' inputs among them.
+    """
 
     spec: Spec
+    placed: bool = False
     name: ClassVar[str] = "annotate"
     ensures: ClassVar[tuple[Invariant, ...]] = (annotated,)
 
@@ -90,8 +95,17 @@ class Annotate(Pass):
         count = 0
         for site in sites(gm):
             decisions = tuple(resolved[fqn].decision for fqn in site.fqns)
+            if self.placed and not site.is_stack:
+                decisions = tuple(_placed(decision) for decision in decisions)
             meta = {LAYER: site.path, PLAN: PerExpert(decisions) if site.is_stack else decisions[0]}
             if any(site.op.node.meta.get(key) != value for key, value in meta.items()):
                 site.op.node.meta |= meta
                 count += 1
         return count
+
+
+def _placed(decision: Decision) -> Decision:
+    """A decision whose static input is one of the tensors of the whole graph."""
+    if not isinstance(decision, Plan) or (decision.input is not None and not is_tensor_quant(decision.input)):
+        return decision
+    return replace(decision, placed=True)

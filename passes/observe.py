@@ -26,7 +26,7 @@ from graphq.ir.views import (
 from graphq.observers.observer import Observer, ObserverRequest
 from graphq.observers.ranges import OfmrWeightObserver, OutputMap, RangeObserver, observer_for
 from graphq.runtime import ops
-from graphq.spec.plan import input_quants, weight_quants
+from graphq.spec.plan import Plan, input_quants, weight_quants
 from graphq.spec.quant import Ofmr, Quant
 from graphq.state import tensor_of
 
@@ -36,7 +36,10 @@ def to_quantize(gm: fx.GraphModule) -> Iterator[tuple[Weighted, tuple[Quant | No
     for op in ops_of(gm):
         if not isinstance(op, Weighted) or _is_quantized(op.input_op):
             continue
-        quants = input_quants(op.node.meta.get(PLAN))
+        plan = op.node.meta.get(PLAN)
+        if isinstance(plan, Plan) and plan.placed:  # with those of the whole graph
+            continue
+        quants = input_quants(plan)
         if any(quant is not None for quant in quants):
             yield op, quants
 

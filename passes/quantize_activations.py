@@ -9,14 +9,17 @@ from torch import fx
 from graphq import numerics
 from graphq.ir import edit
 from graphq.ir.edit import free_path
-from graphq.ir.layers import LAYER
+from graphq.ir.layers import LAYER, layer_path
 from graphq.ir.pipeline import Batches, Invariant, Pass
-from graphq.ir.views import Op, Weighted, view
-from graphq.observers.ranges import RangeObserver
+from graphq.ir.views import Op, Param, Weighted, view
+from graphq.numerics import Scales
+from graphq.observers.ranges import GridObserver, RangeObserver
 from graphq.passes.observe import observer_on, observers, remove_observers, to_quantize
+from graphq.passes.quantize_weights import QuantizedWeight, hold_codes
 from graphq.runtime import ops
 from graphq.spec.formats import has_global_scale, is_asymmetric
 from graphq.spec.quant import Quant
+from graphq.state import remove_tensor, tensor_of
 
 
 def _uncalibrated(gm: fx.GraphModule) -> str | None:
@@ -54,7 +57,7 @@ class QuantizeActivations(Pass):
 
     def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
         made: dict[tuple[Op, Quant], Op] = {}
-        changes = 0
+        changes = self._quantize_grids(gm)
         for op, quants in list(to_quantize(gm)):
             x = op.input_op
             distinct = list(dict.fromkeys(quants))
@@ -71,6 +74,32 @@ class QuantizeActivations(Pass):
             changes += 1
         left = remove_observers(gm)
         return changes or left
+
+    def _quantize_grids(self, gm: fx.GraphModule) -> int:
+        """What is read through the observer of a grid is read quantized and dequantized on it."""
+        found = [(op, one) for op, one in observers(gm) if isinstance(one, GridObserver)]
+        grids: dict[int, GridObserver] = {}
+        for _, one in found:
+            if (whole := grids.setdefault(one.grid.number, one)) is not one:
+                whole.merge(one)
+        held: dict[int, tuple[Op, Op | None]] = {}
+        for op, one in found:
+            x, quant = view(op.node.all_input_nodes[0]), one.grid.quant
+            scales = grids[one.grid.number].scales()
+            if one.grid.number not in held:
+                self._tell(grids[one.grid.number].ranges)
+            block = numerics.activation_block(quant.granularity, x.val.dim())
+            if isinstance(x, Param):
+                made = self._hold_constant(gm, x, quant, scales, op)
+            else:
+                if one.grid.number not in held:
+                    held[one.grid.number] = self._hold_grid(gm, op, one, scales)
+                level = (*held[one.grid.number], None, str(quant.format), block)  # in graph order: read here, too
+                codes = edit.insert(gm, op, ops.quantize, x, *level, by=self.name, like=op)
+                made = edit.insert(gm, op, ops.dequantize, codes, *level, x.val.dtype, by=self.name, like=op)
+            edit.bypass(gm, op, made)
+        edit.drop_unused(gm)
+        return len(found)
 
     def _quantize(self, gm: fx.GraphModule, x: Op, quant: Quant, reader: Weighted) -> Op:
         """``x`` quantized and dequantized, right after ``x``, for ``reader`` and all that agree with it."""
@@ -106,10 +135,33 @@ class QuantizeActivations(Pass):
         codes = edit.insert(gm, after, ops.quantize, x, *level, by=self.name, like=reader)
         return edit.insert(gm, after, ops.dequantize, codes, *level, x.val.dtype, by=self.name, like=reader)
 
+    def _hold_grid(self, gm: fx.GraphModule, op: Op, one: GridObserver, scales: Scales) -> tuple[Op, Op | None]:
+        """The grid's scale and zero point, under the name of the first tensor that is on it."""
+        names = (f"{one.role}_scale", f"{one.role}_zero_point")
+        path = edit.free_path(gm, one.layers[0], names)
+        scale = edit.add_tensor(gm, op, f"{path}.{names[0]}", scales.scale, by=self.name, like=op)
+        if scales.zero_point is None:
+            return scale, None
+        return scale, edit.add_tensor(gm, op, f"{path}.{names[1]}", scales.zero_point, by=self.name, like=op)
+
+    def _hold_constant(self, gm: fx.GraphModule, x: Param, quant: Quant, scales: Scales, like: Op) -> Op:
+        """A constant as codes, and the op that reads them."""
+        w = tensor_of(gm, x.fqn).detach()
+        block = numerics.activation_block(quant.granularity, w.dim())
+        shape = numerics.scale_shape(w.shape, block)
+        own = Scales(*(None if part is None else part.view(shape) for part in scales))
+        codes = QuantizedWeight(numerics.quantize(w, own, quant.format, block), own, block)
+        path = layer_path(x.fqn)
+        if len(gm.graph.find_nodes(op="get_attr", target=x.fqn)) > 1 or len(x.users) > 1:
+            path = edit.free_path(gm, f"{path}_quantized", ("weight",))
+        else:
+            remove_tensor(gm, x.fqn)
+        return hold_codes(gm, like, path, quant, codes, w.dtype, like, self.name)
+
     def _tell(self, observer: RangeObserver) -> None:
         only = observer.only
         if only is None or self.note is None:
             return
         for layer in observer.layers:
             seen = "only zeros" if only == 0 else f"nothing but {only:g}"
-            self.note(f"{layer}: calibration saw {seen} in its input, from which no range of {observer.quant} follows")
+            self.note(f"{layer}: calibration saw {seen} in its {observer.role}, from which no range of {observer.quant} follows")

@@ -42,9 +42,12 @@ _COMPANIONS: Final = (
 @final
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """Codes, scales and zero point of one weight (or what is fixed of one input's, without codes) of the QDQ form."""
+    """Codes, scales and zero point of one weight or bias (or what is fixed of an activation's, without codes) of the
+    QDQ form. ``role``: ``weight``, ``bias``, or the tensor of the layer that it is, such as ``input``.
+    """
 
     path: str
+    role: str
     format: str
     codes: Tensor | None
     scale: Tensor | None
@@ -53,12 +56,11 @@ class QuantizedTensor:
 
     def named(self) -> dict[str, Tensor]:
         """The tensors by their names in the QDQ form."""
-        role = "weight" if self.codes is not None else "input"
-        named = {f"{self.path}.weight": self.codes} if self.codes is not None else {}
+        named = {f"{self.path}.{self.role}": self.codes} if self.codes is not None else {}
         named |= {
-            f"{self.path}.{role}_scale": self.scale,
-            f"{self.path}.{role}_zero_point": self.zero_point,
-            f"{self.path}.{role}_global_scale": self.global_scale,
+            f"{self.path}.{self.role}_scale": self.scale,
+            f"{self.path}.{self.role}_zero_point": self.zero_point,
+            f"{self.path}.{self.role}_global_scale": self.global_scale,
         }
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
@@ -76,14 +78,17 @@ def quantized_tensors(gm: fx.GraphModule) -> dict[str, QuantizedTensor]:
     for op in ops_of(gm):
         match op:
             case Dequantize() if isinstance(op.codes, Param):
-                path = op.codes.fqn.removesuffix(".weight")
-                found[path] = QuantizedTensor(path, op.format, tensor_of(gm, op.codes.fqn), *_fixed(gm, op))
+                path, _, role = op.codes.fqn.rpartition(".")
+                key = path if role == "weight" else op.codes.fqn
+                found[key] = QuantizedTensor(path, role, op.format, tensor_of(gm, op.codes.fqn), *_fixed(gm, op))
             case Quantize() if isinstance(op.scale, Param):
-                path = op.scale.fqn.removesuffix(".input_scale")
-                found[f"{path} input"] = QuantizedTensor(path, op.format, None, *_fixed(gm, op))
+                path, _, name = op.scale.fqn.rpartition(".")
+                role = name.removesuffix("_scale")
+                found[f"{path} {role}"] = QuantizedTensor(path, role, op.format, None, *_fixed(gm, op))
             case Quantize() if isinstance(op.global_scale, Param):
-                path = op.global_scale.fqn.removesuffix(".input_global_scale")
-                found[f"{path} input"] = QuantizedTensor(path, op.format, None, *_fixed(gm, op))
+                path, _, name = op.global_scale.fqn.rpartition(".")
+                role = name.removesuffix("_global_scale")
+                found[f"{path} {role}"] = QuantizedTensor(path, role, op.format, None, *_fixed(gm, op))
             case _:
                 pass
     return found

@@ -217,13 +217,19 @@ def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
 
 
+def _is_module(gm: fx.GraphModule, path: str) -> bool:
+    try:
+        gm.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
 def free_path(gm: fx.GraphModule, layer: str, names: Sequence[str]) -> str:
     """Where tensors of these names can be held that belong to the input of ``layer``: there, or under a name made of it
     where they are held already, and where the layer is itself a float tensor.
     """
-    parent, _, name = layer.rpartition(".")
-    is_tensor = isinstance(getattr(gm.get_submodule(parent), name, None), Tensor)
-    first = f"{layer}_input" if is_tensor else layer
+    first = f"{layer}_input" if has_tensor(gm, layer) and not _is_module(gm, layer) else layer
     further = (f"{first}.input{number}" for number in count())
     return next(
         path for path in chain((first,), further) if not any(has_tensor(gm, f"{path}.{name}") for name in names)

@@ -52,6 +52,8 @@ def code_dtype(format: Format) -> torch.dtype:
         case Int(bits, signed=signed):
             if bits <= 8:
                 return torch.int8 if signed else torch.uint8
+            if bits == 32:
+                return torch.int32
             return torch.int16 if signed else torch.uint16
         case TwoLevel("int4") | Mx("int8"):
             return torch.int8

@@ -12,6 +12,7 @@ from graphq.numerics import (
     Scales,
     activation_block,
     block_extremes,
+    code_dtype,
     fake_quantize,
     histogram,
     nvfp4_global_scale,
@@ -21,6 +22,7 @@ from graphq.numerics import scale_from_extremes as from_extremes
 from graphq.numerics.ranges import weight_scales
 from graphq.observers.observer import Observer
 from graphq.spec.formats import Int, Nvfp4
+from graphq.spec.profile import Grid
 from graphq.spec.quant import (
     Entropy,
     Histogram,
@@ -281,6 +283,53 @@ class OfmrWeightObserver(RangeObserver):
             raise SpecError(f"{self.layers[0]}: {self.quant}: no scale gives a finite error of the layer's output")
         found = torch.stack([scales.scale for scales in self._candidates()]).flatten(1)
         return Scales(found.gather(0, least[None]).view_as(self.like))
+
+
+@final
+class GridObserver(Observer):
+    """The range of a tensor that is to be on a grid, which several tensors may share.
+
+    ``moved``: everything that it holds was on the grid before, so that nothing is to be seen of it.
+    """
+
+    axis = None
+
+    def __init__(self, grid: Grid, layer: str, role: str, moved: bool = False) -> None:
+        super().__init__((layer,))
+        self.grid = grid
+        self.role = role
+        self.moved = moved or grid.fixed is not None
+        self.ranges = observer_for(grid.quant, (layer,), lambda: ())
+        self.ranges.role = role
+
+    @property
+    def has_observed(self) -> bool:
+        return self.moved or self.ranges.has_observed
+
+    def update(self, x: Tensor, *rest: Tensor) -> None:
+        if not self.moved:
+            self.ranges.update(x, *rest)
+
+    def settings(self) -> tuple[object, ...]:
+        return (self.grid,)
+
+    def absorb(self, later: Observer) -> None:
+        assert isinstance(later, GridObserver)
+        if later.moved:
+            return
+        if self.moved:
+            self.ranges, self.moved = later.ranges, False
+        else:
+            self.ranges.absorb(later.ranges)
+
+    def scales(self) -> Scales:
+        """The scale and zero point of the grid."""
+        fixed, format = self.grid.fixed, self.grid.quant.format
+        if fixed is None:
+            return self.ranges.scales()
+        assert isinstance(format, Int)
+        zero_point = None if format.symmetric else torch.tensor(fixed.zero_point, dtype=code_dtype(format))
+        return Scales(torch.tensor(fixed.scale), zero_point)
 
 
 def observer_for(quant: Quant, layers: tuple[str, ...], maps: Callable[[], Sequence[OutputMap]]) -> RangeObserver:

@@ -25,7 +25,7 @@ FloatScale = Literal["max", "to15", "unit", "pow2"]
 MxElement = Literal["float8_e4m3fn", "float8_e5m2", "float6_e2m3", "float6_e3m2", "float4_e2m1", "int8"]
 ExponentRule = Literal["ocp", "even", "amct", "amct_llm", "nearest", "ceil", "ascend"]
 MIN_BITS: Final = 2
-INT_BITS: Final = (*range(MIN_BITS, 9), 16)
+INT_BITS: Final = (*range(MIN_BITS, 9), 16, 32)
 MX_BLOCK: Final = 32
 NVFP4_BLOCK: Final = 16
 
@@ -51,7 +51,7 @@ class Int:
 
     def __post_init__(self) -> None:
         if type(self.bits) is not int or self.bits not in INT_BITS:  # bool is an int too
-            raise SpecError(f"bits: {self.bits!r} is not one of 2 to 8 or 16")
+            raise SpecError(f"bits: {self.bits!r} is not one of 2 to 8, 16 or 32")
         if type(self.symmetric) is not bool:
             raise SpecError(f"symmetric: {self.symmetric!r} is not true or false")
         if self.divisor not in get_args(Divisor):
@@ -183,7 +183,7 @@ def element_name(format: Format) -> str:
 
 
 def code_bits(format: Format) -> int:
-    """Bits of one code: 2 to 8, or 16."""
+    """Bits of one code: 2 to 8, 16, or a bias's 32."""
     found = re.search(r"\d+", element_name(format))
     assert found is not None
     return int(found[0])

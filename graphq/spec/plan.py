@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Final, final
 
 from graphq.errors import SpecError
+from graphq.spec.activations import check_tensor_quant
 from graphq.spec.formats import Int, Nvfp4, TwoLevel
 from graphq.spec.quant import (
     Entropy,
@@ -27,10 +28,16 @@ ACTIVATION_BITS: Final = (4, 6, 8, 16)
 @final
 @dataclass(frozen=True)
 class Plan:
-    """How one layer is quantized: its weight, its input activation, or both. At least one is given."""
+    """How one layer is quantized: its weight, its input activation, its output. A weight or an input is given.
+
+    ``output``: a tensor that everything reads quantized; so are inputs where tensors are quantized over the whole graph
+    (``placed``), and then their scales are those of ``graphq.ir.grids``.
+    """
 
     weight: Quant | None = None
     input: Quant | None = None
+    output: Quant | None = None
+    placed: bool = False
 
     def __post_init__(self) -> None:
         if self.weight is None and self.input is None:
@@ -39,11 +46,12 @@ class Plan:
             _check_weight(self.weight)
         if self.input is not None:
             _check_input(self.input)
+        if self.output is not None:
+            check_tensor_quant(self.output)
 
     def __str__(self) -> str:
-        return ", ".join(
-            f"{role} {quant}" for role, quant in (("weight", self.weight), ("input", self.input)) if quant is not None
-        )
+        given = (("weight", self.weight), ("input", self.input), ("output", self.output))
+        return ", ".join(f"{role} {quant}" for role, quant in given if quant is not None)
 
 
 def _check_weight(quant: Quant) -> None:

@@ -14,7 +14,7 @@ from graphq.spec.formats import Format, Int, parse_format
 from graphq.spec.quant import PerTensor, Quant, parse_quant
 
 Output = Literal["required", "optional", "same"]
-Placement = Literal["always", "between", "never"]
+Placed = Literal["always", "through", "between", "never"]
 Bias = Literal["int32", "float"]
 LINEAR: Final = "Linear"
 
@@ -70,14 +70,27 @@ class FixedGrid:
 
 @final
 @dataclass(frozen=True)
+class Grid:
+    """One scale and zero point, of one tensor or several. ``number`` tells grids apart; ``fixed``: as a consumer wants
+    it.
+    """
+
+    number: int
+    quant: Quant
+    fixed: FixedGrid | None = None
+
+
+@final
+@dataclass(frozen=True)
 class OpRule:
     """How a consumer runs one kind of op in integers.
 
     types: the combinations it takes, the preferred first.
     output: whether what it gives must be quantized for that (``required``), may be (``optional``), or must be on the
         grid of its input (``same``).
-    placed: whether quantizers are put around it ``always``; only ``between`` ops that are in integers anyway; or
-        ``never``, where it is taken in integers but is not faster so.
+    placed: whether quantizers are put around it ``always``; where what reads it wants integers, which it lets
+        ``through``; only ``between`` ops that are in integers anyway; or ``never``, where it is taken in integers but
+        is not faster so.
     grids: fixed ones of its output, by type.
     bias: how its bias is written.
     because: what was measured, or where the row is from.
@@ -85,7 +98,7 @@ class OpRule:
 
     types: tuple[OpTypes, ...]
     output: Output = "required"
-    placed: Placement = "always"
+    placed: Placed = "always"
     grids: Mapping[str, FixedGrid] = field(default_factory=dict[str, FixedGrid])
     bias: Bias = "float"
     because: str = ""

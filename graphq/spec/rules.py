@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal, final
 
 from graphq.errors import SpecError
+from graphq.spec.activations import ActivationRule
 from graphq.spec.constraint import Constraint, broken
 from graphq.spec.folds import EVERYWHERE, Folds
 from graphq.spec.match import Exact, Layer, Match, Unnamed, unmatched_hint, unnamed_hint
@@ -107,6 +108,8 @@ class Spec:
     runs one after the other over all blocks. ``prefix``: a block is calibrated on what the blocks in front of it give
     as they are by then, ``quantized``, or as they were, ``float``. ``dialect``: the one it was read from.
     ``run``: what it says about the run itself. ``notes``: what the frontend read and has no use for, for the report.
+    ``activations``: rules for the tensors between layers; ``profile``: the name of what the artifact is for, which says
+    where quantizers stand (``graphq.ir.grids``). With neither, the inputs of layers alone are quantized.
     """
 
     rules: tuple[Rule, ...]
@@ -115,6 +118,8 @@ class Spec:
     pipeline: Order = "sequential"
     prefix: Prefix = "quantized"
     run: Run = Run()
+    activations: tuple[ActivationRule, ...] = ()
+    profile: str = ""
     dialect: str = field(default="native", compare=False)
     notes: tuple[str, ...] = field(default=(), compare=False)
 

@@ -27,13 +27,13 @@ OPENVINO: Final = Profile(
         "ConvTranspose": OpRule(_WEIGHTED, output="optional", because="u8 deconvolution"),
         "Linear": OpRule(_WEIGHTED, output="optional", because="u8 FullyConnected"),
         "MatMul": OpRule(op_types("uint8 x uint8 -> uint8"), output="optional", placed="never"),
-        "Concat": OpRule(_U8, output="same", placed="between", because="one grid for all operands"),
-        "AveragePool": OpRule(_U8, output="optional", placed="between"),
-        "GlobalAveragePool": OpRule(_U8, output="optional", placed="between"),
-        "MaxPool": OpRule(_U8, output="same", placed="between"),
-        "Resize": OpRule(_U8, output="same", placed="between"),
+        "Concat": OpRule(_U8, output="same", placed="through", because="one grid for all operands"),
+        "AveragePool": OpRule(_U8, output="same", placed="through"),
+        "GlobalAveragePool": OpRule(_U8, output="same", placed="through"),
+        "MaxPool": OpRule(_U8, output="same", placed="through"),
+        "Resize": OpRule(_U8, output="same", placed="through"),
         **{
-            kind: OpRule(_U8, output="same", placed="between", because="moves codes")
+            kind: OpRule(_U8, output="same", placed="through", because="moves codes")
             for kind in ("Reshape", "Transpose", "Slice", "Split", "Squeeze", "Unsqueeze", "Expand", "Tile", "Gather")
         },
     },

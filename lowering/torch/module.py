@@ -131,7 +131,7 @@ def stored_codes(model: CompiledModel) -> dict[str, manifest.QuantizedTensor]:
     for path, module in model.graph.named_modules():
         if isinstance(module, PackedWeight | Int8Linear):
             held = (codes_of(module), *scales_of(module))
-            found[path] = manifest.QuantizedTensor(path, format_of(module), *held)
+            found[path] = manifest.QuantizedTensor(path, "weight", format_of(module), *held)
     return found | manifest.quantized_tensors(model.graph)  # whose weights are packed: it holds the inputs alone
 
 

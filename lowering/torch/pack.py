@@ -32,8 +32,8 @@ def pack(gm: fx.GraphModule) -> fx.GraphModule:
     first = same_tensors(packed)
     held: dict[object, Tensor] = {}
     for op in ops_of(packed):
-        if isinstance(op, Dequantize) and isinstance(op.codes, Param):
-            _packed_weight(packed, op, first, held)
+        if isinstance(op, Dequantize) and isinstance(op.codes, Param) and (rows := _row_axes(op)) is not None:
+            _packed_weight(packed, op, rows, first, held)
     edit.drop_unused(packed)
     hold_stored(packed)
     packed.graph.lint()
@@ -107,7 +107,9 @@ def _integer_linear(gm: fx.GraphModule, weight: Dequantize) -> None:
         _call(gm, use, path, (x.codes, x.scale, x.zero_point))
 
 
-def _packed_weight(gm: fx.GraphModule, op: Dequantize, first: Mapping[str, str], held: dict[object, Tensor]) -> None:
+def _packed_weight(
+    gm: fx.GraphModule, op: Dequantize, rows: tuple[int, ...], first: Mapping[str, str], held: dict[object, Tensor]
+) -> None:
     """The read of a weight's codes is a call of a packed weight.
 
     ``first``: of names with the same codes the first; ``held``: codes packed before, by that and how they are packed.
@@ -115,7 +117,6 @@ def _packed_weight(gm: fx.GraphModule, op: Dequantize, first: Mapping[str, str],
     fqn = cast(Param, op.codes).fqn
     path = fqn.removesuffix(".weight")
     codes, scales = _tensors(gm, op)
-    rows = _row_axes(op)
     module = hold_weight(PackedWeight(op.format, list(op.block), codes.shape, rows, op.val.dtype), codes, scales)
     module.weight = held.setdefault((first.get(fqn, fqn), op.format, rows), module.weight)
     _put_module(gm, path, module)
@@ -131,8 +132,10 @@ def _tensors(gm: fx.GraphModule, op: Dequantize) -> tuple[Tensor, Scales]:
     return tensor_of(gm, cast(Param, op.codes).fqn), Scales(scale, zero_point, global_scale)
 
 
-def _row_axes(op: Dequantize) -> tuple[int, ...]:
-    """The axes of a weight whose indices get rows of their own: experts, then output channels."""
+def _row_axes(op: Dequantize) -> tuple[int, ...] | None:
+    """The axes of a weight whose indices get rows of their own: experts, then output channels. None for what is no
+    weight: a bias, or a tensor that is added or multiplied.
+    """
     pending: list[Op] = [op]
     while pending:
         read = pending.pop()
@@ -141,7 +144,7 @@ def _row_axes(op: Dequantize) -> tuple[int, ...]:
                 return (*user.own_axes, user.out_axis)
             if user.node.target in _PASSED:  # parts of a stack are joined before they are used
                 pending.append(user)
-    return (0,)
+    return None
 
 
 def _put_module(gm: fx.GraphModule, path: str, module: nn.Module) -> None:

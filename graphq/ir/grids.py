@@ -1,0 +1,376 @@
+"""Where quantizers stand so that a consumer runs a graph in integers: quantizer placement.
+
+A consumer's table (``graphq.spec.profile``) says which ops it runs in integers, of which types, and which of them leave
+the grid of what they read as it is. Chains that it runs as one op are one unit. All units that could run in integers
+are taken to do so, and those are dropped again that its table wants between integers alone and that do not stand there
+(the greatest fixed point). Tensors that have to share a scale are the connected components of a graph; at a border
+between types a tensor is quantized anew.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import final
+
+from torch import fx
+
+from graphq.capture.source import source_of
+from graphq.ir.layers import LAYER, PLAN
+from graphq.ir.op_kinds import INPUT, activations_of, is_float, kind_of
+from graphq.ir.views import Dequantize, Op, Param, Quantize, Weighted, ops_of, view
+from graphq.spec.activations import ActivationRule, rule_for
+from graphq.spec.formats import Format, Int
+from graphq.spec.plan import Plan
+from graphq.spec.profile import LINEAR, FixedGrid, Grid, OpRule, OpTypes, Profile
+from graphq.spec.quant import PerTensor, Quant
+
+_LAYERS = (LINEAR, "Conv", "ConvTranspose")
+
+
+@final
+@dataclass(frozen=True)
+class Unit:
+    """Ops that run as one: their kind (the first's), who reads what in them, and what they give."""
+
+    kind: str
+    ops: tuple[Op, ...]
+    edges: tuple[tuple[Op, Op], ...]  # (reader, tensor)
+    outputs: tuple[Op, ...]
+
+    @property
+    def first(self) -> Op:
+        return self.ops[0]
+
+    @property
+    def name(self) -> str:
+        """The layer, or the module and the kind, for people."""
+        layer = self.first.node.meta.get(LAYER)
+        path = module_of(self.first)
+        return str(layer) if layer else f"{path}.{self.kind}" if path else self.kind
+
+
+def module_of(op: Op) -> str:
+    """The path of the source's module that an op stands in; empty for the model itself."""
+    stack = op.node.meta.get("nn_module_stack") or {}
+    return str(next(reversed(list(stack.values())))[0]) if stack else ""
+
+
+@final
+@dataclass(frozen=True)
+class Quantizer:
+    """A tensor that is quantized and dequantized on a grid: for these ``readers``, or (None) for all that read it.
+
+    ``again``: it is quantized already for all, and for these readers once more. ``moved``: all that it holds was on
+    the grid before. ``name``, ``role``: of what gives or reads it, and which of its tensors it is.
+    """
+
+    x: Op
+    readers: tuple[Op, ...] | None
+    grid: Grid
+    name: str
+    role: str
+    again: bool = False
+    moved: bool = False
+
+
+@final
+@dataclass(frozen=True)
+class Placement:
+    """All quantizers, in graph order; the units that run in integers with their types; lines for the report."""
+
+    quantizers: tuple[Quantizer, ...]
+    integer: tuple[tuple[Unit, OpTypes], ...]
+    notes: tuple[str, ...]
+
+
+def place(gm: fx.GraphModule, profile: Profile, rules: Sequence[ActivationRule] = ()) -> Placement:
+    """The quantizers that ``profile`` wants in a graph whose layers have decisions.
+
+    ``rules``: what tensors are quantized to, or kept float; without any, to the profile's default.
+    """
+    return _Placer(gm, profile, rules).place()
+
+
+def units_of(gm: fx.GraphModule, fuses: Sequence[tuple[str, ...]]) -> list[Unit]:
+    """The graph as units, chains of kinds in ``fuses`` as one each, in graph order."""
+    found = [_unit(op) for op in ops_of(gm) if op.node.op in ("placeholder", "call_function") and not _is_part(op)]
+    by_op = {op: unit for unit in found for op in unit.ops}
+    gone: set[Op] = set()
+    made: list[Unit] = []
+    for unit in found:
+        if unit.first in gone:
+            continue
+        for chain in sorted(fuses, key=len, reverse=True):
+            links = _chain(unit, chain, by_op)
+            if links is not None:
+                inside = {output for link in links[:-1] for output in link.outputs}
+                edges = tuple(edge for link in links for edge in link.edges if edge[1] not in inside)
+                gone |= {op for link in links[1:] for op in link.ops}
+                unit = Unit(unit.kind, tuple(op for link in links for op in link.ops), edges, links[-1].outputs)
+                break
+        made.append(unit)
+    return made
+
+
+def _chain(unit: Unit, chain: tuple[str, ...], by_op: Mapping[Op, Unit]) -> list[Unit] | None:
+    """``unit`` and those after it, if they are of these kinds and nothing else reads what goes between them."""
+    links = [unit]
+    if unit.kind != chain[0]:
+        return None
+    for kind in chain[1:]:
+        last = links[-1]
+        users = last.outputs[0].users if len(last.outputs) == 1 else []
+        follower = by_op.get(users[0]) if len(users) == 1 else None
+        if follower is None or follower.kind != kind:
+            return None
+        links.append(follower)
+    return links
+
+
+def _is_part(op: Op) -> bool:
+    return getattr(op.node.target, "__name__", "") == "getitem"
+
+
+def _unit(op: Op) -> Unit:
+    parts = tuple(user for user in op.users if _is_part(user))
+    outputs = tuple(part for part in parts if is_float(part)) if parts else ((op,) if is_float(op) else ())
+    kind = kind_of(op)
+    if kind == LINEAR and isinstance(op, Weighted) and not _is_constant(op.weight_op):
+        kind = "MatMul"
+    inputs = [x for x in activations_of(op) if not _is_quantized(x)] if op.node.op == "call_function" else []
+    return Unit(kind, (op,), tuple((op, x) for x in inputs), outputs)
+
+
+def _is_quantized(x: Op) -> bool:
+    return isinstance(x, Dequantize) and isinstance(x.codes, Quantize)
+
+
+def _is_constant(op: Op) -> bool:
+    """Whether a tensor is computed from parameters alone."""
+    pending, seen = [op.node], set[fx.Node]()
+    while pending:
+        node = pending.pop()
+        if node.op == "placeholder":
+            return False
+        if node not in seen:
+            seen.add(node)
+            pending.extend(node.all_input_nodes)
+    return True
+
+
+@final
+class _Placer:
+    """The state of one placement."""
+
+    def __init__(self, gm: fx.GraphModule, profile: Profile, rules: Sequence[ActivationRule]) -> None:
+        self.gm = gm
+        self.profile = profile
+        self.rules = rules
+        self.units = units_of(gm, profile.fuses)
+        self.order = {op: number for number, op in enumerate(ops_of(gm))}
+        self.producer = {output: unit for unit in self.units for output in unit.outputs}
+        self.notes: dict[str, None] = {}
+
+    def place(self) -> Placement:
+        active = self._active()
+        running = set(active)
+        everywhere, edges = self._demands(active)
+        groups = self._groups(active)
+        quants: dict[Op, Quant] = {}  # by a group's representative
+        fixed: dict[Op, FixedGrid | None] = {}
+        for x in self._in_order({*everywhere, *edges}):
+            quants.setdefault(groups(x), self._quant(x, groups))
+        borders: dict[tuple[Op, Op], Format] = {}  # (reader, tensor)
+        chosen: list[tuple[Unit, OpTypes]] = []
+        for unit in active:
+            types = self._types(unit, quants, groups)
+            chosen.append((unit, types))
+            same = self._rule(unit).output == "same"
+            for position, (reader, x) in enumerate(unit.edges):
+                own = self._own_input(reader)
+                wanted = own.format if own is not None else types.input(position)
+                if not same and quants[groups(x)].format != wanted:
+                    borders[reader, x] = wanted
+            for output in unit.outputs:
+                if output in everywhere and not same and quants[groups(output)].format != types.output:
+                    was = quants[groups(output)]
+                    quants[groups(output)] = replace(was, format=types.output)
+                    self.notes[f"{unit.name}: gives {types.output}, not {was.format}, on {self.profile.name}"] = None
+        for x in self._in_order({*everywhere, *edges}):
+            root = groups(x)
+            grid = self._fixed(x, quants[root].format, running)
+            if x in self.producer and not self._keeps_grid(x, running):
+                fixed[root] = grid if root not in fixed or fixed[root] == grid else None
+        grids: dict[object, Grid] = {}
+
+        def grid_of(key: object, quant: Quant, known: FixedGrid | None = None) -> Grid:
+            return grids.setdefault(key, Grid(len(grids), quant, known))
+
+        made: list[Quantizer] = []
+        for x in self._in_order({*everywhere, *edges}):
+            root, quant = groups(x), quants[groups(x)]
+            readers = [reader for reader in edges.get(x, ()) if (reader, x) not in borders]
+            name, role = self._name(x, readers or edges.get(x, []))
+            if x in everywhere or readers:
+                reading = None if x in everywhere else tuple(readers)
+                grid = grid_of(root, quant, fixed.get(root))
+                made.append(Quantizer(x, reading, grid, name, role, moved=self._keeps_grid(x, running)))
+            others: dict[Format, list[Op]] = {}
+            for reader in edges.get(x, ()):
+                if (reader, x) in borders:
+                    others.setdefault(borders[reader, x], []).append(reader)
+            for format, reading in others.items():
+                name, role = self._name(x, reading, as_input=True)
+                grid = grid_of((x, format), replace(quant, format=format))
+                made.append(Quantizer(x, tuple(reading), grid, name, role, again=x in everywhere))
+        return Placement(tuple(made), tuple(chosen), tuple(self.notes))
+
+    # -- which ops run in integers
+
+    def _rule(self, unit: Unit) -> OpRule:
+        return self.profile.ops[unit.kind]
+
+    def _could(self, unit: Unit) -> bool:
+        """Whether the consumer has the op, the rules do not keep it float, and its layer's plan is one for integers."""
+        rule = self.profile.ops.get(unit.kind)
+        if rule is None or rule.placed == "never" or not unit.outputs:
+            return False
+        decided = [rule_for(self.rules, kind_of(op), module_of(op)) for op in unit.ops]
+        if any(one is not None and one.quant is None for one in decided) or (self.rules and not any(decided)):
+            return False
+        if unit.kind not in _LAYERS:
+            return bool(unit.edges)
+        plan = unit.first.node.meta.get(PLAN)
+        if not isinstance(plan, Plan) or plan.weight is None or (plan.input is not None and plan.input.dynamic):
+            return False
+        if not any(types.weight is None or _holds(types.weight, plan.weight) for types in rule.types):
+            text = f"{unit.name}: weight {plan.weight} is none that {self.profile.name} multiplies in integers"
+            self.notes[text] = None
+            return False
+        return True
+
+    def _active(self) -> list[Unit]:
+        active = [unit for unit in self.units if self._could(unit)]
+        while True:
+            everywhere, edges = self._demands(active)
+            firm = {x for unit in active if self._rule(unit).placed == "always" for _, x in unit.edges}
+            kept = [unit for unit in active if self._stays(unit, everywhere, edges, firm)]
+            if len(kept) == len(active):
+                return kept
+            active = kept
+
+    def _stays(
+        self, unit: Unit, everywhere: Mapping[Op, None], edges: Mapping[Op, Sequence[Op]], firm: set[Op]
+    ) -> bool:
+        placed = self._rule(unit).placed
+        if placed == "always":
+            return True
+        if not any(output in edges for output in unit.outputs):
+            return False
+        return placed == "through" or all(x in everywhere or x in firm or _is_constant(x) for _, x in unit.edges)
+
+    def _demands(self, active: Iterable[Unit]) -> tuple[dict[Op, None], dict[Op, list[Op]]]:
+        """The tensors that all read quantized, and those that some read so, with these readers."""
+        everywhere: dict[Op, None] = {}
+        edges: dict[Op, list[Op]] = {}
+        for unit in active:
+            for reader, x in unit.edges:
+                edges.setdefault(x, []).append(reader)
+            if self._rule(unit).output != "optional":
+                everywhere |= dict.fromkeys(unit.outputs)
+        return everywhere, edges
+
+    # -- on which grids
+
+    def _groups(self, active: Iterable[Unit]) -> Callable[[Op], Op]:
+        """The representative of each tensor's group."""
+        import networkx as nx
+
+        graph: nx.Graph[Op] = nx.Graph()
+        for unit in active:
+            if self._rule(unit).output == "same":
+                graph.add_edges_from((x, output) for _, x in unit.edges for output in unit.outputs)
+        source = source_of(self.gm)
+        inputs = [op for op in ops_of(self.gm) if op.node.op == "placeholder"]
+        given = next(node for node in self.gm.graph.nodes if node.op == "output").args[0]
+        for pair in source.caches:
+            past = inputs[[i.name for i in source.inputs].index(pair.past)]
+            graph.add_edge(past, view(given[list(source.outputs).index(pair.present)]))
+        first: dict[Op, Op] = {}
+        for component in nx.connected_components(graph):
+            root = min(component, key=self.order.__getitem__)
+            first |= dict.fromkeys(component, root)
+        return lambda x: first.get(x, x)
+
+    def _quant(self, x: Op, groups: Callable[[Op], Op]) -> Quant:
+        """What the group of ``x`` is quantized to: as its layer's plan says, a rule, what reads it, or the default."""
+        root = groups(x)
+        unit = self.producer.get(root)
+        plan = unit.first.node.meta.get(PLAN) if unit is not None else None
+        if isinstance(plan, Plan) and plan.output is not None:
+            return plan.output
+        kind, module = (unit.kind, module_of(unit.ops[-1])) if unit is not None else (INPUT, "")
+        found = rule_for(self.rules, kind, module)
+        if found is not None and found.quant is not None:
+            return found.quant
+        for reader in root.users:
+            own = self._own_input(reader)
+            if own is not None:
+                return own
+        return self.profile.activation()
+
+    def _own_input(self, reader: Op) -> Quant | None:
+        """What a layer's plan says of its input."""
+        plan = reader.node.meta.get(PLAN)
+        return plan.input if isinstance(plan, Plan) else None
+
+    def _types(self, unit: Unit, quants: Mapping[Op, Quant], groups: Callable[[Op], Op]) -> OpTypes:
+        """The combination that fits best: most of its inputs' types, then its output's, then the preferred one."""
+        plan = unit.first.node.meta.get(PLAN)
+        weight = plan.weight if isinstance(plan, Plan) and unit.kind in _LAYERS else None
+        rows = [row for row in self._rule(unit).types if weight is None or row.weight is None or _holds(row.weight, weight)]
+        own = self._own_input(unit.first) if unit.kind in _LAYERS else None
+        wanted = [own.format if own is not None else quants[groups(x)].format for _, x in unit.edges]
+        given = [quants[groups(output)].format for output in unit.outputs if groups(output) in quants]
+
+        def score(row: OpTypes) -> tuple[int, int]:
+            return (
+                sum(row.input(i) == format for i, format in enumerate(wanted)),
+                sum(row.output == format for format in given),
+            )
+
+        return max(rows, key=lambda row: (sum(score(row)), *score(row)))
+
+    def _fixed(self, x: Op, format: Format, active: set[Unit]) -> FixedGrid | None:
+        unit = self.producer.get(x)
+        return self._rule(unit).grids.get(str(format)) if unit is not None and unit in active else None
+
+    def _keeps_grid(self, x: Op, active: set[Unit]) -> bool:
+        """Whether all that ``x`` holds was on its grid before."""
+        unit = self.producer.get(x)
+        return unit is not None and unit in active and self._rule(unit).output == "same"
+
+    # -- words
+
+    def _in_order(self, tensors: Iterable[Op]) -> Iterator[Op]:
+        return iter(sorted(tensors, key=self.order.__getitem__))
+
+    def _name(self, x: Op, readers: Sequence[Op], as_input: bool = False) -> tuple[str, str]:
+        """Whose tensor ``x`` is: the input of the layer that alone reads it, or the output of what gives it."""
+        layers = [str(reader.node.meta[LAYER]) for reader in readers if reader.node.meta.get(LAYER)]
+        if isinstance(x, Param):
+            return x.fqn, "value"
+        unit = self.producer.get(x)
+        if as_input or unit is None or unit.kind not in _LAYERS or not unit.first.node.meta.get(LAYER):
+            if layers:
+                return layers[0], "input"
+        if unit is None:
+            return x.node.name, "value"
+        return unit.name, "output"
+
+
+def _holds(row: Quant, weight: Quant) -> bool:
+    """Whether a type of weights in a table takes this one: its format, and its granularity or a coarser one."""
+    same = isinstance(row.format, Int) and isinstance(weight.format, Int) and row.format.bits == weight.format.bits
+    if not same or row.format.signed != weight.format.signed or row.format.symmetric != weight.format.symmetric:
+        return False
+    return row.granularity == weight.granularity or isinstance(weight.granularity, PerTensor)

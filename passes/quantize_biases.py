@@ -1,0 +1,110 @@
+"""Biases as int32 codes at the scale of the products, s_x s_w, which integer kernels add without a conversion.
+
+Jacob et al., arXiv 1712.05877, equation 11.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Final, cast, final
+
+import torch
+from torch import Tensor, fx
+
+from graphq import numerics
+from graphq.ir import edit
+from graphq.ir.biases import Biased, bias_of
+from graphq.ir.grids import units_of
+from graphq.ir.layers import LAYER
+from graphq.ir.pipeline import Batches, Pass
+from graphq.ir.views import Dequantize, Op, Param, Quantize, Weighted
+from graphq.numerics import Scales
+from graphq.spec.formats import Int
+from graphq.spec.profile import Profile
+from graphq.state import put_tensor, remove_tensor, tensor_of
+
+BIAS: Final = Int(32)
+_LARGEST: Final = 2.0**31 - 2.0**7  # what int32 and float32 both hold, with a step to spare
+
+
+@final
+@dataclass(frozen=True)
+class QuantizeBiases(Pass):
+    """Every bias that ``profile`` wants as int32, of a layer whose input and weight are codes with known scales, is so.
+
+    Where a weight's channel has scales so small that its bias does not fit, the channel's scale is as large as it has
+    to be, and its codes are rounded again; ``note`` is told. A bias that others read, too, stays float.
+    """
+
+    profile: Profile
+    note: Callable[[str], None] | None = None
+    name: ClassVar[str] = "quantize-biases"
+
+    def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
+        changes = 0
+        for unit in units_of(gm, ()):
+            op, rule = unit.first, self.profile.ops.get(unit.kind)
+            if rule is None or rule.bias != "int32" or not isinstance(op, Biased):
+                continue
+            bias, x, weight = bias_of(op), cast(Weighted, op).input_op, cast(Weighted, op).weight_op
+            if isinstance(bias, Param) and len(bias.users) == 1 and _is_on_grid(x) and _is_by_channel(weight, op):
+                changes += self._quantize(gm, cast(Weighted, op), bias, cast(Dequantize, x), cast(Dequantize, weight))
+        edit.drop_unused(gm)
+        return changes
+
+    def _quantize(self, gm: fx.GraphModule, op: Weighted, bias: Param, x: Dequantize, weight: Dequantize) -> int:
+        b = tensor_of(gm, bias.fqn).detach()
+        if len(gm.graph.find_nodes(op="get_attr", target=bias.fqn)) > 1 or not bias.fqn.endswith(".bias"):
+            return 0
+        s_x = tensor_of(gm, cast(Param, x.scale).fqn).double().reshape(())
+        fqn = cast(Param, weight.scale).fqn
+        s_w = tensor_of(gm, fqn)
+        least = b.double().abs() / (_LARGEST * s_x)
+        factor = (least / s_w.double().flatten()).clamp(min=1.0)
+        if s_w.numel() == 1:
+            factor = factor.amax().view(1)
+        if bool((factor > 1).any()):
+            if len(weight.users) > 1 or weight.zero_point is not None or len(cast(Param, weight.scale).users) > 1:
+                return 0
+            self._enlarge(gm, op, weight, factor)
+            s_w = tensor_of(gm, fqn)
+        scale = (s_x * s_w.double().flatten()).float()
+        dtype, path = b.dtype, bias.fqn.removesuffix(".bias")
+        codes = torch.round(b.double() / scale.double()).clamp(-(2.0**31), 2.0**31 - 1).to(torch.int32)
+        remove_tensor(gm, bias.fqn)
+        held = edit.add_tensor(gm, op, f"{path}.bias", codes, by=self.name, like=op)
+        scales = edit.add_tensor(gm, op, f"{path}.bias_scale", scale, by=self.name, like=op)
+        block = [1 if scale.numel() > 1 else -1]
+        arguments = (held, scales, None, None, str(BIAS), block, dtype)
+        made = edit.insert(gm, op, Dequantize.target, *arguments, by=self.name, like=op)
+        edit.redirect(op, bias, made, by=self.name)
+        return 1
+
+    def _enlarge(self, gm: fx.GraphModule, op: Weighted, weight: Dequantize, factor: Tensor) -> None:
+        """The weight's scales times ``factor``, by output channel, and its codes rounded again."""
+        format, block = numerics.parse_format(weight.format), list(weight.block)
+        codes, scale = (tensor_of(gm, cast(Param, part).fqn) for part in (weight.codes, weight.scale))
+        w = numerics.dequantize(codes, Scales(scale), format, block)
+        wider = Scales((scale.double() * factor.view(scale.shape) * (1 + 2.0**-20)).to(scale.dtype))
+        put_tensor(gm, cast(Param, weight.scale).fqn, wider.scale)
+        put_tensor(gm, cast(Param, weight.codes).fqn, numerics.quantize(w, wider, format, block))
+        if self.note is not None:
+            many = int((factor > 1).sum())
+            self.note(
+                f"{op.node.meta.get(LAYER)}: the scales of {many} of its {factor.numel()} channels are as large as"
+                " their biases need in int32"
+            )
+
+
+def _is_on_grid(x: Op) -> bool:
+    """Whether an activation is read from codes with one known scale."""
+    is_read = isinstance(x, Dequantize) and isinstance(x.codes, Quantize) and isinstance(x.scale, Param)
+    return is_read and all(b == -1 for b in cast(Dequantize, x).block)
+
+
+def _is_by_channel(weight: Op, op: Weighted) -> bool:
+    """Whether a weight is held as integers with one scale for each output channel, or one."""
+    if not (isinstance(weight, Dequantize) and isinstance(weight.codes, Param) and isinstance(weight.scale, Param)):
+        return False
+    if not isinstance(numerics.parse_format(weight.format), Int):
+        return False
+    return all(b == -1 or (b == 1 and axis == op.out_axis) for axis, b in enumerate(weight.block))
