@@ -133,8 +133,8 @@ def preparations(spec: Spec, context: PassContext) -> list[Pass]:
 def quantization(
     spec: Spec, layers: Mapping[str, Layer], context: PassContext, blocks: bool, profile: Profile | None = None
 ) -> list[Pass]:
-    """The passes from decisions to the QDQ form. ``blocks``: block by block, which needs calibration. ``profile``: where
-    quantizers of activations stand, if not at the inputs of layers alone.
+    """The passes from decisions to the QDQ form. ``blocks``: block by block, which needs calibration. ``profile``:
+    where quantizers of activations stand, if not at the inputs of layers alone.
     """
     passes: list[Pass] = []
     calibrated: list[Request] = []

@@ -1,5 +1,6 @@
 """What ``graphq.compile`` refuses before the work begins."""
 
+import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
@@ -8,7 +9,9 @@ from torch import fx, nn
 
 from graphq.errors import GraphError, SpecError
 from graphq.ir.layers import sites
+from graphq.ir.op_kinds import KINDS
 from graphq.ir.views import Param, ops_of
+from graphq.lowering.profiles import PROFILES
 from graphq.passes.quantize_weights import check_finite
 from graphq.spec.algorithms import ALGORITHMS
 from graphq.spec.algorithms import problems as algorithm_problems
@@ -26,6 +29,15 @@ def refusals(spec: Spec) -> list[str]:
     problems = algorithm_problems(spec)
     if spec.cache is not None:
         problems.append(f"cache: {spec.cache}: graphq cannot quantize the KV cache yet; leave it out of the spec")
+    for rule in spec.activations:
+        where = f"{rule.source}: " if rule.source else ""
+        for kind in rule.ops:
+            if kind not in KINDS:
+                near = difflib.get_close_matches(kind, KINDS, 1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                problems.append(f"{where}op: {kind} is no kind of op{hint}")
+    if spec.profile and spec.profile not in PROFILES:
+        problems.append(f"profile: {spec.profile}: no such profile; there are {', '.join(PROFILES)}")
     return problems
 
 
@@ -54,6 +66,8 @@ def check_calibration(spec: Spec, resolved: Mapping[str, Resolved], calibration:
     static = [
         fqn for fqn, found in resolved.items() if isinstance(found.decision, Plan) and is_calibrated(found.decision)
     ]
+    if not static and calibration is None and spec.activations:
+        raise SpecError("calibration: none given, but the spec quantizes activations with static scales")
     if static and calibration is None:
         shown = ", ".join(static[:3]) + (f" and {len(static) - 3} more" if len(static) > 3 else "")
         raise SpecError(f"calibration: none given, but {shown} ask for static activation scales")
@@ -61,8 +75,8 @@ def check_calibration(spec: Spec, resolved: Mapping[str, Resolved], calibration:
 
 def is_calibrated(plan: Plan) -> bool:
     """Whether a scale of the layer follows from calibration data."""
-    static_input = plan.input is not None and not plan.input.dynamic
-    return static_input or (plan.weight is not None and isinstance(plan.weight.method, Ofmr))
+    static = plan.output is not None or (plan.input is not None and not plan.input.dynamic)
+    return static or (plan.weight is not None and isinstance(plan.weight.method, Ofmr))
 
 
 def check_tensors(gm: fx.GraphModule, resolved: Mapping[str, Resolved]) -> None:

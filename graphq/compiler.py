@@ -24,8 +24,8 @@ from graphq.frontends.native import print_spec
 from graphq.ir.layers import sites
 from graphq.ir.pipeline import Batches, Pass, Pipeline
 from graphq.ir.unnamed import unnamed
-from graphq.lowering.profiles import profile_named
-from graphq.lowering.targets import check_options, target_named
+from graphq.lowering.profiles import default_spec, profile_named
+from graphq.lowering.targets import check_options, options_of, target_named
 from graphq.lowering.torch.pack import pack
 from graphq.passes.annotate import Annotate, decide
 from graphq.passes.calibrate import Calibrate
@@ -126,6 +126,8 @@ class Compiled(NotPickled):
         an existing artifact. Raises ``TargetError`` for a layer that the target cannot hold, for an option that it does
         not have, and for an existing ``path``.
         """
+        if self.spec.profile and "profile" in options_of(target):
+            options = {"profile": self.spec.profile} | options
         check_options(target, options)
         files = source_of(self.graph).files
         check_place(path, options.get("overwrite", False), [files] if files is not None else [])
@@ -191,8 +193,9 @@ def capture(
 
 def compile(  # noqa: A001
     model: nn.Module | str | os.PathLike[str],
-    spec: Spec | Mapping[str, Any] | str | os.PathLike[str],
+    spec: Spec | Mapping[str, Any] | str | os.PathLike[str] | None = None,
     *,
+    profile: str | None = None,
     inputs: Inputs | None = None,
     calibration: Iterable[object] | None = None,
     algorithm: str | None = None,
@@ -209,7 +212,10 @@ def compile(  # noqa: A001
     model: a module (with example ``inputs``: a tensor, a tuple, or a dict by argument name), a transformers model, or
         the path of a Hugging Face directory (captured in float32 unless ``dtype`` says otherwise).
     spec: a ``Spec``, a dict, a YAML or JSON path, or YAML text, in any dialect, or a preset such as ``w4a16``;
-        ``dialect`` names it where it cannot be recognised.
+        ``dialect`` names it where it cannot be recognised. With a ``profile`` it may be left out.
+    profile: the name of what the artifact is for, such as ``ort-cpu``: quantizers stand where that runs ops in
+        integers, over the whole graph where the spec has static activations (``graphq.lowering.profiles``). Without a
+        spec, every linear and convolution, and every tensor that it wants so, has the profile's types.
     calibration: batches (each a tensor, a tuple or a dict) for activations with static scales, and for algorithms. Of
         more batches than the spec asks for, the first are taken.
     mask: which of ``inputs`` is the mask of tokens, ``[batch, tokens]``, 1 where a token counts and 0 where it is
@@ -222,7 +228,7 @@ def compile(  # noqa: A001
 
     The caller's model is never changed unless ``consume`` is true. Raises ``SpecError`` and ``GraphError``.
     """
-    parsed = load_spec(cast(Any, spec), dialect)
+    parsed = _spec_for(spec, profile, dialect)
     if algorithm is not None:
         if algorithm != "rtn":
             raise SpecError(f"algorithm: {algorithm!r} is not rtn; other algorithms stand in the spec")
@@ -268,6 +274,18 @@ def compile(  # noqa: A001
     told = [*source.notes, *notes, *dict.fromkeys(pass_notes)]
     report = make_report(resolved, told, bits, sqnr, spec_settings(parsed), widths, others)
     return Compiled(gm, parsed, report, seed)
+
+
+def _spec_for(
+    spec: Spec | Mapping[str, Any] | str | os.PathLike[str] | None, profile: str | None, dialect: str | None
+) -> Spec:
+    """The spec, for this profile if one is given; without a spec the profile's own."""
+    if spec is not None:
+        parsed = load_spec(cast(Any, spec), dialect)
+        return parsed if profile is None else dataclasses.replace(parsed, profile=profile)
+    if profile is None:
+        raise SpecError("spec: none given; give one, or a profile, such as ort-cpu")
+    return default_spec(profile_named(profile))
 
 
 def _progress(batches: Iterator[tuple[Tensor, ...]], given: Iterable[object]) -> Iterator[tuple[Tensor, ...]]:

@@ -197,6 +197,8 @@ def spec_settings(spec: Spec) -> dict[str, str]:
         "prefix": spec.prefix,
         "cache": "float" if spec.cache is None else str(spec.cache),
     }
+    found |= {"profile": spec.profile} if spec.profile else {}
+    found |= {"activations": "; ".join(map(str, spec.activations))} if spec.activations else {}
     run = {name: value for name, value in dataclasses.asdict(spec.run).items() if value not in ("", None)}
     return found | {name: str(value) for name, value in run.items()}
 

@@ -10,8 +10,8 @@ from graphq.errors import SpecError
 from graphq.ir.layers import LAYER, PLAN, layers, sites
 from graphq.ir.pipeline import Batches, Invariant, Pass
 from graphq.ir.unnamed import unnamed
-from graphq.spec.match import Layer, Unnamed
 from graphq.spec.activations import is_tensor_quant
+from graphq.spec.match import Layer, Unnamed
 from graphq.spec.plan import Decision, PerExpert, Plan
 from graphq.spec.quant import Ofmr, PerGroup, PerToken
 from graphq.spec.rules import Resolved, Spec, resolve

@@ -7,7 +7,7 @@ Quantizer placement: ``graphq.ir.grids``.
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
-from typing import ClassVar, Final, final
+from typing import Any, ClassVar, Final, cast, final
 
 import torch
 from torch import fx
@@ -76,12 +76,12 @@ class PlaceQuantizers(Pass):
             if rule is None or rule.placed != "always" or op.node.target not in _SCALARS or len(unit.edges) != 1:
                 continue
             other = op.argument("other")
-            alpha = op.argument("alpha") if "alpha" in {a.name for a in op.node.target._schema.arguments} else 1
+            alpha = op.argument("alpha") if any(a.name == "alpha" for a in op.schema()) else 1
             if not isinstance(other, int | float) or isinstance(other, bool) or alpha != 1:
                 continue
             path = next(p for i in count() if not edit.has_tensor(gm, p := f"numbers.{i}"))
             held = edit.add_tensor(gm, op, path, torch.tensor(float(other), dtype=op.val.dtype), by=self.name, like=op)
-            edit.replace(gm, op, _SCALARS[op.node.target], unit.edges[0][1], held, by=self.name)
+            edit.replace(gm, op, _SCALARS[cast(Any, op.node.target)], unit.edges[0][1], held, by=self.name)
             changes += 1
         return changes
 

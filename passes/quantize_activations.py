@@ -149,7 +149,8 @@ class QuantizeActivations(Pass):
         w = tensor_of(gm, x.fqn).detach()
         block = numerics.activation_block(quant.granularity, w.dim())
         shape = numerics.scale_shape(w.shape, block)
-        own = Scales(*(None if part is None else part.view(shape) for part in scales))
+        zero_point = None if scales.zero_point is None else scales.zero_point.view(shape)
+        own = Scales(scales.scale.view(shape), zero_point)
         codes = QuantizedWeight(numerics.quantize(w, own, quant.format, block), own, block)
         path = layer_path(x.fqn)
         if len(gm.graph.find_nodes(op="get_attr", target=x.fqn)) > 1 or len(x.users) > 1:
@@ -164,4 +165,5 @@ class QuantizeActivations(Pass):
             return
         for layer in observer.layers:
             seen = "only zeros" if only == 0 else f"nothing but {only:g}"
-            self.note(f"{layer}: calibration saw {seen} in its {observer.role}, from which no range of {observer.quant} follows")
+            unknown = f"from which no range of {observer.quant} follows"
+            self.note(f"{layer}: calibration saw {seen} in its {observer.role}, {unknown}")

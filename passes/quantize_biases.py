@@ -45,9 +45,10 @@ class QuantizeBiases(Pass):
             op, rule = unit.first, self.profile.ops.get(unit.kind)
             if rule is None or rule.bias != "int32" or not isinstance(op, Biased):
                 continue
-            bias, x, weight = bias_of(op), cast(Weighted, op).input_op, cast(Weighted, op).weight_op
-            if isinstance(bias, Param) and len(bias.users) == 1 and _is_on_grid(x) and _is_by_channel(weight, op):
-                changes += self._quantize(gm, cast(Weighted, op), bias, cast(Dequantize, x), cast(Dequantize, weight))
+            bias, layer = bias_of(op), cast(Weighted, op)
+            x, weight = layer.input_op, layer.weight_op
+            if isinstance(bias, Param) and len(bias.users) == 1 and _is_on_grid(x) and _is_by_channel(weight, layer):
+                changes += self._quantize(gm, layer, bias, cast(Dequantize, x), cast(Dequantize, weight))
         edit.drop_unused(gm)
         return changes
 

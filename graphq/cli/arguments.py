@@ -14,6 +14,14 @@ SpecFile = Annotated[
     str,
     typer.Option("--spec", metavar="FILE|PRESET", help="A file in any dialect, or a preset such as w4a16."),
 ]
+OptionalSpec = Annotated[
+    str | None,
+    typer.Option("--spec", metavar="FILE|PRESET", help="As for explain; may be left out where a --profile is given."),
+]
+Profile = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="What the artifact is for, such as ort-cpu, openvino or qnn-htp."),
+]
 Dialect = Annotated[str | None, typer.Option(help="The spec's dialect, where it cannot be recognised, such as llmc.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON: a list with one object for each layer.")]
 Calibration = Annotated[

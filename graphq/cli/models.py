@@ -7,7 +7,19 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from graphq.cli.arguments import Calibration, Debug, Dialect, Json, Model, NamedModel, Samples, SpecFile, SpecLength
+from graphq.cli.arguments import (
+    Calibration,
+    Debug,
+    Dialect,
+    Json,
+    Model,
+    NamedModel,
+    OptionalSpec,
+    Profile,
+    Samples,
+    SpecFile,
+    SpecLength,
+)
 from graphq.cli.errors import one_line_errors
 from graphq.cli.printing import print_report
 from graphq.data.model_text import calibration_batches
@@ -20,8 +32,9 @@ if TYPE_CHECKING:
 
 @one_line_errors
 def compile_(
-    spec: SpecFile,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where to write the artifact, a directory.")],
+    spec: OptionalSpec = None,
+    profile: Profile = None,
     model: NamedModel = None,
     target: Annotated[
         str | None, typer.Option(metavar="NAME", help="What to write, torch or onnx; default: what the spec names.")
@@ -51,11 +64,14 @@ def compile_(
     from graphq.files import check_place
     from graphq.frontends import load_spec
     from graphq.lowering.targets import TARGETS, read_options
+    from graphq.spec.rules import Run
 
     if target is not None and target not in TARGETS:
         raise typer.BadParameter(f"{target} is not one of {', '.join(TARGETS)}", param_hint="--target")
-    parsed = load_spec(spec, dialect)
-    run = parsed.run
+    if spec is None and profile is None:
+        raise typer.BadParameter("none is given, and no --profile", param_hint="--spec")
+    parsed = None if spec is None else load_spec(spec, dialect)
+    run = Run() if parsed is None else parsed.run
     model = model_directory(model, run)
     target_name = target or run.target
     if not target_name:
@@ -63,12 +79,12 @@ def compile_(
         raise typer.BadParameter(f"the spec names no target: say --target {names}", param_hint="--target")
     options = read_options(target_name, [*["overwrite=true"] * overwrite, *["cache=false"] * no_cache, *(option or [])])
     calibration = calibration or (Path(run.calibration) if run.calibration else None)
-    read = [model, *([Path(spec)] if Path(spec).exists() else []), *filter(None, [calibration])]
+    read = [model, *([Path(spec)] if spec is not None and Path(spec).exists() else []), *filter(None, [calibration])]
     check_place(out, options.get("overwrite") is True, read)
     from graphq import compiler
 
     batches = calibration_text(model, calibration, samples, sequence_length, run)
-    made = compiler.compile(model, parsed, calibration=batches, algorithm=algorithm, seed=seed)
+    made = compiler.compile(model, parsed, profile=profile, calibration=batches, algorithm=algorithm, seed=seed)
     made.emit(target_name, out, **options)
     print_report(made.report, as_json)
     quantized = sum(layer.weight is not None or layer.input is not None for layer in made.report.layers)

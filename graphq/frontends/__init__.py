@@ -13,6 +13,7 @@ from graphq.frontends.json_text import read_json_file
 from graphq.frontends.native import print_spec
 from graphq.frontends.yaml_text import read_file, read_text
 from graphq.spec.match import Layer
+from graphq.spec.plan import Plan
 from graphq.spec.rules import Spec
 
 __all__ = ["DIALECTS", "Converted", "convert_spec", "load_spec", "print_spec", "write_spec"]
@@ -78,6 +79,7 @@ def write_spec(spec: Spec, dialect: str) -> str:
     Raises ``SpecError`` with a line for each thing that the dialect cannot hold: nothing is dropped.
     """
     _check_dialect(dialect)
+    _check_activations(spec, dialect)
     return _DIALECTS[dialect].write(spec)
 
 
@@ -90,7 +92,23 @@ def convert_spec(spec: Spec, dialect: str, layers: Mapping[str, Layer] | None = 
     formats, algorithms and layers never change. Raises ``SpecError`` with a line for each thing that still cannot be.
     """
     _check_dialect(dialect)
+    _check_activations(spec, dialect)
     return converted(spec, dialect, _DIALECTS[dialect].write, lambda text: load_spec(text, dialect), layers, adapt)
+
+
+def _check_activations(spec: Spec, dialect: str) -> None:
+    """Raises ``SpecError`` for what only the native form says of the tensors between layers."""
+    if dialect == "native":
+        return
+    problems = [f"{dialect} cannot say activations; leave them out"] if spec.activations else []
+    problems += [f"{dialect} cannot say profile: {spec.profile}; leave it out"] if spec.profile else []
+    for rule in spec.rules:
+        if isinstance(rule.decision, Plan) and rule.decision.output is not None:
+            problems.append(
+                f"{rule.match}: output {rule.decision.output}: {dialect} cannot say an output; leave it out"
+            )
+    if problems:
+        raise SpecError(problems)
 
 
 def _check_dialect(name: str) -> None:

@@ -6,6 +6,7 @@ from typing import Final, TypeVar, assert_never, final
 import yaml
 
 from graphq.frontends.document import Document, Plain, Section, nearest, show
+from graphq.spec.activations import ActivationRule
 from graphq.spec.constraint import Constraint, parse_constraint
 from graphq.spec.folds import EVERYWHERE, SUBGRAPHS, Folds, kinds_among
 from graphq.spec.match import Blocks, Glob, Match, parse_match
@@ -17,6 +18,10 @@ SIGN: Final = "a top-level key graphq"
 VERSION: Final = 1
 KEPT_BY_RULE: Final = "a rule keeps it float"
 _RUN_TEXTS: Final = ("model", "target", "calibration")
+_KEYS: Final = (
+    *("graphq", "weight", "input", "output", "rules", "activations", "profile", "algorithms", "pipeline", "prefix"),
+    *("cache", "run"),
+)
 _ORDERS: Final[tuple[Order, ...]] = ("sequential", "independent")
 _PREFIXES: Final[tuple[Prefix, ...]] = ("quantized", "float")
 _Word = TypeVar("_Word", Order, Prefix)
@@ -30,7 +35,7 @@ def recognises(document: Document) -> bool:
 def parse(document: Document) -> Spec:
     """The spec that the document writes. Raises ``SpecError`` with everything that is wrong with it."""
     top = Section(document, document.root)
-    top.only(("graphq", "weight", "input", "rules", "algorithms", "pipeline", "prefix", "cache", "run"))
+    top.only(_KEYS)
     version = top.integer("graphq", required=True)
     if version not in (None, VERSION):
         top.report(f"{version} is not a version of the form that this graphq reads: write {VERSION}", "graphq")
@@ -53,9 +58,49 @@ def parse(document: Document) -> Spec:
         top.report("is empty: the spec quantizes nothing", "rules")
     pipeline = _one_of(top, "pipeline", _ORDERS)
     prefix = _one_of(top, "prefix", _PREFIXES)
+    activations = _read_activations(document, top)
+    profile = top.text("profile") or ""
     run = _read_run(top)
     document.finish()
-    return Spec(tuple(rules), tuple(filter(None, algorithms)), cache, pipeline, prefix, run)
+    return Spec(tuple(rules), tuple(filter(None, algorithms)), cache, pipeline, prefix, run, activations, profile)
+
+
+def _read_activations(document: Document, top: Section) -> tuple[ActivationRule, ...]:
+    """What tensors between layers are: one quant for all, or a list of rules."""
+    given = top.values.get("activations")
+    if isinstance(given, str):
+        source = document.origin(("activations",), "activations")
+        one = top.made(lambda: ActivationRule(parse_quant(given), source=source), "activations")
+        return () if one is None else (one,)
+    found: list[ActivationRule] = []
+    for index, item in enumerate(top.items("activations", ": a quant for all tensors, or a list of rules")):
+        at = ("activations", index)
+        if not isinstance(item, dict):
+            document.report(at, f"{show(item)} is not a mapping with quant or float, and op or module")
+            continue
+        section = Section(document, item, at)
+        section.only(("quant", "float", "op", "module"))
+        op, quant = section.values.get("op"), section.text("quant")
+        ops = op if isinstance(op, list) else [] if op is None else [op]
+        if not all(isinstance(kind, str) for kind in ops):
+            section.report(f"{show(op)} is not the kind of an op, such as Softmax, or a list of them", "op")
+            continue
+        keeps = section.boolean("float")
+        if (quant is None) == (not keeps):
+            section.report("decides nothing: write quant, or float: true" if quant is None else "write quant or float")
+            continue
+        source = document.origin(at, f"activations[{index}]")
+        made = section.made(
+            lambda quant=quant, ops=ops, section=section, source=source: ActivationRule(
+                None if quant is None else parse_quant(quant),
+                tuple(map(str, ops)),
+                section.text("module") or "*",
+                source,
+            ),
+            "quant",
+        )
+        found += [] if made is None else [made]
+    return tuple(found)
 
 
 def _read_run(top: Section) -> Run:
@@ -87,7 +132,7 @@ def _read_rule(document: Document, item: Plain, index: int) -> Rule | None:
         document.report(at, f"{show(item)} is not a mapping with match and weight, input or float")
         return None
     section = Section(document, item, at)
-    section.only(("match", "weight", "input", "float", "may_match_nothing", "exclusive", "only_if"))
+    section.only(("match", "weight", "input", "output", "float", "may_match_nothing", "exclusive", "only_if"))
     text = section.text("match", required=True)
     match = None if text is None else section.made(lambda: parse_match(text), "match")
     decision = _read_decision(section)
@@ -124,7 +169,7 @@ def _read_decision(section: Section) -> Decision | None:
             return _read_plan(section)
         section.report("decides nothing: write weight, input or float")
         return None
-    for key in ("weight", "input"):
+    for key in ("weight", "input", "output"):
         if key in section.values:
             section.report("the rule keeps layers float: write either this or float", key)
     match section.values["float"]:
@@ -145,9 +190,13 @@ def _read_plan(section: Section) -> Plan | None:
     )
     match plans:  # None: not there, or wrong and reported
         case Plan() as one, Plan() as other:
-            return Plan(one.weight, other.input)
+            plan = Plan(one.weight, other.input)
         case one, other:
-            return one or other
+            plan = one or other
+    output = section.text("output")
+    if output is None or plan is None:
+        return plan
+    return section.made(lambda: dataclasses.replace(plan, output=parse_quant(output)), "output")
 
 
 def _read_algorithm(document: Document, item: Plain, index: int) -> Algorithm | None:
@@ -227,6 +276,10 @@ def print_spec(spec: Spec) -> str:
         top["pipeline"] = spec.pipeline
     if spec.prefix != "quantized":
         top["prefix"] = spec.prefix
+    if spec.activations:
+        top["activations"] = [_activation_rule(rule) for rule in spec.activations]
+    if spec.profile:
+        top["profile"] = spec.profile
     if spec.cache is not None:
         top["cache"] = str(spec.cache)
     run = {name: value for name, value in dataclasses.asdict(spec.run).items() if value not in ("", None)}
@@ -238,11 +291,10 @@ def print_spec(spec: Spec) -> str:
 def _rule(rule: Rule) -> dict[str, Plain]:
     items: dict[str, Plain] = {"match": str(rule.match)}
     match rule.decision:
-        case Plan(weight, activation):
-            if weight is not None:
-                items["weight"] = str(weight)
-            if activation is not None:
-                items["input"] = str(activation)
+        case Plan(weight, activation, output):
+            for role, quant in (("weight", weight), ("input", activation), ("output", output)):
+                if quant is not None:
+                    items[role] = str(quant)
         case KeepFloat(reason):
             items["float"] = True if reason == KEPT_BY_RULE else reason
         case _:
@@ -253,6 +305,15 @@ def _rule(rule: Rule) -> dict[str, Plain]:
         items["exclusive"] = rule.exclusive
     if rule.only_if:
         items["only_if"] = [str(constraint) for constraint in rule.only_if]
+    return items
+
+
+def _activation_rule(rule: ActivationRule) -> dict[str, Plain]:
+    items: dict[str, Plain] = {"float": True} if rule.quant is None else {"quant": str(rule.quant)}
+    if rule.ops:
+        items["op"] = list(rule.ops)
+    if rule.module != "*":
+        items["module"] = rule.module
     return items
 
 

@@ -327,7 +327,9 @@ class _Placer:
         """The combination that fits best: most of its inputs' types, then its output's, then the preferred one."""
         plan = unit.first.node.meta.get(PLAN)
         weight = plan.weight if isinstance(plan, Plan) and unit.kind in _LAYERS else None
-        rows = [row for row in self._rule(unit).types if weight is None or row.weight is None or _holds(row.weight, weight)]
+        rows = [
+            row for row in self._rule(unit).types if weight is None or row.weight is None or _holds(row.weight, weight)
+        ]
         own = self._own_input(unit.first) if unit.kind in _LAYERS else None
         wanted = [own.format if own is not None else quants[groups(x)].format for _, x in unit.edges]
         given = [quants[groups(output)].format for output in unit.outputs if groups(output) in quants]
@@ -360,9 +362,9 @@ class _Placer:
         if isinstance(x, Param):
             return x.fqn, "value"
         unit = self.producer.get(x)
-        if as_input or unit is None or unit.kind not in _LAYERS or not unit.first.node.meta.get(LAYER):
-            if layers:
-                return layers[0], "input"
+        gives = unit is not None and unit.kind in _LAYERS and unit.first.node.meta.get(LAYER)
+        if layers and (as_input or not gives):
+            return layers[0], "input"
         if unit is None:
             return x.node.name, "value"
         return unit.name, "output"
@@ -370,7 +372,9 @@ class _Placer:
 
 def _holds(row: Quant, weight: Quant) -> bool:
     """Whether a type of weights in a table takes this one: its format, and its granularity or a coarser one."""
-    same = isinstance(row.format, Int) and isinstance(weight.format, Int) and row.format.bits == weight.format.bits
-    if not same or row.format.signed != weight.format.signed or row.format.symmetric != weight.format.symmetric:
+    a, b = row.format, weight.format
+    if not isinstance(a, Int) or not isinstance(b, Int):
+        return False
+    if (a.bits, a.signed, a.symmetric) != (b.bits, b.signed, b.symmetric):
         return False
     return row.granularity == weight.granularity or isinstance(weight.granularity, PerTensor)

@@ -130,7 +130,7 @@ def activations_of(op: Op) -> tuple[Op, ...]:
     """
     if isinstance(op, Weighted):
         return (op.input_op,)
-    names = {a.name for a in op.node.target._schema.arguments} if hasattr(op.node.target, "_schema") else set[str]()
+    names = {argument.name for argument in op.schema()}
     own = {"weight", "bias", "running_mean", "running_var"} if "input" in names else set[str]()
     parameters = {op.argument(name) for name in own & names}
     found = [view(node) for node in op.node.all_input_nodes if node not in parameters]

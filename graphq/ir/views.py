@@ -56,10 +56,15 @@ class Op:
             return _show(self.argument(_argument_name(name)))
         raise AttributeError(f"{type(self).__name__} has no {name}")
 
+    def schema(self) -> list[Any]:
+        """The arguments that the op declares; none where it is no op of torch's."""
+        target = self.node.target
+        return _arguments(target) if isinstance(target, OpOverload) else []
+
     def argument(self, name: str) -> Any:
         """The raw argument of this name, wherever it was given; its default where it was not."""
         target = self.node.target
-        for position, argument in enumerate(_arguments(target) if isinstance(target, OpOverload) else ()):
+        for position, argument in enumerate(self.schema()):
             if argument.name == name:
                 if name in self.node.kwargs:
                     return self.node.kwargs[name]

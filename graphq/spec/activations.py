@@ -29,6 +29,11 @@ class ActivationRule:
         if self.quant is not None:
             check_tensor_quant(self.quant)
 
+    def __str__(self) -> str:
+        ops = "|".join(self.ops) or "all"
+        where = "" if self.module == "*" else f" in {self.module}"
+        return f"{ops}{where}: {self.quant or 'float'}"
+
     def matches(self, kind: str, module: str) -> bool:
         """Whether it is for an op of this kind in the module of this path."""
         return (not self.ops or kind in self.ops) and fnmatch.fnmatchcase(module, self.module)

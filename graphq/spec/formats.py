@@ -217,6 +217,8 @@ NAMED_FORMATS: Final[dict[str, Format]] = {  # all but signed integers
 
 def find_format(text: str) -> Format | None:
     """The format whose ``str`` is ``text``, None if it is the text of none. Raises ``SpecError`` for ``int9``."""
+    if text.removesuffix("/asym") in ("uint8", "uint16"):  # which they are anyhow
+        text = text.removesuffix("/asym")
     if text in NAMED_FORMATS:
         return NAMED_FORMATS[text]
     found = _INT.fullmatch(text)

@@ -1,14 +1,17 @@
 """The profiles that there are: what each consumer of QDQ models runs in integers, one table a file."""
 
 from collections.abc import Mapping
-from typing import Final
+from typing import Final, get_args
 
 from graphq.errors import SpecError
 from graphq.lowering.profiles.generic_int8 import GENERIC_INT8
 from graphq.lowering.profiles.openvino import OPENVINO
 from graphq.lowering.profiles.ort_cpu import ORT_CPU
 from graphq.lowering.profiles.qnn_htp import QNN_HTP
+from graphq.spec.match import Kind, LayerKind
+from graphq.spec.plan import Plan
 from graphq.spec.profile import Profile
+from graphq.spec.rules import Rule, Spec
 
 PROFILES: Final[Mapping[str, Profile]] = {p.name: p for p in (ORT_CPU, OPENVINO, QNN_HTP, GENERIC_INT8)}
 
@@ -18,3 +21,12 @@ def profile_named(name: str) -> Profile:
     if name not in PROFILES:
         raise SpecError(f"profile: {name}: no such profile; there are {', '.join(PROFILES)}")
     return PROFILES[name]
+
+
+_KINDS: Final = "|".join(kind for kind in get_args(LayerKind) if kind not in ("embedding", "expert"))
+
+
+def default_spec(profile: Profile) -> Spec:
+    """Every layer with a weight in the profile's types, wherever it stands."""
+    rule = Rule(Kind(_KINDS), Plan(profile.weight, profile.activation()), source=f"profile {profile.name}")
+    return Spec((rule,), profile=profile.name)
