@@ -10,7 +10,7 @@ from typing import Any, Final, Literal, cast, final
 import torch
 from torch import Tensor, fx, nn
 
-from graphq.algorithms import PassContext, preparations, quantization, unmatched
+from graphq.algorithms import PassContext, unmatched
 from graphq.capture import hugging_face
 from graphq.capture.adapters import without_adapters
 from graphq.capture.modules import capture_module, unwrapped
@@ -22,70 +22,29 @@ from graphq.files import check_place
 from graphq.frontends import load_spec
 from graphq.frontends.native import print_spec
 from graphq.ir.layers import sites
-from graphq.ir.pipeline import Batches, Pass, Pipeline
+from graphq.ir.pipeline import Batches, Pipeline
 from graphq.ir.unnamed import unnamed
 from graphq.lowering.profiles import default_spec, profile_named
 from graphq.lowering.targets import check_options, options_of, target_named
 from graphq.lowering.torch.pack import pack
-from graphq.passes.annotate import Annotate, decide
+from graphq.passes.annotate import decide
 from graphq.passes.calibrate import Calibrate
-from graphq.passes.fold_batch_norm import FoldBatchNorm
 from graphq.passes.quantize_weights import QuantizeWeights
-from graphq.passes.raise_grouped_linear import RaiseGroupedLinear
-from graphq.passes.raise_linear import RaiseLinear
-from graphq.passes.remove_no_ops import RemoveNoOps
-from graphq.passes.round_to_stored import RoundToStored
-from graphq.passes.split_gate_up import SplitGateUp
+from graphq.pipelines import canonical_passes, passes_for
 from graphq.report import Difference, Report, algorithm_text, difference, make_report, spec_settings
 from graphq.runtime.calls import Outputs
 from graphq.runtime.model import CompiledModel
 from graphq.runtime.pickling import NotPickled
 from graphq.spec.algorithms import ALGORITHMS
-from graphq.spec.match import Layer
-from graphq.spec.plan import Plan
-from graphq.spec.profile import Profile
 from graphq.spec.rules import Spec
 from graphq.state import put_tensor, tensor_of
 
-_SILENT: Final = PassContext()
 _NOTHING: Final = "NOTHING IS QUANTIZED: all rules of the spec keep layers float"
 _OF_ITS_MODULE: Final = (
     "can_generate", "config", "device", "dtype", "eval", "generate", "generation_config", "input_modalities",
     "output_modalities", "tie_weights", "to",
 )  # fmt: skip
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
-
-
-def canonical_passes() -> list[Pass]:
-    """What brings every capture into one form, before any decision."""
-    return [RemoveNoOps(), RaiseLinear(), RaiseGroupedLinear(), SplitGateUp()]
-
-
-def passes_for(
-    spec: Spec, layers: Mapping[str, Layer] | None = None, context: PassContext = _SILENT, blocks: bool = False
-) -> list[Pass]:
-    """The whole pipeline for a spec and a model of these layers, in order. ``blocks``: block by block."""
-    profile = placed_for(spec)
-    return [
-        *canonical_passes(),
-        *([] if profile is None else [FoldBatchNorm()]),
-        *preparations(spec, context),
-        Annotate(spec, placed=profile is not None),
-        RoundToStored(),
-        *quantization(spec, layers or {}, context, blocks, profile),
-    ]
-
-
-def placed_for(spec: Spec) -> Profile | None:
-    """The profile by which quantizers are placed over the whole graph; None where the inputs of layers alone are
-    quantized: no profile and no rules for activations are given, or no activation is to be an integer of one scale.
-    """
-    if spec.activations:
-        return profile_named(spec.profile or "generic-int8")
-    plans = [rule.decision for rule in spec.rules if isinstance(rule.decision, Plan)]
-    static = any(plan.input is not None and not plan.input.dynamic for plan in plans)
-    given = any(plan.output is not None for plan in plans)
-    return profile_named(spec.profile or "generic-int8") if given or (static and spec.profile) else None
 
 
 @final

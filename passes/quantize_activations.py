@@ -86,7 +86,7 @@ class QuantizeActivations(Pass):
         for op, one in found:
             x, quant = view(op.node.all_input_nodes[0]), one.grid.quant
             scales = grids[one.grid.number].scales()
-            if one.grid.number not in held:
+            if one.grid.number not in held and not isinstance(x, Param):
                 self._tell(grids[one.grid.number].ranges)
             block = numerics.activation_block(quant.granularity, x.val.dim())
             if isinstance(x, Param):

@@ -13,10 +13,12 @@ from torch import Tensor, fx
 from graphq import numerics
 from graphq.ir import edit
 from graphq.ir.biases import Biased, bias_of
+from graphq.ir.effect_table import effect
+from graphq.ir.effects import Normalizes
 from graphq.ir.grids import units_of
 from graphq.ir.layers import LAYER
 from graphq.ir.pipeline import Batches, Pass
-from graphq.ir.views import Dequantize, Op, Param, Quantize, Weighted
+from graphq.ir.views import Dequantize, Op, Param, Quantize, Weighted, view
 from graphq.numerics import Scales
 from graphq.spec.formats import Int
 from graphq.spec.profile import Profile
@@ -29,7 +31,8 @@ _LARGEST: Final = 2.0**31 - 2.0**7  # what int32 and float32 both hold, with a s
 @final
 @dataclass(frozen=True)
 class QuantizeBiases(Pass):
-    """Every bias that ``profile`` wants as int32, of a layer whose input and weight are codes with known scales, is so.
+    """Every bias that ``profile`` wants as int32, of a layer or norm whose input and weight (its gain) are codes with
+    known scales, is so.
 
     Where a weight's channel has scales so small that its bias does not fit, the channel's scale is as large as it has
     to be, and its codes are rounded again; ``note`` is told. A bias that others read, too, stays float.
@@ -43,16 +46,15 @@ class QuantizeBiases(Pass):
         changes = 0
         for unit in units_of(gm, ()):
             op, rule = unit.first, self.profile.ops.get(unit.kind)
-            if rule is None or rule.bias != "int32" or not isinstance(op, Biased):
+            if rule is None or rule.bias != "int32":
                 continue
-            bias, layer = bias_of(op), cast(Weighted, op)
-            x, weight = layer.input_op, layer.weight_op
-            if isinstance(bias, Param) and len(bias.users) == 1 and _is_on_grid(x) and _is_by_channel(weight, layer):
-                changes += self._quantize(gm, layer, bias, cast(Dequantize, x), cast(Dequantize, weight))
+            bias, x, weight = _operands(op)
+            if isinstance(bias, Param) and len(bias.users) == 1 and _is_on_grid(x) and _is_by_channel(weight, op):
+                changes += self._quantize(gm, op, bias, cast(Dequantize, x), cast(Dequantize, weight))
         edit.drop_unused(gm)
         return changes
 
-    def _quantize(self, gm: fx.GraphModule, op: Weighted, bias: Param, x: Dequantize, weight: Dequantize) -> int:
+    def _quantize(self, gm: fx.GraphModule, op: Op, bias: Param, x: Dequantize, weight: Dequantize) -> int:
         b = tensor_of(gm, bias.fqn).detach()
         if len(gm.graph.find_nodes(op="get_attr", target=bias.fqn)) > 1 or not bias.fqn.endswith(".bias"):
             return 0
@@ -80,7 +82,7 @@ class QuantizeBiases(Pass):
         edit.redirect(op, bias, made, by=self.name)
         return 1
 
-    def _enlarge(self, gm: fx.GraphModule, op: Weighted, weight: Dequantize, factor: Tensor) -> None:
+    def _enlarge(self, gm: fx.GraphModule, op: Op, weight: Dequantize, factor: Tensor) -> None:
         """The weight's scales times ``factor``, by output channel, and its codes rounded again."""
         format, block = numerics.parse_format(weight.format), list(weight.block)
         codes, scale = (tensor_of(gm, cast(Param, part).fqn) for part in (weight.codes, weight.scale))
@@ -96,16 +98,29 @@ class QuantizeBiases(Pass):
             )
 
 
-def _is_on_grid(x: Op) -> bool:
+def _operands(op: Op) -> tuple[Op | None, Op | None, Op | None]:
+    """Bias, input and weight of a layer, or of a norm, whose gain is its weight."""
+    if isinstance(op, Biased):
+        return bias_of(op), cast(Weighted, op).input_op, cast(Weighted, op).weight_op
+    match effect(op):
+        case Normalizes(parameters=("weight", "bias")):
+            found = [op.argument(name) for name in ("bias", "input", "weight")]
+            return tuple(None if node is None else view(node) for node in found)  # type: ignore[return-value]
+        case _:
+            return None, None, None
+
+
+def _is_on_grid(x: Op | None) -> bool:
     """Whether an activation is read from codes with one known scale."""
     is_read = isinstance(x, Dequantize) and isinstance(x.codes, Quantize) and isinstance(x.scale, Param)
     return is_read and all(b == -1 for b in cast(Dequantize, x).block)
 
 
-def _is_by_channel(weight: Op, op: Weighted) -> bool:
+def _is_by_channel(weight: Op | None, op: Op) -> bool:
     """Whether a weight is held as integers with one scale for each output channel, or one."""
     if not (isinstance(weight, Dequantize) and isinstance(weight.codes, Param) and isinstance(weight.scale, Param)):
         return False
     if not isinstance(numerics.parse_format(weight.format), Int):
         return False
-    return all(b == -1 or (b == 1 and axis == op.out_axis) for axis, b in enumerate(weight.block))
+    out_axis = op.out_axis if isinstance(op, Weighted) else 0
+    return all(b == -1 or (b == 1 and axis == out_axis) for axis, b in enumerate(weight.block))

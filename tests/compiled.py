@@ -4,10 +4,11 @@ from typing import Any
 
 import torch
 
-from graphq.compiler import Compiled, canonical_passes, passes_for
+from graphq.compiler import Compiled
 from graphq.frontends import load_spec
 from graphq.ir.pipeline import Pipeline
 from graphq.passes.annotate import decide
+from graphq.pipelines import canonical_passes, passes_for
 from graphq.report import make_report
 from graphq.spec.match import parse_match
 from graphq.spec.plan import Plan

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphq.capture.modules import capture_module
-from graphq.compiler import canonical_passes
 from graphq.ir.pipeline import Pass, Pipeline
 from graphq.ir.text import dump
 from graphq.passes.annotate import Annotate
@@ -28,6 +27,7 @@ from graphq.passes.rotate_online import RotateOnline
 from graphq.passes.smooth_quant import SmoothQuant
 from graphq.passes.stop_observing import StopObserving
 from graphq.passes.untie import Untie
+from graphq.pipelines import canonical_passes
 from graphq.spec.match import parse_match
 from graphq.spec.plan import Plan
 from graphq.spec.quant import parse_quant

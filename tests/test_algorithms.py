@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 import graphq
-from graphq import compiler
+from graphq import compiler, pipelines
 from graphq.capture.source import source_of
 from graphq.data.batches import complete
 from graphq.errors import SpecError
@@ -44,7 +44,7 @@ def spec(*algorithms: Any, weight: str = "int4/channel", input: str | None = Non
 )
 def test_what_folds_change_is_rounded_to_the_stored_dtype_at_once(algorithm: str, after: str) -> None:
     parsed = graphq.load_spec(spec(algorithm))
-    names = [step.name for step in compiler.passes_for(parsed)]
+    names = [step.name for step in pipelines.passes_for(parsed)]
     assert names[names.index(after) + 1] == "round-to-stored"
 
 
@@ -57,7 +57,7 @@ def _captures_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
         if family not in ("llama", "bert"):
             return capture(model, *args, **options)
         gm = captured(family)
-        Pipeline(compiler.canonical_passes()).run(gm)
+        Pipeline(pipelines.canonical_passes()).run(gm)
         return gm
 
     monkeypatch.setattr(compiler, "capture", shared)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from graphq.compiler import passes_for
 from graphq.ir.pipeline import Pipeline
 from graphq.ir.text import dump
+from graphq.pipelines import passes_for
 from graphq.spec.match import Blocks, Name
 from graphq.spec.plan import KeepFloat, Plan
 from graphq.spec.quant import parse_quant

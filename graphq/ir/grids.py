@@ -222,6 +222,14 @@ class _Placer:
                 name, role = self._name(x, reading, as_input=True)
                 grid = grid_of((x, format), replace(quant, format=format))
                 made.append(Quantizer(x, tuple(reading), grid, name, role, again=x in everywhere))
+        for unit, types in chosen:  # gains of norms
+            if types.weight is None or unit.kind in _LAYERS:
+                continue
+            names = {argument.name for argument in unit.first.schema()}
+            gain = Param.of(unit.first.argument("weight")) if "weight" in names else None
+            if gain is not None:
+                grid = grid_of((gain, unit.first), types.weight)
+                made.append(Quantizer(gain, (unit.first,), grid, gain.fqn, "value"))
         return Placement(tuple(made), tuple(chosen), tuple(self.notes))
 
     # -- which ops run in integers

@@ -25,7 +25,8 @@ FloatScale = Literal["max", "to15", "unit", "pow2"]
 MxElement = Literal["float8_e4m3fn", "float8_e5m2", "float6_e2m3", "float6_e3m2", "float4_e2m1", "int8"]
 ExponentRule = Literal["ocp", "even", "amct", "amct_llm", "nearest", "ceil", "ascend"]
 MIN_BITS: Final = 2
-INT_BITS: Final = (*range(MIN_BITS, 9), 16, 32)
+INT_BITS: Final = (*range(MIN_BITS, 9), 16)
+BIAS_BITS: Final = 32  # of symmetric codes at the scale of products, which no spec asks for
 MX_BLOCK: Final = 32
 NVFP4_BLOCK: Final = 16
 
@@ -50,14 +51,16 @@ class Int:
     joint: bool = False
 
     def __post_init__(self) -> None:
-        if type(self.bits) is not int or self.bits not in INT_BITS:  # bool is an int too
-            raise SpecError(f"bits: {self.bits!r} is not one of 2 to 8, 16 or 32")
+        if type(self.bits) is not int or self.bits not in (*INT_BITS, BIAS_BITS):  # bool is an int too
+            raise SpecError(f"bits: {self.bits!r} is not one of 2 to 8 or 16")
         if type(self.symmetric) is not bool:
             raise SpecError(f"symmetric: {self.symmetric!r} is not true or false")
         if self.divisor not in get_args(Divisor):
             raise SpecError(f"divisor: {self.divisor!r} is not one of max, half, by_sign")
         if self.divisor != "max" and not self.symmetric:
             raise SpecError(f"divisor: {self.divisor} is a rule for symmetric scales; this format is asymmetric")
+        if self.bits == BIAS_BITS and not (self.symmetric and self.divisor == "max" and self.signed):
+            raise SpecError("bits: 32 are those of a bias, whose codes are signed and symmetric")
         if self.joint and self.symmetric:
             raise SpecError("joint: says how a zero point is added; this format is symmetric")
         if not self.signed and (self.symmetric or self.bits not in (8, 16)):

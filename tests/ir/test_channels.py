@@ -12,12 +12,12 @@ from torch import Tensor, fx, nn
 
 from graphq.capture.hugging_face import capture_pretrained
 from graphq.capture.source import SHARED, source_of
-from graphq.compiler import canonical_passes
 from graphq.data.batches import complete
 from graphq.ir.channels import Flow, Flows, move_factors, producers_behind, subgraph_of
 from graphq.ir.effects import Stopped
 from graphq.ir.pipeline import Pipeline
 from graphq.ir.views import Embedding, Op, Param, Weighted, ops_of, view
+from graphq.pipelines import canonical_passes
 from graphq.state import tensor_of
 from tests.graphs import assert_vals
 from tests.lifted import assert_same_function, lifted

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphq.compiler import canonical_passes
 from graphq.ir.pipeline import Pipeline
 from graphq.ir.unnamed import unnamed
+from graphq.pipelines import canonical_passes
 from tests.models import FAMILIES, MoE, capture, captured
 
 FLAT, ROWS = torch.ones(3, 8), torch.ones(3, 5, 8)

@@ -14,10 +14,10 @@ from torch import Tensor, fx, nn
 
 from graphq.artifacts import manifest
 from graphq.capture.source import source_of
-from graphq.compiler import passes_for
 from graphq.ir.pipeline import Pipeline
 from graphq.lowering.onnx import emit as onnx
 from graphq.lowering.torch import module as torch_module
+from graphq.pipelines import passes_for
 from graphq.runtime import ops
 from graphq.runtime.model import CompiledModel
 from graphq.runtime.onnx_session import OnnxSession

@@ -5,7 +5,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphq.capture.source import SHARED, source_of
-from graphq.compiler import canonical_passes
 from graphq.data.masks import MaskedBatch
 from graphq.errors import SpecError
 from graphq.ir.index import GraphIndex
@@ -16,6 +15,7 @@ from graphq.passes.calibrate import Calibrate
 from graphq.passes.observe import Observe, observers
 from graphq.passes.quantize_activations import QuantizeActivations
 from graphq.passes.quantize_weights import QuantizeWeights, planned_weights
+from graphq.pipelines import canonical_passes
 from graphq.state import tensor_of
 from tests.graphs import annotated, plan, run
 from tests.models import FAMILIES, MLP, Blocks, capture, captured, random_inputs

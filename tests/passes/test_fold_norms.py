@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from torch import Tensor, fx, nn
 
-from graphq.compiler import canonical_passes
 from graphq.ir.pipeline import Pipeline
 from graphq.ir.text import dump
 from graphq.passes.fold_norms import FoldNorms
+from graphq.pipelines import canonical_passes
 from graphq.runtime import ops
 from graphq.state import tensor_of
 from tests.decoder import RMS

@@ -10,7 +10,6 @@ from torch import Tensor, fx, nn
 
 from graphq.capture.modules import capture_module
 from graphq.capture.source import source_of
-from graphq.compiler import canonical_passes
 from graphq.data.batches import complete
 from graphq.ir.pipeline import Pass, Pipeline
 from graphq.observers.ranges import MinMaxObserver
@@ -24,6 +23,7 @@ from graphq.passes.observe_means import ObserveMeans
 from graphq.passes.quantize_activations import QuantizeActivations
 from graphq.passes.quantize_weights import QuantizeWeights
 from graphq.passes.smooth_quant import SmoothQuant
+from graphq.pipelines import canonical_passes
 from graphq.state import tensor_of
 from tests.graphs import annotated, plan
 from tests.models import captured

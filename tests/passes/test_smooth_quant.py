@@ -12,7 +12,6 @@ from torch import Tensor, fx, nn
 
 import graphq
 from graphq.capture.source import source_of
-from graphq.compiler import canonical_passes
 from graphq.data.batches import complete
 from graphq.ir import edit
 from graphq.ir.channel_groups import column_magnitudes, groups
@@ -27,6 +26,7 @@ from graphq.passes.quantize_activations import QuantizeActivations
 from graphq.passes.quantize_weights import QuantizeWeights
 from graphq.passes.smooth_quant import ALPHAS, SmoothQuant, expected_error, smoothing
 from graphq.passes.stop_observing import StopObserving
+from graphq.pipelines import canonical_passes
 from graphq.spec.folds import Folds
 from graphq.state import tensor_of
 from tests.graphs import annotated, assert_vals, plan, run

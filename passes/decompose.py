@@ -1,0 +1,100 @@
+"""Ops that a consumer lacks as one, spelled by those that it runs in integers: attention, SiLU."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final, final
+
+import torch
+from torch import fx
+
+from graphq.ir import edit
+from graphq.ir.op_kinds import kind_of
+from graphq.ir.pipeline import Batches, Pass
+from graphq.ir.views import Op, ops_of, view
+from graphq.spec.profile import Profile
+
+aten = torch.ops.aten
+_HIDDEN: Final = -50.0  # what is added to a masked score: e^-50 of a weight is none, and 8 bits still tell scores apart
+
+
+@final
+@dataclass(frozen=True)
+class Decompose(Pass):
+    """Every op that ``profile`` has no row for, and whose parts it always quantizes, stands as its parts.
+
+    Attention is softmax(query * scale @ key^T + mask) @ value (Vaswani et al., arXiv 1706.03762, equation 1), heads of
+    grouped queries repeated; SiLU is x * sigmoid(x). An attention that drops at random stays.
+    """
+
+    profile: Profile
+    name: ClassVar[str] = "decompose"
+
+    def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
+        count = 0
+        for op in ops_of(gm):
+            found = _DECOMPOSITIONS.get(kind_of(op))
+            if found is None or kind_of(op) in self.profile.ops:
+                continue
+            parts, make = found
+            rules = [self.profile.ops.get(part) for part in parts]
+            if not all(rule is not None and rule.placed == "always" for rule in rules):
+                continue
+            made = make(gm, op, self.name)
+            if made is not None:
+                edit.bypass(gm, op, made)
+                count += 1
+        edit.drop_unused(gm)
+        return count
+
+
+def _attention(gm: fx.GraphModule, op: Op, by: str) -> Op | None:
+    if op.argument("dropout_p"):
+        return None
+    query, key, value, mask = (_operand(op, name) for name in ("query", "key", "value", "attn_mask"))
+    assert query is not None and key is not None and value is not None  # noqa: PT018 - what its schema says
+
+    def insert(target: Callable[..., Any], *args: Any) -> Op:
+        return edit.insert(gm, op, target, *args, by=by, like=op)
+
+    if op.argument("enable_gqa"):
+        times = int(query.val.shape[-3]) // int(key.val.shape[-3])
+        if times > 1:
+            key, value = (insert(aten.repeat_interleave.self_int, x, times, -3) for x in (key, value))
+    width = int(query.val.shape[-1])
+    scale = op.argument("scale")
+    scaled = insert(aten.mul.Tensor, query, 1 / math.sqrt(width) if scale is None else float(scale))
+    scores = insert(aten.matmul.default, scaled, insert(aten.transpose.int, key, -2, -1))
+    if op.argument("is_causal"):
+        sizes = [insert(aten.sym_size.int, x, -2) for x in (query, key)]
+        ones = edit.insert(
+            gm, op, aten.ones.default, sizes, by=by, like=op, options={"dtype": torch.bool, "device": query.val.device}
+        )
+        mask = insert(aten.tril.default, ones)
+    if mask is not None:
+        if mask.val.dtype == torch.bool:
+            hidden = insert(aten.bitwise_not.default, mask)
+            number = edit.insert(
+                gm, op, aten._to_copy.default, hidden, by=by, like=op, options={"dtype": scores.val.dtype}
+            )
+            mask = insert(aten.mul.Tensor, number, _HIDDEN)
+        scores = insert(aten.add.Tensor, scores, mask)
+    return insert(aten.matmul.default, insert(aten.softmax.int, scores, -1), value)
+
+
+def _silu(gm: fx.GraphModule, op: Op, by: str) -> Op:
+    x = _operand(op, "self")
+    gate = edit.insert(gm, op, aten.sigmoid.default, x, by=by, like=op)
+    return edit.insert(gm, op, aten.mul.Tensor, x, gate, by=by, like=op)
+
+
+def _operand(op: Op, name: str) -> Op | None:
+    given = op.argument(name)
+    return None if given is None else view(given)
+
+
+# The kinds that an op falls into, and what spells it so.
+_DECOMPOSITIONS: Final[Mapping[str, tuple[tuple[str, ...], Callable[[fx.GraphModule, Op, str], Op | None]]]] = {
+    "Attention": (("MatMul", "Mul", "Softmax"), _attention),
+    "Silu": (("Sigmoid", "Mul"), _silu),
+}
