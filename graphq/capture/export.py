@@ -96,7 +96,7 @@ def export_flat(
     names = {d for i in inputs for d in i.shape if isinstance(d, str) and d != TOTAL}
     ranges = {d: (MINIMUM.get(d, 1), (limits or {}).get(d, MAX_SIZE)) for d in sorted(names)}
     shapes = dynamic_shapes(inputs, ranges)
-    with _evaluating(flat), torch.no_grad(), _quiet():
+    with _evaluating(flat), torch.no_grad(), _quiet(), uncached_fakes():
         try:
             exported = torch.export.export(flat, tuple(samples), dynamic_shapes=(shapes,), strict=False)
             if any(_changes_in_place(node) for node in exported.graph.nodes):
@@ -159,6 +159,15 @@ def dynamic_shapes(inputs: Sequence[TensorInput], ranges: Mapping[str, tuple[int
 
 def _guards_of(exported: ExportedProgram) -> list[str]:
     return list(cast(Any, exported)._guards_code)
+
+
+def uncached_fakes() -> contextlib.AbstractContextManager[None]:
+    """Modes of fake tensors that are made inside look no result up: with dynamic sizes hits are few, and to check and
+    keep an entry costs as much as to compute the result again (a fifth of a capture, however many blocks repeat).
+    """
+    import torch._dynamo.config
+
+    return cast(Any, torch._dynamo.config).patch(fake_tensor_cache_enabled=False)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from torch._ops import OpOverload
 
 from graphq import numerics
 from graphq.artifacts import manifest
-from graphq.capture.export import dynamic_shapes
+from graphq.capture.export import dynamic_shapes, uncached_fakes
 from graphq.capture.source import PAST, SEQUENCE, TOTAL, Source, source_of
 from graphq.errors import TargetError
 from graphq.files import whole_directory
@@ -140,7 +140,7 @@ def _export(gm: fx.GraphModule) -> Any:
 
     source = source_of(gm)
     ranges = {name: (low, high) for name, low, high in source.ranges}
-    with warnings.catch_warnings(), _quiet_exporter(), torch.no_grad():
+    with warnings.catch_warnings(), _quiet_exporter(), uncached_fakes(), torch.no_grad():
         warnings.simplefilter("ignore")
         exported = torch.export.export(
             gm, _samples(source), dynamic_shapes=dynamic_shapes(source.inputs, ranges), strict=False
