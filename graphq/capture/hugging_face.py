@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graphq.capture import adapters
-from graphq.capture.export import FlatModel, export_flat, uncached_fakes
+from graphq.capture.export import FlatModel, export_flat, lean_export
 from graphq.capture.source import BATCH, KEY, PAST, SEQUENCE, TOTAL, CachePair, Source, TensorInput
 from graphq.errors import GraphError
 from graphq.files import MANIFEST
@@ -367,6 +367,6 @@ def capture_config(
     """The graph of a model that exists only as a configuration; its parameters are fake tensors on the CPU."""
     from transformers.initialization import no_init_weights
 
-    with uncached_fakes(), FakeTensorMode(allow_non_fake_inputs=True), _silent_transformers(), no_init_weights():
+    with lean_export(), FakeTensorMode(allow_non_fake_inputs=True), _silent_transformers(), no_init_weights():
         model = cast(Any, cls)._from_config(config, dtype=dtype).eval()
         return capture_pretrained(model, cache)

@@ -17,7 +17,7 @@ from torch._ops import OpOverload
 
 from graphq import numerics
 from graphq.artifacts import manifest
-from graphq.capture.export import dynamic_shapes, uncached_fakes
+from graphq.capture.export import dynamic_shapes, lean_export
 from graphq.capture.source import PAST, SEQUENCE, TOTAL, Source, source_of
 from graphq.errors import TargetError
 from graphq.files import whole_directory
@@ -26,6 +26,7 @@ from graphq.lowering.legalize import Limits, legalize, where
 from graphq.lowering.onnx.form import onnx_form
 from graphq.lowering.onnx.names import check_names, name_outputs, restore_names
 from graphq.lowering.onnx.tensors import NAME, initializers
+from graphq.lowering.onnx.torchlib import kept_translations
 from graphq.runtime.onnx_session import OnnxSession
 from graphq.spec.formats import Float, Int
 from graphq.state import same_tensors
@@ -140,7 +141,7 @@ def _export(gm: fx.GraphModule) -> Any:
 
     source = source_of(gm)
     ranges = {name: (low, high) for name, low, high in source.ranges}
-    with warnings.catch_warnings(), _quiet_exporter(), uncached_fakes(), torch.no_grad():
+    with warnings.catch_warnings(), _quiet_exporter(), lean_export(), kept_translations(), torch.no_grad():
         warnings.simplefilter("ignore")
         exported = torch.export.export(
             gm, _samples(source), dynamic_shapes=dynamic_shapes(source.inputs, ranges), strict=False
