@@ -246,7 +246,7 @@ def test_a_quantized_op_agrees_on_its_own_input(
     if kind == "conv2d" and weight == "int4/g32":
         weight = "int4/g2"
     x = sample(kind)
-    gm = capture(TransposedLinear() if kind == "transposed" else Operation(kind), x)
+    gm = capture(TransposedLinear() if kind == "transposed" else Operation(kind), x, once=True)
     gm = qdq(gm, weight, activation, (x,))
     run = TARGETS[target](gm, tmp_path / "artifact")
     for scale in (1.0, 3.0):  # 3: beyond what static scales were calibrated on, so that codes are clamped
@@ -339,7 +339,7 @@ EXPERTS = {
 @pytest.mark.parametrize("weight", ["nvfp4", "mxfp4", "int4/over_int8/g8", "hifloat8/channel"])
 def test_experts_in_formats_of_the_torch_target(weight: str, tmp_path: Path) -> None:
     x = torch.randn(30, 40, generator=torch.Generator().manual_seed(7))
-    gm = capture(Experts(), x)
+    gm = capture(Experts(), x, once=True)
     rules = (Rule(Blocks(), Plan(parse_quant(weight))), Rule(Name("experts.2"), Plan(parse_quant("int8/channel"))))
     Pipeline(passes_for(Spec(rules))).run(gm, [(x,)])
     run = through_torch(gm, tmp_path / "artifact")
@@ -352,7 +352,7 @@ def test_experts_in_formats_of_the_torch_target(weight: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("plans", EXPERTS)
 def test_experts_agree_on_their_own_input(plans: str, target: str, tmp_path: Path) -> None:
     x = torch.randn(30, 40, generator=torch.Generator().manual_seed(7)) + 0.3
-    gm = capture(Experts(), x)
+    gm = capture(Experts(), x, once=True)
     Pipeline(passes_for(Spec(tuple(EXPERTS[plans])))).run(gm, [(x,)])
     run = TARGETS[target](gm, tmp_path / "artifact")
     for rows in (x, x[:1], x[x[:, :4].argmax(-1) != 2]):  # one expert alone, and one without rows
@@ -370,7 +370,7 @@ def test_an_embedding_gives_the_same_numbers(weight: str, target: str, tmp_path:
     if target == "onnx" and weight in [weight for weight, _ in TORCH_ONLY]:
         pytest.skip("ONNX has no types for it: test_onnx.py has the refusals")
     tokens = torch.arange(24).view(2, 12)
-    gm = capture(nn.Sequential(nn.Embedding(24, 40)), tokens)
+    gm = capture(nn.Sequential(nn.Embedding(24, 40)), tokens, once=True)
     rule = Rule(Exact("0"), Plan(parse_quant(weight)))
     Pipeline(passes_for(Spec((rule,)))).run(gm)
     run = TARGETS[target](gm, tmp_path / "artifact")

@@ -1,7 +1,7 @@
 """The exporter's table of translations is made once a process, and no export changes another's."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -20,13 +20,14 @@ relu: Any = torch.ops.aten.relu.default
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """One for each time that the translations are made; none are kept before."""
     made: list[str] = []
-    read = registration.onnxscript_apis.get_torchlib_ops
+    apis = cast(Any, registration).onnxscript_apis
+    read = apis.get_torchlib_ops
 
     def spy() -> Any:
         made.append("made")
         return read()
 
-    monkeypatch.setattr(registration.onnxscript_apis, "get_torchlib_ops", spy)
+    monkeypatch.setattr(apis, "get_torchlib_ops", spy)
     torchlib._table.cache_clear()
     return made
 
