@@ -4,6 +4,7 @@ Foreign judges: ONNX Runtime loads and runs what the ONNX target wrote, onnx's c
 """
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from torch import Tensor, fx, nn
 
 from graphq.artifacts import manifest
 from graphq.capture.source import source_of
+from graphq.errors import TargetError
 from graphq.ir.pipeline import Pipeline
+from graphq.lowering import targets
 from graphq.lowering.onnx import emit as onnx
 from graphq.lowering.torch import module as torch_module
 from graphq.pipelines import passes_for
@@ -130,6 +133,10 @@ def through_onnx(gm: fx.GraphModule, path: Path) -> Callable[[Sequence[Tensor]],
 TARGETS = {"torch": through_torch, "onnx": through_onnx}
 
 
+def test_every_target_is_here() -> None:
+    assert TARGETS.keys() == targets.TARGETS.keys()
+
+
 def relative(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """The largest difference of any output, by the largest magnitude of that output."""
     return max(
@@ -242,7 +249,7 @@ def test_a_quantized_op_agrees_on_its_own_input(
     if kind.startswith("conv") and activation == "nvfp4":
         pytest.skip("a convolution has no tokens")
     if target == "onnx" and (weight, activation) in TORCH_ONLY:
-        pytest.skip("ONNX has no types for it: test_onnx.py has the refusals")
+        pytest.skip("ONNX has no types for it: refused, below")
     if kind == "conv2d" and weight == "int4/g32":
         weight = "int4/g2"
     x = sample(kind)
@@ -253,6 +260,17 @@ def test_a_quantized_op_agrees_on_its_own_input(
         with torch.no_grad():
             # the same codes give the same integers; only their scaling is summed in float32, in another order
             assert relative(run([x * scale]), gm(x * scale)) <= 1e-5
+
+
+@pytest.mark.parametrize(("weight", "activation"), TORCH_ONLY)
+def test_what_onnx_has_no_types_for_is_refused(weight: str, activation: str | None, tmp_path: Path) -> None:
+    x = sample("linear")
+    gm = qdq(capture(Operation("linear"), x), weight, activation, (x,))
+    with pytest.raises(TargetError) as caught:
+        onnx.emit(gm, tmp_path / "artifact", {})
+    for line in str(caught.value).splitlines():
+        assert re.fullmatch(r"onnx: layer: \S+: this target holds integers, float8_e4m3fn and float8_e5m2", line)
+    assert not (tmp_path / "artifact").exists()
 
 
 def test_every_code_of_an_activation_is_the_same(tmp_path: Path) -> None:
@@ -368,7 +386,7 @@ STORED = dict.fromkeys([*WEIGHT_ONLY, *(weight for weight, _ in (*FLOATS, *TORCH
 @pytest.mark.parametrize("weight", STORED)
 def test_an_embedding_gives_the_same_numbers(weight: str, target: str, tmp_path: Path) -> None:
     if target == "onnx" and weight in [weight for weight, _ in TORCH_ONLY]:
-        pytest.skip("ONNX has no types for it: test_onnx.py has the refusals")
+        pytest.skip("ONNX has no types for it: refused, below")
     tokens = torch.arange(24).view(2, 12)
     gm = capture(nn.Sequential(nn.Embedding(24, 40)), tokens, once=True)
     rule = Rule(Exact("0"), Plan(parse_quant(weight)))
