@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import graphq
 from graphq import GraphError, SpecError, TargetError
 from graphq.cli import app
+from graphq.lowering.targets import TARGETS
 from graphq.spec.algorithms import ALGORITHMS
 from tests.models import MLP, Blocks
 
@@ -382,7 +383,7 @@ made.emit(sys.argv[1], sys.argv[2], overwrite=True)
 """
 
 
-@pytest.mark.parametrize("target", ["torch", "onnx"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_a_killed_compiler_leaves_the_artifact_that_stood_there(tmp_path, target):
     out = tmp_path / "out"
     graphq.compile(Blocks(), INT8, inputs=X).emit(target, out)
