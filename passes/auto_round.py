@@ -26,6 +26,7 @@ from graphq.passes.quantize_weights import (
     PlannedWeight,
     QuantizedWeight,
     WeightPart,
+    beyond_match,
     planned_weights,
     quantize_weight,
     replace_weight,
@@ -72,6 +73,9 @@ class AutoRound(Pass):
         seen = list(batches or ())
         if not seen:
             raise SpecError("calibration: no batches; auto-round needs at least one")
+        if self.note is not None:
+            for line in beyond_match(layers, self.only, self.name):
+                self.note(line)
         with torch.inference_mode(False), torch.enable_grad():
             made = self._learn(gm, layers, seen)
         for layer, codes in zip(layers, made, strict=True):

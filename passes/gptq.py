@@ -22,6 +22,7 @@ from graphq.passes.quantize_weights import (
     PlannedWeight,
     QuantizedWeight,
     WeightPart,
+    beyond_match,
     planned_reads,
     planned_weights,
     quantize_weight,
@@ -70,6 +71,9 @@ class GPTQ(Pass):
                 groups.setdefault(tuple(input_key(op) for op in uses), []).append(layer)
         count = 0
         for layers in groups.values():
+            if self.note is not None:
+                for line in beyond_match(layers, self.only, self.name):
+                    self.note(line)
             hessian, counts = self._hessian(gm, layers[0])
             made = self._round(layers, hessian, counts)
             for layer, codes in zip(layers, made, strict=True):

@@ -154,6 +154,15 @@ def planned_weights(gm: fx.GraphModule, only: frozenset[str] | None = None) -> I
             yield PlannedWeight(site, tuple(reads[fqn]), tuple(_parts(gm, site, quants, w, amax.get(fqn))))
 
 
+def beyond_match(layers: Iterable[PlannedWeight], only: frozenset[str] | None, by: str) -> Iterator[str]:
+    """A line for each stack that ``by`` rounds whole, though ``only`` has some of its planned experts alone."""
+    for layer in layers:
+        planned = {layer.site.fqns[member] for part in layer.parts if part.quant for member in part.members}
+        if layer.site.is_stack and only is not None and not planned <= only:
+            count = f"{len(planned & only)} of {len(planned)}"
+            yield f"{layer.site.path}: {by} rounds all experts of the stack, of which its match has {count}"
+
+
 def planned_reads(gm: fx.GraphModule, only: frozenset[str] | None = None) -> Iterator[tuple[Param, ...]]:
     """The nodes that read each weight of ``planned_weights``, whose scales need not be known yet."""
     reads = _reads(gm)
