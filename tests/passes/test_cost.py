@@ -1,8 +1,10 @@
 """Analyses of a whole graph cost time linear in its blocks. Calls and lines are counted, so that the machine does not matter."""
 
 import copy
+import importlib
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,17 +12,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from graphq import passes
 from graphq.ir.channel_groups import apply_factors, groups
 from graphq.ir.pipeline import Batches, Pass, Pipeline
+from graphq.lowering.profiles import GENERIC_INT8
 from graphq.passes.annotate import Annotate
 from graphq.passes.awq import AWQ
 from graphq.passes.blockwise import Blockwise
+from graphq.passes.decompose import Decompose
 from graphq.passes.equalize import Equalize
 from graphq.passes.fold_norms import FoldNorms
+from graphq.passes.observe import Observe
 from graphq.passes.observe_means import ObserveMeans
+from graphq.passes.place_quantizers import PlaceQuantizers
+from graphq.passes.quantize_biases import QuantizeBiases
+from graphq.passes.raise_linear import RaiseLinear
 from graphq.passes.remove_no_ops import RemoveNoOps
 from graphq.passes.rotate import Rotate
 from graphq.passes.rotate_online import RotateOnline
+from graphq.passes.round_to_stored import RoundToStored
 from graphq.passes.smooth_quant import SmoothQuant
 from graphq.passes.split_gate_up import SplitGateUp
 from graphq.passes.untie import Untie
@@ -118,10 +128,32 @@ WORK: dict[str, Callable[[fx.GraphModule], Any]] = {
     "rotate": Rotate(kind="hadamard").run,
     "rotate-online": RotateOnline(r3=True, r4=True).run,
     "annotate": Annotate(PLANS).run,
+    "raise-linear": RaiseLinear().run,
+    "round-to-stored": RoundToStored().run,
+    "observe": Observe().run,
+    "decompose": Decompose(GENERIC_INT8).run,
+    "place-quantizers": PlaceQuantizers(GENERIC_INT8).run,
+    "quantize-biases": QuantizeBiases(GENERIC_INT8).run,
     "observe-means": ObserveMeans().run,
     "blockwise": Blockwise((Same(),)).run,
     "pipeline": Pipeline([Untie()]).run,
 }
+
+
+# They run the graph, or work on one layer after the other, and every whole compile does.
+NOT_COUNTED = {
+    *("auto-round", "calibrate", "correct-bias", "fold-batch-norm", "gptq", "quantize-activations"),
+    *("quantize-weights", "raise-grouped-linear", "stop-observing"),
+}
+
+
+def test_every_pass_is_counted_or_listed() -> None:
+    found: set[str] = set()
+    for file in Path(passes.__file__).parent.glob("[!_]*.py"):
+        module = importlib.import_module(f"graphq.passes.{file.stem}")
+        kinds = [kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, Pass)]
+        found |= {kind.name for kind in kinds if kind.__module__ == module.__name__ and kind is not Pass}
+    assert {name for name in found if not any(name in work.split() for work in WORK)} == NOT_COUNTED
 
 
 @pytest.mark.parametrize("name", WORK)
