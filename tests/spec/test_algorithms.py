@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +20,9 @@ from graphq.spec.algorithms import ALGORITHMS, Entry, at_stage, defaults, proble
 from graphq.spec.match import Layer, parse_match
 from graphq.spec.plan import KeepFloat
 from graphq.spec.rules import Algorithm, Rule, Spec
+from tests import test_random_graphs, test_sharing
 from tests.models import MLP
+from tests.passes import test_axes
 
 ONE = Entry("round", {}, needs_data=True, scope="layers", in_place=True)
 
@@ -100,6 +102,18 @@ def test_the_documents_name_every_algorithm_and_option() -> None:
         data = "yes" if entry.needs_data else "no"
         assert re.search(rf"^\| `{name}` \| [^|]+ \| {data} \|", text, re.MULTILINE), name
         assert all(f"`{option}`" in text for option in entry.options), name
+
+
+def test_what_all_algorithms_go_through_leaves_none_out() -> None:
+    every = {name for name in ALGORITHMS if name != "rtn"}
+    of_sharing = [algorithm for listed in test_sharing.ALGORITHMS.values() for algorithm in listed]
+    assert names_of(of_sharing) == every - {"fold-batch-norm"}  # no batch norms there
+    assert names_of(test_axes.ALGORITHMS) == every - {"fold-batch-norm", "rotate"}  # nor residual streams here
+    assert {*test_random_graphs.ALGORITHMS} == every
+
+
+def names_of(algorithms: Iterable[Any]) -> set[str]:
+    return {algorithm if isinstance(algorithm, str) else next(iter(algorithm)) for algorithm in algorithms}
 
 
 # -- a name that a table lacks
