@@ -5,10 +5,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+import ml_dtypes
 import pytest
+import torch
 
 from graphq.errors import SpecError
 from graphq.numerics import elements
+from graphq.spec import formats
 from graphq.spec.formats import (
     INT_BITS,
     NAMED_FORMATS,
@@ -93,6 +96,8 @@ def test_every_element_has_a_table_and_its_cases() -> None:
     judged = {*test_elements_foreign.TORCH, *test_elements_foreign.ML_DTYPES}
     assert judged | WITHOUT_A_FOREIGN_LIBRARY == {*elements.ELEMENTS}
     assert not judged & WITHOUT_A_FOREIGN_LIBRARY
+    for judge, found in ((torch, test_elements_foreign.TORCH), (ml_dtypes, test_elements_foreign.ML_DTYPES)):
+        assert {e for e in elements.MINIFLOATS if hasattr(judge, e) or hasattr(judge, f"{e}fn")} == {*found}
 
 
 def test_every_shared_exponent_has_its_cases() -> None:
@@ -114,3 +119,14 @@ def test_the_benchmark_shows_every_format() -> None:
     timed = {(cls, code_bits(parse_quant(text).format)) for text in benchmark().TIMED for cls, _ in kinds([text])}
     every = {(type(format), code_bits(format)) for format in NAMED_FORMATS.values()} - {(Int, 16)}
     assert every - timed == set()
+
+
+def test_the_documents_name_every_format() -> None:
+    specs, numbers = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("specs.md", "numbers.md"))
+    grammar = specs.split("### Formats")[1].split("```")[1]
+    table = numbers.split("## Number formats")[1].split("\n\n")[2]
+    named = {name for name in NAMED_FORMATS if "/" not in name or "/over_" in name}
+    assert {name for name in named if f'"{name}"' not in grammar} == set()
+    assert {name for name in named if f"`{name}`" not in table} == set()
+    assert all(f'"{bits}"' in grammar for bits in INT_BITS)
+    assert {name for name in named if f"``{name}" not in str(formats.__doc__)} == set()
