@@ -1,6 +1,8 @@
 """Which inputs of an op its output's vectors are sums and multiples of."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -8,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from graphq.capture.modules import capture_module
-from graphq.ir.effects import Carried, Stopped
+from graphq.ir.effects import Carried, Normalizes, Stopped
 from graphq.ir.vectors import carried, cut_of, indexed_axes, moved, place
 from graphq.ir.views import Input, Op, view
+from tests.ir.op_calls import CASES
+from tests.ir.test_effects import effect_of, named, node_of
 
 
 class Each(nn.Module):
@@ -188,3 +192,46 @@ def test_place() -> None:
     gm = capture_module(model, (torch.ones(2, 4),))
     found = [place(view(node)) for node in gm.graph.nodes if node.op not in ("placeholder", "output")]
     assert sorted(found) == ["0", "0.bias", "0.weight", "1"]
+
+
+# -- every op: vectors that it carries may be in any basis
+
+# A norm's gain is in one basis, and the mean that a layer norm takes off: passes that rotate see to them first.
+RUN = [t for t, a in CASES.items() if not isinstance(effect_of(t, a), Normalizes) and "empty" not in str(t)]
+
+
+def rotated(x: Tensor, q: Tensor) -> Tensor:
+    return (x.double().unflatten(-1, (-1, len(q))) @ q).flatten(-2)
+
+
+def call(target: Any, arguments: Sequence[Any]) -> Tensor:
+    made = target(*[a for a in arguments if not isinstance(a, dict)], **named(arguments))
+    return made if isinstance(made, Tensor) else made[0]
+
+
+def holds_in_any_basis(target: Any, size: int) -> bool | None:
+    """Whether the op gives rotated vectors for rotated vectors of those operands that it carries; None for none."""
+    node = node_of(target, CASES[target])
+    found = carried(view(node), size)
+    if isinstance(found, Stopped):
+        return None
+    places = [node.all_input_nodes.index(op.node) for op in found.value]
+    q = torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(size)).double())[0]
+    numbers = itertools.count()
+
+    def turned(value: Any) -> Any:
+        if isinstance(value, list):
+            return [turned(one) for one in value]
+        return rotated(value, q) if isinstance(value, Tensor) and next(numbers) in places else value
+
+    before = call(target, CASES[target])
+    made = call(target, [turned(argument) for argument in CASES[target]])
+    return torch.allclose(made.double(), rotated(before, q), rtol=0, atol=1e-12 * float(before.abs().max()))
+
+
+def test_what_is_carried_may_be_in_any_basis() -> None:
+    found = {
+        t: [holds for size in (2, 3, 4, 5, 7, 10) if (holds := holds_in_any_basis(t, size)) is not None] for t in RUN
+    }
+    assert [str(target) for target, holds in found.items() if not all(holds)] == []
+    assert sum(map(bool, found.values())) > 40
