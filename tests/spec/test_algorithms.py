@@ -102,6 +102,8 @@ def test_the_documents_name_every_algorithm_and_option() -> None:
         data = "yes" if entry.needs_data else "no"
         assert re.search(rf"^\| `{name}` \| [^|]+ \| {data} \|", text, re.MULTILINE), name
         assert all(f"`{option}`" in text for option in entry.options), name
+    in_place = (Path(__file__).parents[2] / "docs" / "in_place.md").read_text(encoding="utf-8")
+    assert [name for name in ALGORITHMS if f"`{name}`" not in in_place] == ["rtn"]  # which no spec need name
 
 
 def test_what_all_algorithms_go_through_leaves_none_out() -> None:
