@@ -3,6 +3,7 @@
 Weights are drawn, statistics of norms too, so that folding them does something. Inputs are float tensors but for texts.
 """
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -61,7 +62,7 @@ class ResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(widths[0])
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
-        pairs = list(zip(widths, widths[1:], strict=False))
+        pairs = list(itertools.pairwise(widths))
         self.layers = nn.Sequential(*(Block(a, b, 1 + (i > 0)) for i, (a, b) in enumerate(pairs)))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(widths[-1], classes)
