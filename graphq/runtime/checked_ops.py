@@ -1,5 +1,6 @@
 """Ops of torch that trust their arguments, behind a check of them: the same results, and ``GraphqError`` where they
-would read or write beyond their tensors (torch 2.13 on the CPU), or return memory that nothing wrote.
+would read or write beyond their tensors (torch 2.13 on the CPU), or return memory that nothing wrote; results, too,
+where they would end the process. And Python's arithmetic on sizes, up to numbers that sizes can be.
 
 A loaded graph calls these in place of the ops. ``SUBSTITUTES`` says which.
 """
@@ -289,6 +290,37 @@ def grid_sampler(x: Tensor, grid: Tensor, interpolation_mode: int, padding_mode:
     return aten.grid_sampler(x, grid, interpolation_mode, padding_mode, align_corners)
 
 
+def div(x: Tensor | float, y: Tensor | float, *, rounding_mode: str | None = None) -> Tensor:
+    """``aten.div`` with a rounding mode. The least integer by -1 is itself, as the negative of it is.
+
+    torch divides integers toward zero by the processor's own instruction, which ends the process for these two.
+    """
+    dtype = torch.result_type(x, y)
+    if rounding_mode != "trunc" or dtype not in (torch.int32, torch.int64):
+        op = aten.div.Tensor_mode if isinstance(y, Tensor) else aten.div.Scalar_mode
+        return op(x, y, rounding_mode=rounding_mode)
+    x, y = torch.as_tensor(x).to(dtype), torch.as_tensor(y).to(dtype)
+    return torch.where(y == -1, -x, torch.div(x, y.masked_fill(y == -1, 1), rounding_mode="trunc"))
+
+
+def mul(x: Any, y: Any) -> Any:
+    """``operator.mul`` of sizes and tensors, of integers below 2^63."""
+    _require(not any(isinstance(value, list | str) for value in (x, y)), "mul: not of two numbers")
+    return _in_range("mul", x * y)
+
+
+def pow(x: Any, y: Any) -> Any:  # noqa: A001
+    """``operator.pow`` of sizes and tensors, of integers below 2^63."""
+    if isinstance(x, int) and isinstance(y, int):  # whose power may take longer than there is time for
+        _require(y * (x.bit_length() - 1) < 63, f"pow: {x} ** {y} is out of range")
+    return _in_range("pow", x**y)
+
+
+def _in_range(name: str, made: Any) -> Any:
+    _require(not isinstance(made, int) or abs(made) < 1 << 63, f"{name}: an integer that is out of range")
+    return made
+
+
 gru = _one_state("gru", 3)
 rnn_tanh = _one_state("rnn_tanh", 1)
 rnn_relu = _one_state("rnn_relu", 1)
@@ -301,6 +333,8 @@ SUBSTITUTES: Final[Mapping[str, Callable[..., Any]]] = {
     "aten._weight_norm.default": weight_norm,
     "aten._weight_norm_interface.default": weight_norm_interface,
     "aten.col2im.default": col2im,
+    "aten.div.Scalar_mode": div,
+    "aten.div.Tensor_mode": div,
     "aten.embedding_bag.padding_idx": embedding_bag,
     "aten.grid_sampler.default": grid_sampler,
     "aten.gru.input": gru,
@@ -313,6 +347,8 @@ SUBSTITUTES: Final[Mapping[str, Callable[..., Any]]] = {
     "aten.rnn_tanh.input": rnn_tanh,
     "aten.rnn_tanh_cell.default": rnn_tanh_cell,
     "aten.scaled_dot_product_attention.default": scaled_dot_product_attention,
+    "mul": mul,
+    "pow": pow,
     # What is written before it is read loses nothing; what is not does not show what else the process held.
     "aten.empty.memory_format": aten.zeros.default,
     "aten.empty_like.default": aten.zeros_like.default,

@@ -9,7 +9,7 @@ import keyword
 import math
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Final, cast
 
 import torch
@@ -19,6 +19,7 @@ from torch._ops import OpOverload
 from graphq.errors import PassError, SpecError, TargetError
 from graphq.runtime import ops as graphq_ops
 from graphq.runtime.allowed_ops import OVERLOADS
+from graphq.runtime.arguments import check_arguments
 from graphq.runtime.checked_ops import SUBSTITUTES
 from graphq.runtime.modules import Int8Linear, PackedWeight, settings_of
 from graphq.state import put_input, put_tensor
@@ -60,18 +61,7 @@ _GRAPHQ: Final = {
 _GRAPHQ_MOE: Final = {str(op): op for op in (graphq_ops.grouped_linear, graphq_ops.select_rows)}
 _MODULES: Final = {"PackedWeight": PackedWeight, "Int8Linear": Int8Linear}
 _DTYPES: Final = re.compile(r"b?float(64|32|16)|float8_e\w+|u?int(64|32|16|8)|bool|complex(128|64)")
-_KINDS: Final[Mapping[str, type]] = {  # an integer would do in their place, unchecked
-    "ScalarType": torch.dtype,
-    "Layout": torch.layout,
-    "MemoryFormat": torch.memory_format,
-    "Device": torch.device,
-}
-_WINDOWS: Final = frozenset(["kernel_size", "stride", "padding", "output_padding", "dilation"])
-_WIDEST: Final = 1 << 16  # of a convolution's or a pool's window, from which kernels compute memory without care
-_MOST: Final = 1 << 31  # elements of a tensor that a graph makes of nothing
-_MADE: Final = re.compile(
-    r"aten::(arange|empty|eye|(hamming|hann)_window|(lin|log)space|(new_)?(empty|full|ones|zeros)|tri[lu]_indices)"
-)
+_INT64: Final = 1 << 63
 _DAMAGE: Final = (
     KeyError,
     TypeError,
@@ -107,7 +97,7 @@ def refusal(node: fx.Node) -> str | None:
     if not allowed(node.target):
         return f"{node.target} cannot be stored: graphq.runtime.allowed_ops does not list it"
     try:
-        _check_arguments(node.name, cast(Any, node.target), node.args, node.kwargs)
+        check_arguments(node.name, cast(Any, node.target), node.args, node.kwargs)
         _to_json([node.args, *node.kwargs.values()])
     except TargetError as error:
         return f"{node.target} cannot be stored: {str(error).removeprefix('graph.json: ')}"
@@ -226,7 +216,7 @@ def _build(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> fx.GraphMo
                 node = graph.create_node("call_module", entry["target"], args, kwargs, name=name)
             case "call_function":
                 target = _target_named(name, entry["target"])
-                _check_arguments(name, target, args, kwargs)
+                check_arguments(name, target, args, kwargs)
                 if entry["target"] == "aten.empty.memory_format":
                     kwargs.pop("memory_format", None)  # the zeros in its place have none
                 target = SUBSTITUTES.get(entry["target"], target)
@@ -261,57 +251,6 @@ def _check_settings(path: str, module: PackedWeight | Int8Linear) -> None:
         raise TargetError(f"graph.json: {path}: row_axes: {row_axes} are not axes of {shape}")
     if len(block) != len(shape) or not all(b == -1 or b > 0 for b in block):
         raise TargetError(f"graph.json: {path}: block: {block} does not divide {shape}")
-
-
-def _check_arguments(name: str, target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Raises ``TargetError`` for arguments that an op does not take, or lacks, and for a tensor out of all bounds."""
-    if not isinstance(target, OpOverload):
-        return
-    taken = target._schema.arguments  # pyright: ignore[reportPrivateUsage]
-    positional = [a.name for a in taken if not a.kwarg_only]
-    given = {**dict(zip(positional, args, strict=False)), **kwargs}
-    needed = {a.name for a in taken if not a.has_default_value()}
-    if len(args) > len(positional) or not needed <= given.keys() <= {a.name for a in taken}:
-        raise TargetError(f"graph.json: {name}: its arguments are not those of {target}")
-    for argument in taken:
-        value = given.get(argument.name)
-        real_type = str(cast(Any, argument).real_type)
-        if argument.name in given and not _are_tensors(target, real_type, value):
-            raise TargetError(f"graph.json: {name}: {target}: {argument.name}: {value!r} is not a {real_type}")
-        kind = _KINDS.get(real_type.removeprefix("Optional[").removesuffix("]"))
-        if kind is not None and value is not None and not isinstance(value, kind):
-            raise TargetError(f"graph.json: {name}: {target}: {argument.name}: {value!r} is not a {kind.__name__}")
-    for window in _WINDOWS & given.keys():
-        if any(size > _WIDEST for size in _sizes(given[window])):
-            raise TargetError(f"graph.json: {name}: {target}: {window}: {given[window]} is out of range")
-    if target == torch.ops.aten.view.dtype and given["dtype"] == torch.bool:
-        raise TargetError(f"graph.json: {name}: {target}: bytes are not read as bools, which are 0 or 1")
-    if _MADE.fullmatch(target._schema.name):  # pyright: ignore[reportPrivateUsage]
-        sizes = [v for v in given.values() if isinstance(v, list | int)]
-        if any(math.prod(_sizes(size)) > _MOST for size in sizes):
-            raise TargetError(f"graph.json: {name}: {target}: makes a tensor of more than 2^31 elements")
-
-
-def _are_tensors(target: OpOverload, real_type: str, value: Any) -> bool:
-    """Whether a value is a node, or nodes, where an op takes tensors. A few ops take numbers in their place."""
-    match real_type:
-        case "Tensor":
-            op = target._schema.name.removeprefix("aten::")  # pyright: ignore[reportPrivateUsage]
-            takes_numbers = cast(Any, torch._C)._should_allow_numbers_as_tensors(op)  # pyright: ignore[reportPrivateUsage]
-            return isinstance(value, fx.Node) or (takes_numbers and isinstance(value, int | float | complex))
-        case "Optional[Tensor]":
-            return value is None or _are_tensors(target, "Tensor", value)
-        case "List[Tensor]" | "List[Optional[Tensor]]" if isinstance(value, list | tuple):
-            each = real_type.removeprefix("List[").removesuffix("]")
-            return all(_are_tensors(target, each, v) for v in cast(Sequence[Any], value))
-        case "List[Tensor]" | "List[Optional[Tensor]]":
-            return isinstance(value, fx.Node)
-        case _:
-            return True
-
-
-def _sizes(size: Any) -> list[int]:
-    return [s for s in (cast(list[Any], size) if isinstance(size, list) else [size]) if isinstance(s, int) and s > 0]
 
 
 def _name(text: object) -> str:
@@ -357,6 +296,8 @@ def _from_json(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
             return slice(*(_from_json(v, nodes) for v in (start, stop, step)))
         case list():
             return [_from_json(v, nodes) for v in cast(list[Any], value)]
+        case int() if not -_INT64 <= value < _INT64:
+            raise TargetError(f"graph.json: an integer of {value.bit_length()} bits is not an argument")
         case None | bool() | int() | float() | str():
             return value
         case _:

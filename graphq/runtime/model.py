@@ -1,7 +1,9 @@
 """A compiled model as it is deployed: packed weights, the source's calling convention, generation for causal LMs."""
 
 import copy
-from typing import Any, Self, cast, final
+import linecache
+import traceback
+from typing import Any, Final, Self, cast, final
 
 import torch
 from torch import Tensor, fx, nn
@@ -12,6 +14,8 @@ from graphq.runtime.calls import Outputs, call
 from graphq.runtime.configuration import configuration
 from graphq.runtime.modules import Int8Linear, PackedWeight
 from graphq.runtime.pickling import NotPickled
+
+_OUT_OF_MEMORY: Final = "can't allocate memory"  # as torch's allocator for the CPU says
 
 
 @final
@@ -73,7 +77,12 @@ class CompiledModel(NotPickled, nn.Module):
 
     def forward(self, *args: object, **kwargs: object) -> Outputs:
         """See ``graphq.runtime.calls.call``."""
-        return call(self.source, lambda batch: cast(tuple[Tensor, ...], self.graph(*batch)), args, kwargs)
+        try:
+            return call(self.source, lambda batch: cast(tuple[Tensor, ...], self.graph(*batch)), args, kwargs)
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, MemoryError) or _OUT_OF_MEMORY in str(error):
+                raise GraphqError(f"{_line_of(error)}: needs more memory than there is") from error
+            raise
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """``transformers``' ``generate`` on this model: greedy, sampling, beams, left padding, with the KV cache.
@@ -114,3 +123,10 @@ class CompiledModel(NotPickled, nn.Module):
 
             self.__dict__["_generator"] = generator(self.graph, self.source, self.config)
         return self._generator
+
+
+def _line_of(error: BaseException) -> str:
+    """The line of a graph's code that an error comes from."""
+    frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    lines = [linecache.getline(name, line) for name, line in frames if name.startswith("<eval_with_key>")]
+    return lines[-1].partition(";")[0].strip() if lines else "the call"

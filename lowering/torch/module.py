@@ -94,6 +94,7 @@ def load(path: str | Path, verify: bool = True) -> CompiledModel:
         raise TargetError(f"{directory}/{error}") from error
     _check_others(directory, described, tensors)
     _check_ends(directory, gm, source)
+    _check_dtypes(directory, gm, source, described)
     gm.meta[KEY] = source
     return CompiledModel(gm).eval()
 
@@ -123,6 +124,18 @@ def _check_ends(directory: Path, gm: fx.GraphModule, source: Source) -> None:
     if len(given) != len(source.outputs) or (source.output_kind == "tensor" and len(given) != 1):
         outputs = ", ".join(source.outputs)
         raise TargetError(f"{directory / _GRAPH}: gives {len(given)} outputs; the manifest says {outputs}")
+
+
+def _check_dtypes(directory: Path, gm: fx.GraphModule, source: Source, described: Mapping[str, Any]) -> None:
+    """Raises ``TargetError`` for a packed module that gives a dtype in which nothing else of the model is."""
+    known = {i.dtype for i in source.inputs} | {x.dtype for x in gm.state_dict(keep_vars=True).values()}
+    known |= {a for node in gm.graph.nodes for a in (*node.args, *node.kwargs.values()) if isinstance(a, torch.dtype)}
+    wanted = described.get("computed_in")
+    for path, module in gm.named_modules():
+        if isinstance(module, PackedWeight | Int8Linear) and (dtype := module.graphq_form.dtype) not in known:
+            name = str(dtype).removeprefix("torch.")
+            if name != wanted:
+                raise TargetError(f"{directory / _GRAPH}: {path}: dtype: {name}, in which nothing else of the model is")
 
 
 def stored_codes(model: CompiledModel) -> dict[str, manifest.QuantizedTensor]:

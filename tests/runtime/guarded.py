@@ -21,7 +21,7 @@ from tests.runtime.functions import EXPRESSIONS
 from tests.runtime.test_allowed_ops import INPUTS, captured_functions
 
 PAGE = mmap.PAGESIZE
-INTS = (-1, 0, 1, 2, 3, -2, -3, 5, 7, 8, 16, -8, 64, -100, 1000, 2**31 - 1, -(2**31))
+INTS = (-1, 0, 1, 2, 3, -2, -3, 5, 7, 8, 16, -8, 64, -100, 1000, 2**31 - 1, -(2**31), 2**63 - 1, -(2**63))
 FLOATS = (0.0, -1.0, 1.0, 0.5, 2.0, 1e-300, 1e30, 1e300, math.inf, -math.inf, math.nan)
 DTYPES = (torch.float32, torch.int64, torch.int32, torch.bool, torch.float64, torch.int8, torch.bfloat16)
 libc = ctypes.CDLL(None)

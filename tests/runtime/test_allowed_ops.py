@@ -329,3 +329,61 @@ def test_recurrent_cells_take_weights_that_fit(kind: str, gates: int, bias: bool
     if kind == "lstm":
         with pytest.raises(GraphqError, match="not two states"):
             ours(args[0], hx[:1], *weights)
+
+
+INTEGERS = torch.tensor([7, -7, 5, 0, -(2**31), 2**31 - 1], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("mode", [None, "floor", "trunc"])
+@pytest.mark.parametrize(
+    ("x", "y"),
+    [
+        (INTEGERS, 2),
+        (INTEGERS, -3),
+        (INTEGERS, 2.5),
+        (INTEGERS, torch.tensor([2, -2, -1, 3, 5, -1], dtype=torch.int32)),
+        (INTEGERS[:4], -1),
+        (INTEGERS.long(), -1),
+        (INTEGERS, torch.tensor(-1)),  # of no axes, which leave the dtype alone: the least by -1 is beyond it
+        (INTEGERS[4:], torch.tensor([-1])),
+        (INTEGERS[:4].to(torch.int8), -1),
+        (INTEGERS.float(), -1),
+        (100, torch.tensor([7, -7])),
+    ],
+    ids=str,
+)
+def test_quotients_are_torchs(x: Any, y: Any, mode: str | None) -> None:
+    op = aten.div.Tensor_mode if isinstance(y, Tensor) else aten.div.Scalar_mode
+    crashes = mode == "trunc" and x is INTEGERS and isinstance(y, Tensor) and not y.dim()
+    theirs = op(x[:4], y, rounding_mode=mode) if crashes else op(x, y, rounding_mode=mode)
+    ours = checked_ops.SUBSTITUTES[str(op)](x, y, rounding_mode=mode)
+    assert ours.dtype == theirs.dtype
+    assert torch.equal(ours[: len(theirs)], theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_the_least_integer_by_minus_one_is_itself(dtype: torch.dtype) -> None:
+    least = torch.iinfo(dtype).min
+    x = torch.tensor([least, 5, least], dtype=dtype)
+    for y in (-1, torch.tensor(-1, dtype=dtype), torch.tensor([-1, -1, 1], dtype=dtype)):
+        assert checked_ops.div(x, y, rounding_mode="trunc").tolist() == [least, -5, least]
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        checked_ops.div(x, 0, rounding_mode="trunc")
+
+
+def test_arithmetic_on_sizes() -> None:
+    assert (checked_ops.mul(3, -4), checked_ops.pow(3, 4), checked_ops.pow(2, 62)) == (-12, 81, 2**62)
+    assert (checked_ops.mul(2, 1.5), checked_ops.pow(2, -1), checked_ops.pow(2.0, 80)) == (3.0, 0.5, 2.0**80)
+    assert torch.equal(checked_ops.mul(X, 2), X * 2)
+    assert torch.equal(checked_ops.pow(X, 2), X**2)
+    for op, x, y in (
+        (checked_ops.mul, 2**62, 2),
+        (checked_ops.mul, -(2**62), 2),
+        (checked_ops.mul, [1], 2),
+        (checked_ops.mul, 2, "a"),
+        (checked_ops.pow, 2, 63),
+        (checked_ops.pow, 3, 10**12),
+        (checked_ops.pow, 9, 20),
+    ):
+        with pytest.raises(GraphqError, match=r"out of range|not of two numbers"):
+            op(x, y)

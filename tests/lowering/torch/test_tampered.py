@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,15 @@ INT64 = {"dtype": "int64"}
         ([call("s", "aten.full.default", [10**12], 0.0)], "s: aten.full.default: makes a tensor of more than 2^31"),
         ([call("s", "aten.new_empty.default", N("x"), [10**6, 10**6])], "s: aten.new_empty.default: makes a tensor of"),
         ([call("s", "aten.arange.default", 10**12)], "s: aten.arange.default: makes a tensor of more than 2^31"),
+        ([call("s", "aten.arange.start_step", 0, 1, 1e-15)], "s: aten.arange.start_step: makes a tensor of more than"),
+        ([call("s", "aten.eye.default", 10**6)], "s: aten.eye.default: makes a tensor of more than 2^31"),
+        ([call("s", "aten.repeat.default", N("x"), [10**6, 10**6])], "s: aten.repeat.default: makes a tensor of more"),
+        (
+            [call("s", "aten.pad.default", N("x"), [0, 10**12])],
+            "s: aten.pad.default: pad: [0, 1000000000000] is out of",
+        ),
+        ([call("s", "aten.tensor_split.sections", N("x"), 10**9)], "s: aten.tensor_split.sections: sections: 10000000"),
+        ([call("s", "aten.fill.Scalar", N("x"), 10**30)], "an integer of 100 bits is not an argument"),
         (
             [call("s", "aten.max_pool2d.default", N("x"), [2, 2], [10**9, 1])],
             "s: aten.max_pool2d.default: stride: [1000000000, 1] is out of range",
@@ -139,6 +149,91 @@ def test_ops_refuse_what_does_not_fit(artifact: Path, node: dict[str, Any], far:
         model(tampering.X)
 
 
+@pytest.mark.parametrize(
+    ("node", "message"),
+    [
+        (call("s", "aten.cartesian_prod.default", [N("long")] * 3), "needs more memory than there is"),
+        (call("s", "aten.diag_embed.default", N("long"), 10**9), "needs more memory than there is"),
+        (call("s", "aten.upsample_nearest1d.vec", N("lines"), None, [1e13]), "needs more memory than there is"),
+        (call("s", "pow", 10, 10**12), "pow: 10 ** 1000000000000 is out of range"),
+        (call("s", "pow", N("rows"), 64), "pow: 2 ** 64 is out of range"),
+        (call("s", "mul", N("rows"), 2**62), "mul: an integer that is out of range"),
+        (call("s", "mul", [1], 10**13), "mul: not of two numbers"),
+    ],
+    ids=lambda value: value["target"] if isinstance(value, dict) else "",
+)
+def test_calls_that_nothing_could_hold_are_errors_of_ours(artifact: Path, node: dict[str, Any], message: str) -> None:
+    with_nodes(
+        artifact,
+        call("long", "aten.ones.default", [10**5]),
+        call("lines", "aten.unsqueeze.default", N("x"), 0),
+        call("rows", "aten.sym_size.int", N("x"), 0),
+        node,
+    )
+    model = graphq.load(artifact, verify=False)
+    with pytest.raises(graphq.GraphqError) as caught:
+        model(tampering.X)
+    assert message in str(caught.value)
+    assert "memory" not in message or str(caught.value).startswith(f"s = torch.ops.{node['target']}(")
+
+
+def test_the_least_integer_by_minus_one_does_not_end_the_process(artifact: Path) -> None:
+    """Where torch divides toward zero by the processor's own instruction."""
+    for dtype, least in (("int64", -(2**63)), ("int32", -(2**31))):
+        for divide in (
+            call("s", "aten.div.Tensor_mode", N("least"), N("by"), rounding_mode="trunc"),
+            call("s", "aten.div.Scalar_mode", N("least"), -1, rounding_mode="trunc"),
+        ):
+            with_nodes(
+                artifact,
+                call("least", "aten.full.default", [17], least, dtype={"dtype": dtype}),
+                call("by", "aten.full.default", [1], -1, dtype={"dtype": dtype}),
+                divide,
+            )
+            found: Any = graphq.load(artifact, verify=False)(tampering.X)
+            assert found.tolist() == [least] * 17
+
+
+def edited_header(change: Callable[[dict[str, Any]], None]) -> Callable[[bytes], bytes]:
+    def edit(raw: bytes) -> bytes:
+        end = 8 + int.from_bytes(raw[:8], "little")
+        header = json.loads(raw[8:end])
+        change(header)
+        text = json.dumps(header).encode()
+        return len(text).to_bytes(8, "little") + text + raw[end:]
+
+    return edit
+
+
+def of_first(key: str, value: Any) -> Callable[[bytes], bytes]:
+    return edited_header(lambda header: next(v for k, v in header.items() if k != "__metadata__").update({key: value}))
+
+
+@pytest.mark.parametrize(
+    ("file", "edit"),
+    [
+        ("model.safetensors", of_first("data_offsets", [0, 10**9])),
+        ("model.safetensors", of_first("data_offsets", [10**9, 10**9])),
+        ("model.safetensors", of_first("data_offsets", [4, 0])),
+        ("model.safetensors", of_first("shape", [2**62, 2**62])),
+        ("model.safetensors", edited_header(lambda h: h.update(dict.fromkeys(h, next(iter(h.values())))))),  # overlap
+        ("model.safetensors", lambda raw: (2**63).to_bytes(8, "little") + raw[8:]),
+        ("graph.json", lambda raw: b'{"nodes":' + b"[" * 10**5 + b"]" * 10**5 + b"}"),
+        ("graph.json", lambda raw: raw.replace(b'"args": [[', b'"args": [[' + b"[" * 900 + b"]" * 900 + b",")),
+        ("graph.json", lambda raw: raw.replace(b'"args": [[', b'"args": [[' + b"9" * 10**4 + b",")),
+        ("graphq.json", lambda raw: b"[" * 10**5 + b"]" * 10**5),
+        ("graphq.json", lambda raw: b'{"graphq": ' + b"9" * 10**4 + b"}"),
+    ],
+)
+def test_crafted_files_are_errors_that_name_them(artifact: Path, file: str, edit: Callable[[bytes], bytes]) -> None:
+    raw = (artifact / file).read_bytes()
+    (artifact / file).write_bytes(edit(raw))
+    assert edit(raw) != raw
+    with pytest.raises(TargetError) as caught:
+        graphq.load(artifact, verify=False)
+    assert str(caught.value).startswith(f"{artifact / file}: damaged")
+
+
 def test_integer_products_take_codes_that_fit(tmp_path: Path) -> None:
     model = graphq.compile(
         torch.nn.Linear(8, 4), {"graphq": 1, "rules": [tampering.STATIC]}, inputs=tampering.X, calibration=[tampering.X]
@@ -178,6 +273,33 @@ def test_bools_of_a_file_are_0_or_1(artifact: Path) -> None:
     with_nodes(artifact, {"name": "m", "op": "get_attr", "target": "mask"}, call("s", "aten.clone.default", N("m")))
     found: Any = graphq.load(artifact, verify=False)(tampering.X)
     assert found.view(torch.uint8).tolist() == [1, 0, 1, 1]
+
+
+@pytest.mark.parametrize("path", ["up", "down"])  # a packed weight, an integer product
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_weights_in_a_dtype_that_no_activation_has_are_not_loaded(artifact: Path, path: str, dtype: str) -> None:
+    data = json.loads((artifact / "graph.json").read_text())
+    settings = data["modules"][path]["settings"] | {"dtype": {"dtype": dtype}}
+    data["modules"][path]["settings"] = settings | ({"bias_dtype": {"dtype": "float32"}} if path == "down" else {})
+    (artifact / "graph.json").write_text(json.dumps(data))
+    with pytest.raises(TargetError) as caught:
+        graphq.load(artifact, verify=False)
+    assert str(caught.value) == (
+        f"{artifact}/graph.json: {path}: dtype: {dtype}, in which nothing else of the model is"
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_in_the_model_s_own_dtype_are_loaded(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Also where nothing but packed weights tells it."""
+    tokens = torch.tensor([[0, 1]])
+    model = torch.nn.Sequential(torch.nn.Embedding(4, 8), torch.nn.Linear(8, 4, bias=False)).to(dtype)
+    rules = [{"match": name, "weight": "int4/channel"} for name in ("0", "1")]
+    compiled = graphq.compile(model, {"graphq": 1, "rules": rules}, inputs=tokens)
+    compiled.save(tmp_path / "a")
+    found: Any = graphq.load(tmp_path / "a")(tokens)
+    wanted: Any = compiled(tokens)
+    assert torch.equal(found, wanted)
 
 
 # -- at random ---------------------------------------------------------------------------------------------------------
