@@ -6,10 +6,11 @@ Where the paper runs the model for each candidate, the squared error on all data
 fourth power of the error, which AMCT takes, needs the outputs: the data comes by once more.
 """
 
+import copy
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from torch import Tensor, fx
@@ -69,13 +70,12 @@ class AWQ(Pass):
             yield from hessians(gm, chosen)
         if self.power == 2:
             return
-        for group in groups(gm, self.only, self.where, None, self.folds):
-            judged = _judged(gm, group)
-            tried = functools.cache(lambda group=group, judged=judged: self._candidates(gm, group, judged))
-            for one in judged:
-                samples, rest = input_vectors(one.op)
-                observer = ErrorObserver((str(one.op.node.meta[LAYER]),), self._count, one, tried, samples, self.power)
-                yield ObserverRequest(one.op.input_op, observer, one.op, rest)
+        trials = _Trials(self, gm)
+        for name, (one, _) in trials.by_node.items():
+            samples, rest = input_vectors(one.op)
+            observer = ErrorObserver((str(one.op.node.meta[LAYER]),), self._count, name, trials, samples, self.power)
+            observer.reads_windows = isinstance(one.op, CONVOLUTIONS)
+            yield ObserverRequest(one.op.input_op, observer, one.op, rest)
 
     @property
     def _count(self) -> int:
@@ -109,7 +109,7 @@ class AWQ(Pass):
         judged = _judged(gm, group)
         if not judged:
             return None
-        tried = self._candidates(gm, group, judged)
+        tried = self.candidates(gm, group, judged)
         if self.power == 2:
             errors = [
                 sum(float(awq.output_error(one.change(f), moments[one.op]).sum()) for one in judged) for f in tried
@@ -119,7 +119,7 @@ class AWQ(Pass):
         best = errors.index(min(errors))
         return tried[best] if best else None
 
-    def _candidates(self, gm: fx.GraphModule, group: Group, judged: "Sequence[_Judged]") -> list[Tensor]:
+    def candidates(self, gm: fx.GraphModule, group: Group, judged: "Sequence[_Judged]") -> list[Tensor]:
         """The factors to try: first 1."""
         labels = [one.reader.channels for one in judged]
         activations = group.by_label([one.activations(gm, self.name) for one in judged], labels, "mean")
@@ -217,10 +217,33 @@ def _judged(gm: fx.GraphModule, group: Group) -> list[_Judged]:
 
 
 @final
+class _Trials:
+    """The layers of a graph that judge factors, by their nodes' names, each with the candidates of its group, which
+    follow from what was seen of the graph's activations. A copy of the graph has its own.
+    """
+
+    def __init__(self, awq: AWQ, gm: fx.GraphModule) -> None:
+        self.awq, self.gm = awq, gm
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Trials":
+        made = memo[id(self)] = _Trials(self.awq, copy.deepcopy(self.gm, memo))
+        return made
+
+    @functools.cached_property
+    def by_node(self) -> Mapping[str, tuple[_Judged, Callable[[], list[Tensor]]]]:
+        found: dict[str, tuple[_Judged, Callable[[], list[Tensor]]]] = {}
+        for group in groups(self.gm, self.awq.only, self.awq.where, None, self.awq.folds):
+            judged = _judged(self.gm, group)
+            candidates = functools.cache(functools.partial(self.awq.candidates, self.gm, group, tuple(judged)))
+            found |= {one.op.node.name: (one, candidates) for one in judged}
+        return found
+
+
+@final
 class ErrorObserver(Observer):
     """The sum of a power of a layer's output errors for each candidate, over all data.
 
-    The first look finds what the candidates follow from, the second measures.
+    The first look finds what the candidates follow from, the second measures. ``node``: the name of the layer's.
     """
 
     errors: Tensor
@@ -230,14 +253,13 @@ class ErrorObserver(Observer):
         self,
         layers: tuple[str, ...],
         count: int,
-        judged: _Judged,
-        tried: Callable[[], list[Tensor]],
+        node: str,
+        trials: _Trials,
         samples: Samples,
         power: int,
     ) -> None:
         super().__init__(layers)
-        self.judged, self.tried, self.samples, self.power = judged, tried, samples, power
-        self.reads_windows = isinstance(judged.op, CONVOLUTIONS)
+        self.node, self.trials, self.samples, self.power = node, trials, samples, power
         self.register_buffer("errors", torch.zeros(count, dtype=torch.float64))
 
     @property
@@ -251,8 +273,9 @@ class ErrorObserver(Observer):
         pass
 
     def refine(self, x: Tensor, *rest: Tensor) -> None:
-        for number, factors in enumerate(self.tried()):
-            change = self.judged.change(factors)
+        judged, candidates = self.trials.by_node[self.node]
+        for number, factors in enumerate(candidates()):
+            change = judged.change(factors)
             for index, rows in self.samples(x, *rest):
                 error = (rows.to(change.dtype) @ change[index].T).double().square_()
                 self.errors[number] += (error.square_() if self.power == 4 else error).sum()  # pow is slow

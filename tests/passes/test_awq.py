@@ -1,5 +1,6 @@
 """AWQ: what is scaled and clipped, by what, and that scaling alone leaves the function."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -170,6 +171,35 @@ def test_the_fourth_power_is_that_of_the_outputs() -> None:
     s = tried[sums.index(min(sums))]
     torch.testing.assert_close(tensor_of(made, "w.weight").detach(), w * s, rtol=1e-5, atol=1e-9)
     assert_same_function(gm, made, batches[0], 1e-12)
+
+
+def test_a_copy_of_an_observed_graph_measures_its_own_data() -> None:
+    """Made before data came by, or after."""
+    gm = annotated(capture(Plain()), first="int4/channel", second="int4/g4")
+    step = AWQ(power=4, n_grid=4, clip=False, where="multiply")
+    a, b = [uneven(1)], [uneven(2)]
+
+    def observed(gm: fx.GraphModule, batches: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
+        Pipeline([Calibrate()]).run(gm, batches)
+        return [o.errors for _, o in observers(gm) if isinstance(o, ErrorObserver)]
+
+    def fresh() -> fx.GraphModule:
+        made = copied(gm)
+        Pipeline([Observe((step,), ranges=False)]).run(made)
+        return made
+
+    first, second = fresh(), copy.deepcopy(copy.deepcopy(fresh()))
+    wanted_a, wanted_b = observed(fresh(), a), observed(fresh(), b)
+    assert len(wanted_a) > 1
+    assert not torch.equal(wanted_a[0], wanted_b[0])
+    assert all(map(torch.equal, observed(first, a), wanted_a))
+    assert all(map(torch.equal, observed(second, b), wanted_b))
+    after = copy.deepcopy(first)
+    assert all(map(torch.equal, (o.errors for _, o in observers(after) if isinstance(o, ErrorObserver)), wanted_a))
+    step.run(after)
+    step.run(first)
+    assert dump(after) == dump(first)
+    assert all(torch.equal(t, first.state_dict()[name]) for name, t in after.state_dict().items())
 
 
 # -- clipping
