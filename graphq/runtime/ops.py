@@ -129,15 +129,22 @@ def _grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """Rows of ``x[T, K]`` up to ``offsets[0]`` times ``weight[0, N, K]``, up to ``offsets[1]`` times ``weight[1]`` and
     so on; rows after the last offset are 0. A loop over experts: the reference, in any dtype.
     """
-    if x.dim() != 2 or weight.dim() != 3 or x.shape[1] != weight.shape[2]:
-        raise PassError(f"rows {tuple(x.shape)} for experts' weights {tuple(weight.shape)}")
+    _check_grouped(x, weight)
     out = x.new_zeros(x.shape[0], weight.shape[1])
     for expert, (first, last) in enumerate(_bounds(offsets, weight.shape[0], x.shape[0])):
         out[first:last] = torch.nn.functional.linear(x[first:last], weight[expert])
     return out
 
 
+def _check_grouped(x: Tensor, weight: Tensor) -> None:
+    if x.dim() != 2 or weight.dim() != 3 or x.shape[1] != weight.shape[2]:
+        raise PassError(f"rows {tuple(x.shape)} for experts' weights {tuple(weight.shape)}")
+    if x.dtype != weight.dtype:
+        raise PassError(f"rows {x.dtype} for experts' weights {weight.dtype}")
+
+
 def _grouped_linear_fake(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    _check_grouped(x, weight)
     return x.new_empty(x.shape[0], weight.shape[1])
 
 

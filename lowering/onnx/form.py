@@ -9,9 +9,10 @@ from itertools import count
 from typing import Final, cast, final
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from graphq.capture.source import KEY, PAST, SEQUENCE, TOTAL, source_of
+from graphq.errors import PassError
 from graphq.ir import edit
 from graphq.ir.views import Dequantize, GroupedLinear, Input, Op, Param, Quantize, TransposedLinear, ops_of, view
 from graphq.lowering.stored import hold_stored
@@ -24,6 +25,8 @@ _library.define("expert_linears(Tensor x, Tensor[] weights, Tensor offsets) -> T
 
 
 def _expert_linears_fake(x: Tensor, weights: Sequence[Tensor], offsets: Tensor) -> Tensor:
+    if any(w.dtype != x.dtype for w in weights):
+        raise PassError(f"rows {x.dtype} for experts' weights {', '.join(sorted({str(w.dtype) for w in weights}))}")
     return x.new_empty(x.shape[0], weights[0].shape[0])
 
 
@@ -155,8 +158,7 @@ def _parts(gm: fx.GraphModule, weight: Op, experts: int) -> list[_ExpertGroup]:
 def _by_expert(gm: fx.GraphModule, op: GroupedLinear) -> None:
     """A stack's product as one linear for each expert, with weights under the experts' own names."""
     experts = int(op.weight.val.shape[0])
-    stack = str(op.node.meta.get("graphq.layer", op.node.name))
-    path, _, role = stack.rpartition(".")
+    path, _, role = str(op.node.meta.get("graphq.layer", op.node.name)).rpartition(".")
     weights: dict[int, Op] = {}
     for part in _parts(gm, op.weight, experts):
         source = part.op
@@ -177,8 +179,11 @@ def _by_expert(gm: fx.GraphModule, op: GroupedLinear) -> None:
                 arguments = (*tensors, None, source.format, list(source.block)[1:], source.dtype)
                 weights[expert] = edit.insert(gm, op, Dequantize.target, *arguments, by=_BY)
             elif isinstance(source, Param):
-                own = tensor_of(gm, source.fqn)[position].clone()
-                weights[expert] = edit.add_tensor(gm, op, f"{name}.weight", own, by=_BY)
+                stack = tensor_of(gm, source.fqn)
+                own = stack.detach()[position].clone()
+                if isinstance(stack, nn.Parameter):  # which is stored as a parameter
+                    own = nn.Parameter(own, requires_grad=False)
+                weights[expert] = edit.add_tensor(gm, op, f"{name}.weight", own, by=_BY, of=source.fqn)
             else:  # a computed stack is cut where it is computed
                 weights[expert] = edit.insert(gm, op, torch.ops.aten.select.int, source, 0, position, by=_BY)
     edit.replace(gm, op, expert_linears, op.x, [weights[e] for e in range(experts)], op.offsets, by=_BY)

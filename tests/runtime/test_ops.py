@@ -1,5 +1,6 @@
 """The custom ops: their schemas, their fake kernels, and what they compute."""
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -148,6 +149,17 @@ def test_grouped_linear_of_no_rows() -> None:
     offsets = torch.zeros(3, dtype=torch.int32)
     assert ops.grouped_linear(X[:0], random(3, 7, 10), offsets).shape == (0, 7)
     assert torch.equal(ops.grouped_linear(X, random(3, 7, 10), offsets), torch.zeros(6, 7))
+
+
+def test_grouped_linear_takes_weights_that_fit() -> None:
+    """Also of fake tensors, so that no pass makes a product that fails when it runs."""
+    x, w, offsets = random(6, 10), random(3, 7, 10), OFFSETS
+    for mode in (contextlib.nullcontext(), FakeTensorMode(allow_non_fake_inputs=True)):
+        with mode:
+            assert ops.grouped_linear(x, w, offsets).shape == (6, 7)
+            for rows, weight in ((x, w.double()), (x.half(), w), (x, w[0]), (x[:, :9], w), (x[None], w)):
+                with pytest.raises(PassError, match="for experts' weights"):
+                    ops.grouped_linear(rows, weight, offsets)
 
 
 def test_select_rows() -> None:

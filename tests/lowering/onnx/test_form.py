@@ -1,5 +1,6 @@
 """The QDQ form in ONNX's terms: shapes of scales, rows of Conv1D, one weight for each expert, no cache; same numbers."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,12 @@ from expecttest import assert_expected_inline
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import graphq
 from graphq import numerics
-from graphq.capture.source import source_of
+from graphq.capture.source import KEY, record_stored, source_of
+from graphq.errors import PassError
 from graphq.ir.text import dump
 from graphq.ir.views import Dequantize, Param, ops_of
 from graphq.lowering.onnx.form import OnnxBlock, expert_linears, onnx_block, onnx_form, onnx_scale
@@ -195,6 +198,34 @@ def test_each_expert_has_its_own_weight() -> None:
         assert min((_value(made, f"experts.{expert}.down_proj") - o).abs().max() for o in others) > 0.5
     products = [n for n in made.graph.nodes if n.target is expert_linears]
     assert [len(n.args[1]) for n in products] == [4, 4, 4]
+
+
+@pytest.mark.parametrize(
+    "rules", [[{"match": "experts.1", "weight": "int8/channel"}], [{"match": "router", "weight": "int8/channel"}]]
+)
+def test_float_experts_are_stored_as_the_source_s_weights(rules: list[dict[str, Any]]) -> None:
+    """In 16 bits where these hold their numbers, whether others of their stack are codes or none."""
+    gm = qdq(MoE(), rules=rules)
+    with torch.no_grad():
+        for name, parameter in gm.named_parameters():
+            parameter.copy_(parameter.bfloat16())
+            if "down_proj" in name:
+                parameter[0] += 2.0**-20
+    gm.meta[KEY] = replace(source_of(gm), dtype=torch.bfloat16)
+    record_stored(gm)
+    made = onnx_form(gm)
+    for role, stored in (("gate_proj", torch.bfloat16), ("up_proj", torch.bfloat16), ("down_proj", torch.float32)):
+        for expert in (0, 2, 3):
+            held = tensor_of(made, f"experts.{expert}.{role}.weight")
+            assert held.dtype == stored, f"{expert} {role}"
+
+
+def test_products_by_experts_of_another_dtype_are_refused() -> None:
+    x, offsets = torch.ones(3, 8), torch.tensor([1, 3])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        expert_linears(x, [torch.ones(4, 8)] * 2, offsets)
+        with pytest.raises(PassError, match=r"rows torch.float32 for experts' weights torch.float16, torch.float32"):
+            expert_linears(x, [torch.ones(4, 8), torch.ones(4, 8, dtype=torch.float16)], offsets)
 
 
 _GROUPED = {"": (6, 8), "_scale": (6, 2), "_zero_point": (6, 2)}
