@@ -58,7 +58,7 @@ def first_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     first: dict[tuple[object, ...], str] = {}
     found: dict[str, str] = {}
     for name, tensor in tensors.items():
-        place = (*_place(tensor), tensor.dtype.itemsize, tensor.shape, tensor.stride())
+        place = (*location(tensor), tensor.dtype.itemsize, tensor.shape, tensor.stride())
         kept = first.setdefault(place, name)
         if kept != name and tensor.numel():
             found[name] = kept
@@ -73,12 +73,13 @@ def ties(module: nn.Module) -> dict[str, tuple[str, ...]]:
     names: dict[tuple[int, int], list[str]] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
         if tensor.numel():
-            names.setdefault(_place(tensor), []).append(name)
+            names.setdefault(location(tensor), []).append(name)
     tied = [found for found in names.values() if len(found) > 1]
     return {name: tuple(other for other in found if other != name) for found in tied for name in found}
 
 
-def _place(tensor: Tensor) -> tuple[int, int]:
+def location(tensor: Tensor) -> tuple[int, int]:
+    """The storage that a tensor lies in, and where it begins there."""
     # Storages' own addresses: those of their data are all 0 on fake tensors.
     return tensor.untyped_storage()._cdata, int(tensor.storage_offset())  # pyright: ignore[reportPrivateUsage]
 

@@ -80,7 +80,8 @@ class AutoRound(Pass):
             made = self._learn(gm, layers, seen)
         for layer, codes in zip(layers, made, strict=True):
             replace_weight(gm, layer, codes, self.name, self.record)
-        edit.drop_unused(gm)
+        if layers:
+            edit.drop_unused(gm)
         return len(layers)
 
     def _learn(self, gm: fx.GraphModule, layers: Sequence[PlannedWeight], seen: Sequence[tuple[Any, ...]]) -> Codes:

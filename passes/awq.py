@@ -82,7 +82,7 @@ class AWQ(Pass):
         return 1 + (self.n_grid + 1) * (2 if self.duo is None else 1)
 
     def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
-        count = 0
+        count, index = 0, GraphIndex(gm)
         scaled: dict[Op, Tensor] = {}  # what the channels of a layer's input were divided by
         moments = (
             {op: self._moments(gm, op) for op in chosen_layers(gm, self.only)} if self.clip or self.power == 2 else {}
@@ -90,11 +90,10 @@ class AWQ(Pass):
         for group in list(groups(gm, self.only, self.where, self.note, self.folds)):
             found = self._search(gm, group, moments)
             if found is not None:
-                count += apply_factors(gm, group, found, self.name)
+                count += apply_factors(index, group, found, self.name)
                 for reader in group.chosen:
                     scaled[reader.op] = group.at(torch.where(group.moved, found, 1.0), reader.channels)
         if self.clip:
-            index = GraphIndex(gm)
             for op, hessian in moments.items():
                 count += self._clip(index, op, _divided(op, hessian, scaled.get(op)))
         return count

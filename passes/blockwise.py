@@ -19,7 +19,7 @@ from graphq.data.masks import MaskedBatch, Validity, masked_batch
 from graphq.errors import SpecError
 from graphq.ir import edit
 from graphq.ir.layers import PLAN
-from graphq.ir.pipeline import Batches, Pass, Pipeline
+from graphq.ir.pipeline import Batches, Pass, Pipeline, fingerprint
 from graphq.passes.calibrate import run_batch
 from graphq.spec.plan import PerExpert, Plan
 from graphq.spec.rules import Prefix
@@ -58,17 +58,19 @@ class Blockwise(Pass):
             done = parts.done_with(index, part)
             if index in planned:
                 inputs = None if seen is None else _Replay(part, seen)
+                before = fingerprint(part.gm, contents=False)
                 count = sum(Pipeline(self.passes).run(part.gm, inputs).values())
                 if seen is not None and later and given is None:
                     given = _run(part, seen, self.name)
-                if count:
+                if count and fingerprint(part.gm, contents=False) != before:  # observers may have come and gone
                     names = parts.merge(index, part)
                     changes += count
             for values, new in zip(seen or (), given or (), strict=False):
                 for name in done:
                     values.pop(name, None)
                 values |= {names.get(name, name): value for name, value in new.items() if name not in done}
-        edit.drop_unused(gm)
+        if changes:
+            edit.drop_unused(gm)
         return changes
 
 

@@ -73,7 +73,7 @@ class CorrectBias(Pass):
             if reason is None and len(seen) < len(means):
                 reason = "its means were not observed"
             if reason is None:
-                self._correct(gm, biased, seen[::2], seen[1::2], f"{layer}.bias")
+                self._correct(index, biased, seen[::2], seen[1::2], f"{layer}.bias")
                 used += seen
                 count += 1
             elif self.note is not None:
@@ -91,12 +91,13 @@ class CorrectBias(Pass):
 
     def _correct(
         self,
-        gm: fx.GraphModule,
+        index: GraphIndex,
         uses: Sequence[Correctable],
         inputs: Sequence[MeanObserver],
         outputs: Sequence[MeanObserver],
         name: str,
     ) -> None:
+        gm = index.gm
         w = _dequantized(gm, stored_weight(uses[0]))
         rest = torch.zeros_like(outputs[0].total)  # of the outputs beyond the products, summed
         for op, x, y in zip(uses, inputs, outputs, strict=True):
@@ -106,7 +107,7 @@ class CorrectBias(Pass):
         wide = weight_of(uses[0]).val.dtype  # of the product, for which a stored weight may be cast
         dtype = tensor_of(gm, old.fqn).dtype if isinstance(old, Param) else wide
         bias = rest / sum(int(y.count) for y in outputs)
-        set_bias(gm, uses, name, bias.to(dtype), by=self.name)
+        set_bias(index, uses, name, bias.to(dtype), by=self.name)
 
 
 def _output(gm: fx.GraphModule, op: Correctable) -> MeanObserver | None:

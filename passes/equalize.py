@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from graphq.ir.channel_groups import Group, apply_factors, chosen_layers, column_magnitudes
 from graphq.ir.channels import Flow, Flows
+from graphq.ir.index import GraphIndex
 from graphq.ir.layers import LAYER
 from graphq.ir.pipeline import Batches, Pass
 from graphq.ir.views import Op, Weighted
@@ -40,7 +41,7 @@ class Equalize(Pass):
     requires: ClassVar = (annotated, with_weights)
 
     def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
-        pairs = self._pairs(gm)
+        pairs, index = self._pairs(gm), GraphIndex(gm)
         changed = set[str]()
         for _ in range(self.rounds):
             far = False
@@ -48,7 +49,7 @@ class Equalize(Pass):
                 found = equalizing(_row_magnitudes(gm, pair), column_magnitudes(gm, pair))
                 if bool((found.log().abs() > CLOSE).any()):
                     far = True
-                    apply_factors(gm, pair, found, self.name)
+                    apply_factors(index, pair, found, self.name)
                     assert pair.flow is not None
                     changed |= {part.fqn for part in pair.flow.produced} | {r.weight.fqn for r in pair.readers}
             if not far:

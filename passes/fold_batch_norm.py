@@ -57,7 +57,7 @@ class FoldBatchNorm(Pass):
             if not isinstance(x, Biased) or x.users != [op] or not _is_foldable(index, x, parts):
                 continue
             tensors = (tensor_of(gm, p.fqn).detach() if isinstance(p, Param) else None for p in parts)
-            made = self._fold(gm, x, *_affine(*tensors, eps=eps))
+            made = self._fold(index, x, *_affine(*tensors, eps=eps))
             for result in results:
                 edit.bypass(gm, result, made)
             count += 1
@@ -65,17 +65,17 @@ class FoldBatchNorm(Pass):
             edit.drop_unused(gm)
         return count
 
-    def _fold(self, gm: fx.GraphModule, op: Biased, factor: Tensor, shift: Tensor) -> Op:
+    def _fold(self, index: GraphIndex, op: Biased, factor: Tensor, shift: Tensor) -> Op:
         """``op`` gives ``factor`` times its output plus ``shift``, by channel."""
-        weight, bias = cast(Param, weight_of(op)), bias_of(op)
+        gm, weight, bias = index.gm, cast(Param, weight_of(op)), bias_of(op)
         w = tensor_of(gm, weight.fqn).detach()
         if bias is not None:
             shift = shift + tensor_of(gm, cast(Param, bias).fqn).detach() * factor
         axis = 1 if isinstance(op, TransposedLinear | ConvTranspose1d | ConvTranspose2d) else 0
         groups = op.groups if isinstance(op, ConvTranspose1d | ConvTranspose2d) else 1
         scaled = scale_channels(w, factor, axis, groups).to(w.dtype)
-        (made,) = set_bias(gm, [op], bias_name(weight.fqn), shift.to(w.dtype), by=self.name)
-        edit.set_param(gm, weight.fqn, lambda _: scaled, by=self.name)
+        (made,) = set_bias(index, [op], bias_name(weight.fqn), shift.to(w.dtype), by=self.name)
+        edit.set_param(gm, weight.fqn, lambda _: scaled, self.name, index.reads(weight.fqn))
         return made
 
 

@@ -62,7 +62,7 @@ class FoldNorms(Pass):
         for reader in readers:
             fqn = _weight(reader)
             if norm.bias is not None and norm.has_bias:
-                self._add_bias(gm, reader, bias_through(tensor_of(gm, fqn).detach(), reader.in_axis, norm.bias))
+                self._add_bias(index, reader, bias_through(tensor_of(gm, fqn).detach(), reader.in_axis, norm.bias))
             if norm.gain is not None:
                 scale = partial(scale_axis, axis=reader.in_axis, gain=norm.gain)
                 edit.set_param(gm, fqn, scale, by=self.name, reads=index.reads(fqn))
@@ -70,10 +70,10 @@ class FoldNorms(Pass):
             neutral = partial(torch.full_like, fill_value=value)
             edit.set_param(gm, fqn, neutral, by=self.name, reads=index.reads(fqn))
 
-    def _add_bias(self, gm: fx.GraphModule, reader: Weighted, added: Tensor) -> None:
-        own, fqn = _bias(reader), _weight(reader)
+    def _add_bias(self, index: GraphIndex, reader: Weighted, added: Tensor) -> None:
+        gm, own, fqn = index.gm, _bias(reader), _weight(reader)
         if isinstance(own, Param):
-            edit.set_param(gm, own.fqn, lambda c: (c.double() + added).to(c.dtype), by=self.name)
+            edit.set_param(gm, own.fqn, lambda c: (c.double() + added).to(c.dtype), self.name, index.reads(own.fqn))
             return
         held = nn.Parameter(added.to(tensor_of(gm, fqn).dtype), requires_grad=False)
         bias = edit.add_tensor(gm, reader, bias_name(fqn), held, by=self.name)

@@ -79,7 +79,8 @@ class GPTQ(Pass):
             for layer, codes in zip(layers, made, strict=True):
                 replace_weight(gm, layer, codes, self.name, self.record)
                 count += 1
-        edit.drop_unused(gm)
+        if count:
+            edit.drop_unused(gm)
         return count
 
     def _hessian(self, gm: fx.GraphModule, layer: PlannedWeight) -> tuple[Tensor, Tensor]:

@@ -136,7 +136,8 @@ def remove_observers(gm: fx.GraphModule) -> int:
     left = observers(gm)
     for op, _ in left:
         edit.bypass(gm, op, view(op.node.all_input_nodes[0]))
-    edit.drop_unused(gm)
+    if left:
+        edit.drop_unused(gm)
     return len(left)
 
 

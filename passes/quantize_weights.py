@@ -75,7 +75,8 @@ class QuantizeWeights(Pass):
                     held.setdefault(key, (layer.parts, made))
             replace_weight(gm, layer, made, self.name, self.record)
             count += 1
-        edit.drop_unused(gm)
+        if count:
+            edit.drop_unused(gm)
         return count
 
 

@@ -41,7 +41,8 @@ class RaiseGroupedLinear(Pass):
                 stored = edit.insert(gm, op, Transpose.target, weight, 1, 2, by=self.name)
             edit.replace(gm, op, ops.grouped_linear, x, stored, offsets, by=self.name)
             count += 1
-        edit.drop_unused(gm)
+        if count:
+            edit.drop_unused(gm)
         return count
 
 

@@ -52,7 +52,8 @@ class RaiseLinear(Pass):
             else:
                 continue
             count += 1
-        edit.drop_unused(gm)
+        if count:
+            edit.drop_unused(gm)
         return count
 
     def _turn(self, gm: fx.GraphModule, first: Product) -> Op:

@@ -1,4 +1,4 @@
-"""Identities that export leaves behind: aliases, copies, casts to the dtype at hand, dropout in evaluation."""
+"""What export leaves behind: aliases, copies, casts to the dtype at hand, dropout in evaluation, unused tensors."""
 
 from dataclasses import dataclass
 from typing import ClassVar, final
@@ -16,7 +16,7 @@ from graphq.ir.views import Input, Op, Param, ops_of, view
 @final
 @dataclass(frozen=True)
 class RemoveNoOps(Pass):
-    """Readers of an identity read what it was given.
+    """Readers of an identity read what it was given. Nodes that nothing reads are gone, and the tensors of these alone.
 
     Graphs are functional, so that a copy is an identity if it keeps the dtype, and the layout that a ``view`` behind it
     relies on. One stays: what the graph returns is never its own input or parameter, which the caller might write to.
@@ -33,7 +33,7 @@ class RemoveNoOps(Pass):
             if _is_alike(source, op) and not (isinstance(source, Input | Param) and _is_returned(op)):
                 edit.bypass(gm, op, source)
                 count += 1
-        return count
+        return count + edit.drop_unused(gm)
 
 
 def _is_alike(x: Op, y: Op) -> bool:

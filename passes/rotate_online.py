@@ -69,7 +69,7 @@ class RotateOnline(Pass):
 
         Returns the number of products put in.
         """
-        gm = index.gm
+        gm, matrices = index.gm, Matrices(index, self.name)
         attentions = [op for op in ops_of(gm) if isinstance(effect(op), Attends)]
         if not attentions:
             self._say("r3", ["no scaled_dot_product_attention is found"])
@@ -87,7 +87,7 @@ class RotateOnline(Pass):
                 for source in made:
                     if not isinstance(source, Input):
                         readers = [user for user in source.users if user in moves or user == op]
-                        product = multiplied(gm, source, h, edit.following(source), self.name)
+                        product = multiplied(matrices, source, h, edit.following(source))
                         for reader in readers:
                             edit.redirect(reader, source, product, self.name)
                         count += 1
@@ -101,7 +101,7 @@ class RotateOnline(Pass):
 
         Returns the number of products put in and of weights changed.
         """
-        gm = index.gm
+        gm, matrices = index.gm, Matrices(index, self.name)
         products: dict[Op, Op] = {}
         changes: dict[str, list[Change]] = {}
         hadamard = cache(partial(rotation, kind="hadamard", seed=0))
@@ -123,7 +123,7 @@ class RotateOnline(Pass):
                     self._say("r4", [f"{place(op)}: {no_matrix(size)}"])
                 else:
                     if x not in products:
-                        products[x] = multiplied(gm, x, h, op, self.name)
+                        products[x] = multiplied(matrices, x, h, op)
                     edit.redirect(op, x, products[x], self.name)
                     change = partial(rotate_axis, axis=op.in_axis, rotation=h)
                     changes.setdefault(param.fqn, []).append(change)
@@ -197,33 +197,43 @@ def _is_activation(x: Op) -> bool:
     return not isinstance(x, Weighted | Input | Param) and not isinstance(effect(x), Attends | Contracts)
 
 
-def multiplied(gm: fx.GraphModule, x: Op, h: Rotation, before: Op, by: str) -> Op:
+@final
+class Matrices:
+    """The matrices that a graph's products read, each held once."""
+
+    def __init__(self, index: GraphIndex, by: str) -> None:
+        self.index, self.by = index, by
+        self._made: dict[str, Op] = {}
+
+    def read(self, matrix: Tensor) -> Op:
+        """The node that is this matrix."""
+        gm, name = self.index.gm, f"hadamard_{matrix.shape[0]}"
+        while edit.has_tensor(gm, name):
+            own = tensor_of(gm, name)
+            if own.dtype == matrix.dtype and torch.equal(own, matrix):
+                found = [*map(view, self.index.reads(name)), *([self._made[name]] if name in self._made else [])]
+                if found:
+                    return found[0]
+            name += "_"
+        first = next(op for op in ops_of(gm) if not isinstance(op, Input | Param))
+        self._made[name] = edit.add_tensor(gm, first, name, matrix, by=self.by)
+        return self._made[name]
+
+
+def multiplied(matrices: Matrices, x: Op, h: Rotation, before: Op) -> Op:
     """``x`` times the Hadamard matrix, made orthogonal, in blocks of its size; times its factors where it is large."""
     size, channels, dtype = h.size, cast(int, width(x)), x.val.dtype
-    put = partial(edit.insert, gm, before, by=by, like=x)
+    put = partial(edit.insert, matrices.index.gm, before, by=matrices.by, like=x)
     if size > _LARGE:
-        left, right = (_constant(gm, part.to(dtype), by) for part in (h.left.T.contiguous(), h.right))
+        left, right = (matrices.read(part.to(dtype)) for part in (h.left.T.contiguous(), h.right))
         blocks = put(aten.unflatten.int, x, -1, [channels // size, h.left.shape[0], h.right.shape[0]])
         product = put(aten.matmul.default, left, put(aten.matmul.default, blocks, right))
         return put(aten.flatten.using_ints, product, -3, -1)
-    held = _constant(gm, h.matrix().to(dtype), by)
+    held = matrices.read(h.matrix().to(dtype))
     if size == channels:
         return put(aten.matmul.default, x, held)
     blocks = put(aten.unflatten.int, x, -1, [channels // size, size])
     return put(aten.flatten.using_ints, put(aten.matmul.default, blocks, held), -2, -1)
-
-
-def _constant(gm: fx.GraphModule, matrix: Tensor, by: str) -> Op:
-    """The node that reads this matrix, the same for all who need it."""
-    name = f"hadamard_{matrix.shape[0]}"
-    while edit.has_tensor(gm, name):
-        own = tensor_of(gm, name)
-        nodes = gm.graph.find_nodes(op="get_attr", target=name)
-        if nodes and own.dtype == matrix.dtype and torch.equal(own, matrix):
-            return view(nodes[0])
-        name += "_"
-    first = next(op for op in ops_of(gm) if not isinstance(op, Input | Param))
-    return edit.add_tensor(gm, first, name, matrix, by=by)
 
 
 def no_matrix(size: int) -> str:

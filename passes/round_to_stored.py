@@ -4,7 +4,6 @@ What a fold makes of a gain, a bias or an embedding is a float32 number, and a b
 Rounded here, the graph that scales are chosen for, and whose errors GPTQ makes up for, is what every target stores.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, final
 
@@ -40,7 +39,7 @@ class RoundToStored(Pass):
             return 0
         plans = {site.param.fqn: weight_quants(site.op.node.meta.get(PLAN)) for site in sites(gm)}
         count = 0
-        for fqn in _changed(gm):
+        for fqn, reads in _changed(gm).items():
             tensor = tensor_of(gm, fqn)
             dtype = stored_dtype(source, fqn, tensor)
             kept = [i for i, quant in enumerate(plans.get(fqn, (None,))) if quant is None]
@@ -56,14 +55,17 @@ class RoundToStored(Pass):
                     " with dtype=torch.float32, which stores them in float32"
                 )
             if not torch.equal(made, tensor):
-                edit.set_param(gm, fqn, lambda _, made=made: made, by=self.name)
+                edit.set_param(gm, fqn, lambda _, made=made: made, self.name, reads)
                 count += 1
         return count
 
 
-def _changed(gm: fx.GraphModule) -> Iterator[str]:
-    """The tensors that passes made or changed."""
-    yield from dict.fromkeys(str(node.target) for node in gm.graph.find_nodes(op="get_attr") if node.meta.get(BY))
+def _changed(gm: fx.GraphModule) -> dict[str, list[fx.Node]]:
+    """The tensors that passes made or changed, each with the nodes that are it."""
+    reads: dict[str, list[fx.Node]] = {}
+    for node in gm.graph.find_nodes(op="get_attr"):
+        reads.setdefault(str(node.target), []).append(node)
+    return {fqn: nodes for fqn, nodes in reads.items() if any(node.meta.get(BY) for node in nodes)}
 
 
 def rounded(x: Tensor, dtype: torch.dtype, members: list[int] | None = None) -> Tensor:

@@ -20,6 +20,7 @@ from graphq.ir.channel_groups import (
     groups,
     rounding_change,
 )
+from graphq.ir.index import GraphIndex
 from graphq.ir.layers import PLAN
 from graphq.ir.pipeline import Batches, Pass
 from graphq.numerics.awq import output_error
@@ -70,7 +71,7 @@ class SmoothQuant(Pass):
             yield from hessians(gm, chosen_layers(gm, self.only))
 
     def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
-        count = 0
+        count, index = 0, GraphIndex(gm)
         for group in list(groups(gm, self.only, self.where, self.note, self.folds)):
             activations = self._activations(gm, group)
             weights = column_magnitudes(gm, group) * (2 if self.statistic == "range" else 1)
@@ -81,7 +82,7 @@ class SmoothQuant(Pass):
                 )
             else:
                 factors = smoothing(activations, weights, float(self.alpha))
-            count += apply_factors(gm, group, factors, self.name)
+            count += apply_factors(index, group, factors, self.name)
         return count
 
     def _activations(self, gm: fx.GraphModule, group: Group) -> Tensor:

@@ -39,7 +39,8 @@ class SplitGateUp(Pass):
                         count += 1
                 case _:
                     pass
-        edit.drop_unused(gm)
+        if count:
+            edit.drop_unused(gm)
         return count
 
     def _split(self, gm: fx.GraphModule, op: GroupedLinear, fused: Param, halves: tuple[list[Op], list[Op]]) -> None:

@@ -6,10 +6,10 @@ from typing import ClassVar, final
 from torch import fx
 
 from graphq.ir import edit
+from graphq.ir.index import GraphIndex
 from graphq.ir.layers import weight_param
 from graphq.ir.pipeline import Batches, Pass
 from graphq.ir.views import Embedding, ops_of
-from graphq.state import ties
 
 
 @final
@@ -23,13 +23,13 @@ class Untie(Pass):
     name: ClassVar[str] = "untie"
 
     def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
-        count = 0
-        tied: dict[str, set[str]] = {name: set(others) for name, others in ties(gm).items()}
+        count, index = 0, GraphIndex(gm)
+        tied: dict[str, set[str]] = {name: set(others) for name, others in index.tied.items()}
         for op in ops_of(gm):
             param = weight_param(op) if isinstance(op, Embedding) else None
             if param is not None and tied.get(param.fqn):
                 for other in tied.pop(param.fqn):
                     tied[other].discard(param.fqn)
-                edit.set_param(gm, param.fqn, lambda t: t.clone(), by=self.name)
+                edit.set_param(gm, param.fqn, lambda t: t.clone(), self.name, index.reads(param.fqn))
                 count += 1
         return count

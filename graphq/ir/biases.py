@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, cast
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from graphq.capture.source import SHARED
 from graphq.errors import GraphError
@@ -66,15 +66,15 @@ def why_no_bias(index: GraphIndex, ops: Sequence[Biased]) -> str | None:
     return None
 
 
-def set_bias(gm: fx.GraphModule, ops: Sequence[Biased], name: str, bias: Tensor, by: str) -> list[Op]:
+def set_bias(index: GraphIndex, ops: Sequence[Biased], name: str, bias: Tensor, by: str) -> list[Op]:
     """``ops``, the uses of one layer, add ``bias``, which is held as ``name`` if they had none; the ops after that.
 
     Raises ``GraphError`` where the model has a tensor of this name.
     """
-    old = bias_of(ops[0])
+    gm, old = index.gm, bias_of(ops[0])
     if old is not None:
         assert isinstance(old, Param), "asked before"
-        edit.set_param(gm, old.fqn, lambda _: bias, by=by)
+        edit.set_param(gm, old.fqn, lambda _: bias, by, index.reads(old.fqn))
         return list(ops)
     if edit.has_tensor(gm, name):
         raise GraphError(f"{name}: the model has a tensor of this name, which {by} gives to a layer's bias; rename it")

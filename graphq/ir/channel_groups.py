@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, final
 
 import torch
@@ -165,12 +166,12 @@ def _multiplied(index: GraphIndex, op: Weighted, alike: Sequence[Weighted]) -> G
     return Group(count, torch.ones(count, dtype=torch.bool), tuple(readers), tuple(readers), None)
 
 
-def apply_factors(gm: fx.GraphModule, group: Group, factors: Tensor, by: str) -> int:
+def apply_factors(index: GraphIndex, group: Group, factors: Tensor, by: str) -> int:
     """The inputs' channels are divided by ``factors``, and the weights multiplied; how many tensors changed."""
     factors = torch.where(group.moved, factors.double(), 1.0)
     if group.flow is not None:
-        return move_factors(gm, group.flow, factors, by)
-    first = group.readers[0].op
+        return move_factors(index, group.flow, factors, by)
+    gm, first = index.gm, group.readers[0].op
     x = first.input_op
     axis = first.input_axis % x.val.dim()
     shape = [-1 if a == axis else 1 for a in range(axis, x.val.dim())]
@@ -180,7 +181,8 @@ def apply_factors(gm: fx.GraphModule, group: Group, factors: Tensor, by: str) ->
     inverse = edit.add_tensor(gm, after, f"{path}.input_factor", held, by=by, like=first)
     product = edit.insert(gm, after, torch.ops.aten.mul.Tensor, x, inverse, by=by, like=first)
     for reader in group.readers:
-        edit.set_param(gm, reader.weight.fqn, lambda w, part=reader.weight: part.times(w, factors), by)
+        part = reader.weight
+        edit.set_param(gm, part.fqn, partial(part.times, factor=factors), by, index.reads(part.fqn))
         edit.redirect(reader.op, x, product, by)
     return 1 + len(group.readers)
 

@@ -7,6 +7,7 @@ take the factor up. -1 labels what has no factor.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import final
 
 import torch
@@ -266,13 +267,14 @@ def _relabel(labels: Tensor, keep: Tensor) -> Tensor:
     return torch.cat([keep, keep.new_full((1,), NONE)])[labels]
 
 
-def move_factors(gm: fx.GraphModule, flow: Flow, factors: Tensor, by: str) -> int:
+def move_factors(index: GraphIndex, flow: Flow, factors: Tensor, by: str) -> int:
     """The producer's channels are divided by ``factors``, which its readers' weights take up; how many tensors changed.
 
     ``factors``: one for each label, positive. The function of the graph stays.
     """
-    for part in flow.produced:
-        edit.set_param(gm, part.fqn, lambda w, part=part: part.times(w, 1 / factors.double()), by)
-    for reader in flow.readers:
-        edit.set_param(gm, reader.weight.fqn, lambda w, part=reader.weight: part.times(w, factors), by)
+    changes = [(part, 1 / factors.double()) for part in flow.produced]
+    changes += [(reader.weight, factors) for reader in flow.readers]
+    for part, own in changes:
+        change = partial(part.times, factor=own)
+        edit.set_param(index.gm, part.fqn, change, by, index.reads(part.fqn))
     return len(flow.produced) + len(flow.readers)

@@ -190,11 +190,13 @@ def set_param(
         _note(node, by)
 
 
-def drop_unused(gm: fx.GraphModule) -> None:
-    """Nodes that nothing reads are gone, and with them the tensors and modules that only they held.
+def drop_unused(gm: fx.GraphModule) -> int:
+    """Nodes that nothing reads are gone, and with them the tensors and modules that only they held; how many nodes and
+    tensors there were.
 
     Calls of modules stay: observers are called for what they see.
     """
+    nodes, gone = len(gm.graph.nodes), 0
     gm.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output", "call_module"))
     read = {str(node.target) for node in gm.graph.nodes if node.op == "get_attr"}
     called = {str(node.target) for node in gm.graph.nodes if node.op == "call_module"}
@@ -208,9 +210,11 @@ def drop_unused(gm: fx.GraphModule) -> None:
         prefix = f"{path}." if path else ""
         for name in [name for name, _ in _own_tensors(module) if prefix + name not in read]:
             remove_tensor(module, name)
+            gone += 1
         if path and not _own_tensors(module) and next(module.children(), None) is None:
             parent, _, name = path.rpartition(".")
             delattr(gm.get_submodule(parent), name)
+    return gone + nodes - len(gm.graph.nodes)
 
 
 def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:

@@ -16,6 +16,7 @@ from graphq.errors import GraphqError, PassError
 from graphq.ir.layers import LAYER, Site
 from graphq.ir.text import dump
 from graphq.ir.views import Op
+from graphq.state import location
 
 Batches = Iterable[tuple[Tensor, ...]]  # calibration inputs of this graph, complete and in its order
 log = logging.getLogger("graphq")
@@ -122,13 +123,17 @@ def _malformed(gm: fx.GraphModule) -> str | None:
 well_formed = Invariant("a well-formed graph", _malformed)
 
 
-def fingerprint(gm: fx.GraphModule) -> str:
-    """A digest of the graph's text, its annotations and the bytes of its tensors."""
+def fingerprint(gm: fx.GraphModule, contents: bool = True) -> str:
+    """A digest of the graph's text, its annotations and the bytes of its tensors; without ``contents``, of the places
+    where these lie, which passes leave to tensors that they do not change.
+    """
     digest = hashlib.sha256(dump(gm).encode())
     for node in gm.graph.nodes:
         digest.update(repr(sorted((k, repr(v)) for k, v in node.meta.items() if k.startswith("graphq."))).encode())
-    for name, tensor in sorted(gm.state_dict().items()):
+    for name, tensor in sorted(gm.state_dict(keep_vars=True).items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        if not isinstance(tensor, FakeTensor):
+        if not contents:
+            digest.update(f"{location(tensor)}".encode())
+        elif not isinstance(tensor, FakeTensor):
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

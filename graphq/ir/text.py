@@ -87,7 +87,9 @@ def _size_printer(gm: fx.GraphModule) -> Callable[[Any], str]:
     found: dict[str, str] = {}
     inputs = (node for node in gm.graph.nodes if node.op == "placeholder")
     for node, declared in zip(inputs, source_of(gm).inputs, strict=True):
-        for size, name in zip(node.meta["val"].shape, declared.shape, strict=True):
+        val = node.meta["val"]
+        sizes = val.shape if isinstance(val, Tensor) else ()  # a part of a graph may take a number
+        for size, name in zip(sizes, declared.shape, strict=True):
             if isinstance(name, str):
                 found.setdefault(str(size), name)
     return lambda size: re.sub(r"[^\W\d]\w*", lambda symbol: found.get(symbol[0], symbol[0]), str(size))

@@ -58,7 +58,7 @@ def test_tensors_and_channels(call: Any, shape: tuple[int, ...], x: tuple[int, .
     assert why_no_bias(GraphIndex(gm), [op]) is None
     inputs = torch.randn(x)
     before = run(gm, inputs)
-    assert set_bias(gm, [op], "unused", tensor_of(gm, "b") + 1, by="test") == [op]
+    assert set_bias(GraphIndex(gm), [op], "unused", tensor_of(gm, "b") + 1, by="test") == [op]
     assert torch.allclose(run(gm, inputs), before + 1, rtol=0, atol=1e-5)  # float32 sums of magnitude 10
     assert [name for name, _ in gm.named_parameters()] == ["w", "b"]
 
@@ -102,7 +102,7 @@ def test_a_tied_bias() -> None:
     first, second = (tensor_of(gm, f"{name}.weight").detach() for name in "ab")
     old = tensor_of(gm, "b.bias").detach().clone()
     assert [why_no_bias(GraphIndex(gm), [op]) for op in biased(gm)] == [None, None]
-    set_bias(gm, biased(gm)[:1], "a.bias", b, by="test")
+    set_bias(GraphIndex(gm), biased(gm)[:1], "a.bias", b, by="test")
     assert torch.equal(run(gm, x), F.linear(x, first, b) + F.linear(x, second, old))
 
 
@@ -117,7 +117,7 @@ def test_a_new_bias_is_added_by_every_use() -> None:
     gm = capture(Twice(), torch.ones(2, 8))
     x, b = torch.randn(5, 8), torch.randn(8)
     w = tensor_of(gm, "shared.weight").detach()
-    made = set_bias(gm, biased(gm)[::-1], "shared.bias", b, by="test")
+    made = set_bias(GraphIndex(gm), biased(gm)[::-1], "shared.bias", b, by="test")
     assert made == biased(gm)[::-1]
     assert isinstance(tensor_of(gm, "shared.bias"), nn.Parameter)
     assert torch.equal(run(gm, x), F.linear(F.relu(F.linear(x, w, b)), w, b))
@@ -138,7 +138,7 @@ def test_other_arguments_stay_however_they_were_given(by_keyword: bool) -> None:
     if by_keyword:
         node.args, node.kwargs = (values["input"],), {n: values[n] for n in ("weight", "stride", "padding", "groups")}
     assert torch.equal(run(gm, x), before)
-    (made,) = set_bias(gm, [op], "c.bias", torch.ones(6), by="test")
+    (made,) = set_bias(GraphIndex(gm), [op], "c.bias", torch.ones(6), by="test")
     assert torch.allclose(run(gm, x), before + 1, rtol=0, atol=1e-5)  # float32 sums of magnitude 10
     assert [made.argument(name) for name in names[3:]] == [[2], [1], [1], 2]
 
@@ -146,7 +146,7 @@ def test_other_arguments_stay_however_they_were_given(by_keyword: bool) -> None:
 def test_a_name_that_is_taken() -> None:
     gm = capture(MLP(bias=False), torch.ones(2, 8))
     with pytest.raises(GraphError) as error:
-        set_bias(gm, biased(gm)[:1], "up.weight", torch.ones(12), by="test")
+        set_bias(GraphIndex(gm), biased(gm)[:1], "up.weight", torch.ones(12), by="test")
     assert str(error.value) == (
         "up.weight: the model has a tensor of this name, which test gives to a layer's bias; rename it"
     )

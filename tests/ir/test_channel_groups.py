@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from graphq.ir.channel_groups import apply_factors, chosen_layers, column_magnitudes, groups, names_of, rounding_change
+from graphq.ir.index import GraphIndex
 from graphq.ir.pipeline import Pipeline
 from graphq.ir.views import Linear, ops_of
 from graphq.passes.split_gate_up import SplitGateUp
@@ -40,7 +41,7 @@ def test_readers_of_one_input_are_a_group_of_which_planned_ones_decide() -> None
     assert torch.equal(column_magnitudes(gm, group), tensor_of(gm, "first.weight").abs().amax(0).double())
     before, gain = run(gm, X), tensor_of(gm, "norm.weight").clone()
     factors = torch.arange(1, 9)
-    assert apply_factors(gm, group, factors, "test") == 4  # gain and bias, and two weights
+    assert apply_factors(GraphIndex(gm), group, factors, "test") == 4  # gain and bias, and two weights
     assert torch.equal(tensor_of(gm, "norm.weight"), (gain.double() / factors).float())
     # 1e-5: float32 products of changed factors.
     assert torch.allclose(run(gm, X), before, rtol=0, atol=1e-5 * float(before.abs().max()))
@@ -55,7 +56,9 @@ def test_where_nothing_absorbs_factors(where: str) -> None:
     assert [len(group.readers) for group in found] == ([] if where == "fold" else [3])
     if found:
         before = run(gm, torch.ones(2, 3, 8))
-        assert apply_factors(gm, found[0], torch.arange(1, 9), "test") == 4  # the factors, and three weights
+        assert (
+            apply_factors(GraphIndex(gm), found[0], torch.arange(1, 9), "test") == 4
+        )  # the factors, and three weights
         after = run(gm, torch.ones(2, 3, 8))
         assert torch.allclose(after, before, rtol=0, atol=1e-5 * float(before.abs().max() + 1))
         assert torch.equal(tensor_of(gm, "q_proj.input_factor"), (1 / torch.arange(1, 9).double()).float())
@@ -84,7 +87,7 @@ def test_layers_that_read_one_input_along_different_axes(unbatched: bool) -> Non
     found = list(groups(gm, None, "multiply", None))
     assert [[reader.weight.fqn for reader in group.readers] for group in found] == [["conv.weight"], ["linear.weight"]]
     for group in found:
-        assert apply_factors(gm, group, torch.arange(1, 5), "test") == 2
+        assert apply_factors(GraphIndex(gm), group, torch.arange(1, 5), "test") == 2
     # 1e-12: float64 products of changed factors.
     assert torch.allclose(run(gm, x.double()), before, rtol=0, atol=1e-12 * float(before.abs().max()))
 

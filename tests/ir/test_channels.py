@@ -15,6 +15,7 @@ from graphq.capture.source import SHARED, source_of
 from graphq.data.batches import complete
 from graphq.ir.channels import Flow, Flows, move_factors, producers_behind, subgraph_of
 from graphq.ir.effects import Stopped
+from graphq.ir.index import GraphIndex
 from graphq.ir.pipeline import Pipeline
 from graphq.ir.views import Embedding, Op, Param, Weighted, ops_of, view
 from graphq.pipelines import canonical_passes
@@ -224,7 +225,9 @@ def test_families(family: str) -> None:
     again, same = flows_of(after)
     assert same == lines
     for seed, flow in enumerate(again):
-        assert move_factors(after, flow, factors(flow.count, seed), "test") == len(flow.produced) + len(flow.readers)
+        assert move_factors(GraphIndex(after), flow, factors(flow.count, seed), "test") == len(flow.produced) + len(
+            flow.readers
+        )
     for flow in flows:
         for part in (*flow.produced, *(reader.weight for reader in flow.readers)):
             assert not torch.allclose(tensor_of(before, part.fqn), tensor_of(after, part.fqn)), part.fqn
@@ -277,7 +280,7 @@ def check(net: nn.Module, x: Tensor, name: str = "up.weight", shared: frozenset[
     again = Flows(after).out_of(producer(after, name))
     assert text_of(again) == text_of(found)
     assert isinstance(again, Flow)
-    move_factors(after, again, factors(again.count), "test")
+    move_factors(GraphIndex(after), again, factors(again.count), "test")
     for part in again.produced:
         assert not torch.equal(tensor_of(before, part.fqn), tensor_of(after, part.fqn))
     x = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))

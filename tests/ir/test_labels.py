@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from graphq.capture.source import KEY, CachePair, source_of
 from graphq.ir.channels import Flow, Flows, move_factors
 from graphq.ir.effects import Stopped
+from graphq.ir.index import GraphIndex
 from tests.ir.test_channels import BOTH, IMAGE, SHARED_READER, SUM, Net, X, check, extra, linears, producer, text_of, up
 from tests.lifted import lifted
 from tests.models import MoE, capture
@@ -280,7 +281,7 @@ def test_a_cache_is_in_the_units_of_what_is_added_to_it() -> None:
     flow = Flows(after).out_of(producer(after, "up.weight"))
     assert isinstance(flow, Flow)
     factors = torch.arange(1.0, 9)
-    move_factors(after, flow, factors, "test")
+    move_factors(GraphIndex(after), flow, factors, "test")
     state, x = torch.zeros(2, 3, 8).double(), torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1)).double()
     (y, held), (smoothed, divided) = before(state, x), after(state, x)
     assert torch.allclose(y, smoothed, rtol=0, atol=1e-12 * float(y.abs().max()))

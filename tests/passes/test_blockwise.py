@@ -15,6 +15,7 @@ from graphq.passes.calibrate import Calibrate
 from graphq.passes.observe import Observe, observers
 from graphq.passes.quantize_activations import QuantizeActivations
 from graphq.passes.quantize_weights import QuantizeWeights, planned_weights
+from graphq.passes.stop_observing import StopObserving
 from graphq.pipelines import canonical_passes
 from graphq.state import tensor_of
 from tests.graphs import annotated, plan, run
@@ -65,6 +66,14 @@ def test_parts_that_are_not_changed_make_the_same_graph(family: str) -> None:
     assert dump(gm) == before
     assert gm.state_dict().keys() == state.keys()
     assert torch.equal(run(gm, *inputs), wanted)
+
+
+def test_parts_that_take_numbers_have_a_text() -> None:
+    gm = captured("gemma3")
+    Pipeline(canonical_passes()).run(gm)
+    parts = Parts(gm)
+    texts = [dump(parts.extract(index).gm) for index in range(len(parts.stages))]
+    assert any(": int = input" in text for text in texts)
 
 
 def test_parts_know_the_caches_that_they_read_and_give() -> None:
@@ -239,3 +248,10 @@ def test_what_stands_behind_the_last_planned_layer_is_not_run(prefix: str, monke
     assert [len(seen) for seen in counted.seen] == [2, 3]
     assert ran == ["linear", "relu", "linear_1", "add"] * 3
     assert source_of(gm).blocks == ("blocks",)
+
+
+def test_observers_that_came_and_went_are_no_change() -> None:
+    gm = annotated(capture(Blocks(), torch.ones(2, 8)), blocks=STATIC)
+    steps = (Observe(), Calibrate(), StopObserving())
+    assert sum(Pipeline(steps).run(gm, data()).values()) > 0
+    assert Pipeline([Blockwise(steps)], strict=True).run(gm, data()) == {"blockwise": 0}
