@@ -3,8 +3,9 @@ gives the integers and scales.
 
 What the artifact holds, unpacked (ONNX: UINT4 lowered by 8), is compared bit for bit with the digests in
 ``graphq.json``, and its codes and weight scales, with a model directory, also with what the manifest's spec makes of
-that. Files are compared by their digests: what a graph computes is what was written. A file that the target reads and
-that has no digest differs. A file of tensors that is not what was written is named only where no tensor in it is.
+that. Where a weight's scale depends on that of an input, which followed from calibration data, the artifact's is taken.
+Files are compared by their digests: what a graph computes is what was written. A file that the target reads and that
+has no digest differs. A file of tensors that is not what was written is named only where no tensor in it is.
 """
 
 from collections.abc import Container, Mapping
@@ -14,14 +15,31 @@ from typing import Any, Final, final
 
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, fx
 
 from graphq.artifacts import manifest
 from graphq.artifacts.source import dtype_named
+from graphq.capture import hugging_face
+from graphq.compiler import canonical_passes
 from graphq.errors import SpecError, TargetError
+from graphq.frontends import load_spec
+from graphq.ir import edit
+from graphq.ir.layers import LAYER, PLAN, sites
+from graphq.ir.pipeline import Pipeline
+from graphq.ir.views import Op
 from graphq.lowering.targets import TARGETS
+from graphq.numerics import Scales
+from graphq.observers.observer import ObserverRequest
+from graphq.observers.ranges import RangeObserver
+from graphq.passes.annotate import Annotate
+from graphq.passes.observe import add_observers, to_quantize
+from graphq.passes.quantize_weights import QuantizeWeights
+from graphq.passes.stop_observing import StopObserving
+from graphq.spec.plan import weight_quants
+from graphq.spec.quant import Ofmr, Quant
+from graphq.state import put_tensor
 
-_INPUTS: Final = (".input_scale", ".input_zero_point", ".input_global_scale")
+_INPUT: Final = ("input_scale", "input_zero_point", "input_global_scale")
 _TENSORS: Final = ("model.safetensors", "model.onnx", "model.onnx.data")
 
 
@@ -63,8 +81,8 @@ def verify(path: str | Path, against: str | Path | None = None) -> Verification:
     notes = [f"{name}: graphq did not write it" for name in added]
     if against is None:
         return Verification(tuple(differences), len(recorded), tuple(notes))
-    made = manifest.stored_names(_recompile(directory, described, Path(against)), held)
-    inputs = {name for name in recorded if name.endswith(_INPUTS)}
+    made = manifest.stored_names(_recompile(directory, described, Path(against), held), held)
+    inputs = {name for name in recorded if name.rpartition(".")[2] in _INPUT}
     for name in sorted((held.keys() - others.keys() | made.keys()) - inputs):
         line = _difference(name, made.get(name), held.get(name))
         if line is not None:
@@ -121,15 +139,43 @@ def _describe(x: Tensor) -> str:
     return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
 
 
-def _recompile(directory: Path, described: Mapping[str, Any], model: Path) -> dict[str, Tensor]:
-    """The codes, scales and zero points of the model's weights by the manifest's spec."""
-    from graphq.capture import hugging_face
-    from graphq.compiler import canonical_passes
-    from graphq.frontends import load_spec
-    from graphq.ir.pipeline import Pipeline
-    from graphq.passes.annotate import Annotate
-    from graphq.passes.quantize_weights import QuantizeWeights
+@final
+class _StoredScales(RangeObserver):
+    """A range that an artifact holds the scale of, as if it were observed."""
 
+    def __init__(self, quant: Quant, layer: str, scale: Tensor) -> None:
+        super().__init__(quant, (layer,))
+        self.stored = Scales(scale)
+
+    @property
+    def has_observed(self) -> bool:
+        return True
+
+    def scales(self) -> Scales:
+        return self.stored
+
+
+def _observe_stored(gm: fx.GraphModule, held: Mapping[str, Tensor]) -> None:
+    """Inputs with static scales, which the scales of weights with a bias depend on, have those of the artifact."""
+    made: dict[tuple[Op, Quant], ObserverRequest] = {}
+    for op, quants in to_quantize(gm):
+        for quant in dict.fromkeys(quants):
+            if quant is not None and not quant.dynamic and (op.input_op, quant) not in made:
+                layer = str(op.node.meta[LAYER])
+                name = f"{edit.free_path(gm, layer, _INPUT)}.{_INPUT[0]}"
+                if name in held:
+                    put_tensor(gm, name, held[name])  # the next input of this layer has another name
+                    observer = _StoredScales(quant, layer, held[name])
+                    made[op.input_op, quant] = ObserverRequest(op.input_op, observer, op)
+    add_observers(gm, list(made.values()), "verify")
+
+
+def _recompile(
+    directory: Path, described: Mapping[str, Any], model: Path, held: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The codes, scales and zero points of the model's weights by the manifest's spec, for inputs with the scales of
+    the artifact's tensors ``held``.
+    """
     file = directory / manifest.NAME
     if described.get("algorithm") != "rtn":
         raise TargetError(f"{file}: algorithm: {described.get('algorithm')}: cannot be run again without its data")
@@ -141,6 +187,12 @@ def _recompile(directory: Path, described: Mapping[str, Any], model: Path) -> di
     cache = bool(manifest.source_of_artifact(directory, described).caches)
     gm = hugging_face.capture_directory(model, dtype, cache=cache)
     with torch.no_grad():
-        Pipeline([*canonical_passes(), Annotate(spec), QuantizeWeights()]).run(gm)
+        Pipeline([*canonical_passes(), Annotate(spec)]).run(gm)
+        for site in sites(gm):
+            for quant in weight_quants(site.op.node.meta.get(PLAN)):
+                if quant is not None and isinstance(quant.method, Ofmr):
+                    raise TargetError(f"{file}: {site.path}: {quant}: cannot be run again without its data")
+        _observe_stored(gm, held)
+        Pipeline([QuantizeWeights(), StopObserving()]).run(gm)
     form = TARGETS[described["target"]].form(gm)
     return manifest.named_tensors(manifest.quantized_tensors(form))

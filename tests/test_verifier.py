@@ -407,6 +407,37 @@ def test_against_another_model(tmp_path, target):
     assert re.fullmatch(rf"{name}_zero_point: [1-4] of 128 elements differ \({model}\)", zero_points)
 
 
+@pytest.mark.parametrize("target", ["torch", "onnx"])
+def test_against_takes_the_input_scales_that_the_artifact_holds(tmp_path, target):
+    """Of weights that are tiny beside a bias, whose scales leave room for it in steps of the input's scale."""
+    model = save_checkpoint(tmp_path / "model", "gpt2")
+    tensors = load_file(model / "model.safetensors")
+    name = next(key for key in tensors if key.endswith("h.0.attn.c_attn.weight"))
+    tensors[name][:, 3] *= 1e-9
+    tensors[name.replace("weight", "bias")][3] = 5
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    spec = {"graphq": 1, "rules": [{"match": "blocks", "weight": "int8/channel", "input": "int8/asym/tensor"}]}
+    data = [torch.arange(12).reshape(2, 6)]
+    made = graphq.compile(model, spec, calibration=data)
+    alone = graphq.compile(model, {"graphq": 1, "rules": [{"match": "blocks", "weight": "int8/channel"}]})
+    path = "transformer.h.0.attn.c_attn.weight_scale"
+    differ = made.graph.state_dict()[path] != alone.graph.state_dict()[path]
+    assert differ.flatten().nonzero().tolist() == [[3]]  # the scale depends on the input's
+    made.emit(target, tmp_path / "a")
+    assert verify(tmp_path / "a", model).differences == ()
+
+
+def test_against_refuses_weights_whose_ranges_need_data(tmp_path):
+    model = save_checkpoint(tmp_path / "model", "gpt2")
+    spec = {"graphq": 1, "rules": [{"match": "c_fc", "weight": "int8/channel/ofmr", "input": "int8/asym/tensor"}]}
+    graphq.compile(model, spec, calibration=[torch.arange(12).reshape(2, 6)]).save(tmp_path / "a")
+    with pytest.raises(TargetError) as caught:
+        verify(tmp_path / "a", model)
+    assert str(caught.value) == (
+        f"{tmp_path}/a/graphq.json: transformer.h.0.mlp.c_fc: int8/channel/ofmr: cannot be run again without its data"
+    )
+
+
 def test_the_words_for_a_difference():
     codes = torch.tensor([[1, 2, 3]], dtype=torch.int8)
     assert _difference("w", codes, codes.clone()) is None
