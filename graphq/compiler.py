@@ -82,7 +82,8 @@ class Compiled(NotPickled):
         """Write the artifact for ``target`` (``"torch"``, ``"onnx"``) into the directory ``path``, whole or not at all.
 
         ``options`` are the keywords of the target's own ``emit``; every target has ``overwrite=True``, which replaces
-        an existing artifact. Raises ``TargetError`` for a layer that the target cannot hold, for an option that it does
+        an existing artifact. What the user should know of the artifact joins the report's notes. Raises
+        ``TargetError`` for a layer that the target cannot hold, for an option that it does
         not have, and for an existing ``path``.
         """
         if self.spec.profile and "profile" in options_of(target):
@@ -96,7 +97,8 @@ class Compiled(NotPickled):
             "seed": self.seed,
             "report": self.report.to_json(),
         }
-        target_named(target).emit(self.graph, Path(path), made_from, **options)
+        notes = target_named(target).emit(self.graph, Path(path), made_from, **options)
+        self.report = dataclasses.replace(self.report, notes=tuple(dict.fromkeys((*self.report.notes, *notes))))
 
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Write the torch artifact, which ``graphq.load`` reads."""

@@ -28,14 +28,14 @@ class Target:
     """What is done for one target.
 
     emit: writes the QDQ form as an artifact, given the graph, the directory and what the manifest says it was made
-        from. Its parameters behind these are the target's options, by keyword alone.
+        from; gives notes for the report. Its parameters behind these are the target's options, by keyword alone.
     tensors: all tensors of an artifact by name, packed codes unpacked. Raises ``TargetError`` for a damaged one.
     open: what an artifact of this source is called as.
     form: the QDQ form with the codes and scales that the artifact holds, and those names.
     files: the files that ``tensors`` and ``open`` read, beside the manifest, of those that there are.
     """
 
-    emit: Callable[..., None]
+    emit: Callable[..., tuple[str, ...]]
     tensors: Callable[[Path], dict[str, Tensor]]
     open: Callable[[Path, Source], Callable[..., Any]]
     form: Callable[[fx.GraphModule], fx.GraphModule]

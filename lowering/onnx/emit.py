@@ -76,8 +76,9 @@ def emit(
     cache: bool = True,
     opset: int = 13,
     bfloat16: bool = False,
-) -> None:
-    """The QDQ form ``gm`` as ``model.onnx`` in the directory ``path``, written whole or not at all.
+) -> tuple[str, ...]:
+    """The QDQ form ``gm`` as ``model.onnx`` in the directory ``path``, written whole or not at all. Gives a note where
+    its opset is higher than ``opset``.
 
     ``cache=False`` leaves the key/value cache out of a causal language model. ``opset``: the lowest to use; types may
     ask for more. A model that computes in bfloat16 is refused unless ``bfloat16``. Large models keep their tensors in
@@ -102,7 +103,7 @@ def emit(
     _set_types(model, prepared)
     _name_dimensions(model, prepared)
     _fold(model)
-    lower_opset(model, {PAST}, opset)
+    used, reason = lower_opset(model, {PAST}, opset)
     common.RemoveUnusedNodesPass()(model)
     common.ClearMetadataAndDocStringPass()(model)  # the exporter's traces hold the source's paths
     name_outputs(model, source_of(prepared))
@@ -111,6 +112,7 @@ def emit(
         ir.save(model, directory / NAME, external_data=_DATA if size > _INLINE_BYTES else None)
         onnx.checker.check_model(str(directory / NAME), full_check=True)
         manifest.write(directory, prepared, "onnx", made_from, initializers(directory))
+    return () if reason is None else (f"onnx: opset {used} in place of {opset}: no lower one has {reason}",)
 
 
 def open_session(directory: Path, source: Source) -> OnnxSession:

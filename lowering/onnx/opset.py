@@ -46,8 +46,8 @@ def check_opset(opset: int) -> None:
         raise TargetError(f"onnx: opset {opset}: the lowest is {LOWEST}")
 
 
-def lower_opset(model: ir.Model, may_be_empty: Collection[str] = (), at_least: int = LOWEST) -> int:
-    """``model`` in the lowest opset from ``at_least`` on that can hold it; that opset.
+def lower_opset(model: ir.Model, may_be_empty: Collection[str] = (), at_least: int = LOWEST) -> tuple[int, str | None]:
+    """``model`` in the lowest opset from ``at_least`` on that can hold it; that opset, and what no lower one has.
 
     ``may_be_empty``: the names of dimensions whose size can be 0.
     """
@@ -59,6 +59,8 @@ def lower_opset(model: ir.Model, may_be_empty: Collection[str] = (), at_least: i
     wrong = [node for node in _all_nodes(model) if not _fits(node, opset)]
     if wrong:
         raise TargetError(f"onnx: {wrong[0].name}: no opset up to {HIGHEST} has {wrong[0].op_type} as it is used here")
+    beyond = None if opset == at_least else next(n for n in _all_nodes(model) if not _fits(n, opset - 1))
+    reason = None if beyond is None else _use(beyond, opset)
     if opset < _LAYER_NORM:
         for node in list(model.graph):
             if _is_plain_layer_norm(node):
@@ -70,7 +72,14 @@ def lower_opset(model: ir.Model, may_be_empty: Collection[str] = (), at_least: i
         node.version = None
         _trim(node, opset)
     model.opset_imports[""] = opset
-    return opset
+    return opset, reason
+
+
+def _use(node: ir.Node, opset: int) -> str:
+    """The op of a node, with the element types that begin with this opset."""
+    types = {value.dtype for value in (*node.inputs, *node.outputs) if value is not None and value.dtype is not None}
+    new = sorted(kind.name for kind in types if _TYPES_SINCE.get(kind) == opset)
+    return f"{node.op_type} of {' and '.join(new)}" if new else f"{node.op_type} as {node.name} uses it"
 
 
 def _all_nodes(model: ir.Model) -> Iterator[ir.Node]:

@@ -38,10 +38,13 @@ def _refuses(op: Op) -> str | None:
 LIMITS: Final = Limits("torch", _refuses)
 
 
-def emit(gm: fx.GraphModule, path: str | Path, made_from: Mapping[str, Any], *, overwrite: bool = False) -> None:
+def emit(
+    gm: fx.GraphModule, path: str | Path, made_from: Mapping[str, Any], *, overwrite: bool = False
+) -> tuple[str, ...]:
     """The QDQ form ``gm`` as a packed torch artifact in the directory ``path``, written whole or not at all.
 
-    ``made_from`` goes into the manifest. Raises ``TargetError`` for what cannot be stored and for an existing ``path``.
+    ``made_from`` goes into the manifest. Gives no notes. Raises ``TargetError`` for what cannot be stored and for an
+    existing ``path``.
     """
     legalize(gm, LIMITS)
     packed = pack(gm)
@@ -54,6 +57,7 @@ def emit(gm: fx.GraphModule, path: str | Path, made_from: Mapping[str, Any], *, 
         (directory / _GRAPH).write_text(json.dumps(data, allow_nan=False))
         save_file(tensors, directory / _WEIGHTS)
         manifest.write(directory, gm, "torch", made_from, packed.state_dict())
+    return ()
 
 
 def _differs(held: Mapping[str, Tensor], name: str, same: Mapping[str, str]) -> bool:

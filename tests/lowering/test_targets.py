@@ -35,8 +35,9 @@ def emit_everything(
     layout: Literal["flat", "tiled"] = "flat",
     suffix: str = "",
     level: Literal[1, 2] = 1,
-) -> None:
+) -> tuple[str, ...]:
     """A target with an option of each type."""
+    return ()
 
 
 @pytest.fixture

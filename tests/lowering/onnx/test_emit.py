@@ -68,6 +68,7 @@ def nodes(model: onnx.ModelProto, op_type: str) -> list[tuple[list[str], dict[st
 @pytest.mark.parametrize(
     ("weight", "input", "expected"),
     [
+        ("float8_e4m3fn/channel", None, 19),
         ("int8/channel", None, 13),
         ("int8/asym/tensor", None, 13),
         ("int6/channel", None, 13),
@@ -86,6 +87,34 @@ def test_the_lowest_opset_that_holds_the_types(weight: str, input: str | None, e
     formats = {"weight": weight} | ({"input": input} if input else {})
     made = compiled(MLP(), X, **formats)
     assert opset(emitted(made, tmp_path / "a")) == expected
+    raised = [note for note in made.report.notes if "opset" in note]
+    assert len(raised) == (expected > 13)  # never in silence
+    assert all(note.startswith(f"onnx: opset {expected} in place of 13: no lower one has ") for note in raised)
+
+
+@pytest.mark.parametrize(
+    ("weight", "input", "asked", "note"),
+    [
+        ("int4/channel", None, 17, "onnx: opset 21 in place of 17: no lower one has DequantizeLinear of INT4"),
+        ("int4/asym/g4", None, 13, "onnx: opset 21 in place of 13: no lower one has DequantizeLinear of UINT4"),
+        ("int8/channel", "int16/tensor", 20, "onnx: opset 21 in place of 20: no lower one has QuantizeLinear of INT16"),
+        (
+            "float8_e5m2/channel",
+            None,
+            13,
+            "onnx: opset 19 in place of 13: no lower one has DequantizeLinear of FLOAT8E5M2",
+        ),
+        ("int4/channel", None, 21, None),
+        ("int8/channel", None, 17, None),
+    ],
+)
+def test_an_opset_above_the_one_asked_for_is_a_note(
+    weight: str, input: str | None, asked: int, note: str | None, tmp_path: Path
+) -> None:
+    made = compiled(MLP(), X, weight=weight, **({"input": input} if input else {}))
+    for place in ("a", "b"):  # said once
+        made.emit("onnx", tmp_path / place, opset=asked)
+    assert [found for found in made.report.notes if "opset" in found] == ([note] if note else [])
 
 
 @pytest.mark.parametrize(("wanted", "given"), [(17, 17), (21, 21), (25, 25), (13, 13)])
