@@ -203,7 +203,8 @@ def compile(  # noqa: A001
         raise SpecError(problems)
     gm = capture(model, inputs, dtype, cache=cache, mask=mask)
     widths = _stored_bits(gm)
-    shared = _storages(gm) if isinstance(model, nn.Module) and not consume else set[int]()
+    is_callers = isinstance(model, nn.Module) and not consume
+    shared = {_storage(tensor) for tensor in gm.state_dict(keep_vars=True).values()} if is_callers else set[int]()
     resolved, notes = decide(gm, parsed)
     if problems := unmatched(parsed, {fqn: found.layer for fqn, found in resolved.items()}, _modules(gm)):
         raise SpecError(problems)
@@ -271,10 +272,6 @@ def _precision(matmul_precision: str) -> Generator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def _storages(gm: fx.GraphModule) -> set[int]:
-    return {_storage(tensor) for tensor in gm.state_dict(keep_vars=True).values()}
 
 
 def _storage(tensor: Tensor) -> int:

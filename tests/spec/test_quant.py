@@ -220,10 +220,3 @@ def test_empty_scales_are_like_chosen_ones(format: Format) -> None:
         assert (ours is None) == (theirs is None)
         if ours is not None and theirs is not None:
             assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
-
-
-def test_hqq_as_text() -> None:
-    assert str(parse_quant("int4/asym/g64/hqq").method) == "hqq"
-    assert parse_quant("int4/asym/g64/hqq0.7:10:1.01:20").method == Hqq()
-    assert parse_quant("int4/asym/g64/hqq0.5:100:1.02:7").method == Hqq(0.5, 100, 1.02, 7)
-    assert str(Hqq(0.5, 100.0, 1.02, 7)) == "hqq0.5:100:1.02:7"
