@@ -152,7 +152,6 @@ WORK: dict[str, Callable[[fx.GraphModule], Any]] = {
     "rotate-online": RotateOnline(r3=True, r4=True).run,
     "annotate": Annotate(PLANS).run,
     "raise-linear": RaiseLinear().run,
-    "round-to-stored": RoundToStored().run,
     "observe": Observe().run,
     "decompose": Decompose(GENERIC_INT8).run,
     "place-quantizers": PlaceQuantizers(GENERIC_INT8).run,
