@@ -20,7 +20,6 @@ from torch import Tensor, fx
 from graphq.artifacts import manifest
 from graphq.artifacts.source import dtype_named
 from graphq.capture import hugging_face
-from graphq.compiler import canonical_passes
 from graphq.errors import SpecError, TargetError
 from graphq.frontends import load_spec
 from graphq.ir import edit
@@ -35,6 +34,7 @@ from graphq.passes.annotate import Annotate
 from graphq.passes.observe import add_observers, to_quantize
 from graphq.passes.quantize_weights import QuantizeWeights
 from graphq.passes.stop_observing import StopObserving
+from graphq.pipelines import canonical_passes
 from graphq.spec.plan import weight_quants
 from graphq.spec.quant import Ofmr, Quant
 from graphq.state import put_tensor

@@ -44,7 +44,8 @@ class Decompose(Pass):
             if made is not None:
                 edit.bypass(gm, op, made)
                 count += 1
-        edit.drop_unused(gm)
+        if count:
+            edit.drop_unused(gm)
         return count
 
 

@@ -98,7 +98,8 @@ class QuantizeActivations(Pass):
                 codes = edit.insert(gm, op, ops.quantize, x, *level, by=self.name, like=op)
                 made = edit.insert(gm, op, ops.dequantize, codes, *level, x.val.dtype, by=self.name, like=op)
             edit.bypass(gm, op, made)
-        edit.drop_unused(gm)
+        if found:
+            edit.drop_unused(gm)
         return len(found)
 
     def _quantize(self, gm: fx.GraphModule, x: Op, quant: Quant, reader: Weighted) -> Op:

@@ -51,7 +51,8 @@ class QuantizeBiases(Pass):
             bias, x, weight = _operands(op)
             if isinstance(bias, Param) and len(bias.users) == 1 and _is_on_grid(x) and _is_by_channel(weight, op):
                 changes += self._quantize(gm, op, bias, cast(Dequantize, x), cast(Dequantize, weight))
-        edit.drop_unused(gm)
+        if changes:
+            edit.drop_unused(gm)
         return changes
 
     def _quantize(self, gm: fx.GraphModule, op: Op, bias: Param, x: Dequantize, weight: Dequantize) -> int:

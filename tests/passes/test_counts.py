@@ -5,15 +5,18 @@ import torch
 from torch import fx
 
 from graphq.ir.pipeline import Pass, Pipeline
+from graphq.lowering.profiles import GENERIC_INT8
 from graphq.passes.auto_round import AutoRound
 from graphq.passes.awq import AWQ
 from graphq.passes.blockwise import Blockwise
 from graphq.passes.correct_bias import CorrectBias
+from graphq.passes.decompose import Decompose
 from graphq.passes.fold_batch_norm import FoldBatchNorm
 from graphq.passes.fold_norms import FoldNorms
 from graphq.passes.gptq import GPTQ
 from graphq.passes.observe import Observe
 from graphq.passes.quantize_activations import QuantizeActivations
+from graphq.passes.quantize_biases import QuantizeBiases
 from graphq.passes.quantize_weights import QuantizeWeights
 from graphq.passes.raise_grouped_linear import RaiseGroupedLinear
 from graphq.passes.raise_linear import RaiseLinear
@@ -54,6 +57,8 @@ def with_leftovers() -> fx.GraphModule:
         Rotate(kind="hadamard"),
         Untie(),
         Observe(),
+        Decompose(GENERIC_INT8),
+        QuantizeBiases(GENERIC_INT8),
         AWQ(),
         GPTQ(),
         AutoRound(),
