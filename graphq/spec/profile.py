@@ -16,7 +16,9 @@ from graphq.spec.quant import PerTensor, Quant, parse_quant
 Output = Literal["required", "optional", "same"]
 Placed = Literal["always", "through", "between", "never"]
 Bias = Literal["int32", "float"]
+BiasNeeded = Literal["never", "float output", "always"]
 LINEAR: Final = "Linear"
+GEMM: Final = "Gemm"  # a linear's other row, where its spelling as Gemm has rules of its own
 
 
 @final
@@ -82,6 +84,19 @@ class Grid:
 
 @final
 @dataclass(frozen=True)
+class Fault:
+    """What a consumer gets wrong, or refuses, of ops that it takes by its rule.
+
+    inputs: the types of activations that meet it. effect: what happens, where and by how much. instead: what does not.
+    """
+
+    inputs: tuple[Format, ...]
+    effect: str
+    instead: str
+
+
+@final
+@dataclass(frozen=True)
 class OpRule:
     """How a consumer runs one kind of op in integers.
 
@@ -94,6 +109,19 @@ class OpRule:
     grids: fixed ones of its output, by type.
     bias: how its bias is written.
     because: what was measured, or where the row is from.
+    also: further combinations that it takes in integers, and that nothing is quantized to on purpose.
+    bias_needed: when a bias that is written otherwise takes it out of integers. bias_checked: whether an int32 bias
+        with another scale than that of the products does; else it is added as if it had that.
+    zero_points: whether those of its activations have to be 0.
+    passes: (``same``) whether codes go through it where its output is not quantized.
+    lifts: (``same``) whether a QuantizeLinear behind it is moved in front of it.
+    regrids: (``same``) whether it takes an output on another grid all the same, in integers.
+    one_reader: whether the QuantizeLinear behind it has to be all that reads what it gives.
+    retyped_alone: whether it takes the types of ``retypes`` where the consumer makes others of them, and only there.
+    run_time_scales: whether its activations' scales may be computed at run time.
+    attributes: the values that these attributes have to have.
+    float_constants: whether a constant operand may be in float.
+    faults: what the consumer gets wrong of it.
     """
 
     types: tuple[OpTypes, ...]
@@ -101,6 +129,39 @@ class OpRule:
     placed: Placed = "always"
     grids: Mapping[str, FixedGrid] = field(default_factory=dict[str, FixedGrid])
     bias: Bias = "float"
+    because: str = ""
+    also: tuple[OpTypes, ...] = ()
+    bias_needed: BiasNeeded = "never"
+    bias_checked: bool = True
+    zero_points: Literal["any", "zero"] = "any"
+    passes: bool = False
+    lifts: bool = False
+    regrids: bool = False
+    one_reader: bool = False
+    retyped_alone: bool = False
+    run_time_scales: bool = False
+    attributes: Mapping[str, tuple[object, ...]] = field(default_factory=dict[str, tuple[object, ...]])
+    float_constants: bool = False
+    faults: tuple[Fault, ...] = ()
+
+
+@final
+@dataclass(frozen=True)
+class WeightsAlone:
+    """The linears of float inputs whose weights a consumer multiplies with as they are stored.
+
+    types: of the codes. gemm: whether Gemm's transposed weight may be such. smallest_block: of blocked scales, which
+    are powers of two where ``power_of_two``. dequantized: whether also where the input was quantized.
+    rounded: what becomes of the activations on the way, if something does; exact: how to have them in float.
+    """
+
+    types: tuple[str, ...]
+    gemm: bool = True
+    smallest_block: int = 1
+    power_of_two: bool = False
+    dequantized: bool = True
+    rounded: str = ""
+    exact: str = ""
     because: str = ""
 
 
@@ -119,6 +180,15 @@ class Profile:
     dynamic: how a linear with scales by token is spelled. weight_only: how one with a float input is.
     power_of_two: whether scales have to be powers of two. static: whether every dimension has to be an integer.
     opsets: the lowest and the highest it reads. sources: where its rows are from.
+    whole: whether an op in float is a fault, since it is refused or runs elsewhere.
+    clamps: whether a Relu or Clip at the end of a fused chain runs in integers always, or only where the grid behind it
+        holds nothing that it would cut off.
+    folds_bias: whether a MatMul and an Add of a vector become a Gemm by the consumer's own doing.
+    retypes: the type that activations get where one op alone reads them, by the type that they have.
+    weights_alone: which weights of linears of float inputs it multiplies with as they are stored.
+    operators: ops in integers that it runs beside QDQ, by type. refuses: types of codes that it does not read.
+    whole_blocks: whether blocks of weights have to divide their axis.
+    saturates: where products of uint8 and int8 do.
     """
 
     name: str
@@ -134,6 +204,15 @@ class Profile:
     static: bool = False
     opsets: tuple[int, int] = (13, 25)
     sources: tuple[str, ...] = ()
+    whole: bool = False
+    clamps: Literal["always", "covered"] = "always"
+    folds_bias: bool = False
+    retypes: Mapping[str, str] = field(default_factory=dict[str, str])
+    weights_alone: WeightsAlone | None = None
+    operators: tuple[str, ...] = ()
+    refuses: tuple[str, ...] = ()
+    whole_blocks: bool = False
+    saturates: str = ""
 
     def activation(self) -> Quant:
         """The default of activations."""
