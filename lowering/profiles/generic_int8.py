@@ -42,4 +42,5 @@ GENERIC_INT8: Final = Profile(
     },
     fuses=(("Conv", "Relu"), ("Conv", "Clip"), ("ConvTranspose", "Relu"), ("Linear", "Relu"), ("Add", "Relu")),
     sources=("ONNX operator specification, QuantizeLinear and DequantizeLinear",),
+    whole=True,
 )

@@ -55,4 +55,5 @@ QNN_HTP: Final = Profile(
         "onnxruntime-qnn: op builders",
         "compiled graphs of onnxruntime-qnn 2.7's simulator",
     ),
+    whole=True,
 )
