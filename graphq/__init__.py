@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from graphq.frontends import convert_spec, load_spec, write_spec
     from graphq.in_place.quantizer import convert, in_place_report, quantize
     from graphq.ir.text import dump
+    from graphq.linter.lint import lint
+    from graphq.linter.report import LintReport
     from graphq.lowering.torch.module import load
     from graphq.numerics.codec import decode, encode, fake_quantize
     from graphq.spec.rules import Spec
@@ -29,6 +31,8 @@ _HOMES = {
     "convert": "graphq.in_place.quantizer",
     "in_place_report": "graphq.in_place.quantizer",
     "quantize": "graphq.in_place.quantizer",
+    "lint": "graphq.linter.lint",
+    "LintReport": "graphq.linter.report",
     "load": "graphq.lowering.torch.module",
     "verify": "graphq.verifier",
     "Spec": "graphq.spec.rules",
@@ -39,6 +43,7 @@ __all__ = [
     "Compiled",
     "GraphError",
     "GraphqError",
+    "LintReport",
     "PassError",
     "Spec",
     "SpecError",
@@ -54,6 +59,7 @@ __all__ = [
     "explain",
     "fake_quantize",
     "in_place_report",
+    "lint",
     "load",
     "load_spec",
     "quantize",

@@ -1,0 +1,106 @@
+"""``lint``: what a consumer will run in integers of an ONNX model, whoever wrote it, predicted by its profile and seen.
+
+The profile is the table by which graphq itself places quantizers; a prediction reads nothing but the file.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from graphq.errors import SpecError, TargetError
+from graphq.linter.graph import DEQUANTIZE, Graph, TensorGrid
+from graphq.linter.ops import ops_of
+from graphq.linter.report import LintedOp, LintReport, Problem, Runs
+from graphq.linter.rules import judge
+from graphq.linter.warnings import warnings_of
+from graphq.lowering.profiles import profile_named
+from graphq.spec.profile import Profile
+
+_MODEL: Final = "model.onnx"
+_SUBGRAPHS: Final = ("If", "Loop", "Scan")
+
+
+def lint(path: str | Path, profile: str | Profile, run: bool = False) -> LintReport:
+    """How ``profile``'s consumer will run the model in ``path``, an .onnx file or a directory with ``model.onnx``.
+
+    run: execute it, too, where the consumer is ONNX Runtime's CPU provider or OpenVINO's CPU plugin, and say what ran.
+    Raises ``SpecError`` for a profile that there is not, or that nothing here runs; ``TargetError`` for a file that
+    cannot be read or, with ``run``, loaded.
+    """
+    table = profile_named(profile) if isinstance(profile, str) else profile
+    file = Path(path) / _MODEL if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise TargetError(f"{file}: no such file")
+    graph = Graph(file)
+    verdicts = {op: judge(graph, table, op) for op in ops_of(graph, table)}
+    ran, observed = _observe(graph, table) if run else ({}, None)
+    ops = tuple(
+        LintedOp(
+            op.node.name,
+            op.kind,
+            verdict.runs,
+            verdict.counted,
+            verdict.problem,
+            next((ran[node.name] for node in op.nodes if node.name in ran), None),
+            tuple(node.name for node in op.nodes),
+        )
+        for op, verdict in verdicts.items()
+    )
+    return LintReport(
+        str(file),
+        table.name,
+        ops,
+        tuple(_model_problems(graph, table)),
+        tuple(warnings_of(graph, table, verdicts)),
+        observed,
+        tuple(_notes(graph)),
+    )
+
+
+def _model_problems(graph: Graph, profile: Profile) -> Iterator[Problem]:
+    low, high = profile.opsets
+    if not low <= graph.opset <= high:
+        fix = f"write it in opset {low} to {high}"
+        yield Problem("the model", f"{profile.name} reads opsets {low} to {high}, this is {graph.opset}", fix)
+    read = [grid for node in graph.nodes if node.kind == DEQUANTIZE and (grid := graph.grid(node.outputs[0]))]
+    refused = [grid for grid in read if grid.type in profile.refuses]
+    if refused:
+        kinds = ", ".join(sorted({grid.type for grid in refused}))
+        reason = f"{profile.name} does not read {kinds} codes, and so not this file"
+        yield Problem(refused[0].codes, reason, "store them in a wider type")
+    cut = [grid for grid in read if profile.whole_blocks and _has_short_block(graph, grid)]
+    if cut:
+        reason = f"{profile.name} does not read a last block that is shorter than {cut[0].block}, and so not this file"
+        yield Problem(cut[0].codes, reason, "use groups that divide the axis")
+    unknown = graph.unknown_dimensions() if profile.static else ()
+    if unknown:
+        yield Problem(", ".join(unknown), f"{profile.name} wants every dimension an integer", "fix the shapes")
+    if not any(node.kind == DEQUANTIZE for node in graph.nodes) and not any(
+        n.kind in profile.operators for n in graph.nodes
+    ):
+        yield Problem("the model", "nothing in it is quantized", "quantize it first")
+
+
+def _has_short_block(graph: Graph, grid: TensorGrid) -> bool:
+    size = graph.shapes.get(grid.codes, ())[grid.axis or 0 :][:1]
+    return grid.block is not None and bool(size) and isinstance(size[0], int) and size[0] % grid.block != 0
+
+
+def _notes(graph: Graph) -> Iterator[str]:
+    for node in graph.nodes:
+        if node.kind in _SUBGRAPHS:
+            yield f"{node.name}: the ops inside this {node.kind} are not looked at"
+
+
+def _observe(graph: Graph, profile: Profile) -> tuple[dict[str, Runs], str]:
+    match profile.name:
+        case "ort-cpu":
+            from graphq.linter import onnx_runtime
+
+            return onnx_runtime.observe(graph)
+        case "openvino":
+            from graphq.linter import openvino
+
+            return openvino.observe(graph)
+        case name:
+            raise SpecError(f"run: {name}: nothing here runs it; ort-cpu and openvino can be run")

@@ -1,0 +1,179 @@
+"""More of the matrix, kind by kind: int8 alone and read twice, codes through an op and in front of it, outputs read twice."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tests.linter.cases import FLOAT, INT, S8, S8Z, U8, WEIGHT, Case, Made, case, conv, ints, linear, one, products
+from tests.qdq_models import QdqModel
+
+_POOL = {"kernel_shape": [2, 2], "strides": [2, 2]}
+_TWICE = np.array([1, 1, 2, 2], np.float32)
+# Of [1, 8, 8, 8]: what else it reads, attributes, and the last axis of what it gives.
+MOVES: dict[str, tuple[list[Any], dict[str, Any], int]] = {
+    "Reshape": ([ints(1, -1)], {}, 512),
+    "Transpose": ([], {"perm": [0, 2, 3, 1]}, 8),
+    "Slice": ([ints(0), ints(4), ints(1)], {}, 8),
+    "Squeeze": ([ints(0)], {}, 8),
+    "Unsqueeze": ([ints(0)], {}, 8),
+    "Expand": ([ints(2, 8, 8, 8)], {}, 8),
+    "Gather": ([ints(0, 1)], {"axis": 1}, 8),
+    "Flatten": ([], {}, 512),
+    "DepthToSpace": ([], {"blocksize": 2}, 16),
+    "Resize": ([None, _TWICE], {"mode": "nearest"}, 16),
+    "MaxPool": ([], _POOL, 4),
+    "ReduceMax": ([ints(2)], {}, 8),
+    "ReduceMin": ([ints(2)], {}, 8),
+    "Tile": ([ints(2, 1, 1, 1)], {}, 8),
+}
+UNARY: dict[str, tuple[list[Any], dict[str, Any], int]] = {
+    "AveragePool": ([], _POOL, 4),
+    "GlobalAveragePool": ([], {}, 1),
+    "ReduceMean": ([ints(2)], {}, 8),
+    "Sigmoid": ([], {}, 8),
+    "LeakyRelu": ([], {}, 8),
+    "Softmax": ([], {}, 8),
+}
+BINARY: dict[str, dict[str, Any]] = {"Add": {}, "Mul": {}, "Concat": {"axis": 1}}
+
+
+def _op(m: QdqModel, kind: str, x: str) -> str:
+    if kind in BINARY:
+        return m.op(kind, x, x, **BINARY[kind])
+    more, attributes, _ = (MOVES | UNARY)[kind]
+    return m.op(kind, x, *(m.constant(one) if one is not None else "" for one in more), **attributes)
+
+
+def plain(kind: str, grid: Any, step: float = 0.03) -> Made:
+    """The op between two quantizers; ``step``: the scale of the second."""
+    m = QdqModel()
+    return m, [m.qdq(_op(m, kind, m.qdq(m.input(1, 8, 8, 8), *grid)), *grid, scale=step)]
+
+
+def read_twice(kind: str, grid: Any) -> Made:
+    """As ``plain``, and the dequantized tensors on both sides have another reader."""
+    m = QdqModel()
+    x = m.qdq(m.input(1, 8, 8, 8), *grid)
+    y = m.qdq(_op(m, kind, x), *grid)
+    return m, [m.op("Erf", x), m.op("Sin", y), m.op("Cos", y)]
+
+
+def output_read_twice(kind: str) -> Made:
+    m = QdqModel()
+    y = _op(m, kind, m.qdq(m.input(1, 8, 8, 8)))
+    return m, [m.qdq(y), m.op("Erf", y)]
+
+
+def in_front(kind: str) -> Made:
+    """The op between a quantizer and a linear, which has none of its own: whether it reads codes."""
+    m = QdqModel()
+    last = 8 if kind in BINARY else (MOVES | UNARY)[kind][2]
+    return m, [m.op("MatMul", _op(m, kind, m.qdq(m.input(1, 8, 8, 8))), m.weight(last, 16, axis=1))]
+
+
+def behind(kind: str) -> Made:
+    """The op between float and a quantizer."""
+    m = QdqModel()
+    return m, [m.qdq(_op(m, kind, m.op("Erf", m.input(1, 8, 8, 8))))]
+
+
+def layer_s8(kind: str, weight: Sequence[int], axis: int | None, grid: Any) -> Made:
+    """A layer of int8, whose tensors are read twice."""
+    m = QdqModel()
+    x = m.qdq(m.input(1, weight[0] if kind == "MatMul" else weight[1], 8, weight[0]), *grid)
+    y = m.qdq(m.op(kind, x, m.weight(*weight, axis=axis)), *grid)
+    return m, [m.op("Erf", x), m.op("Sin", y), m.op("Cos", y)]
+
+
+def choice(second: str) -> Made:
+    """A Where of codes, whose second operand is a constant in float, codes, or whose output is read twice."""
+    m = QdqModel()
+    x = m.qdq(m.input(1, 8, 8, 8))
+    other = m.constant(np.float32(0)) if second == "float" else m.qdq(m.input(1, 8, 8, 8))
+    y = m.op("Where", m.constant(np.ones((1, 8, 8, 8), bool)), x, other)
+    return m, [m.qdq(y), *([m.op("Erf", y)] if second == "twice" else [])]
+
+
+def products_read_twice(grid: Any) -> Made:
+    m = QdqModel()
+    x, y = m.qdq(m.input(2, 8, 8), *grid), m.qdq(m.input(2, 8, 8), *grid)
+    r = m.qdq(m.op("MatMul", x, y), *grid)
+    return m, [m.op("Erf", x), m.op("Erf", y), m.op("Sin", r), m.op("Cos", r)]
+
+
+PASSED = ("Reshape", "Transpose", "Slice", "Squeeze", "Unsqueeze", "MaxPool")  # by ONNX Runtime, without a quantizer
+
+
+def _moves(kind: str) -> dict[str, Case]:
+    node, passed = kind.lower(), INT if kind in PASSED else FLOAT
+    ours = FLOAT if kind == "Tile" else INT
+    found = {
+        f"{kind} s8 alone": case(plain, node, INT, ours, kind, S8Z),
+        f"{kind} s8 alone other grid": case(plain, node, FLOAT, ours, kind, S8Z, 0.05),
+        f"{kind} s8 read twice": case(read_twice, node, INT, ours, kind, S8Z),
+        f"{kind} symmetric s8 read twice": case(read_twice, node, INT, ours, kind, S8),
+        f"{kind} u8 read twice": case(read_twice, node, INT, ours, kind, U8),
+        f"{kind} output read twice": case(output_read_twice, node, FLOAT, ours, kind),
+        f"{kind} in front of a linear": case(
+            in_front, "matmul", INT if kind in PASSED else WEIGHT, WEIGHT if kind == "Tile" else INT, kind
+        ),
+    }
+    if kind != "Transpose":  # OpenVINO moves some quantizers in front of a Transpose, and not others
+        found[f"{kind} behind float"] = case(behind, node, passed, FLOAT, kind)
+    return found
+
+
+def _computes(kind: str, onnx_runtime: str, openvino: str) -> dict[str, Case]:
+    node = kind.lower()
+    return {
+        f"{kind} s8 alone other grid": case(plain, node, onnx_runtime, openvino, kind, S8Z, 0.05),
+        f"{kind} s8 read twice": case(read_twice, node, onnx_runtime, openvino, kind, S8Z),
+        f"{kind} symmetric s8 read twice": case(read_twice, node, onnx_runtime, openvino, kind, S8),
+        f"{kind} output read twice": case(output_read_twice, node, FLOAT, openvino, kind),
+        f"{kind} behind float": case(behind, node, FLOAT, FLOAT, kind),
+    }
+
+
+MORE: dict[str, Case] = {
+    **{name: one for kind in MOVES for name, one in _moves(kind).items()},
+    **_computes("AveragePool", INT, INT),
+    **_computes("GlobalAveragePool", INT, INT),
+    **_computes("ReduceMean", FLOAT, INT),
+    **_computes("Sigmoid", INT, FLOAT),
+    **_computes("LeakyRelu", INT, FLOAT),
+    **_computes("Softmax", INT, FLOAT),
+    **{f"{kind} output read twice": case(output_read_twice, kind.lower(), FLOAT, INT if kind == "Concat" else FLOAT, kind) for kind in BINARY},
+    "Where": case(choice, "where", INT, FLOAT, "codes"),
+    "Where constant float": case(choice, "where", INT, FLOAT, "float"),
+    "Where output read twice": case(choice, "where", FLOAT, FLOAT, "twice"),
+    "products s8 read twice": case(products_read_twice, "matmul", FLOAT, INT, S8),
+    "products s8 float output": case(products, "matmul", INT, INT, S8, S8, None),
+    "products by s8 with zero point": case(products, "matmul", INT, FLOAT, U8, S8Z),
+    "matmul weight with zero points": case(linear, "matmul", INT, WEIGHT, w_zero=3),
+    "matmul weight with zero point per tensor": case(linear, "matmul", INT, WEIGHT, w_zero=3, scales="tensor"),
+    "matmul u8 weight per tensor": case(linear, "matmul", INT, WEIGHT, w="uint8", w_zero=128, scales="tensor"),
+    "gemm weight per tensor": case(linear, "gemm", INT, INT, "Gemm", scales="tensor"),
+    "gemm weight with zero points": case(linear, "gemm", INT, WEIGHT, "Gemm", w_zero=3),
+    "gemm s8 output without bias": case(linear, "gemm", INT, INT, "Gemm", x=S8, out=S8),
+    "weight int4 input 24": case(linear, "matmul", FLOAT, None, x=None, out=None, w="int4", scales="input", block=24),
+    "Split s8": case(one, "split", INT, INT, "Split", x=S8Z, out=S8Z, outputs=2, axis=1, num_outputs=2),
+    "conv transpose per tensor": case(conv, "convtranspose", FLOAT, INT, x=("uint8", 0), kind="ConvTranspose", kernel=(8, 16, 2, 2), axis=None, strides=[2, 2]),
+    "AveragePool in front of a linear": case(in_front, "matmul", WEIGHT, INT, "AveragePool"),
+    **{
+        f"{kind} {word}s8 {where}": case(
+            make, kind.lower(), INT if make is read_twice else FLOAT, INT if kind == "Concat" else FLOAT, kind, grid
+        )
+        for kind in BINARY
+        for word, grid in (("", S8Z), ("symmetric ", S8))
+        for where, make in (("read by both operands", plain), ("read twice", read_twice))
+    },
+    **{
+        f"{kind} {word}s8 read twice, weight per {'tensor' if axis is None else 'channel'}": case(
+            layer_s8, kind.lower(), FLOAT, INT, kind, weight, axis, grid
+        )
+        for kind, weight, channel in (("Conv", (16, 8, 3, 3), 0), ("MatMul", (8, 16), 1))
+        for axis in (channel, None)
+        for word, grid in (("", S8Z), ("symmetric ", S8))
+    },
+}  # fmt: skip
