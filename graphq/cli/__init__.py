@@ -1,4 +1,5 @@
-"""The command line: ``compile``, ``explain``, ``spec``, ``dump``, ``eval``, ``inspect`` and ``verify``.
+"""The command line: ``compile``, ``explain``, ``spec``, ``dump``, ``eval``, ``inspect``, ``verify`` and
+``lint``.
 
 Results go to the standard output, everything else to the standard error. Exit status: 0; 1 for errors, a line each;
 2 for wrong usage; 130 when interrupted. Heavy libraries are imported when a command runs: ``--help`` answers at once.
@@ -10,6 +11,7 @@ import typer
 
 from graphq.cli.artifacts import inspect, verify
 from graphq.cli.evaluation import eval_
+from graphq.cli.lint import lint
 from graphq.cli.models import compile_, dump, explain
 from graphq.cli.specs import convert, presets
 
@@ -59,6 +61,7 @@ app.command()(dump)
 app.command(name="eval")(eval_)
 app.command()(inspect)
 app.command()(verify)
+app.command()(lint)
 app.add_typer(spec_app, name="spec")
 spec_app.command()(convert)
 spec_app.command()(presets)
