@@ -44,7 +44,7 @@ _OF_ITS_MODULE: Final = (
     "can_generate", "config", "device", "dtype", "eval", "generate", "generation_config", "input_modalities",
     "output_modalities", "tie_weights", "to",
 )  # fmt: skip
-Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+Inputs = Tensor | Sequence[Any] | Mapping[str, Any]  # tensors, and lists, tuples and dicts of them
 
 
 @final
@@ -112,6 +112,7 @@ def capture(
     weights: bool = True,
     cache: bool = True,
     mask: str | None = None,
+    shapes: Mapping[str, int] | None = None,
 ) -> fx.GraphModule:
     """The graph of a module (with example ``inputs``), of a transformers model, or of a Hugging Face directory.
 
@@ -120,13 +121,14 @@ def capture(
     A directory is captured in float32, a module in its own dtype, unless ``dtype`` says otherwise; ``weights=False``
     reads a directory's configuration alone. ``cache=False`` leaves the key/value cache, or another that a model gives
     back, out. ``mask`` names the one of ``inputs`` that is 0 where a token is padding; of other models it is known.
+    ``shapes`` fixes dimensions by name, such as ``{"batch": 1}``.
     Without ``dtype``, what stays float of a 16-bit directory is stored in its own dtype.
     """
     if dtype is not None and not (isinstance(cast(object, dtype), torch.dtype) and dtype.is_floating_point):
         raise SpecError(f"dtype: {dtype!r} is not a floating-point dtype of torch, such as torch.bfloat16")
     is_directory = isinstance(model, str | os.PathLike)
     if is_directory:
-        gm = hugging_face.capture_directory(Path(model), dtype or torch.float32, weights, cache)
+        gm = hugging_face.capture_directory(Path(model), dtype or torch.float32, weights, cache, shapes)
     elif not isinstance(cast(object, model), nn.Module):
         raise GraphError(f"model: a {type(model).__name__} is neither a module nor the path of a model directory")
     else:
@@ -136,9 +138,9 @@ def capture(
 
             model = copy.deepcopy(model).to(dtype)
         if inputs is not None:
-            gm = capture_module(model, inputs, cache, mask)
+            gm = capture_module(model, inputs, cache, mask, shapes)
         elif hugging_face.is_pretrained(model):
-            gm = hugging_face.capture_pretrained(cast(Any, model), cache)
+            gm = hugging_face.capture_pretrained(cast(Any, model), cache, shapes)
         else:
             raise GraphError(
                 f"inputs: {type(model).__name__} is not a transformers model; pass example inputs of its forward"
@@ -166,6 +168,7 @@ def compile(  # noqa: A001
     dialect: str | None = None,
     cache: bool = True,
     mask: str | None = None,
+    shapes: Mapping[str, int] | None = None,
     matmul_precision: Literal["highest", "medium"] = "highest",
 ) -> Compiled:
     """Compile ``model`` as ``spec`` says.
@@ -181,6 +184,7 @@ def compile(  # noqa: A001
         more batches than the spec asks for, the first are taken.
     mask: which of ``inputs`` is the mask of tokens, ``[batch, tokens]``, 1 where a token counts and 0 where it is
         padding; what is padding in a calibration batch has no part in it. transformers' models say it themselves.
+    shapes: the sizes of dimensions that are fixed, such as ``{"batch": 1}``, at those of ``inputs``.
     algorithm: ``"rtn"`` rounds to nearest whatever algorithm the spec names.
     matmul_precision: how float32 products are computed in calibration, as ``torch.set_float32_matmul_precision`` takes
         it: ``medium`` rounds their factors to bfloat16, which is several times faster on processors with units for it.
@@ -201,7 +205,7 @@ def compile(  # noqa: A001
         raise SpecError(f"matmul_precision: {matmul_precision!r} is neither highest nor medium")
     if problems := refusals(parsed):
         raise SpecError(problems)
-    gm = capture(model, inputs, dtype, cache=cache, mask=mask)
+    gm = capture(model, inputs, dtype, cache=cache, mask=mask, shapes=shapes)
     widths = _stored_bits(gm)
     is_callers = isinstance(model, nn.Module) and not consume
     shared = {_storage(tensor) for tensor in gm.state_dict(keep_vars=True).values()} if is_callers else set[int]()
@@ -299,6 +303,7 @@ def explain(
     dialect: str | None = None,
     cache: bool = True,
     mask: str | None = None,
+    shapes: Mapping[str, int] | None = None,
 ) -> Report:
     """What ``compile``, given the same, would do with each layer, and by which rule. Reads no weights of a directory.
 
@@ -306,7 +311,7 @@ def explain(
     ``compile`` would refuse is a note that says so.
     """
     parsed = load_spec(cast(Any, spec), dialect)
-    return _explained(capture(model, inputs, weights=False, cache=cache, mask=mask), parsed)
+    return _explained(capture(model, inputs, weights=False, cache=cache, mask=mask, shapes=shapes), parsed)
 
 
 def compare(
@@ -318,13 +323,14 @@ def compare(
     dialect: str | None = None,
     cache: bool = True,
     mask: str | None = None,
+    shapes: Mapping[str, int] | None = None,
 ) -> Difference:
     """What would change for each layer of ``model`` with ``other`` in place of ``spec``. Reads no weights.
 
     ``dialect`` names that of ``spec`` where it cannot be recognised; that of ``other`` is recognised.
     """
     before, after = load_spec(cast(Any, spec), dialect), load_spec(cast(Any, other))
-    gm = capture(model, inputs, weights=False, cache=cache, mask=mask)
+    gm = capture(model, inputs, weights=False, cache=cache, mask=mask, shapes=shapes)
     return difference(_explained(gm, before), _explained(gm, after))
 
 

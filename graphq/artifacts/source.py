@@ -7,9 +7,10 @@ from typing import Any, Final, cast
 import torch
 
 from graphq.artifacts.fields import are_texts, entry, is_size, is_text
+from graphq.artifacts.structure import structure_from_json, structure_json
 from graphq.capture.source import CachePair, Source, TensorInput
 
-_KINDS: Final = ("tensor", "tuple", "dict")
+_KINDS: Final = ("tensor", "tuple", "dict", "structured")
 
 
 def source_json(source: Source) -> dict[str, Any]:
@@ -28,6 +29,7 @@ def source_json(source: Source) -> dict[str, Any]:
         "config": source.config,
         "generation_config": source.generation_config,
         "mask": source.mask,
+        **({"structure": structure_json(source.structure)} if source.structure is not None else {}),
     }
 
 
@@ -40,6 +42,7 @@ def source_from_json(data: object) -> Source:
         raise ValueError("inputs: two have one name")
     outputs = tuple(entry(data, "outputs", lambda value: are_texts(value) and _are_distinct(value), "distinct names"))
     kind = entry(data, "output_kind", lambda value: value in _KINDS, f"one of {', '.join(_KINDS)}")
+    structure = entry(data, "structure", lambda value: True, "") if kind == "structured" else None
     caches = entry(data, "caches", _are_pairs, "a list of pairs of names")
     for past, present in caches:
         if past not in names or present not in outputs:
@@ -57,6 +60,7 @@ def source_from_json(data: object) -> Source:
         generation_config=entry(data, "generation_config", _is_settings, "null or the text of a JSON object"),
         caches=tuple(CachePair(past, present) for past, present in caches),
         mask=entry(data, "mask", lambda value: value is None or value in names, "null or the name of an input"),
+        structure=structure_from_json(structure, outputs) if kind == "structured" else None,
     )
 
 

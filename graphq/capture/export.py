@@ -7,37 +7,39 @@ Parameters are ``get_attr`` nodes whose target is the state-dict key; constants 
 import contextlib
 import functools
 import io
-import linecache
 import logging
 import re
-import traceback
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Final, Literal, cast
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram
+from torch.utils._sympy.printers import PythonPrinter
 
+from graphq.capture.export_errors import SpecializedError, explain
 from graphq.capture.guards import unproved
 from graphq.capture.names import check_names
-from graphq.capture.source import KEY, TOTAL, Source, TensorInput
+from graphq.capture.sizes import MAX_SIZE, bounds_of, table_limits
+from graphq.capture.source import KEY, PAST, SEQUENCE, TOTAL, Source, TensorInput, source_of
+from graphq.capture.structure import Structure, flatten, kind_of, leaves
 from graphq.errors import GraphError
 from graphq.state import put_input, put_tensor, tensor_of
 
-MAX_SIZE: Final = 1 << 20  # the declared upper end of every dynamic dimension
 _LOGGERS: Final = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
-_OWN_CODE: Final = str(Path(__file__).parents[1])
+_ASSERT: Final = torch.ops.aten._assert_scalar.default
+_METADATA: Final = torch.ops.aten._assert_tensor_metadata.default
 MINIMUM: Final = {"past_sequence": 0}  # of the others: 1
 
 
 class FlatModel(nn.Module):
     """``model`` with flat tensors in and a flat tuple of tensors out.
 
-    ``call`` maps the model and the inputs by name to the outputs by name; it is the one place that knows the model's
-    calling convention.
+    ``call`` maps the model and the inputs by name to the outputs; it is the one place that knows the model's calling
+    convention. ``structure`` is what the last call returned.
     """
 
     def __init__(
@@ -47,79 +49,114 @@ class FlatModel(nn.Module):
         self.model = model
         self.names = tuple(names)
         self.call = call
-        structure: list[tuple[Literal["tensor", "tuple", "dict"], tuple[str, ...]]] = []
+        returned: list[Structure] = []
         # Export restores the attributes, lists included, of the module it traced; a closure it leaves alone.
-        self.record = lambda kind, names: structure.append((kind, names))
-        self.structure = lambda: structure[-1]
+        self.record = returned.append
+        self.structure = lambda: returned[-1]
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         result = self.call(self.model, dict(zip(self.names, tensors, strict=True)))
-        if isinstance(result, Tensor):
-            self.record("tensor", ("output",))
-            return (result,)
-        kind: Literal["tuple", "dict"] = "dict"
-        if isinstance(result, Mapping):
-            named: dict[str, Any] = {}
-            for key, value in cast(Mapping[Any, Any], result).items():
-                if value is not None and str(key) in named:
-                    raise GraphError(f"{type(self.model).__name__}: two outputs are called {key}; rename one")
-                if value is not None:
-                    named[str(key)] = value
-        elif isinstance(result, list | tuple):
-            named = {f"output_{i}": v for i, v in enumerate(cast(Sequence[Any], result))}
-            kind = "tuple"
-        else:
-            raise GraphError(f"{type(self.model).__name__} returns {type(result).__name__}; outputs must be tensors")
-        for name, value in named.items():
-            if not isinstance(value, Tensor):
-                is_cache = name == "past_key_values" or type(value).__name__.endswith("Cache")
-                hint = "; pass cache=False to leave the cache out" if is_cache else ""
-                raise GraphError(
-                    f"{type(self.model).__name__}: output {name} is a {type(value).__name__}; outputs must be tensors,"
-                    f" or one tuple or dict of tensors{hint}"
-                )
-        self.record(kind, tuple(named))
+        name = type(self.model).__name__
+        structure, named = flatten(result, name)
+        if not named:
+            raise GraphError(f"{name} returns a {type(result).__name__} without a tensor; outputs must be tensors")
+        self.record(structure)
         return tuple(named.values())
 
 
-class SpecializedError(GraphError):
-    """A dimension declared dynamic is a constant in the model's code."""
-
-
 def export_flat(
-    flat: FlatModel, inputs: Sequence[TensorInput], samples: Sequence[Tensor], limits: Mapping[str, int] | None = None
+    flat: FlatModel,
+    inputs: Sequence[TensorInput],
+    samples: Sequence[Tensor],
+    limits: Mapping[str, int] | None = None,
+    fixed: Mapping[str, int] | None = None,
 ) -> fx.GraphModule:
     """The graph of ``flat`` with ``inputs`` declared; ``samples`` have sizes of at least 2 in dynamic dimensions.
 
-    ``limits`` are the largest sizes of dimensions that the model bounds (``MAX_SIZE`` for the others).
+    ``limits`` are the largest sizes of dimensions that are known to be bounded, ``fixed`` the sizes of those that are
+    not dynamic. What the model's code asks for beyond that bounds a dimension, with a note, where it can; otherwise it
+    is a ``SpecializedError``.
     """
     check_names(flat.model)
-    names = {d for i in inputs for d in i.shape if isinstance(d, str) and d != TOTAL}
-    ranges = {d: (MINIMUM.get(d, 1), (limits or {}).get(d, MAX_SIZE)) for d in sorted(names)}
+    names = sorted({d for i in inputs for d in i.shape if isinstance(d, str) and d != TOTAL})
+    ranges = {d: (MINIMUM.get(d, 1), (limits or {}).get(d, MAX_SIZE)) for d in names}
+    ranges |= {d: (size, size) for d, size in (fixed or {}).items() if d in ranges}
+    notes: list[str] = []
+    shapes = [i.shape for i in inputs]
+    deferred = False
+    while True:
+        try:
+            gm = _export(flat, inputs, samples, ranges, deferred)
+            break
+        except SpecializedError as error:
+            if error.guard is not None and not deferred and not unproved([error.guard], shapes, ranges):
+                deferred = True  # a condition that always holds, of which export makes a constant where it may not ask
+                continue
+            before = ranges.get(error.dimension or "")
+            if before is None or error.bounds is None:
+                raise
+            after = (max(before[0], error.bounds[0]), min(before[1], error.bounds[1]))
+            if after == before:
+                raise
+            ranges[str(error.dimension)] = after
+            notes.append(f"{error.dimension} is {after[0]} to {after[1]:,}: {error}")
+    for name, limit in table_limits(gm, ranges).items():
+        ranges[name] = (ranges[name][0], limit)
+        notes.append(f"{name} is {ranges[name][0]} to {limit:,}: {type(flat.model).__name__} has no more positions")
+    source = source_of(gm)
+    gm.meta[KEY] = replace(
+        source,
+        ranges=tuple((d, low, high) for d, (low, high) in ranges.items()),
+        notes=(*source.notes, *notes),
+    )
+    return gm
+
+
+def _export(
+    flat: FlatModel,
+    inputs: Sequence[TensorInput],
+    samples: Sequence[Tensor],
+    ranges: Mapping[str, tuple[int, int]],
+    deferred: bool,
+) -> fx.GraphModule:
+    """The graph for all sizes in ``ranges``. Raises ``SpecializedError`` if there is none.
+
+    ``deferred``: export asserts conditions on sizes in the graph instead of deciding by them; they are proved here.
+    """
     shapes = dynamic_shapes(inputs, ranges)
     with _evaluating(flat), torch.no_grad(), _quiet(), lean_export():
         try:
-            exported = torch.export.export(flat, tuple(samples), dynamic_shapes=(shapes,), strict=False)
+            exported = torch.export.export(
+                flat,
+                tuple(samples),
+                dynamic_shapes=(shapes,),
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=deferred,
+            )
             if any(_changes_in_place(node) for node in exported.graph.nodes):
                 exported = exported.run_decompositions({})  # functionalizes; costs as much as tracing did
         except GraphError:
             raise
         except Exception as error:  # export raises many types; each becomes one line that names the user's code
-            raise _explain(error, flat) from error
+            raise explain(error, flat.model, flat.names) from error
     _refuse_changes(exported, flat)
-    guards = unproved(_guards_of(exported), [i.shape for i in inputs], ranges)
+    found = [*_guards_of(exported), *(_asserted(exported, inputs) if deferred else [])]
+    guards = unproved(found, [i.shape for i in inputs], ranges)
     if guards:
-        raise SpecializedError(f"{type(flat.model).__name__} restricts its input sizes: {'; '.join(guards)}")
-    gm = _own_graph(exported, inputs)
+        message = f"{type(flat.model).__name__} restricts its input sizes: {'; '.join(guards)}"
+        dimension = next((d for d in ranges if re.search(rf"\b{d}\b", guards[0])), None)
+        raise SpecializedError(message, dimension, bounds_of(guards[0]) if len(guards) == 1 else None)
+    gm = _own_graph(exported, inputs, without=(_ASSERT,) if deferred else ())
     _name_tied(gm, flat.model)
     state = {name for name, _ in [*flat.model.named_parameters(), *flat.model.named_buffers()]}
     dtypes = [p.dtype for p in flat.model.parameters() if p.is_floating_point()]
-    output_kind, output_names = flat.structure()
+    structure = flat.structure()
+    output_kind = kind_of(structure)
     gm.meta[KEY] = Source(
         inputs=tuple(inputs),
-        outputs=output_names,
+        outputs=leaves(structure),
         output_kind=output_kind,
-        ranges=tuple((d, low, high) for d, (low, high) in ranges.items()),
+        structure=structure if output_kind == "structured" else None,
         dtype=max(set(dtypes), key=dtypes.count) if dtypes else torch.float32,
         blocks=block_lists(flat.model),
         notes=tuple(
@@ -149,13 +186,11 @@ def _changes_in_place(node: fx.Node) -> bool:
 
 
 def dynamic_shapes(inputs: Sequence[TensorInput], ranges: Mapping[str, tuple[int, int]]) -> tuple[dict[int, Any], ...]:
-    """The dynamic dimensions of each input, as ``torch.export`` takes them."""
-    dims = {d: Dim(d, min=low, max=high) for d, (low, high) in ranges.items()}
+    """The dynamic dimensions of each input, as ``torch.export`` takes them; those of one size are not."""
+    dims: dict[str, Any] = {d: Dim(d, min=low, max=high) for d, (low, high) in ranges.items() if low < high}
     # A sum of two dimensions cannot be declared; the guard it leaves is checked like every other.
-    return tuple(
-        {axis: Dim.DYNAMIC if d == TOTAL else dims[d] for axis, d in enumerate(i.shape) if isinstance(d, str)}
-        for i in inputs
-    )
+    dims |= {TOTAL: Dim.DYNAMIC} if {PAST, SEQUENCE} & dims.keys() else {}
+    return tuple({axis: dims[d] for axis, d in enumerate(i.shape) if isinstance(d, str) and d in dims} for i in inputs)
 
 
 def _guards_of(exported: ExportedProgram) -> list[str]:
@@ -224,8 +259,26 @@ def block_lists(model: nn.Module) -> tuple[str, ...]:
     return tuple(lists)
 
 
-def _own_graph(exported: ExportedProgram, inputs: Sequence[TensorInput]) -> fx.GraphModule:
-    """A fresh ``GraphModule`` that shares the exported one's tensors under the source's own names."""
+def _asserted(exported: ExportedProgram, inputs: Sequence[TensorInput]) -> list[str]:
+    """What the graph asserts of its inputs' sizes, in terms of the declared dimensions."""
+    nodes = {node.name: node for node in exported.graph.nodes}
+    names: dict[str, str] = {}
+    for name, declared in zip(exported.graph_signature.user_inputs, inputs, strict=True):
+        for size, dimension in zip(nodes[str(name)].meta["val"].shape, declared.shape, strict=True):
+            if isinstance(size, torch.SymInt) and isinstance(dimension, str):
+                names.setdefault(str(size.node.expr), dimension)
+    conditions = [node.args[0].meta["val"] for node in exported.graph.nodes if node.target is _ASSERT]
+    texts = [PythonPrinter().doprint(condition.node.expr) for condition in conditions]
+    return [re.sub(r"\b[su]\d+\b", lambda found: f"({names.get(found[0], found[0])})", text) for text in texts]
+
+
+def _own_graph(
+    exported: ExportedProgram, inputs: Sequence[TensorInput], without: Collection[OpOverload]
+) -> fx.GraphModule:
+    """A fresh ``GraphModule`` that shares the exported one's tensors under the source's own names.
+
+    Nodes of the ops ``without``, which give nothing, are left out.
+    """
     unlifted = exported.module(check_guards=False)
     graph, state = fx.Graph(), nn.Module()
     new: dict[fx.Node, fx.Node] = {}
@@ -233,7 +286,7 @@ def _own_graph(exported: ExportedProgram, inputs: Sequence[TensorInput]) -> fx.G
     for node, declared in zip(given, inputs, strict=True):
         new[node] = put_input(graph, declared.name)
     for node in unlifted.graph.nodes:
-        if node.op == "call_module" or node.target is torch.ops.aten._assert_tensor_metadata.default:
+        if node.target in without or node.op == "call_module" or node.target is _METADATA:
             continue  # guards, proved above, and restatements of what ``val`` says
         if node.op == "get_attr":
             if not node.users:
@@ -305,39 +358,3 @@ def _name_tied(gm: fx.GraphModule, model: nn.Module) -> None:
         if not node.users:
             gm.graph.erase_node(node)
     gm.recompile()
-
-
-def _explain(error: Exception, flat: FlatModel) -> GraphError:
-    """``error`` in one line, with the layer and the user's own source line where a frame shows them."""
-    names = {id(module): name or type(module).__name__ for name, module in flat.model.named_modules()}
-    where = f"{type(flat.model).__name__}: "
-    for frame, line in traceback.walk_tb(error.__traceback__):  # the innermost frame of a module's own code wins
-        code = frame.f_code
-        owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-        if id(owner) in names and not code.co_filename.startswith((torch.__path__[0], _OWN_CODE)):
-            source = linecache.getline(code.co_filename, line).strip()
-            where = f"{names[id(owner)]} ({code.co_filename}:{line}: {source}): "
-    lines = [text.strip() for text in str(error).splitlines() if text.strip()] or [type(error).__name__]
-    text = " ".join(lines)
-    if found := re.search(r"You marked (\w+) as dynamic but your code specialized it to be a constant \((\d+)\)", text):
-        return SpecializedError(f"{where}the model's code fixes dimension {found[1]} at {found[2]}")
-    if found := re.search(
-        r"Not all values of (\w+) = .*? satisfy the generated guard (.*?)(?= - |\. The error above|\. ?$|$)", text
-    ):
-        return SpecializedError(
-            f"{where}the model's code restricts dimension {found[1]}: {_plain_sizes(found[2], flat)}"
-        )
-    if "Constraints violated" in text:
-        return SpecializedError(
-            f"{where}the model's code restricts a dynamic dimension: {_plain_sizes(lines[1], flat)}"
-        )
-    if "data-dependent" in lines[0]:
-        return GraphError(f"{where}the path taken depends on the values of a tensor, which a graph cannot hold")
-    return GraphError(f"{where}cannot be captured: {lines[0]}")
-
-
-def _plain_sizes(text: str, flat: FlatModel) -> str:
-    def size(found: re.Match[str]) -> str:
-        return f"size {found[2]} of {flat.names[int(found[1])]}"
-
-    return re.sub(r"L\['tensors'\]\[(\d+)\]\.size\(\)\[(\d+)\]", size, text.partition("Suggested fixes")[0].strip())

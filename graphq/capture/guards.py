@@ -21,6 +21,7 @@ from graphq.capture.source import TOTAL
 
 _SIZE: Final = re.compile(r"L\['tensors'\]\[(\d+)\]\.size\(\)\[(\d+)\]")
 _MAX_BOXES: Final = 512  # cuts of the ranges, some milliseconds each, after which a guard counts as not implied
+_MAX_POINTS: Final = 32
 _MAX_POWER: Final = 8
 _MAX_CORNERS: Final = 256
 
@@ -54,7 +55,11 @@ def _holds(text: str, ranges: Mapping[str, tuple[int, int]]) -> bool:
     try:
         guard = ast.parse(text.strip(), mode="eval").body
         names = {node.id for node in ast.walk(guard) if isinstance(node, ast.Name)} - {"min", "max"}
-        undecided: list[_Box] = [{name: ranges[name] for name in sorted(names)}]
+        whole: _Box = {name: ranges[name] for name in sorted(names)}
+        smallest = [sorted({low, min(low + 1, high), min(low + 2, high)}) for low, high in whole.values()]
+        points = itertools.islice(itertools.product(*smallest), _MAX_POINTS)
+        # The points come first: most guards that do not hold everywhere fail at one of them.
+        undecided = [whole, *(dict(zip(whole, ((size, size) for size in point), strict=True)) for point in points)]
         for _ in range(_MAX_BOXES):
             if not undecided:
                 return True

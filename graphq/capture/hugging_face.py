@@ -9,7 +9,7 @@ the inputs of their own kind.
 import contextlib
 import inspect
 import json
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -19,16 +19,18 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graphq.capture import adapters
-from graphq.capture.export import FlatModel, export_flat, lean_export
-from graphq.capture.source import BATCH, KEY, PAST, SEQUENCE, TOTAL, CachePair, Source, TensorInput
-from graphq.errors import GraphError
+from graphq.capture.export import MINIMUM, FlatModel, export_flat, lean_export
+from graphq.capture.export_errors import SpecializedError
+from graphq.capture.sizes import MAX_SIZE, fixed_sizes, position_limit
+from graphq.capture.source import BATCH, KEY, PAST, SEQUENCE, TOTAL, CachePair, Source, TensorInput, with_total
+from graphq.errors import GraphError, SpecError
 from graphq.files import MANIFEST
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 # Different sizes of at least 2, so that no two dimensions are taken for one and none for a constant.
-_SAMPLE: Final = {BATCH: 2, SEQUENCE: 3, PAST: 5, TOTAL: 8}
+_SAMPLE: Final = {BATCH: 2, SEQUENCE: 3, PAST: 5}
 
 
 def is_pretrained(model: nn.Module) -> bool:
@@ -38,18 +40,31 @@ def is_pretrained(model: nn.Module) -> bool:
     )
 
 
-def capture_pretrained(model: "PreTrainedModel", cache: bool = True) -> fx.GraphModule:
+def capture_pretrained(
+    model: "PreTrainedModel", cache: bool = True, shapes: Mapping[str, int] | None = None
+) -> fx.GraphModule:
     """The graph of a transformers model, with inputs made from its configuration.
 
-    ``cache=False`` leaves the key/value cache out of a causal language model. Raises ``GraphError`` for models that are
+    ``cache=False`` leaves the key/value cache out of a causal language model. ``shapes`` fixes dimensions by name.
+    Raises ``SpecError`` for a dimension that there is not, ``GraphError`` for models that are
     quantized already, of a kind whose inputs cannot be made, or with a cache that is not plain keys and values.
     """
     refuse_quantized(model.config)
     flat, inputs = _causal_lm(model, cache) if is_causal_lm(model) else _plain(model)
-    longest: Any = getattr(model.config, "max_position_embeddings", None)
-    limits = {SEQUENCE: longest} if isinstance(longest, int) and not any(i.is_cache for i in inputs) else {}
-    with _experts_as("grouped_mm", model):
-        gm = export_flat(flat, inputs, tuple(_sample(model, i) for i in inputs), limits)
+    longest = position_limit(model)
+    limits = {SEQUENCE: longest} if longest is not None and not any(i.is_cache for i in inputs) else {}
+    names = sorted({d for i in inputs for d in i.shape if isinstance(d, str) and d != TOTAL})
+    ranges = [(name, MINIMUM.get(name, 1), limits.get(name, MAX_SIZE)) for name in names]
+    fixed, problems = fixed_sizes({} if shapes is None else shapes, ranges)
+    if problems:
+        raise SpecError(problems)
+    sizes = with_total({name: fixed.get(name, _SAMPLE[name]) for name in names})
+    try:
+        with _experts_as("grouped_mm", model):
+            gm = export_flat(flat, inputs, tuple(_sample(model, i, sizes) for i in inputs), limits, fixed)
+    except SpecializedError as error:
+        declared = f'{{"{error.dimension}": ...}}' if error.dimension else "..."
+        raise SpecializedError(f"{error}; declare its one size with shapes={declared}") from error
     config = model.config.to_diff_dict() | {"architectures": [type(model).__name__]}
     source: Source = gm.meta[KEY]
     generation = getattr(model, "generation_config", None)
@@ -193,16 +208,16 @@ def _plain(model: "PreTrainedModel") -> tuple[FlatModel, list[TensorInput]]:
             kind = "an encoder-decoder" if getattr(config, "is_encoder_decoder", False) else f"a model of {other}"
             raise GraphError(f"{type(model).__name__} is {kind}: pass example inputs (inputs=...) of its forward")
 
-    def call(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def call(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Any]:
         extra = {"use_cache": False} if "use_cache" in arguments else {}
         result = module(**tensors, **extra, return_dict=True)
-        return {name: value for name, value in result.items() if isinstance(value, Tensor)}
+        return {name: value for name, value in result.items() if value is not None}
 
     return FlatModel(model, [i.name for i in inputs], call), inputs
 
 
-def _sample(model: nn.Module, wanted: TensorInput) -> Tensor:
-    shape = [_SAMPLE[d] if isinstance(d, str) else d for d in wanted.shape]
+def _sample(model: nn.Module, wanted: TensorInput, sizes: Mapping[str, int]) -> Tensor:
+    shape = [sizes[d] if isinstance(d, str) else d for d in wanted.shape]
     return torch.ones(shape, dtype=wanted.dtype, device=_device(model))
 
 
@@ -330,7 +345,11 @@ def _silent_transformers() -> Generator[None]:
 
 
 def capture_directory(
-    path: Path, dtype: torch.dtype = torch.float32, weights: bool = True, cache: bool = True
+    path: Path,
+    dtype: torch.dtype = torch.float32,
+    weights: bool = True,
+    cache: bool = True,
+    shapes: Mapping[str, int] | None = None,
 ) -> fx.GraphModule:
     """The graph of the model in a directory; its source dtype is the one its configuration records.
 
@@ -342,7 +361,7 @@ def capture_directory(
     if weights:
         model, unused = _load(path, dtype)
         adapters.without_adapters(model)  # which transformers puts into a model where peft is installed
-        gm = capture_pretrained(model, cache)
+        gm = capture_pretrained(model, cache, shapes)
         if unused:
             count = f"{len(unused)} tensor{'s' * (len(unused) > 1)} of the checkpoint"
             notes = (
@@ -350,7 +369,7 @@ def capture_directory(
                 f"{count} that {type(model).__name__} does not use: {_first(unused)}",
             )
     else:
-        gm = capture_config(config, _model_class(path, config), dtype, cache)
+        gm = capture_config(config, _model_class(path, config), dtype, cache, shapes)
     source: Source = gm.meta[KEY]
     gm.meta[KEY] = replace(
         source,
@@ -362,11 +381,15 @@ def capture_directory(
 
 
 def capture_config(
-    config: "PreTrainedConfig", cls: type["PreTrainedModel"], dtype: torch.dtype = torch.float32, cache: bool = True
+    config: "PreTrainedConfig",
+    cls: type["PreTrainedModel"],
+    dtype: torch.dtype = torch.float32,
+    cache: bool = True,
+    shapes: Mapping[str, int] | None = None,
 ) -> fx.GraphModule:
     """The graph of a model that exists only as a configuration; its parameters are fake tensors on the CPU."""
     from transformers.initialization import no_init_weights
 
     with lean_export(), FakeTensorMode(allow_non_fake_inputs=True), _silent_transformers(), no_init_weights():
         model = cast(Any, cls)._from_config(config, dtype=dtype).eval()
-        return capture_pretrained(model, cache)
+        return capture_pretrained(model, cache, shapes)

@@ -3,6 +3,7 @@
 A ``Source`` is frozen data in ``gm.meta["graphq.source"]``; it survives ``deepcopy`` and is written into artifacts.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Final, Literal, final
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from graphq.capture.structure import Structure
 from graphq.errors import PassError
 
 KEY: Final = "graphq.source"
@@ -48,13 +50,14 @@ class CachePair:
 class Source:
     """Where a graph came from. ``dtype`` is the source's own, whatever the graph computes in.
 
-    ``ranges``: the smallest and largest size of each dynamic dimension. ``caches``: what the model gives to itself; no
-    other input or output is a cache, whatever its name.
+    ``ranges``: the smallest and largest size of each named dimension; one whose two are equal is fixed. ``caches``:
+    what the model gives to itself; no other input or output is a cache, whatever its name.
 
     ``blocks``: dotted paths of the lists of repeated blocks, such as ``model.layers``. ``output_kind``: the structure
-    the source returns. ``config``, ``generation_config``: transformers' settings as JSON. ``files``: the directory with
-    the tokenizer and configuration that go with the artifact. ``mask``: the name of the input ``[batch, tokens]`` that
-    is 0 where a token is padding.
+    the source returns, which ``structure`` tells where it is more than a tensor, or a tuple or dict of tensors.
+    ``config``, ``generation_config``: transformers' settings as JSON. ``files``: the directory with the tokenizer and
+    configuration that go with the artifact. ``mask``: the name of the input ``[batch, tokens]`` that is 0 where a token
+    is padding.
 
     ``stored``: what float parameters that are held in float32 are stored in, where that is narrower: those named in
     ``wide``, whose numbers it does not hold, are stored as they are.
@@ -62,7 +65,7 @@ class Source:
 
     inputs: tuple[TensorInput, ...]
     outputs: tuple[str, ...]
-    output_kind: Literal["tensor", "tuple", "dict"]
+    output_kind: Literal["tensor", "tuple", "dict", "structured"]
     dtype: torch.dtype
     ranges: tuple[tuple[str, int, int], ...] = ()
     blocks: tuple[str, ...] = ()
@@ -74,6 +77,18 @@ class Source:
     stored: torch.dtype | None = None
     wide: frozenset[str] = frozenset()
     mask: str | None = None
+    structure: Structure | None = None
+
+    @property
+    def fixed(self) -> dict[str, int]:
+        """The sizes of the dimensions that have one size, their sum among them where both parts do."""
+        return with_total({name: low for name, low, high in self.ranges if low == high})
+
+    def sizes(self, shape: Iterable[int | str]) -> tuple[int | str, ...]:
+        """A shape with numbers for the dimensions that are fixed."""
+        fixed = self.fixed
+        total = " + ".join(str(fixed.get(part, part)) for part in (PAST, SEQUENCE))
+        return tuple(fixed.get(d, total if d == TOTAL else d) if isinstance(d, str) else d for d in shape)
 
     @property
     def pasts(self) -> frozenset[str]:
@@ -98,6 +113,12 @@ class Source:
                 if index.isdecimal():
                     return int(index)
         return None
+
+
+def with_total(sizes: dict[str, int]) -> dict[str, int]:
+    """The same sizes, and their sum where there are both of its parts."""
+    both = PAST in sizes and SEQUENCE in sizes
+    return sizes | ({TOTAL: sizes[PAST] + sizes[SEQUENCE]} if both else {})
 
 
 def record_stored(gm: fx.GraphModule) -> None:

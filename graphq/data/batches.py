@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from graphq.capture.sizes import MAX_SIZE
 from graphq.capture.source import BATCH, PAST, SEQUENCE, TOTAL, Source, TensorInput
 from graphq.data.masks import check_mask
 from graphq.errors import GraphqError, SpecError
@@ -19,15 +20,19 @@ _COUNTED: Final = (BATCH, SEQUENCE)  # of a cache, a first batch has none
 def complete(source: Source, batch: object, where: str = "inputs") -> tuple[Tensor, ...]:
     """Every input of the graph, in order, from a tensor (the first input), a tuple, or a dict by name.
 
-    Masks, positions, token types and empty caches that were left out are filled in. Raises ``SpecError``, beginning
-    with ``where``, for unknown and missing inputs, a cache without some of its tensors, wrong types and wrong shapes.
+    An argument that is a list, tuple or dict of inputs is taken apart. Masks, positions, token types and empty caches
+    that were left out are filled in; of a cache of fixed length, the mask hides what is left out. Raises ``SpecError``,
+    beginning with ``where``, for unknown and missing inputs, a cache without some of its tensors, wrong types, wrong
+    shapes and sizes out of their dimensions' ranges.
     """
     given = _by_name(source, batch, where)
     sizes: dict[str, int] = {}
     for wanted in source.inputs:
         if wanted.name in given:
             given[wanted.name] = _fit(wanted, given[wanted.name], sizes, where)
-    sizes.setdefault(PAST, 0)
+            if problem := out_of_range(source, wanted, given[wanted.name].shape):
+                raise SpecError(f"{where}: {problem}")
+    sizes.setdefault(PAST, source.fixed.get(PAST, 0))
     if SEQUENCE in sizes and TOTAL in sizes and sizes[TOTAL] != sizes[SEQUENCE] + sizes[PAST]:
         raise SpecError(
             f"{where}: {source.mask or 'attention_mask'} covers {sizes[TOTAL]} tokens,"
@@ -36,12 +41,15 @@ def complete(source: Source, batch: object, where: str = "inputs") -> tuple[Tens
     if SEQUENCE in sizes:
         sizes[TOTAL] = sizes[SEQUENCE] + sizes[PAST]
     _check_caches(source, given, sizes, where)
+    unwritten = 0 if source.pasts & given.keys() else sizes[PAST]  # of a cache of fixed length, before the first call
     complete: list[Tensor] = []
     first = next(iter(given.values()))
     for wanted in source.inputs:
         value = given.get(wanted.name)
         if value is None:
             value = _default(source, wanted, given, sizes, first.device, where)
+            if wanted.name == (source.mask or "attention_mask") and wanted.shape[-1] == TOTAL:
+                value[..., :unwritten] = 0
             given[wanted.name] = value
         complete.append(value)
     return tuple(complete)
@@ -55,13 +63,15 @@ def _by_name(source: Source, batch: object, where: str) -> dict[str, Tensor]:
         items = list(cast(Mapping[Any, Any], batch).items())
     elif isinstance(batch, Sequence) and not isinstance(batch, str | bytes):
         values = cast(Sequence[Any], batch)
-        if len(values) > len(names):
-            raise SpecError(f"{where}: {len(values)} tensors, the model takes {len(names)}: {', '.join(names)}")
-        items = list(zip(names, values, strict=False))
+        places = arguments(names, values)
+        if len(values) > len(places):
+            raise SpecError(f"{where}: {len(values)} tensors, the model takes {len(places)}: {', '.join(places)}")
+        items = list(zip(places, values, strict=False))
     else:
         raise SpecError(
             f"{where}: a {type(batch).__name__} is not a batch; give a tensor, a tuple or a dict of tensors"
         )
+    items = [one for name, value in items for one in (_parts(name, value) if name not in names else [(name, value)])]
     if not items:
         raise SpecError(f"{where}: empty; the model takes {', '.join(names)}")
     for name, value in items:
@@ -70,6 +80,42 @@ def _by_name(source: Source, batch: object, where: str) -> dict[str, Tensor]:
         if not isinstance(value, Tensor):
             raise SpecError(f"{where}: {name} is a {type(value).__name__}, not a tensor")
     return dict(items)
+
+
+def arguments(names: Sequence[str], values: Sequence[object]) -> list[str]:
+    """The names that ``values`` stand for by their positions: of inputs, or of arguments where one of them is a list,
+    tuple or dict, which holds several inputs (``features.0`` and ``features.1`` are one argument).
+    """
+    nested = any(isinstance(value, list | tuple | Mapping) for value in values)
+    return list(dict.fromkeys(name.partition(".")[0] for name in names)) if nested else list(names)
+
+
+def _parts(name: object, value: Any) -> list[tuple[Any, Any]]:
+    """The inputs that a list, tuple or dict has, by dotted names."""
+    if isinstance(value, Mapping):
+        named = cast(Mapping[Any, Any], value).items()
+    elif isinstance(value, list | tuple):
+        named = enumerate(cast(Sequence[Any], value))
+    else:
+        return [(name, value)]
+    return [one for key, part in named for one in _parts(f"{name}.{key}", part)]
+
+
+def out_of_range(source: Source, wanted: TensorInput, shape: Sequence[int]) -> str | None:
+    """The first size that lies outside of its dimension's range, in words.
+
+    A size of 0 does not where the range begins at 1: many graphs run on an empty batch.
+    """
+    ranges = {name: (low, high) for name, low, high in source.ranges}
+    for name, size in zip(wanted.shape, shape, strict=True):
+        low, high = ranges.get(str(name), (0, MAX_SIZE))
+        if high < MAX_SIZE and low == high != size:
+            return f"{wanted.name} has shape {tuple(shape)}; {name} is {low} in this graph"
+        if size > high and high < MAX_SIZE:
+            return f"{wanted.name} has shape {tuple(shape)}; {name} is at most {high} in this graph"
+        if size < low and low > 1:
+            return f"{wanted.name} has shape {tuple(shape)}; {name} is at least {low} in this graph"
+    return None
 
 
 def _fit(wanted: TensorInput, value: Tensor, sizes: dict[str, int], where: str) -> Tensor:

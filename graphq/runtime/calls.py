@@ -8,10 +8,11 @@ from typing import Any, Final, assert_never, cast, final
 from torch import Tensor
 
 from graphq.capture.source import Source
-from graphq.data.batches import complete
+from graphq.capture.structure import restore
+from graphq.data.batches import arguments, complete
 from graphq.errors import SpecError
 
-Outputs = Tensor | tuple[Any, ...] | dict[str, Tensor]  # a tuple of a transformers model holds its cache
+Outputs = Tensor | tuple[Any, ...] | list[Any] | dict[str, Any]  # a tuple of a transformers model holds its cache
 _PAST: Final = "past_key_values"
 _PRESENT: Final = re.compile(r"present\.\d+\.(key|value)")
 _NEVER_RETURNED: Final = frozenset(  # an argument that asks for one of them is refused
@@ -98,6 +99,23 @@ class ModelOutput(dict[str, Tensor]):
         return (*(x for name, x in self.items() if not _PRESENT.fullmatch(name)), *(() if past is None else (past,)))
 
 
+@final
+class OutputRecord(dict[str, Any]):
+    """A dataclass, named tuple or ``ModelOutput`` that the source returns: its fields by name, attribute or place."""
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self:
+            return self[name]
+        raise AttributeError(f"the model returned no {name}; it returned {', '.join(self)}")
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The fields in their order."""
+        return tuple(self.values())
+
+
 def pairs_of(outputs: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
     """``present.{i}.key`` and ``present.{i}.value`` of each layer."""
     pairs: list[tuple[Tensor, Tensor]] = []
@@ -145,24 +163,33 @@ def call(
         if problem := _below_range(source, batch):
             raise SpecError(f"inputs: {problem}") from error
         raise
+    found = _as_returned(source, outputs)
+    if not (isinstance(found, dict) and is_transformers(source)):
+        return found
+    named = dict(found)
+    if _is_cache(past):
+        from graphq.runtime.key_value_cache import hold
+
+        hold(past, pairs_of(named))
+    uses_cache = bool(switches.get("use_cache", True))
+    if not uses_cache:
+        named = {name: x for name, x in named.items() if name not in source.presents}
+    made = ModelOutput(named, past if uses_cache and _is_cache(past) else None)
+    return made if switches.get("return_dict", True) else made.to_tuple()
+
+
+def _as_returned(source: Source, outputs: tuple[Tensor, ...]) -> Outputs:
+    """The outputs in the structure that the source returns."""
     match source.output_kind:
         case "tensor":
             return outputs[0]
         case "tuple":
             return outputs
         case "dict":
-            named = dict(zip(source.outputs, outputs, strict=True))
-            if not is_transformers(source):
-                return named
-            if _is_cache(past):
-                from graphq.runtime.key_value_cache import hold
-
-                hold(past, pairs_of(named))
-            uses_cache = bool(switches.get("use_cache", True))
-            if not uses_cache:
-                named = {name: x for name, x in named.items() if name not in source.presents}
-            made = ModelOutput(named, past if uses_cache and _is_cache(past) else None)
-            return made if switches.get("return_dict", True) else made.to_tuple()
+            return dict(zip(source.outputs, outputs, strict=True))
+        case "structured":
+            assert source.structure is not None, "capture and the manifest's reader put it there"
+            return restore(source.structure, dict(zip(source.outputs, outputs, strict=True)), OutputRecord)
         case _:
             assert_never(source.output_kind)
 
@@ -223,14 +250,15 @@ def _no_cache(given: str) -> TypeError:
 def _by_name(source: Source, args: Sequence[object], kwargs: Mapping[str, object]) -> dict[str, object]:
     """Arguments of a call by the names of the captured inputs; those that ask for nothing are left out."""
     names = [i.name for i in source.inputs]
-    if len(args) > len(names):
-        raise TypeError(f"forward() takes {len(names)} inputs, {len(args)} were given: {', '.join(names)}")
-    batch = dict(zip(names, args, strict=False))
+    places = arguments(names, args)
+    if len(args) > len(places):
+        raise TypeError(f"forward() takes {len(places)} inputs, {len(args)} were given: {', '.join(places)}")
+    batch = dict(zip(places, args, strict=False))
     for name, value in kwargs.items():
         asks = value is not None and not (isinstance(value, int) and not value)
         if not asks and is_transformers(source):
             continue
-        if name not in names:
+        if name not in names and not any(one.startswith(f"{name}.") for one in names):
             raise TypeError(f"forward() was captured without the argument {name}; it takes {', '.join(names)}")
         if name in batch:
             raise TypeError(f"forward() got {name} twice, by position and by name")

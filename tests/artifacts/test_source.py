@@ -14,6 +14,7 @@ import graphq
 from graphq.artifacts.inspect import inspect
 from graphq.artifacts.source import source_from_json, source_json
 from graphq.capture.source import PAST, TOTAL, CachePair, Source, TensorInput
+from graphq.capture.structure import Constant, Fields, Items, Leaf
 from graphq.errors import TargetError
 from tests.models import MLP
 
@@ -38,7 +39,9 @@ SOURCE = Source(
 def test_what_was_written_is_read() -> None:
     bare = Source((), (), "tensor", torch.float32)
     many = replace(SOURCE, output_kind="tuple", config='{"architectures": ["A"]}', generation_config=None, mask=None)
-    for source in (SOURCE, bare, many):
+    structure = Fields("record", (("a", Leaf("logits")), ("b", Items("list", (Leaf("present.0"), Constant(3))))))
+    structured = replace(SOURCE, output_kind="structured", structure=structure)
+    for source in (SOURCE, bare, many, structured):
         assert source_from_json(json.loads(json.dumps(source_json(source)))) == source
 
 
@@ -62,9 +65,9 @@ def ids(**keys: Any) -> dict[str, Any]:
 
 
 DAMAGES: list[tuple[str, Any, str]] = [
-    ("output_kind", "x", "'x' is not one of tensor, tuple, dict"),
-    ("output_kind", None, "None is not one of tensor, tuple, dict"),
-    ("output_kind", ["dict"], "['dict'] is not one of tensor, tuple, dict"),
+    ("output_kind", "x", "'x' is not one of tensor, tuple, dict, structured"),
+    ("output_kind", None, "None is not one of tensor, tuple, dict, structured"),
+    ("output_kind", ["dict"], "['dict'] is not one of tensor, tuple, dict, structured"),
     ("dtype", "int64", "'int64' is not a floating-point dtype"),
     ("dtype", "nn", "'nn' is not a floating-point dtype"),
     ("dtype", None, "None is not a floating-point dtype"),

@@ -161,8 +161,8 @@ def test_a_graph_that_fails_where_the_model_does_not(monkeypatch: pytest.MonkeyP
 
     real = modules.export_flat
 
-    def broken(*args: object) -> object:
-        gm = real(*args)  # pyright: ignore[reportArgumentType]
+    def broken(*args: object, **options: object) -> object:
+        gm = real(*args, **options)  # pyright: ignore[reportArgumentType]
         gm.linear.weight.data = torch.ones(8, 7)  # pyright: ignore[reportAttributeAccessIssue]
         return gm
 

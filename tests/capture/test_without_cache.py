@@ -51,8 +51,8 @@ def test_with_example_inputs(kind: str) -> None:
         compiler.capture(model, inputs)
     name = "cache_params" if kind == "mamba" else "past_key_values"
     assert str(error.value) == (
-        f"{type(model).__name__}: output {name} is a {KINDS[kind]}; outputs must be tensors, or one tuple or dict of"
-        " tensors; pass cache=False to leave the cache out"
+        f"{type(model).__name__}: output {name} is a {KINDS[kind]}; outputs must be tensors, or tuples, lists, dicts and"
+        " dataclasses of them; pass cache=False to leave the cache out"
     )
     gm = compiler.capture(model, inputs, cache=False)
     outputs = source_of(gm).outputs

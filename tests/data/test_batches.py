@@ -222,3 +222,71 @@ def test_the_mask_of_a_batch_is_checked():
     source = dataclasses.replace(LM, mask="attention_mask")
     with pytest.raises(SpecError, match=r"^calibration: batch 0: attention_mask holds 2; "):
         list(complete_all(source, [{"input_ids": IDS, "attention_mask": torch.full((2, 3), 2)}]))
+
+
+BOUNDED = dataclasses.replace(IMAGES, ranges=((BATCH, 1, 3), (SEQUENCE, 4, 6)))
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "problem"),
+    [
+        (torch.ones(4, 3), None, "x has shape (4, 3); batch is at most 3 in this graph"),
+        (X, torch.ones(2, 7, 2), "y has shape (2, 7, 2); sequence is at most 6 in this graph"),
+        (X, torch.ones(2, 3, 2), "y has shape (2, 3, 2); sequence is at least 4 in this graph"),
+        (X, torch.ones(2, 0, 2), "y has shape (2, 0, 2); sequence is at least 4 in this graph"),
+    ],
+)
+def test_sizes_out_of_range(x: torch.Tensor, y: torch.Tensor | None, problem: str):
+    for size in (4, 6):
+        complete(BOUNDED, (X, torch.ones(2, size, 2)))
+    complete(BOUNDED, (torch.ones(3, 3), torch.ones(3, 5, 2)))
+    complete(BOUNDED, (torch.ones(0, 3), torch.ones(0, 5, 2)))  # many graphs run on none
+    complete(
+        dataclasses.replace(IMAGES, ranges=((BATCH, 1, 1 << 20),)), (torch.ones(1 << 21, 3), torch.ones(1 << 21, 1, 2))
+    )
+    with pytest.raises(SpecError) as caught:
+        complete(BOUNDED, {"x": x} if y is None else {"x": x, "y": y})
+    assert str(caught.value) == f"inputs: {problem}"
+
+
+FIXED = dataclasses.replace(LM, ranges=((BATCH, 1, 8), (PAST, 4, 4), (SEQUENCE, 3, 3)))
+
+
+def test_a_cache_of_fixed_length_is_hidden_until_it_is_written():
+    _, mask, positions, _, key, value = complete(FIXED, IDS)
+    assert mask.tolist() == [[0, 0, 0, 0, 1, 1, 1]] * 2
+    assert positions.tolist() == [[0, 1, 2]] * 2
+    assert key.shape == value.shape == (2, 2, 4, 4)
+    assert not key.any()
+    past = torch.ones(2, 2, 4, 4)
+    given = {"input_ids": IDS, "past_key_values.0.key": past, "past_key_values.0.value": past}
+    assert complete(FIXED, given)[1].tolist() == [[1] * 7] * 2
+    own = torch.tensor([[0, 0, 0, 1, 1, 1, 1]] * 2)
+    assert complete(FIXED, {"input_ids": IDS, "attention_mask": own})[1] is own
+    with pytest.raises(SpecError, match=r"^inputs: input_ids has shape \(2, 2\); sequence is 3 in this graph$"):
+        complete(FIXED, IDS[:, :2])
+    with pytest.raises(SpecError, match=r"^inputs: the cache lacks past_key_values.0.value; give all of it, or none$"):
+        complete(FIXED, {"input_ids": IDS, "past_key_values.0.key": past})
+
+
+NESTED = dataclasses.replace(
+    IMAGES, inputs=tuple(TensorInput(name, torch.float32, (BATCH, 3)) for name in ("x", "f.0", "f.1.a", "f.1.b"))
+)
+
+
+def test_nested_inputs():
+    for batch in (
+        (X, [X, {"a": X, "b": X}]),
+        {"x": X, "f": (X, {"a": X, "b": X})},
+        {"x": X, "f.0": X, "f.1": {"a": X, "b": X}},
+    ):
+        assert len(complete(NESTED, batch)) == 4
+    for batch, problem in (
+        ((X, [X, {"a": X}]), "f.1.b is missing; the model takes x, f.0, f.1.a, f.1.b"),
+        ((X, [X], X), "3 tensors, the model takes 2: x, f"),
+        ((X, [X, 3]), "the model has no input f.1; it takes x, f.0, f.1.a, f.1.b"),
+        ({"x": [X]}, "x is a list, not a tensor"),
+    ):
+        with pytest.raises(SpecError) as caught:
+            complete(NESTED, batch)
+        assert str(caught.value) == f"inputs: {problem}"
