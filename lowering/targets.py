@@ -6,7 +6,7 @@ import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, Union, final, get_args, get_origin
+from typing import Any, Final, Literal, Union, cast, final, get_args, get_origin
 
 from torch import Tensor, fx
 
@@ -20,6 +20,8 @@ from graphq.lowering.onnx.tensors import initializers
 from graphq.lowering.torch.module import FILES as TORCH_FILES
 from graphq.lowering.torch.module import emit as emit_torch
 from graphq.lowering.torch.module import load, stored_tensors
+
+_NUMBER: Final = "-?[0-9]{1,18}"
 
 
 @final
@@ -78,11 +80,19 @@ def read_option(target: str, text: str) -> tuple[str, object]:
     wanted = _type_of(target, name)
     named: dict[str, object] = {"true": True, "false": False, "null": None}
     readings = [named[written]] if written in named else []
-    readings += [int(written)] if re.fullmatch("-?[0-9]{1,18}", written) else []
+    readings += [int(written)] if re.fullmatch(_NUMBER, written) else []
+    readings += [dict(pairs)] if (pairs := _pairs(written)) else []
     for value in (*readings, written):
         if _allows(wanted, value):
             return name, value
     raise TargetError(f"{target}: {name}: {written!r} is not {in_words(wanted)}")
+
+
+def _pairs(text: str) -> list[tuple[str, int]]:
+    """The sizes in ``name=size,name=size``; none where it is no such text, or a name is given twice."""
+    found = [re.fullmatch(f"([^=]+)=({_NUMBER})", part.strip()) for part in text.split(",")]
+    pairs = [(one[1], int(one[2])) for one in found if one]
+    return pairs if len(dict(pairs)) == len(found) else []
 
 
 def read_options(target: str, texts: Iterable[str]) -> dict[str, object]:
@@ -102,6 +112,8 @@ def in_words(wanted: Any) -> str:
         return " or ".join(in_words(one) for one in get_args(wanted))
     if get_origin(wanted) is Literal:
         return f"one of {', '.join(map(str, get_args(wanted)))}"
+    if get_origin(wanted) is Mapping:
+        return "whole numbers by name"
     return {bool: "true or false", int: "a whole number", str: "text", types.NoneType: "null"}[wanted]
 
 
@@ -117,4 +129,8 @@ def _allows(wanted: Any, value: object) -> bool:
         return any(_allows(one, value) for one in get_args(wanted))
     if get_origin(wanted) is Literal:
         return any(type(value) is type(one) and value == one for one in get_args(wanted))
+    if get_origin(wanted) is Mapping:
+        return isinstance(value, Mapping) and all(
+            type(name) is str and type(one) is int for name, one in cast(Mapping[object, object], value).items()
+        )
     return type(value) is wanted

@@ -274,10 +274,12 @@ def test_onnx_without_a_cache(model, spec, tmp_path):
     graphq_("compile", model, "--spec", spec, "--target", "onnx", "--out", out, "--no-cache")
     inputs = [i.name for i in onnx.load(out / "model.onnx").graph.input]
     assert inputs == ["input_ids", "attention_mask", "position_ids"]
-    options = ("--option", "cache=false", "--option", "opset=21", "--option", "overwrite=true")
+    sizes = ("--shape", "batch=2", "--shape", "sequence=5")
+    options = ("--option", "cache=false", "--option", "opset=21", "--option", "overwrite=true", *sizes)
     graphq_("compile", model, "--spec", spec, "--target", "onnx", "--out", out, *options)
     written = onnx.load(out / "model.onnx")
     assert [i.name for i in written.graph.input] == inputs
+    assert [[d.dim_value for d in i.type.tensor_type.shape.dim] for i in written.graph.input] == [[2, 5]] * 3
     assert [(found.domain, found.version) for found in written.opset_import] == [("", 21)]
 
 
@@ -286,10 +288,21 @@ def test_onnx_without_a_cache(model, spec, tmp_path):
     [
         ("onnx", ["--option", "opset=new"], "onnx: opset: 'new' is not a whole number"),
         ("onnx", ["--option", "cache=0"], "onnx: cache: '0' is not true or false"),
-        ("onnx", ["--option", "opset"], "onnx: opset: write NAME=VALUE; there are overwrite, cache, opset, bfloat16"),
+        (
+            "onnx",
+            ["--option", "opset"],
+            "onnx: opset: write NAME=VALUE; there are overwrite, cache, opset, bfloat16, shapes",
+        ),
         ("torch", ["--option", "opset=21"], "torch: no option opset; there are overwrite"),
         ("torch", ["--no-cache"], "torch: no option cache; there are overwrite"),
         ("onnx", ["--no-cache", "--option", "cache=true"], "onnx: cache: is given twice"),
+        ("torch", ["--shape", "batch=1"], "torch: no option shapes; there are overwrite"),
+        ("onnx", ["--shape", "batch"], "onnx: shapes: 'batch' is not whole numbers by name or null"),
+        (
+            "onnx",
+            ["--shape", "batch=1", "--shape", "batch=2"],
+            "onnx: shapes: 'batch=1,batch=2' is not whole numbers by name or null",
+        ),
     ],
 )
 def test_options_that_a_target_does_not_take(target, options, problem, spec, tmp_path):

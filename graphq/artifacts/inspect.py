@@ -8,6 +8,7 @@ from typing import Any, Final, final
 
 from graphq.artifacts import manifest
 from graphq.artifacts.fields import entry, is_size, is_text, is_text_or_null
+from graphq.capture.sizes import MAX_SIZE
 from graphq.capture.source import Source
 from graphq.errors import TargetError, printable
 
@@ -70,7 +71,7 @@ class Inspection:
             "model": self.model,
             "dtype": _dtype(self.source),
             "computed_in": self.computed_in,
-            "inputs": {i.name: list(i.shape) for i in self.source.inputs},
+            "inputs": {i.name: list(self.source.sizes(i.shape)) for i in self.source.inputs},
             "outputs": list(self.source.outputs),
             "algorithm": self.algorithm,
             "seed": self.seed,
@@ -97,12 +98,18 @@ class Inspection:
         inputs = [i.name for i in self.source.inputs if not i.is_cache] + (
             [f"{caches} cache tensors"] if caches else []
         )
+        sizes = [
+            f"{name} {low}" if low == high else f"{name} {low} to {high}"
+            for name, low, high in self.source.ranges
+            if high < MAX_SIZE
+        ]
         facts = [
             ("artifact", self.path),
             ("target", self.target),
             ("made with", ", ".join(f"{name} {version}" for name, version in self.versions.items())),
             ("model", f"{self.model}, {_dtype(self.source)}{computed}"),
             ("inputs", ", ".join(inputs)),
+            *([("sizes", ", ".join(sizes))] if sizes else []),
             ("algorithm", f"{self.algorithm}, seed {self.seed}"),
             ("layers", f"{len(quantized)} of {len(self.layers)} quantized"),
             ("bytes", str(self.nbytes)),

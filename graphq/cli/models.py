@@ -45,6 +45,12 @@ def compile_(
             metavar="NAME=VALUE", help="An option of the target, repeatable, such as opset=21 or bfloat16=true."
         ),
     ] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=SIZE", help="A dimension of one size in the artifact, repeatable, such as batch=1 (onnx)."
+        ),
+    ] = None,
     calibration: Calibration = None,
     samples: Samples = None,
     sequence_length: SpecLength = None,
@@ -77,7 +83,9 @@ def compile_(
     if not target_name:
         names = " or ".join(TARGETS)
         raise typer.BadParameter(f"the spec names no target: say --target {names}", param_hint="--target")
-    options = read_options(target_name, [*["overwrite=true"] * overwrite, *["cache=false"] * no_cache, *(option or [])])
+    shapes = [f"shapes={','.join(shape)}"] if shape else []
+    flags = ["overwrite=true"] * overwrite + ["cache=false"] * no_cache + shapes
+    options = read_options(target_name, [*flags, *(option or [])])
     calibration = calibration or (Path(run.calibration) if run.calibration else None)
     read = [model, *([Path(spec)] if spec is not None and Path(spec).exists() else []), *filter(None, [calibration])]
     check_place(out, options.get("overwrite") is True, read)

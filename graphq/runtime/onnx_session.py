@@ -28,6 +28,11 @@ class OnnxSession:
         taken, declared = [i.name for i in self._session.get_inputs()], [i.name for i in source.inputs]
         if taken != declared:
             raise TargetError(f"{file}: takes {', '.join(taken)}; the manifest says {', '.join(declared)}")
+        for wanted, found in zip(source.inputs, self._session.get_inputs(), strict=True):
+            sizes = source.sizes(wanted.shape)
+            if [d for d in found.shape if isinstance(d, int)] != [d for d in sizes if isinstance(d, int)]:
+                texts = (", ".join(map(str, shape)) for shape in (found.shape, sizes))
+                raise TargetError(f"{file}: {wanted.name} is ({next(texts)}); the manifest says ({next(texts)})")
         given, promised = [o.name for o in self._session.get_outputs()], list(source.outputs)
         if given != promised:
             raise TargetError(f"{file}: gives {', '.join(given)}; the manifest says {', '.join(promised)}")

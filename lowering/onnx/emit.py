@@ -7,7 +7,7 @@ gives its key/value cache under the names that optimum and onnxruntime-genai use
 import logging
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,13 +18,14 @@ from torch._ops import OpOverload
 from graphq import numerics
 from graphq.artifacts import manifest
 from graphq.capture.export import dynamic_shapes, lean_export
-from graphq.capture.source import PAST, SEQUENCE, TOTAL, Source, source_of
+from graphq.capture.source import PAST, SEQUENCE, Source, source_of, with_total
 from graphq.errors import TargetError
 from graphq.files import whole_directory
 from graphq.ir.views import Dequantize, Op, ops_of, view
 from graphq.lowering.legalize import Limits, legalize, where
 from graphq.lowering.onnx.form import onnx_form
 from graphq.lowering.onnx.names import check_names, name_outputs, restore_names
+from graphq.lowering.onnx.shapes import fix_sizes
 from graphq.lowering.onnx.tensors import NAME, initializers
 from graphq.lowering.onnx.torchlib import kept_translations
 from graphq.runtime.onnx_session import OnnxSession
@@ -34,7 +35,7 @@ from graphq.state import same_tensors
 _DATA: Final = "model.onnx.data"
 FILES: Final = (NAME, _DATA)
 _INLINE_BYTES: Final = 1 << 30  # protobuf ends at 2 GiB
-_SAMPLE: Final = {SEQUENCE: 3, PAST: 5, TOTAL: 8}
+_SAMPLE: Final = {SEQUENCE: 3, PAST: 5}
 
 
 def _refuses(op: Op) -> str | None:
@@ -76,11 +77,13 @@ def emit(
     cache: bool = True,
     opset: int = 13,
     bfloat16: bool = False,
+    shapes: Mapping[str, int] | None = None,
 ) -> tuple[str, ...]:
     """The QDQ form ``gm`` as ``model.onnx`` in the directory ``path``, written whole or not at all. Gives a note where
     its opset is higher than ``opset``.
 
-    ``cache=False`` leaves the key/value cache out of a causal language model. ``opset``: the lowest to use; types may
+    ``cache=False`` leaves the key/value cache out of a causal language model. ``shapes`` fixes dimensions by name: the
+    file has numbers in their place, and constants for what follows from them. ``opset``: the lowest to use; types may
     ask for more. A model that computes in bfloat16 is refused unless ``bfloat16``. Large models keep their tensors in
     ``model.onnx.data``. Raises ``TargetError`` naming op and layer for what ONNX cannot hold, for an opset that is
     never written, and for an existing ``path``.
@@ -97,15 +100,19 @@ def emit(
         _refuse_bfloat16(gm)
     check_names(gm)
     prepared = onnx_form(gm, cache)
+    fix_sizes(prepared, {} if shapes is None else shapes)
     model = _export(prepared)
     restore_names(model, prepared)
     _share_tied(model, prepared)
     _set_types(model, prepared)
     _name_dimensions(model, prepared)
-    _fold(model)
-    used, reason = lower_opset(model, {PAST}, opset)
+    _fold(model, {name for name in prepared.state_dict() if not name.startswith("constants.")})
+    may_be_empty = {name for name, low, _ in source_of(prepared).ranges if not low}
+    used, reason = lower_opset(model, may_be_empty, opset)
     common.RemoveUnusedNodesPass()(model)
     common.ClearMetadataAndDocStringPass()(model)  # the exporter's traces hold the source's paths
+    if source_of(prepared).fixed:
+        common.ShapeInferencePass()(model)  # of the values that were made on the way here
     name_outputs(model, source_of(prepared))
     with whole_directory(path, overwrite, manifest.sources(gm)) as directory:
         size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
@@ -132,9 +139,9 @@ def _refuse_bfloat16(gm: fx.GraphModule) -> None:
 
 
 def _samples(source: Source) -> tuple[Tensor, ...]:
+    sizes = with_total({name: max(low, min(high, _SAMPLE.get(name, 2))) for name, low, high in source.ranges})
     return tuple(
-        torch.ones([_SAMPLE.get(d, 2) if isinstance(d, str) else d for d in i.shape], dtype=i.dtype)
-        for i in source.inputs
+        torch.ones([sizes[d] if isinstance(d, str) else d for d in i.shape], dtype=i.dtype) for i in source.inputs
     )
 
 
@@ -198,15 +205,17 @@ class _quiet_exporter:  # noqa: N801
             logger.setLevel(level)
 
 
-def _fold(model: Any) -> None:
-    """Sizes and constants are computed, and equal computations merged; codes stay codes."""
+def _fold(model: Any, held: Container[str]) -> None:
+    """Sizes and constants are computed, and equal computations merged; what reads a tensor ``held`` by the graph stays,
+    so that codes stay codes.
+    """
     from onnx_ir.passes import common
     from onnxscript import optimizer
 
     def keep(node: Any) -> bool | None:
-        """Whether a node stays although its inputs are known: what reads a tensor of the model does."""
-        held = any(value is not None and value.name in model.graph.initializers for value in node.inputs)
-        return False if held or node.op_type == "DequantizeLinear" else None
+        """Whether a node stays although its inputs are known."""
+        reads = any(value is not None and value.name in held for value in node.inputs)
+        return False if reads or node.op_type == "DequantizeLinear" else None
 
     optimizer.fold_constants_ir(model, onnx_shape_inference=True, should_fold=keep)
     common.RemoveUnusedNodesPass()(model)
@@ -261,7 +270,7 @@ def _name_dimensions(model: Any, gm: fx.GraphModule) -> None:
     names: dict[str, str] = {}
     for value, declared in zip(model.graph.inputs, source_of(gm).inputs, strict=True):
         for size, name in zip(value.shape, declared.shape, strict=True):
-            if isinstance(name, str):
+            if isinstance(name, str) and not isinstance(size, int):
                 names.setdefault(str(size.value), name)
     by_symbol = {re.compile(rf"\b{re.escape(symbol)}\b"): name for symbol, name in names.items()}
     seen = [*model.graph.inputs, *(output for node in model.graph for output in node.outputs)]

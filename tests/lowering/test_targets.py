@@ -1,6 +1,7 @@
 """The table of targets, and their options as their emitters declare them."""
 
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -35,6 +36,7 @@ def emit_everything(
     layout: Literal["flat", "tiled"] = "flat",
     suffix: str = "",
     level: Literal[1, 2] = 1,
+    sizes: Mapping[str, int] | None = None,
 ) -> tuple[str, ...]:
     """A target with an option of each type."""
     return ()
@@ -64,7 +66,13 @@ def test_every_target_declares_its_options_by_keyword(name: str) -> None:
 def test_the_options_of_today() -> None:
     assert {name: options_of(name) for name in TARGETS} == {
         "torch": {"overwrite": bool},
-        "onnx": {"overwrite": bool, "cache": bool, "opset": int, "bfloat16": bool},
+        "onnx": {
+            "overwrite": bool,
+            "cache": bool,
+            "opset": int,
+            "bfloat16": bool,
+            "shapes": Mapping[str, int] | None,
+        },
     }
 
 
@@ -94,6 +102,9 @@ def test_the_command_line_names_every_target() -> None:
         ("suffix=a=b", "a=b"),
         ("suffix=7", "7"),
         ("level=2", 2),
+        ("sizes=a=1", {"a": 1}),
+        ("sizes=a=1,b + c=20, d.e=-3", {"a": 1, "b + c": 20, "d.e": -3}),
+        ("sizes=null", None),
     ],
 )
 def test_an_option_as_text(text: str, value: object, everything: str) -> None:
@@ -112,8 +123,12 @@ def test_an_option_as_text(text: str, value: object, everything: str) -> None:
         ("layout=round", "layout: 'round' is not one of flat, tiled"),
         ("level=true", "level: 'true' is not one of 1, 2"),
         ("level=3", "level: '3' is not one of 1, 2"),
-        ("shards=3", "no option shards; there are overwrite, shard_size, layout, suffix, level"),
-        ("overwrite", "overwrite: write NAME=VALUE; there are overwrite, shard_size, layout, suffix, level"),
+        ("sizes=1", "sizes: '1' is not whole numbers by name or null"),
+        ("sizes=a=1.5", "sizes: 'a=1.5' is not whole numbers by name or null"),
+        ("sizes=a=1,", "sizes: 'a=1,' is not whole numbers by name or null"),
+        ("sizes=a=1,a=2", "sizes: 'a=1,a=2' is not whole numbers by name or null"),
+        ("shards=3", "no option shards; there are overwrite, shard_size, layout, suffix, level, sizes"),
+        ("overwrite", "overwrite: write NAME=VALUE; there are overwrite, shard_size, layout, suffix, level, sizes"),
     ],
 )
 def test_bad_text(text: str, problem: str, everything: str) -> None:

@@ -516,7 +516,7 @@ def test_what_is_dropped_at_random(function: Any, share: float | None, tmp_path:
         ("onnx", {"opset": "17"}, "onnx: opset: '17' is not a whole number"),
         ("onnx", {"opset": True}, "onnx: opset: True is not a whole number"),
         ("onnx", {"cache": 0}, "onnx: cache: 0 is not true or false"),
-        ("onnx", {"op_set": 17}, "onnx: no option op_set; there are overwrite, cache, opset, bfloat16"),
+        ("onnx", {"op_set": 17}, "onnx: no option op_set; there are overwrite, cache, opset, bfloat16, shapes"),
         ("torch", {"opset": 3}, "torch: no option opset; there are overwrite"),
         ("torch", {"overwrite": "yes"}, "torch: overwrite: 'yes' is not true or false"),
     ],
