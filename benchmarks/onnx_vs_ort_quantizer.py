@@ -5,8 +5,8 @@
 The same drawn weights, the same 16 inputs for calibration, 8 others for fidelity, one thread. The float model,
 ``quantize_static`` with its default settings and with its best for this processor (uint8 activations, int8 weights by
 channel, after its own preprocessing), and graphq's profile ``ort-cpu`` run in turn in one process, so that a change of
-the machine's load meets all alike. The table has the median of the ratios of CPU time to the float model's, the output's
-signal to quantization noise ratio in dB, and the size of the file.
+the machine's load meets all alike. The table has the median of the ratios of CPU time to the float model's, the
+output's signal to quantization noise ratio in dB, and the size of the file.
 """
 
 import argparse
