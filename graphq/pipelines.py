@@ -9,8 +9,10 @@ from graphq.lowering.profiles import profile_named
 from graphq.passes.annotate import Annotate
 from graphq.passes.decompose import Decompose
 from graphq.passes.fold_batch_norm import FoldBatchNorm
+from graphq.passes.fold_weights import FoldWeights
 from graphq.passes.raise_grouped_linear import RaiseGroupedLinear
 from graphq.passes.raise_linear import RaiseLinear
+from graphq.passes.raise_recurrent import RaiseRecurrent
 from graphq.passes.remove_no_ops import RemoveNoOps
 from graphq.passes.round_to_stored import RoundToStored
 from graphq.passes.split_gate_up import SplitGateUp
@@ -24,7 +26,7 @@ _SILENT: Final = PassContext()
 
 def canonical_passes() -> list[Pass]:
     """What brings every capture into one form, before any decision."""
-    return [RemoveNoOps(), RaiseLinear(), RaiseGroupedLinear(), SplitGateUp()]
+    return [RemoveNoOps(), RaiseRecurrent(), FoldWeights(), RaiseLinear(), RaiseGroupedLinear(), SplitGateUp()]
 
 
 def passes_for(

@@ -12,7 +12,7 @@ from graphq.ir.pipeline import Batches, Invariant, Pass
 from graphq.ir.unnamed import unnamed
 from graphq.spec.activations import is_tensor_quant
 from graphq.spec.match import Layer, Unnamed
-from graphq.spec.plan import Decision, PerExpert, Plan
+from graphq.spec.plan import Decision, KeepFloat, PerExpert, Plan
 from graphq.spec.quant import Ofmr, PerGroup, PerToken
 from graphq.spec.rules import Resolved, Spec, resolve
 
@@ -33,7 +33,22 @@ def decide_on(
     problems = [problem for one in resolved.values() if (problem := _impossible(one)) is not None]
     if problems:
         raise SpecError(problems)
-    return resolved, notes
+    resolved, more = _without_states(resolved)
+    return resolved, (*notes, *more)
+
+
+def _without_states(resolved: Mapping[str, Resolved]) -> tuple[dict[str, Resolved], list[str]]:
+    """The decisions without those on states inside of recurrences, which stay float; and a line for each of these."""
+    found: dict[str, Resolved] = {}
+    notes: list[str] = []
+    for fqn, one in resolved.items():
+        plan = one.decision
+        if isinstance(plan, Plan) and plan.input is not None and one.layer.reads_state:
+            kept = KeepFloat("its input is the state inside of a recurrence, which stays float")
+            one = replace(one, decision=kept if plan.weight is None else replace(plan, input=None))
+            notes.append(f"{fqn}: input {plan.input}: its input is the state inside of a recurrence, which stays float")
+        found[fqn] = one
+    return found, notes
 
 
 def _impossible(found: Resolved) -> str | None:
@@ -51,16 +66,18 @@ def _reason(layer: Layer, plan: Plan) -> str | None:
     for role, quant in (("weight", plan.weight), ("input", plan.input)):
         if quant is not None and isinstance(quant.method, Ofmr) and layer.kind in ("embedding", "expert"):
             return f"{role} {quant}: ofmr measures a layer's own output, which an {layer.kind} here does not have"
+        if quant is not None and isinstance(quant.method, Ofmr) and layer.reads_state:
+            return f"{role} {quant}: ofmr measures a layer's own output, which is inside of a recurrence"
     match layer.kind:
         case "embedding":
             if plan.input is not None:
                 return f"input {plan.input}: an embedding reads token ids, which are not quantized; leave out its input"
-        case "conv1d" | "conv2d":
+        case "conv1d" | "conv2d" | "conv3d" | "conv_transpose1d" | "conv_transpose2d" | "conv_transpose3d":
             if plan.input is not None and isinstance(plan.input.granularity, PerToken | PerGroup):
                 return f"input {plan.input}: a convolution's input has no token vectors; use one scale per tensor"
             if plan.weight is not None and isinstance(plan.weight.granularity, PerGroup) and layer.shape[1] == 1:
                 return f"weight {plan.weight}: a depthwise convolution has one input per channel; use channel"
-        case "linear" | "expert":
+        case "linear" | "expert" | "recurrent":
             pass
         case _:
             assert_never(layer.kind)

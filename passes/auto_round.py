@@ -16,7 +16,7 @@ from graphq.ir import edit
 from graphq.ir.layers import sites
 from graphq.ir.pipeline import Batches, Pass
 from graphq.ir.validity import ValidityRun
-from graphq.ir.views import Embedding, GroupedLinear, Weighted, ops_of
+from graphq.ir.views import GroupedLinear, Weighted, ops_of
 from graphq.numerics import Scales, rounding
 from graphq.numerics.blocks import block_extremes
 from graphq.numerics.scales import computed, scale_from_extremes
@@ -47,8 +47,9 @@ class AutoRound(Pass):
     together, so that the graph's outputs, caches left out, change least.
 
     Weights of other layers, and inputs with static scales, are float meanwhile; inputs with scales of run time are
-    quantized. Embeddings are left alone. Where the error on all batches is not below that of rounding to nearest,
-    weights are rounded to nearest, which is noted. Raises ``SpecError`` for formats that are no integers.
+    quantized. Embeddings and the weights of states in recurrences are left alone. Where the error on all batches is not
+    below that of rounding to nearest, weights are rounded to nearest, which is noted. Raises ``SpecError`` for formats
+    that are no integers.
 
     steps: of signed gradient descent. lr: the first step's rate, 1 / steps if None; it falls in a line to 0.
     batch_size: how many rows of the batches (sequences, images) each step sees. seed: of the choice of them.
@@ -65,8 +66,8 @@ class AutoRound(Pass):
     requires: ClassVar = (annotated, with_weights)
 
     def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
-        looked_up = {site.param.fqn for site in sites(gm) if isinstance(site.op, Embedding)}
-        layers = [layer for layer in planned_weights(gm, self.only) if layer.site.param.fqn not in looked_up]
+        others = {site.param.fqn for site in sites(gm) if not site.op.is_product}
+        layers = [layer for layer in planned_weights(gm, self.only) if layer.site.param.fqn not in others]
         _check_formats(layers)
         if not layers:
             return 0

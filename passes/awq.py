@@ -20,10 +20,10 @@ from graphq.ir.channel_groups import Group, Where, apply_factors, chosen_layers,
 from graphq.ir.index import GraphIndex
 from graphq.ir.labels import Reader
 from graphq.ir.layers import LAYER, PLAN
-from graphq.ir.matrices import Samples, as_matrices, as_weight, input_vectors
+from graphq.ir.matrices import Samples, as_matrices, as_weight, input_vectors, scale_block
 from graphq.ir.pipeline import Batches, Pass
-from graphq.ir.views import CONVOLUTIONS, Op, Param, Weighted
-from graphq.numerics import awq, weight_block
+from graphq.ir.views import Convolution, ConvTranspose, Op, Param, Weighted
+from graphq.numerics import awq
 from graphq.observers.observer import Observer, ObserverRequest
 from graphq.observers.statistics import ChannelObserver, HessianObserver, channels, hessians, required_statistic
 from graphq.passes.annotate import annotated
@@ -74,7 +74,7 @@ class AWQ(Pass):
         for name, (one, _) in trials.by_node.items():
             samples, rest = input_vectors(one.op)
             observer = ErrorObserver((str(one.op.node.meta[LAYER]),), self._count, name, trials, samples, self.power)
-            observer.reads_windows = isinstance(one.op, CONVOLUTIONS)
+            observer.reads_windows = isinstance(one.op, Convolution | ConvTranspose)
             yield ObserverRequest(one.op.input_op, observer, one.op, rest)
 
     @property
@@ -140,7 +140,7 @@ class AWQ(Pass):
             return 0
         size = quant.granularity.size if isinstance(quant.granularity, PerGroup) else -1
         old = tensor_of(index.gm, param.fqn).detach()
-        if isinstance(op, CONVOLUTIONS) and size > 0:
+        if isinstance(op, Convolution | ConvTranspose) and size > 0:
             return 0
         w = as_matrices(old.float(), op)
         new = as_weight(awq.clipped(w, hessian, quant.format, [1, 1, size]), op, old).to(old.dtype)
@@ -168,9 +168,9 @@ def _divided(op: Weighted, hessian: Tensor, factors: Tensor | None) -> Tensor:
 
 def _per_vector(op: Weighted, values: Tensor) -> Tensor:
     """Values of an input's channels as those of the vectors that a weight multiplies: [B or 1, K]."""
-    if isinstance(op, CONVOLUTIONS):
+    if isinstance(op, Convolution | ConvTranspose):
         taps = op.weight_op.val.shape[2:].numel()
-        return values.view(int(op.argument("groups")), -1).repeat_interleave(taps, 1)
+        return values.view(int(op.groups), -1).repeat_interleave(taps, 1)
     return values[None]
 
 
@@ -198,12 +198,10 @@ class _Judged:
     def columns(self) -> Tensor:
         quant = next(iter(self.quants))
         found = awq.relative_columns(self.w, self._block(quant), self.op.in_axis)
-        if isinstance(self.op, CONVOLUTIONS) and int(self.op.argument("groups")) > 1:
-            return found.repeat(int(self.op.argument("groups")))
-        return found
+        return found.repeat(int(self.op.groups)) if isinstance(self.op, Convolution) else found
 
     def _block(self, quant: Quant) -> list[int]:
-        return weight_block(quant.granularity, self.w.dim(), self.op.out_axis, self.op.in_axis, self.op.own_axes)
+        return scale_block(self.op, quant.granularity)
 
     def change(self, factors: Tensor) -> Tensor:
         """What rounding the weights multiplied by ``factors`` adds to them: [B, N, K], with the inputs as they are."""

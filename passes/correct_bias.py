@@ -18,8 +18,9 @@ from graphq.ir.biases import bias_of, set_bias, weight_of
 from graphq.ir.effect_table import channel_axis
 from graphq.ir.index import GraphIndex
 from graphq.ir.layers import BY, LAYER
+from graphq.ir.matrices import as_matrices
 from graphq.ir.pipeline import Batches, Invariant, Pass
-from graphq.ir.views import Dequantize, Op, Param, TransposedLinear, view
+from graphq.ir.views import Dequantize, Op, Param, view
 from graphq.observers.statistics import MeanObserver
 from graphq.passes.observe import observers
 from graphq.passes.observe_means import (
@@ -124,7 +125,5 @@ def product(op: Correctable, w: Tensor, x: Tensor) -> Tensor:
     """The product, in float64, of a layer's weight ``w`` with a mean (or sum) of what it reads, as ``read_by`` says:
     ``[N]``.
     """
-    w = w.t() if isinstance(op, TransposedLinear) else w
-    groups = x.numel() // w[0].numel()
-    split = w.double().reshape(groups, -1, w[0].numel()) @ x.reshape(groups, -1, 1)
-    return split.flatten()
+    matrices = as_matrices(w.double(), op)
+    return (matrices @ x.reshape(matrices.shape[0], -1, 1)).flatten()

@@ -9,23 +9,14 @@ import operator
 from dataclasses import dataclass
 from typing import ClassVar, cast, final
 
-import torch
 from torch import Tensor, fx
 
 from graphq.ir import edit
 from graphq.ir.biases import Biased, bias_name, bias_of, set_bias, weight_of, why_no_bias
 from graphq.ir.index import GraphIndex
+from graphq.ir.matrices import output_channels
 from graphq.ir.pipeline import Batches, Pass
-from graphq.ir.views import (
-    BatchNorm,
-    ConvTranspose1d,
-    ConvTranspose2d,
-    InferenceBatchNorm,
-    Op,
-    Param,
-    TransposedLinear,
-    ops_of,
-)
+from graphq.ir.views import BatchNorm, InferenceBatchNorm, Op, Param, ops_of
 from graphq.state import tensor_of
 
 
@@ -71,9 +62,7 @@ class FoldBatchNorm(Pass):
         w = tensor_of(gm, weight.fqn).detach()
         if bias is not None:
             shift = shift + tensor_of(gm, cast(Param, bias).fqn).detach() * factor
-        axis = 1 if isinstance(op, TransposedLinear | ConvTranspose1d | ConvTranspose2d) else 0
-        groups = op.groups if isinstance(op, ConvTranspose1d | ConvTranspose2d) else 1
-        scaled = scale_channels(w, factor, axis, groups).to(w.dtype)
+        scaled = (w.double() * factor[output_channels(op)]).to(w.dtype)
         (made,) = set_bias(index, [op], bias_name(weight.fqn), shift.to(w.dtype), by=self.name)
         edit.set_param(gm, weight.fqn, lambda _: scaled, self.name, index.reads(weight.fqn))
         return made
@@ -100,15 +89,3 @@ def _affine(
         factor = factor * gamma.double()
     shift = -mean.double() * factor
     return factor, shift if beta is None else shift + beta.double()
-
-
-def scale_channels(w: Tensor, factor: Tensor, axis: int, groups: int) -> Tensor:
-    """``w`` with each output channel times its ``factor[N]``, in float64.
-
-    ``axis``: that of the channels. With ``groups`` it holds those of one group, and axis 0 the groups one after
-    another: the weight of a transposed convolution.
-    """
-    shape = [1] * w.dim()
-    shape[axis] = -1
-    parts = zip(w.double().chunk(groups), factor.chunk(groups), strict=True)
-    return torch.cat([part * own.view(shape) for part, own in parts])

@@ -11,7 +11,7 @@ from graphq import numerics
 from graphq.ir import edit
 from graphq.ir.matrices import as_matrices, as_weight, input_key
 from graphq.ir.pipeline import Batches, Pass
-from graphq.ir.views import Embedding, GroupedLinear, Param, Weighted
+from graphq.ir.views import GroupedLinear, Param, Recurrence, Weighted
 from graphq.numerics import gptq
 from graphq.numerics.ranges import searched_scales
 from graphq.numerics.scales import effective_scale
@@ -36,8 +36,8 @@ from graphq.passes.quantize_weights import (
 class GPTQ(Pass):
     """Every planned weight of the layers ``only`` (None: of all) is codes, rounded column by column.
 
-    Layers that read the same activation share its Hessian and its factor, and are rounded as one matrix. Embeddings are
-    left alone.
+    Layers that read the same activation share its Hessian and its factor, and are rounded as one matrix. Embeddings
+    and the weights of states in recurrences are left alone.
 
     block_size: columns that are rounded before the others take up their error; it changes the speed alone.
     act_order: ``static`` rounds the columns of the largest activations first, with the scales of their own groups
@@ -69,6 +69,8 @@ class GPTQ(Pass):
             uses = _uses(layer.reads)
             if uses:
                 groups.setdefault(tuple(input_key(op) for op in uses), []).append(layer)
+            elif self.note is not None and isinstance(layer.site.op, Recurrence):
+                self.note(f"{layer.site.path}: rounded to nearest: the states that it multiplies are not observed")
         count = 0
         for layers in groups.values():
             if self.note is not None:
@@ -193,8 +195,7 @@ class _Piece:
 
 
 def _uses(reads: Sequence[Param]) -> list[Weighted]:
-    """The ops that multiply by a layer's weight; none where one of them looks rows up."""
+    """The ops that multiply an input by a layer's weight; none where one of them does something else."""
     ops = [user for read in reads for user in read.users]
-    if any(isinstance(op, Embedding) or not isinstance(op, Weighted) for op in ops):
-        return []
-    return [op for op in ops if isinstance(op, Weighted)]
+    products = [op for op in ops if isinstance(op, Weighted) and op.is_product]
+    return products if len(products) == len(ops) else []

@@ -7,13 +7,12 @@ from typing import ClassVar, Protocol, cast, final, runtime_checkable
 
 from torch import Tensor, fx
 
-from graphq import numerics
 from graphq.ir import edit
 from graphq.ir.layers import LAYER, PLAN
+from graphq.ir.matrices import scale_block
 from graphq.ir.pipeline import Batches, Pass
 from graphq.ir.views import (
     Dequantize,
-    Embedding,
     GroupedLinear,
     Op,
     Param,
@@ -54,9 +53,10 @@ def output_map(gm: fx.GraphModule, op: Weighted, quant: Quant) -> OutputMap:
     """What a linear or a convolution makes of its input, without its bias."""
     weight = op.weight_op
     assert isinstance(weight, Param), "not quantized yet"
-    assert not isinstance(op, GroupedLinear | Embedding), "refused by annotate"
+    assert op.is_product, "refused by annotate"
+    assert not isinstance(op, GroupedLinear), "refused by annotate"
     w = tensor_of(gm, weight.fqn).detach()
-    block = numerics.weight_block(quant.granularity, w.dim(), op.out_axis, op.in_axis, op.own_axes)
+    block = scale_block(op, quant.granularity)
     target, arguments = op.node.target, op.node.args[3:]  # a convolution's stride, padding, dilation and groups
 
     def apply(x: Tensor, weight: Tensor) -> Tensor:

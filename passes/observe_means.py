@@ -14,25 +14,24 @@ from graphq.ir.layers import LAYER, PLAN
 from graphq.ir.pipeline import Batches, Invariant, Pass
 from graphq.ir.views import (
     Cast,
-    Conv1d,
-    Conv1dPadding,
-    Conv2d,
-    Conv2dPadding,
+    Convolution,
+    ConvTranspose,
     Linear,
     Op,
     Param,
+    Recurrence,
     TransposedLinear,
     Weighted,
     ops_of,
 )
-from graphq.numerics.taps import Window, window
+from graphq.numerics.taps import TransposedWindow, Window, transposed_window, window
 from graphq.observers.observer import ObserverRequest
 from graphq.observers.statistics import MeanObserver
 from graphq.passes.annotate import annotated
 from graphq.passes.observe import add_observers, observer_of
 from graphq.spec.plan import weight_quants
 
-Correctable = Linear | TransposedLinear | Conv1d | Conv1dPadding | Conv2d | Conv2dPadding
+Correctable = Linear | TransposedLinear | Convolution | ConvTranspose
 
 
 @final
@@ -46,7 +45,7 @@ class ObserveMeans(Pass):
     requires: ClassVar[tuple[Invariant, ...]] = (annotated,)
 
     def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
-        wanted: dict[tuple[Op, int | Window], list[Correctable]] = {}
+        wanted: dict[tuple[Op, int | Window | TransposedWindow], list[Correctable]] = {}
         index = GraphIndex(gm)
         for uses in planned_layers(gm):
             if isinstance(stored_weight(uses[0]), Param) and why_uncorrectable(index, uses) is None:
@@ -96,18 +95,23 @@ _ADDS_NONE: Final = "it adds no bias"
 def why_uncorrectable(index: GraphIndex, uses: Sequence[Weighted]) -> str | None:
     """None where a layer with these uses can be given another bias, else the reason."""
     biased = [op for op in uses if isinstance(op, Correctable)]
+    if any(isinstance(op, Recurrence) for op in uses):
+        return "its output is inside of a recurrence"
     return why_no_bias(index, biased) if len(biased) == len(uses) else _ADDS_NONE
 
 
-def read_by(op: Correctable) -> int | Window:
+def read_by(op: Correctable) -> int | Window | TransposedWindow:
     """What of its input decides a layer's mean output: the mean of each feature, or of each tap of a convolution."""
     if isinstance(op, Linear | TransposedLinear):
         return -1
+    kernel = [int(size) for size in op.weight.val.shape[2:]]
     stride, padding, dilation = (op.argument(name) for name in ("stride", "padding", "dilation"))
-    return window(op.weight.val.shape[2:], stride, padding, dilation)
+    if isinstance(op, ConvTranspose):
+        return transposed_window(kernel, stride, padding, op.argument("output_padding"), dilation)
+    return window(kernel, stride, padding, dilation)
 
 
-def mean_of(gm: fx.GraphModule, x: Op, of: int | Window) -> MeanObserver | None:
+def mean_of(gm: fx.GraphModule, x: Op, of: int | Window | TransposedWindow) -> MeanObserver | None:
     """The observer of this mean of ``x``."""
     for user in x.users:
         found = observer_of(gm, user)
@@ -116,8 +120,8 @@ def mean_of(gm: fx.GraphModule, x: Op, of: int | Window) -> MeanObserver | None:
     return None
 
 
-def _shape(op: Correctable, of: int | Window, role: str) -> list[int]:
+def _shape(op: Correctable, of: int | Window | TransposedWindow, role: str) -> list[int]:
     if role == "output":
         return [channels_of(op)]
     channels = int(op.input_op.val.shape[op.input_axis])
-    return [channels, *of.kernel] if isinstance(of, Window) else [channels]
+    return [channels] if isinstance(of, int) else [channels, *of.kernel]

@@ -1,5 +1,6 @@
 """Weights as codes, by round-to-nearest."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
@@ -13,6 +14,7 @@ from graphq.errors import GraphError, PassError
 from graphq.ir import edit
 from graphq.ir.biases import Biased, bias_of
 from graphq.ir.layers import PLAN, Site, sites
+from graphq.ir.matrices import scale_block
 from graphq.ir.pipeline import Batches, Invariant, Pass
 from graphq.ir.views import Dequantize, Op, Param, ops_of
 from graphq.numerics import Scales
@@ -213,7 +215,7 @@ def _parts(
         if quant is None:
             yield WeightPart(tuple(members), None, part, [], None)
             continue
-        block = numerics.weight_block(quant.granularity, w.dim(), op.out_axis, op.in_axis, op.own_axes)
+        block = scale_block(op, quant.granularity)
         own = amax if amax is None or len(plans) == 1 else amax[members]
         scales = _given_scales(gm, site, quant, part, block, own)
         least = _least_scales(gm, site, quant, part)
@@ -337,9 +339,8 @@ def _least_scales(gm: fx.GraphModule, site: Site, quant: Quant, w: Tensor) -> Te
     if observer is None or not observer.has_observed:
         return None
     least = numerics.least_for_bias(tensor_of(gm, bias.fqn).detach(), observer.scales().scale.flatten())
-    if isinstance(quant.granularity, PerTensor) or least.shape != (w.shape[op.out_axis],):
-        return least.amax().view([1] * w.dim())
-    return least.view([-1 if axis == op.out_axis else 1 for axis in range(w.dim())])
+    shape = numerics.scale_shape(w.shape, scale_block(op, quant.granularity))
+    return least.view(shape) if least.numel() == math.prod(shape) else least.amax().view([1] * w.dim())
 
 
 def check_finite(w: Tensor, site: Site) -> None:

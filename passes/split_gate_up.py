@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from graphq.ir import edit
+from graphq.ir.layers import MADE_OF
 from graphq.ir.pipeline import Batches, Pass
 from graphq.ir.views import GroupedLinear, Op, Param, Split, ops_of, view
 from graphq.runtime import ops
@@ -48,6 +49,7 @@ class SplitGateUp(Pass):
         for name, own, outputs in zip(_HALVES, rows, halves, strict=True):
             held = torch.nn.Parameter(own, requires_grad=False)
             weight = edit.add_tensor(gm, op, fused.fqn.removesuffix(_FUSED) + name, held, by=self.name)
+            gm.meta[MADE_OF] = {**gm.meta.get(MADE_OF, {}), fused.fqn.removesuffix(_FUSED) + name: (fused.fqn,)}
             made = edit.insert(gm, op, ops.grouped_linear, op.x, weight, op.offsets, by=self.name)
             for output in outputs:
                 edit.bypass(gm, output, made)

@@ -7,6 +7,7 @@ from typing import Any, Final, final
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from graphq.runtime import ops
 from tests.models import route
@@ -300,7 +301,11 @@ class Along(Part):
         self.groups = self.draw("groups", 1, 1, 2, width)
         self.batch = self.draw("batch", "batched", "unbatched")
         self.norm = self.draw("norm", True, False)
-        self.conv = nn.Conv1d(width, width, 3, padding=self.draw("padding", 1, "same"), groups=self.groups)
+        if self.draw("transposed", False, False, True):
+            conv: nn.Module = nn.ConvTranspose1d(width, width, 3, padding=1, groups=self.groups)
+        else:
+            conv = nn.Conv1d(width, width, 3, padding=self.draw("padding", 1, "same"), groups=self.groups)
+        self.conv = weight_norm(conv) if self.draw("weight norm", False, False, True) else conv
         self.bn = nn.BatchNorm1d(width) if self.norm else None
         self.out = Project(dice, width, width)
 
@@ -370,12 +375,24 @@ class Query(Part):
                 return (weights * y).sum(1, keepdim=True).expand(x.shape)
 
 
+class Volume(nn.Module):
+    """A convolution of one image of a film, in three dimensions."""
+
+    def __init__(self, width: int, out: int, groups: int, bias: bool, is_transposed: bool) -> None:
+        super().__init__()
+        kind = nn.ConvTranspose3d if is_transposed else nn.Conv3d
+        self.conv: nn.Module = kind(width, out, (1, 3, 3), padding=(0, 1, 1), groups=groups, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x.unsqueeze(-3)).squeeze(-3)
+
+
 class Convolved(Part):
     """Images through a convolution, with what stands behind one."""
 
     def __init__(self, dice: Dice, width: int, out: int) -> None:
         super().__init__(dice)
-        kind = self.draw("kind", "plain", "plain", "groups", "depthwise", "transposed", "unbatched")
+        kind = self.draw("kind", "plain", "plain", "groups", "depthwise", "transposed", "volume", "unbatched")
         self.kind = kind
         groups = {"groups": 2, "depthwise": width}.get(kind, 1)
         out = width if kind == "depthwise" else out
@@ -385,9 +402,13 @@ class Convolved(Part):
             self.conv: nn.Module = nn.ConvTranspose2d(
                 width, out, 3, padding=1, groups=self.draw("groups", 1, 2), bias=bias
             )
+        elif kind == "volume":
+            self.conv = Volume(width, out, self.draw("groups", 1, 2), bias, self.draw("transposed", True, False))
         else:
             mode = self.draw("mode", "zeros", "zeros", "zeros", "reflect")
             self.conv = nn.Conv2d(width, out, 3, padding=1, groups=groups, bias=bias, padding_mode=mode)
+        if kind != "volume" and self.draw("weight norm", False, False, False, True):
+            self.conv = weight_norm(self.conv)
         self.norm = {
             "batch": nn.BatchNorm2d(out),
             "plain batch": nn.BatchNorm2d(out, affine=False),

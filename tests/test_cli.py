@@ -384,8 +384,9 @@ def test_dump_after_the_last_pass(model, spec, tmp_path):
 
 def test_dump_names_the_passes(model, spec):
     message = (
-        "anotate: no such pass; there are remove-no-ops, raise-linear, raise-grouped-linear, split-gate-up, annotate, "
-        "round-to-stored, observe, calibrate, quantize-weights, quantize-activations\n"
+        "anotate: no such pass; there are remove-no-ops, raise-recurrent, fold-weights, raise-linear, "
+        "raise-grouped-linear, split-gate-up, annotate, round-to-stored, observe, calibrate, quantize-weights, "
+        "quantize-activations\n"
     )
     assert graphq_("dump", model, "--spec", spec, "--after", "anotate", status=1).stderr == message
 

@@ -346,8 +346,11 @@ def _name_tied(gm: fx.GraphModule, model: nn.Module) -> None:
             continue
         for user in list(node.users):
             stack = user.meta.get("nn_module_stack") or {"": ("", None)}
-            own = f"{list(stack.values())[-1][0]}.{node.target.rpartition('.')[2]}"
-            if own == node.target or own not in tied[node.target]:
+            path = f"{list(stack.values())[-1][0]}."
+            owners = {n: n.rpartition(".")[0] for n in tied[node.target] if path.startswith(f"{n.rpartition('.')[0]}.")}
+            # The innermost of the modules that own it: a parametrization reads what its layer owns.
+            own = max(owners, key=lambda n: (len(owners[n]), n == node.target), default=node.target)
+            if own == node.target:
                 continue
             if not any(n.op == "get_attr" and n.target == own for n in gm.graph.nodes):
                 put_tensor(gm, own, tensor_of(gm, node.target))

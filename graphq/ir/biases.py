@@ -11,12 +11,8 @@ from graphq.ir import edit
 from graphq.ir.effect_table import channel_axis
 from graphq.ir.index import GraphIndex
 from graphq.ir.views import (
-    Conv1d,
-    Conv1dPadding,
-    Conv2d,
-    Conv2dPadding,
-    ConvTranspose1d,
-    ConvTranspose2d,
+    Convolution,
+    ConvTranspose,
     Linear,
     Op,
     Param,
@@ -24,7 +20,7 @@ from graphq.ir.views import (
     view,
 )
 
-Biased = Linear | TransposedLinear | Conv1d | Conv1dPadding | Conv2d | Conv2dPadding | ConvTranspose1d | ConvTranspose2d
+Biased = Linear | TransposedLinear | Convolution | ConvTranspose
 
 
 def bias_of(op: Biased) -> Op | None:

@@ -15,9 +15,9 @@ from graphq.ir.effects import Stopped
 from graphq.ir.index import GraphIndex
 from graphq.ir.labels import NONE, LabelledParam, Reader
 from graphq.ir.layers import LAYER, PLAN
-from graphq.ir.matrices import as_matrices
-from graphq.ir.views import CONVOLUTIONS, Embedding, GroupedLinear, Op, Param, Weighted, ops_of
-from graphq.numerics import fake_quantize, weight_block
+from graphq.ir.matrices import as_matrices, scale_block
+from graphq.ir.views import Convolution, GroupedLinear, Op, Param, Weighted, ops_of
+from graphq.numerics import fake_quantize
 from graphq.numerics.ranges import weight_scales
 from graphq.spec.folds import EVERYWHERE, Folds
 from graphq.spec.plan import Plan, weight_quants
@@ -58,7 +58,7 @@ def chosen_layers(gm: fx.GraphModule, only: frozenset[str] | None) -> list[Weigh
     """The uses of float weights with a plan, of the layers ``only``, that multiply an activation."""
     found: list[Weighted] = []
     for op in ops_of(gm):
-        if not isinstance(op, Weighted) or isinstance(op, Embedding) or not isinstance(op.weight_op, Param):
+        if not isinstance(op, Weighted) or not op.is_product or not isinstance(op.weight_op, Param):
             continue
         decision = op.node.meta.get(PLAN)
         is_planned = isinstance(decision, Plan) or any(weight_quants(decision))
@@ -155,7 +155,7 @@ def _multiplied(index: GraphIndex, op: Weighted, alike: Sequence[Weighted]) -> G
             if other == op:
                 return Stopped("its weight has other readers")
             continue
-        if isinstance(other, CONVOLUTIONS) and other.argument("groups") != 1:
+        if isinstance(other, Convolution) and other.groups != 1:
             if other == op:
                 return Stopped("it is a convolution of groups")
             continue
@@ -199,7 +199,7 @@ def rounding_change(op: Weighted, w: Tensor, factors: Tensor) -> Tensor:
     for quant, own in members.items():
         pick = own if isinstance(op, GroupedLinear) else slice(None)
         scaled = w[pick] * factors[pick]
-        block = weight_block(quant.granularity, w.dim(), op.out_axis, op.in_axis, op.own_axes)
+        block = scale_block(op, quant.granularity)
         method = quant.method if isinstance(quant.method, Mse) else MinMax()
         found = weight_scales(scaled, quant.format, block, method)
         made[pick] = (fake_quantize(scaled, found, quant.format, block) - scaled) / factors[pick]

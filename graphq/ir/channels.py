@@ -33,7 +33,8 @@ from graphq.ir.effects import (
 )
 from graphq.ir.index import GraphIndex
 from graphq.ir.labels import NONE, LabelledParam, Reader, Walk
-from graphq.ir.views import Cast, Embedding, GroupedLinear, Op, Param, TransposedLinear, Weighted, view
+from graphq.ir.matrices import output_channels
+from graphq.ir.views import Cast, GroupedLinear, Op, Param, Recurrence, TransposedLinear, Weighted, view
 from graphq.spec.folds import Subgraph
 
 aten = torch.ops.aten
@@ -216,14 +217,15 @@ def _parameters_of(index: GraphIndex, op: Op) -> tuple[tuple[LabelledParam, ...]
 def _rows_of(index: GraphIndex, op: Weighted) -> tuple[tuple[LabelledParam, ...], int] | Stopped:
     """The rows of a linear or convolution."""
     param = op.weight_op
-    if not isinstance(param, Param) or isinstance(op, Embedding):
+    if isinstance(op, Recurrence):
+        return Stopped(f"{op.node.name} gives states, step by step")
+    if not isinstance(param, Param) or not op.is_product:
         return Stopped(f"the weight of {op.node.name} is no parameter that it alone has")
     if not index.is_own(param):
         return Stopped(f"{param.fqn} has other readers")
-    shape = tuple(param.val.shape)
-    count = int(shape[op.out_axis])
-    labels = torch.arange(count).view([count if axis == op.out_axis else 1 for axis in range(len(shape))])
-    parts = [LabelledParam(param.fqn, labels.expand(shape))]
+    labels = output_channels(op)
+    count = int(op.val.shape[op.output_axis])
+    parts = [LabelledParam(param.fqn, labels)]
     name = "self" if isinstance(op, TransposedLinear) else "bias"
     bias = None if isinstance(op, GroupedLinear) else op.argument(name)
     if bias is not None:

@@ -45,7 +45,7 @@ from graphq.ir.effects import (
 from graphq.ir.index import GraphIndex
 from graphq.ir.layers import weight_param
 from graphq.ir.vectors import indexed_axes
-from graphq.ir.views import CONVOLUTIONS, Op, Param, Weighted, view
+from graphq.ir.views import Convolution, Op, Param, Weighted, view
 
 NONE: Final = -1
 Labels = Tensor | Sequence[Tensor]  # of a tensor's elements, or of those of a list of tensors
@@ -280,6 +280,8 @@ class Walk:
 
     def _read(self, op: Weighted, read: list[fx.Node]) -> Carried[Labels] | Stopped:
         """Notes the weight that takes the labels up; or why it cannot."""
+        if not op.is_product:
+            return Stopped(f"{op.node.name} reads it")
         x = op.argument(op.input_name)
         if read != [x]:
             return Stopped(f"{op.node.name} does not read it as its input")
@@ -291,8 +293,8 @@ class Walk:
         if line is None:
             return Stopped(f"the channels of {op.node.name} are mixed")
         shape = tuple(param.val.shape)
-        if isinstance(op, CONVOLUTIONS):
-            rows = shape[0] // int(op.argument("groups"))
+        if isinstance(op, Convolution):
+            rows = shape[0] // int(op.groups)
             by_group = line.view(-1, shape[1])  # of each group
             wide = by_group.repeat_interleave(rows, 0).view(shape[0], shape[1], *[1] * (len(shape) - 2))
         else:

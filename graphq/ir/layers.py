@@ -1,6 +1,6 @@
-"""The layers that a rule can name, read from a graph: linears, convolutions, embeddings, experts, and their roles."""
+"""The layers that a rule can name, read from a graph: whatever multiplies by a weight of its own, and their roles."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal, cast, final
 
@@ -9,13 +9,17 @@ from torch import fx
 
 from graphq.capture.source import source_of
 from graphq.ir.views import (
-    CONVOLUTIONS,
+    LOOKUPS,
     Cast,
+    Convolution,
+    ConvTranspose,
     Embedding,
+    EmbeddingBag,
     GroupedLinear,
     Linear,
     Op,
     Param,
+    Recurrence,
     TransposedLinear,
     Weighted,
     ops_of,
@@ -26,9 +30,13 @@ from graphq.spec.match import Layer, LayerKind
 LAYER: Final = "graphq.layer"
 PLAN: Final = "graphq.plan"
 BY: Final = "graphq.by"
+MADE_OF: Final = "graphq.made_of"  # of a graph: the parameters of the source in whose place it has others, by name
 
+PROJECTIONS: Final = frozenset(f"{name}_weight" for name in ("in_proj", "q_proj", "k_proj", "v_proj", "kv_proj"))
 _NamedOnly = Literal["", "embedding", "output head", "router", "outside of the repeated blocks"]
 aten = torch.ops.aten
+_CONVOLUTIONS: Final[tuple[LayerKind, ...]] = ("conv1d", "conv2d", "conv3d")
+_TRANSPOSED: Final[tuple[LayerKind, ...]] = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 _PRODUCTS: Final = (aten.mm.default, aten.bmm.default, aten.matmul.default)
 
 
@@ -52,8 +60,11 @@ class Site:
 
 
 def layer_path(parameter: str) -> str:
-    """The layer that owns a parameter: ``a.b`` for ``a.b.weight``; other parameters are layers of their own name."""
-    return parameter.removesuffix(".weight")
+    """The layer that owns a parameter: ``a.b`` for ``a.b.weight``, and for the ``a.b_weight`` of an attention's packed
+    projections (torch's ``in_proj_weight``); other parameters are layers of their own name.
+    """
+    parent, dot, name = parameter.rpartition(".")
+    return parent + dot + name.removesuffix("_weight") if name in PROJECTIONS else parameter.removesuffix(".weight")
 
 
 def weight_param(op: Weighted) -> Param | None:
@@ -88,7 +99,8 @@ def layers(gm: fx.GraphModule) -> dict[str, Layer]:
     routers = _routers(gm)
     heads = _heads(gm) if source.is_causal_lm else frozenset[str]()
     uses = list(sites(gm))
-    embeddings = {site.path for site in uses if isinstance(site.op, Embedding)}
+    embeddings = {site.path for site in uses if isinstance(site.op, LOOKUPS)}
+    made_of: Mapping[str, tuple[str, ...]] = gm.meta.get(MADE_OF, {})
     found: dict[str, Layer] = {}
     for site in uses:
         kind: LayerKind = "embedding" if site.path in embeddings else _kind(site.op)
@@ -108,33 +120,57 @@ def layers(gm: fx.GraphModule) -> dict[str, Layer]:
                 named_only = "outside of the repeated blocks"
             dtype = str(source.dtype if source.files else site.param.val.dtype).removeprefix("torch.")
             bias = getattr(site.op, "bias", None) is not None or isinstance(site.op, TransposedLinear)
-            found[fqn] = Layer(fqn, kind, shape, block, named_only, dtype, bias, _padding(site.op))
+            found[fqn] = Layer(
+                fqn,
+                kind,
+                shape,
+                block,
+                named_only,
+                dtype,
+                bias,
+                _padding(site.op),
+                reads_state=isinstance(site.op, Recurrence),
+                made_of=tuple(layer_path(name) for name in made_of.get(site.param.fqn, ())),
+            )
     return found
 
 
 def _kind(op: Weighted) -> LayerKind:
     match op:
+        case Linear() if gives_gates(op):
+            return "recurrent"
         case Linear() | TransposedLinear():
             return "linear"
-        case Embedding():
+        case Embedding() | EmbeddingBag():
             return "embedding"
         case GroupedLinear():
             return "expert"
+        case Recurrence():
+            return "recurrent"
         case _:
-            return "conv1d" if len(_shape(op.weight_op)) == 3 else "conv2d"
+            rank = len(_shape(op.weight_op)) - 2
+            return _TRANSPOSED[rank - 1] if isinstance(op, ConvTranspose) else _CONVOLUTIONS[rank - 1]
+
+
+def gives_gates(op: Linear) -> bool:
+    """Whether the weight multiplies a recurrent layer's input: what it gives are gates of states, and nothing else."""
+    users = op.users
+    return bool(users) and all(isinstance(user, Recurrence) and user.gates == op for user in users)
 
 
 def _layer_shape(site: Site) -> tuple[int, ...]:
     shape = _shape(site.param)
     if site.is_stack:
         return shape[1:]
+    if isinstance(site.op, ConvTranspose):
+        return (shape[1] * int(site.op.groups), shape[0] // int(site.op.groups), *shape[2:])
     return shape[::-1] if isinstance(site.op, TransposedLinear) else shape
 
 
 def _padding(op: Weighted) -> str:
     """The mode of a convolution's padding: one that is not by zeros is an op of its own, in the same module."""
     before = op.input_op.node
-    if not isinstance(op, CONVOLUTIONS) or before.target != aten.pad.default or _module(before) != _module(op.node):
+    if not isinstance(op, Convolution) or before.target != aten.pad.default or _module(before) != _module(op.node):
         return "zeros"
     mode = before.args[2] if len(before.args) > 2 else before.kwargs.get("mode", "constant")
     return "zeros" if mode == "constant" else str(mode)

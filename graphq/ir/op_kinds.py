@@ -11,7 +11,8 @@ from torch import Tensor
 
 from graphq.ir.effect_table import effect
 from graphq.ir.effects import Copies
-from graphq.ir.views import Embedding, Input, Op, Weighted, view
+from graphq.ir.layers import gives_gates
+from graphq.ir.views import Embedding, Input, Linear, Op, Recurrence, Weighted, view
 from graphq.runtime import ops
 
 aten = torch.ops.aten
@@ -108,6 +109,10 @@ def kind_of(op: Op) -> str:
         return INPUT
     if isinstance(op, Embedding):
         return "Embedding"
+    if isinstance(op, Linear) and gives_gates(op):  # of which consumers make one op
+        return kind_of(op.users[0])
+    if isinstance(op, Recurrence):
+        return op.kind.upper() if op.kind in ("lstm", "gru") else "RNN"
     if (kind := _KINDS.get(op.node.target)) is not None:
         return kind
     name = str(op.node.target)

@@ -20,8 +20,8 @@ _FACTORS: Final = frozenset(
     for name in (
         *("matmul", "mm", "bmm", "mv", "addmm", "addmv", "baddbmm", "addbmm", "einsum", "tensordot", "inner"),
         *("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"),
-        *("conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "conv_tbc", "convolution"),
-        *("bilinear", "_trilinear", "embedding_bag", "_embedding_bag", "_grouped_mm", "scaled_dot_product_attention"),
+        *("conv_tbc", "convolution", "bilinear", "_trilinear", "_embedding_bag", "_grouped_mm"),
+        "scaled_dot_product_attention",
     )
 )
 _ADDED: Final = {
@@ -53,7 +53,8 @@ def unnamed(gm: fx.GraphModule) -> tuple[Unnamed, ...]:
                     path = layer_path(param.fqn)
                     shape = tuple(int(size) for size in param.val.shape)
                     layer = Layer(path, "linear", shape, source.block_of(path))
-                    found.setdefault(path, Unnamed(layer, _reason(index, op, view(node), param)))
+                    reason = _reason(index, op, view(node), param, node in computed)
+                    found.setdefault(path, Unnamed(layer, f"{reason}; no rule can name it"))
     return tuple(found.values())
 
 
@@ -94,12 +95,13 @@ def _parameters_in(gm: fx.GraphModule, computed: set[fx.Node]) -> dict[fx.Node, 
     return found
 
 
-def _reason(index: GraphIndex, op: Op, factor: Op, param: Param) -> str:
-    """What multiplies by a parameter, and why ``raise-linear`` leaves that."""
+def _reason(index: GraphIndex, op: Op, factor: Op, param: Param, is_computed: bool) -> str:
+    """What multiplies by a parameter, and why ``fold-weights`` and ``raise-linear`` leave that."""
     how, rank = f"multiplied by {_name(op)}", param.val.dim()
     others = [node for node in op.node.all_input_nodes if node is not factor.node]
     if matrix_of(factor) is None:
         how += f" behind {_name(_moved(factor)) or 'what computes with it'}"
+        how += ", which the input has a part in" if is_computed else ""
     elif op.node.target not in FORMS:
         pass
     elif _name(op) in _FROM_LEFT and op.node.args[0] is factor.node:
@@ -110,4 +112,4 @@ def _reason(index: GraphIndex, op: Op, factor: Op, param: Param) -> str:
         how += " with a vector"
     elif len(readers_of(index.reads(param.fqn))) > 1:
         how += " and read elsewhere, too"
-    return f"{how}; no rule can name it"
+    return how

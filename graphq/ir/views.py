@@ -7,7 +7,7 @@ that a misspelling fails at import. Positional, keyword and default arguments re
 
 import inspect
 from collections.abc import Iterator
-from typing import Any, ClassVar, Final, Self, cast, dataclass_transform, final
+from typing import Any, ClassVar, Final, Self, cast, dataclass_transform, final, get_origin
 
 import torch
 from torch import fx
@@ -34,7 +34,8 @@ class Op:
     def __init_subclass__(cls, target: OpOverload | None = None) -> None:
         if target is None:
             return
-        names = tuple(inspect.get_annotations(cls))
+        own = (inspect.get_annotations(base) for base in reversed(cls.__mro__) if base is not Op)
+        names = tuple(n for fields in own for n, kind in fields.items() if get_origin(kind) is not ClassVar)
         known = [argument.name for argument in _arguments(target)]
         wrong = [name for name in names if _argument_name(name) not in known]
         if wrong:
@@ -146,10 +147,11 @@ class Input(Op):
 
 
 class Weighted(Op):
-    """An op that multiplies an input by a weight.
+    """An op that multiplies an input by a weight, or takes rows of one.
 
     ``out_axis``, ``in_axis``, ``own_axes``: of the weight as it is stored. ``input_axis``, ``output_axis``: of the
-    channels in the op's input and in its output, counted from the end, with batches or without.
+    channels in the op's input and in its output, counted from the end, with batches or without. ``is_product``: whether
+    what the weight multiplies is the op's input, and all of it.
     """
 
     weight_name: ClassVar[str] = "weight"
@@ -159,6 +161,7 @@ class Weighted(Op):
     own_axes: ClassVar[tuple[int, ...]] = ()
     input_axis: ClassVar[int] = -1
     output_axis: ClassVar[int] = -1
+    is_product: ClassVar[bool] = True
 
     @property
     def weight_op(self) -> Op:
@@ -190,39 +193,69 @@ class TransposedLinear(Weighted, target=aten.addmm.default):
     in_axis = 0
 
 
-@final
-class Conv1d(Weighted, target=aten.conv1d.default):
+class Convolution(Weighted):
+    """Its weight is ``[out, in / groups, ...]``."""
+
     input: Op
     weight: Op
     bias: Op | None
+    groups: int
+
+
+@final
+class Conv1d(Convolution, target=aten.conv1d.default):
     input_axis = output_axis = -2
 
 
 @final
-class Conv1dPadding(Weighted, target=aten.conv1d.padding):
-    input: Op
-    weight: Op
-    bias: Op | None
+class Conv1dPadding(Convolution, target=aten.conv1d.padding):
     input_axis = output_axis = -2
 
 
 @final
-class Conv2d(Weighted, target=aten.conv2d.default):
-    input: Op
-    weight: Op
-    bias: Op | None
+class Conv2d(Convolution, target=aten.conv2d.default):
     input_axis = output_axis = -3
 
 
 @final
-class Conv2dPadding(Weighted, target=aten.conv2d.padding):
-    input: Op
-    weight: Op
-    bias: Op | None
+class Conv2dPadding(Convolution, target=aten.conv2d.padding):
     input_axis = output_axis = -3
 
 
-CONVOLUTIONS: Final = (Conv1d, Conv1dPadding, Conv2d, Conv2dPadding)
+@final
+class Conv3d(Convolution, target=aten.conv3d.default):
+    input_axis = output_axis = -4
+
+
+@final
+class Conv3dPadding(Convolution, target=aten.conv3d.padding):
+    input_axis = output_axis = -4
+
+
+class ConvTranspose(Weighted):
+    """Its weight is ``[in, out / groups, ...]``: axis 0 holds the groups one after the other."""
+
+    input: Op
+    weight: Op
+    bias: Op | None
+    groups: int
+    out_axis = 1
+    in_axis = 0
+
+
+@final
+class ConvTranspose1d(ConvTranspose, target=aten.conv_transpose1d.default):
+    input_axis = output_axis = -2
+
+
+@final
+class ConvTranspose2d(ConvTranspose, target=aten.conv_transpose2d.input):
+    input_axis = output_axis = -3
+
+
+@final
+class ConvTranspose3d(ConvTranspose, target=aten.conv_transpose3d.input):
+    input_axis = output_axis = -4
 
 
 @final
@@ -230,6 +263,21 @@ class Embedding(Weighted, target=aten.embedding.default):
     weight: Op
     indices: Op
     input_name = "indices"
+    is_product = False
+
+
+@final
+class EmbeddingBag(Weighted, target=aten.embedding_bag.padding_idx):
+    """Sums, means or maxima of looked up rows; the first of four outputs."""
+
+    weight: Op
+    indices: Op
+    offsets: Op
+    input_name = "indices"
+    is_product = False
+
+
+LOOKUPS: Final = (Embedding, EmbeddingBag)
 
 
 @final
@@ -246,23 +294,18 @@ class GroupedLinear(Weighted, target=ops.grouped_linear):
 
 
 @final
-class ConvTranspose1d(Op, target=aten.conv_transpose1d.default):
-    """Its weight is ``[in, out / groups, ...]``; no layer that a rule can name."""
+class Recurrence(Weighted, target=ops.recurrence):
+    """One direction of a recurrent layer, from its ``gates``, to which ``weight`` times the state before is added."""
 
-    input: Op
+    gates: Op
     weight: Op
     bias: Op | None
-    groups: int
-
-
-@final
-class ConvTranspose2d(Op, target=aten.conv_transpose2d.input):
-    """Its weight is ``[in, out / groups, ...]``; no layer that a rule can name."""
-
-    input: Op
-    weight: Op
-    bias: Op | None
-    groups: int
+    hidden: Op
+    cell: Op | None
+    kind: str
+    reverse: bool
+    input_name = "hidden"
+    is_product = False
 
 
 @final

@@ -42,13 +42,62 @@ def window(
     return Window(tuple(kernel), strides, pads, dilations)
 
 
-def tap_sums(x: Tensor, window: Window) -> tuple[Tensor, int]:
+@final
+@dataclass(frozen=True)
+class TransposedWindow:
+    """How a transposed convolution reads its input, along each spatial axis: tap i takes place j to place s j + d i - p
+    of the output, if there is one.
+    """
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    output_padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+
+def transposed_window(
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    dilation: Sequence[int],
+) -> TransposedWindow:
+    """The window of a transposed convolution with these arguments; one number serves all axes."""
+    given = (stride, padding, output_padding, dilation)
+    each = (tuple(v) * (len(kernel) if len(v) == 1 else 1) for v in given)
+    return TransposedWindow(tuple(kernel), *each)
+
+
+def tap_sums(x: Tensor, window: Window | TransposedWindow) -> tuple[Tensor, int]:
     """The sums in float64, of shape ``[in, *kernel]``, of ``x[batch, in, *places]`` or ``x[in, *places]``; and of how
     many places of the output, those of the batch together.
     """
-    rank = len(window.kernel)
-    if x.dim() == rank + 1:
-        x = x.unsqueeze(0)
+    x = x.unsqueeze(0) if x.dim() == len(window.kernel) + 1 else x
+    return _sums(x, window) if isinstance(window, Window) else _transposed_sums(x, window)
+
+
+def _transposed_sums(x: Tensor, it: TransposedWindow) -> tuple[Tensor, int]:
+    places = [
+        (size - 1) * s - 2 * p + d * (k - 1) + further + 1
+        for size, k, s, p, further, d in zip(
+            x.shape[2:], it.kernel, it.stride, it.padding, it.output_padding, it.dilation, strict=True
+        )
+    ]
+    totals = torch.empty(x.shape[1], *it.kernel, dtype=torch.float64, device=x.device)
+    for tap in product(*map(range, it.kernel)):
+        part = x
+        for axis, (i, s, p, d, count) in enumerate(
+            zip(tap, it.stride, it.padding, it.dilation, places, strict=True), 2
+        ):
+            first = max(0, -((d * i - p) // s))  # s j + d i - p >= 0
+            last = min(x.shape[axis] - 1, (count - 1 + p - d * i) // s)
+            part = part.narrow(axis, min(first, x.shape[axis]), max(0, last - first + 1))
+        totals[(slice(None), *tap)] = part.transpose(0, 1).flatten(1).sum(1, dtype=torch.float64)
+    return totals, x.shape[0] * torch.Size(places).numel()
+
+
+def _sums(x: Tensor, window: Window) -> tuple[Tensor, int]:
     x = functional.pad(x, [zeros for pair in reversed(window.padding) for zeros in pair])
     spans = [d * (k - 1) for d, k in zip(window.dilation, window.kernel, strict=True)]  # from the first to the last tap
     places = [(size - span - 1) // s + 1 for size, span, s in zip(x.shape[2:], spans, window.stride, strict=True)]

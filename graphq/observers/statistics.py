@@ -9,8 +9,8 @@ from torch import Tensor, fx
 from graphq.errors import PassError
 from graphq.ir.layers import LAYER
 from graphq.ir.matrices import Samples, as_matrices, input_key, input_vectors
-from graphq.ir.views import CONVOLUTIONS, Op, Weighted
-from graphq.numerics.taps import Window, tap_sums
+from graphq.ir.views import Convolution, ConvTranspose, Op, Weighted
+from graphq.numerics.taps import TransposedWindow, Window, tap_sums
 from graphq.observers.observer import Observer, ObserverRequest
 
 
@@ -77,12 +77,14 @@ class MeanObserver(Observer):
     total: Tensor
     count: Tensor
 
-    def __init__(self, layers: tuple[str, ...], of: int | Window, shape: Sequence[int], role: str = "input") -> None:
+    def __init__(
+        self, layers: tuple[str, ...], of: int | Window | TransposedWindow, shape: Sequence[int], role: str = "input"
+    ) -> None:
         super().__init__(layers)
         self.of = of
         self.role = role
-        self.reads_windows = isinstance(of, Window)
         self.axis = of if isinstance(of, int) else None
+        self.reads_windows = self.axis is None
         self.register_buffer("total", torch.zeros(*shape, dtype=torch.float64))
         self.register_buffer("count", torch.tensor(0))
 
@@ -184,7 +186,7 @@ def hessians(gm: fx.GraphModule, ops: Iterable[Weighted]) -> Iterator[ObserverRe
         samples, rest = input_vectors(alike[0])
         names = tuple(dict.fromkeys(str(op.node.meta[LAYER]) for op in alike))
         problems = as_matrices(torch.empty(tuple(alike[0].weight_op.val.shape), device="meta"), alike[0])
-        is_convolution = isinstance(alike[0], CONVOLUTIONS)
+        is_convolution = isinstance(alike[0], Convolution | ConvTranspose)
         observer = HessianObserver(names, (problems.shape[0], problems.shape[2]), samples, is_convolution)
         yield ObserverRequest(alike[0].input_op, observer, alike[0], rest)
 

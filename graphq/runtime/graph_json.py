@@ -56,6 +56,7 @@ _GRAPHQ: Final = {
         graphq_ops.dequantize,
         graphq_ops.choose_scale,
         graphq_ops.choose_global_scale,
+        graphq_ops.recurrence,
     )
 }
 _GRAPHQ_MOE: Final = {str(op): op for op in (graphq_ops.grouped_linear, graphq_ops.select_rows)}

@@ -6,6 +6,7 @@ Schemas are explicit: jaxtyping's import hook rewrites annotations, from which t
 """
 
 from collections.abc import Sequence
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -28,6 +29,10 @@ _library.define(
 )
 _library.define("choose_global_scale(Tensor x) -> Tensor")
 _library.define("grouped_linear(Tensor x, Tensor weight, Tensor offsets) -> Tensor")
+_library.define(
+    "recurrence(Tensor gates, Tensor weight, Tensor? bias, Tensor hidden, Tensor? cell, str kind, bool reverse)"
+    " -> (Tensor output, Tensor hidden, Tensor cell)"
+)
 _library.define("select_rows(Tensor[] candidates, Tensor offsets, int[] choice) -> Tensor")
 
 
@@ -148,6 +153,48 @@ def _grouped_linear_fake(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
+GATES: Final = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+
+
+def _recurrence(
+    gates: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, cell: Tensor | None, kind: str, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One direction of one layer of ``torch.nn.LSTM``, ``GRU`` or ``RNN`` (which have the equations): the states after
+    each step, ``[time, batch, H]``, and the last one; and an LSTM's last cell, of others that state again.
+
+    gates: what the inputs give, bias included: ``[time, batch, G * H]``, the gates in torch's order. weight:
+    ``[G * H, H]``. hidden, cell: ``[batch, H]``, before the first step. reverse: from the last step to the first.
+    """
+    size = hidden.shape[-1]
+    wide = size * GATES.get(kind, 0)
+    fits = gates.dim() == 3 and hidden.shape == (gates.shape[1], size) and (cell is not None) == (kind == "lstm")
+    fits = fits and gates.shape[2] == wide and weight.shape == (wide, size) and (bias is None or bias.shape == (wide,))
+    if not fits or (cell is not None and cell.shape != hidden.shape):
+        raise PassError(f"recurrence {kind}: gates {tuple(gates.shape)} for a state {tuple(hidden.shape)}")
+    outputs: list[Tensor] = []
+    for own in gates.flip(0) if reverse else gates:
+        given = torch.nn.functional.linear(hidden, weight, bias)
+        match kind:
+            case "lstm":
+                assert cell is not None, "checked"
+                take, forget, new, give = (own + given).chunk(4, -1)
+                cell = forget.sigmoid() * cell + take.sigmoid() * new.tanh()
+                hidden = give.sigmoid() * cell.tanh()
+            case "gru":
+                (r, z, n), (r_state, z_state, n_state) = own.chunk(3, -1), given.chunk(3, -1)
+                new = (n + (r + r_state).sigmoid() * n_state).tanh()
+                hidden = new + (z + z_state).sigmoid() * (hidden - new)
+            case "rnn_tanh":
+                hidden = (own + given).tanh()
+            case _:
+                hidden = (own + given).relu()
+        outputs.append(hidden)
+    if not outputs:
+        raise PassError("recurrence: no steps")
+    stacked = torch.stack(outputs[::-1] if reverse else outputs)
+    return stacked, hidden, hidden.clone() if cell is None else cell
+
+
 def _select_rows(candidates: Sequence[Tensor], offsets: Tensor, choice: Sequence[int]) -> Tensor:
     """The rows of expert ``e`` (those up to ``offsets[e]``) taken from ``candidates[choice[e]]``; all are ``[T, K]``.
     Rows after the last offset are 0.
@@ -163,6 +210,13 @@ def _select_rows(candidates: Sequence[Tensor], offsets: Tensor, choice: Sequence
     return out
 
 
+def _recurrence_fake(
+    gates: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, cell: Tensor | None, kind: str, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    output = gates.new_empty(*gates.shape[:2], hidden.shape[-1])
+    return output, torch.empty_like(hidden), torch.empty_like(hidden)
+
+
 def _select_rows_fake(candidates: Sequence[Tensor], offsets: Tensor, choice: Sequence[int]) -> Tensor:
     return torch.empty_like(candidates[0])
 
@@ -173,14 +227,41 @@ for _name, _reference, _fake in (
     ("choose_scale", _choose_scale, _choose_scale_fake),
     ("choose_global_scale", _choose_global_scale, _choose_global_scale_fake),
     ("grouped_linear", _grouped_linear, _grouped_linear_fake),
+    ("recurrence", _recurrence, _recurrence_fake),
     ("select_rows", _select_rows, _select_rows_fake),
 ):
     _library.impl(_name, _reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"graphq::{_name}", _fake, lib=_library)
 
+
+def _keep_recurrence(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
+    ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
+    ctx.inputs = [None if isinstance(x, Tensor) else x for x in inputs]
+    ctx.tensors = [isinstance(x, Tensor) for x in inputs]
+
+
+def _recurrence_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients, of the reference run once more."""
+    saved = iter(ctx.saved_tensors)
+    with torch.enable_grad():
+        given = [
+            next(saved).detach().requires_grad_(needed) if is_tensor else value
+            for is_tensor, value, needed in zip(ctx.tensors, ctx.inputs, ctx.needs_input_grad, strict=True)
+        ]
+        made = [(y, grad) for y, grad in zip(_recurrence(*given), grads, strict=True) if grad is not None]
+        made = [(y, grad) for y, grad in made if y.requires_grad]
+        wanted = [x for x in given if isinstance(x, Tensor) and x.requires_grad]
+        found = iter(torch.autograd.grad([y for y, _ in made], wanted, [g for _, g in made], allow_unused=True))
+    return tuple(next(found) if isinstance(x, Tensor) and x.requires_grad else None for x in given)
+
+
+torch.library.register_autograd(
+    "graphq::recurrence", _recurrence_backward, setup_context=_keep_recurrence, lib=_library
+)
 dequantize = torch.ops.graphq.dequantize.default
 quantize = torch.ops.graphq.quantize.default
 choose_scale = torch.ops.graphq.choose_scale.default
 choose_global_scale = torch.ops.graphq.choose_global_scale.default
 grouped_linear = torch.ops.graphq.grouped_linear.default
+recurrence = torch.ops.graphq.recurrence.default
 select_rows = torch.ops.graphq.select_rows.default

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, cast, final, get_args
 
 from graphq.errors import SpecError
-from graphq.spec.match import MAX_SIZE, Layer, LayerKind
+from graphq.spec.match import KINDS, MAX_SIZE, Layer, LayerKind
 
 Axis = Literal["N", "K"]
 
@@ -112,9 +112,9 @@ class OfKind:
     kinds: tuple[LayerKind, ...]
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.kinds if name not in ("linear", "conv1d", "conv2d", "embedding")]
+        unknown = [name for name in self.kinds if name not in KINDS]
         if unknown or not self.kinds:
-            raise SpecError(f"kind: {'|'.join(unknown)!r} is not one of linear, conv1d, conv2d, embedding")
+            raise SpecError(f"kind: {'|'.join(unknown)!r} is not one of {', '.join(KINDS)}")
 
     def broken(self, layer: Layer) -> str | None:
         kind = "linear" if layer.kind == "expert" else layer.kind

@@ -3,18 +3,31 @@
 ``parse_match`` and ``str`` are inverses; docs/specs.md has the grammar.
 """
 
+import dataclasses
 import difflib
 import fnmatch
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final, Literal, final
+from typing import Final, Literal, final, get_args
 
 from graphq.errors import SpecError
 
 MAX_BLOCK: Final = 9999
 MAX_SIZE: Final = 10**9 - 1  # of an axis, where a text writes one
-LayerKind = Literal["linear", "conv1d", "conv2d", "embedding", "expert"]
+LayerKind = Literal[
+    "linear",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
+    "recurrent",
+    "embedding",
+    "expert",
+]
+KINDS: Final = tuple(kind for kind in get_args(LayerKind) if kind != "expert")  # that a text can name
 
 
 @final
@@ -25,6 +38,8 @@ class Layer:
     ``named_only``: why it is quantized only by a rule that names it; empty for the others.
     ``shape``: the weight's, channels first (an ``[N, K]`` matrix for a linear, whatever the layout it is stored in).
     ``dtype``: the weight's in the source, by torch's name. ``bias``: whether there is one. ``padding``: its mode.
+    ``reads_state``: whether its input is the state inside of a recurrence, which no graph shows. ``made_of``: what the
+    source has in its place, by the names that layers of its parameters would have.
     """
 
     fqn: str
@@ -35,6 +50,8 @@ class Layer:
     dtype: str = "float32"
     bias: bool = False
     padding: str = "zeros"
+    reads_state: bool = False
+    made_of: tuple[str, ...] = ()
 
 
 @final
@@ -181,9 +198,9 @@ class Kind:
     kind: str
 
     def __post_init__(self) -> None:
-        wrong = [kind for kind in self.kinds if kind not in ("linear", "conv1d", "conv2d", "embedding")]
+        wrong = [kind for kind in self.kinds if kind not in KINDS]
         if wrong:
-            raise SpecError(f"kind: {wrong[0]!r} is not one of linear, conv1d, conv2d, embedding")
+            raise SpecError(f"kind: {wrong[0]!r} is not one of {', '.join(KINDS)}")
         if len(set(self.kinds)) < len(self.kinds):
             raise SpecError(f"{self}: write different kinds, or kind:linear for one")
 
@@ -317,9 +334,21 @@ def _parse_linears(text: str) -> Linears:
     return Linears(pattern, tuple(words[1:]))
 
 
-def unmatched_hint(match: Match, layers: Iterable[str]) -> str:
-    """``; did you mean <the name most like it>?`` for a match that no layer has; nothing where none comes close."""
-    if isinstance(match, Blocks | Regex | Kind):
+def unmatched_hint(match: Match, layers: Mapping[str, Layer]) -> str:
+    """Why no layer has a match: ``; <name> is read as <layers>`` where it has what these are made of, else ``; did you
+    mean <the name most like it>?``; nothing where none comes close.
+    """
+    if isinstance(match, Blocks | Kind):
+        return ""
+    forms: dict[str, list[str]] = {}
+    for layer in layers.values():
+        for source in layer.made_of:
+            if match.matches(dataclasses.replace(layer, fqn=source, named_only="")):
+                forms.setdefault(source, []).append(layer.fqn)
+    for source, names in forms.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        return f"; {source} is read as {', '.join(names[:3])}{more}"
+    if isinstance(match, Regex):
         return ""
     text = match.pattern.strip("*.") if isinstance(match, Linears) else str(match).lstrip("=~")
     name, _, blocks = text.partition("#")

@@ -15,6 +15,7 @@ from graphq.capture.source import KEY, PAST, SEQUENCE, TOTAL, source_of
 from graphq.errors import PassError
 from graphq.ir import edit
 from graphq.ir.views import Dequantize, GroupedLinear, Input, Op, Param, Quantize, TransposedLinear, ops_of, view
+from graphq.lowering.onnx.recurrence import spell_recurrences
 from graphq.lowering.stored import hold_stored
 from graphq.lowering.torch.pack import copy_graph
 from graphq.state import put_tensor, same_tensors, tensor_of
@@ -79,6 +80,7 @@ def onnx_form(gm: fx.GraphModule, cache: bool = True) -> fx.GraphModule:
         if isinstance(op, GroupedLinear):
             _by_expert(made, op)
     edit.drop_unused(made)
+    spell_recurrences(made)
     for op in ops_of(made):
         if isinstance(op, TransposedLinear) and isinstance(op.mat2, Dequantize):
             _store_rows(made, op, op.mat2)

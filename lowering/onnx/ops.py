@@ -13,6 +13,7 @@ import torch
 
 from graphq import numerics
 from graphq.lowering.onnx.form import expert_linears, onnx_block
+from graphq.lowering.onnx.recurrence import onnx_recurrence, recurrence
 from graphq.numerics.scales import BY_SIGN_SMALLEST
 from graphq.runtime import ops
 from graphq.spec.formats import Float, Format, Int
@@ -217,6 +218,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
         ops.choose_scale: choose_scale,
         expert_linears: expert_products,
         ops.select_rows: select_rows,
+        onnx_recurrence: recurrence,
     }
 
 

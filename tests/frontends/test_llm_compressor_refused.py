@@ -33,13 +33,13 @@ ARGS = "config_groups.g.weights."
         (scheme(targets=[]), ["targets: names no layer"]),
         (scheme(targets={"a": 1}), ["targets: a mapping is not a list of names, classes, or re: and a regular expression"]),
         (scheme(targets=["Linaer", "re:(", "re:", 3, "a b", "LlamaAttention", "Module"]), [
-            "targets[0]: Linaer: layers of this class are not known; did you mean Linear? (known: Linear, LinearBase, Embedding, Conv1d, Conv2d; others by name, or by re: and a regular expression)",
+            "targets[0]: Linaer: layers of this class are not known; did you mean Linear? (known: Linear, LinearBase, Embedding, Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d; others by name, or by re: and a regular expression)",
             "targets[1]: re:(: missing ), unterminated subpattern at position 0",
             "targets[2]: re: an empty pattern matches every layer; write re:.*",
             "targets[3]: 3 is not a name, a class, or re: and a regular expression",
             "targets[4]: 'a b' is not a layer name: write dotted segments, such as model.layers.0.mlp.down_proj",
             "targets[5]: LlamaAttention: quantizing what attention computes is not supported; see kv_cache_scheme",
-            "targets[6]: Module: layers of this class are not known (known: Linear, LinearBase, Embedding, Conv1d, Conv2d; others by name, or by re: and a regular expression)",
+            "targets[6]: Module: layers of this class are not known (known: Linear, LinearBase, Embedding, Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d; others by name, or by re: and a regular expression)",
         ]),
         (scheme(ignore=[3, "re:["]), [
             "ignore[0]: 3 is not a name, a class, or re: and a regular expression",

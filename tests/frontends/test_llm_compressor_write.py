@@ -14,7 +14,7 @@ from graphq.frontends import load_spec, print_spec, write_spec
 from graphq.frontends.llm_compressor.presets import PRESETS
 from graphq.frontends.llm_compressor.targets import write_target
 from graphq.frontends.yaml_text import read_file
-from graphq.spec.match import Layer, parse_match
+from graphq.spec.match import KINDS, Layer, parse_match
 from graphq.spec.plan import Plan
 from graphq.spec.rules import Spec
 from tests.frontends.test_llm_compressor_keys import several
@@ -549,6 +549,9 @@ def test_native_examples_are_refused_for_their_blocks(path):
 
 
 def test_a_class_has_a_target_of_its_own():
-    assert [write_target(parse_match(f"kind:{kind}")) for kind in ("linear", "conv1d", "conv2d", "embedding")] == [
-        *("Linear", "Conv1d", "Conv2d", "Embedding")
+    kinds = [kind for kind in KINDS if kind != "recurrent"]
+    assert [write_target(parse_match(f"kind:{kind}")) for kind in kinds] == [
+        *("Linear", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "Embedding")
     ]
+    with pytest.raises(SpecError, match="kind:recurrent: llm-compressor has no class for one weight"):
+        write_target(parse_match("kind:recurrent"))

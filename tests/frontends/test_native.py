@@ -12,7 +12,7 @@ from graphq.frontends import load_spec, native, print_spec
 from graphq.frontends.yaml_text import read_text
 from graphq.spec.folds import EVERYWHERE, SUBGRAPHS, Folds, kinds_among
 from graphq.spec.formats import Int
-from graphq.spec.match import Blocks, Exact, Glob, Kind, Name, Part, Regex
+from graphq.spec.match import KINDS, Blocks, Exact, Glob, Kind, Name, Part, Regex
 from graphq.spec.plan import ACTIVATION_BITS, KeepFloat, Plan
 from graphq.spec.quant import PerChannel, PerGroup, PerTensor, PerToken, Quant, parse_quant
 from graphq.spec.rules import Algorithm, Rule, Run, Spec
@@ -49,7 +49,7 @@ MATCHES = (
     | st.builds(
         Regex, st.text(min_size=1).map(re.escape) | st.sampled_from([".*", "(a|b)$", " re:x", "#0", "~", "a: b"])
     )
-    | st.builds(Kind, st.sampled_from(["linear", "conv1d", "conv2d", "embedding"]))
+    | st.builds(Kind, st.sampled_from(KINDS))
     | st.builds(Part, st.text(min_size=1).filter(str.isprintable))
 )
 REASONS = st.text() | st.sampled_from(["true", "yes", "~", "", "1", native.KEPT_BY_RULE])

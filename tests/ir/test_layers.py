@@ -31,6 +31,11 @@ def with_experts(family: str) -> fx.GraphModule:
 
 
 def test_layer_path() -> None:
+    assert [layer_path(f"a.{name}_weight") for name in ("in_proj", "kv_proj", "my_proj")] == [
+        "a.in_proj",
+        "a.kv_proj",
+        "a.my_proj_weight",
+    ]
     names = ["a.b.weight", "a.experts.gate_proj", "weight", "a.weights", "a.weight_g"]
     assert [layer_path(name) for name in names] == ["a.b", "a.experts.gate_proj", "weight", "a.weights", "a.weight_g"]
 
@@ -307,3 +312,27 @@ class PlainRouter(nn.Module):
 def test_layers_before_a_router_that_is_no_layer_are_ordinary() -> None:
     found = layers(capture(PlainRouter(), torch.ones(5, 8)))
     assert {name: x.named_only for name, x in found.items()} == {"before": "", "0.proj": "", "1.proj": ""}
+
+
+@pytest.mark.parametrize(
+    ("layer", "x", "kind", "shape"),
+    [
+        (nn.Conv3d(4, 6, (1, 2, 3), groups=2), (1, 4, 5, 5, 5), "conv3d", (6, 2, 1, 2, 3)),
+        (nn.Conv3d(4, 6, 3, padding="same"), (1, 4, 5, 5, 5), "conv3d", (6, 4, 3, 3, 3)),
+        (nn.ConvTranspose1d(4, 6, 3), (1, 4, 5), "conv_transpose1d", (6, 4, 3)),
+        (nn.ConvTranspose2d(4, 6, (2, 3), groups=2), (1, 4, 5, 5), "conv_transpose2d", (6, 2, 2, 3)),
+        (nn.ConvTranspose3d(4, 4, 2, groups=4), (1, 4, 5, 5, 5), "conv_transpose3d", (4, 1, 2, 2, 2)),
+    ],
+)
+def test_convolutions_of_every_kind(layer: nn.Module, x: tuple[int, ...], kind: str, shape: tuple[int, ...]) -> None:
+    found = layers(capture(nn.Sequential(layer), torch.ones(2, *x[1:])))
+    assert [(name, one.kind, one.shape, one.bias, one.reads_state) for name, one in found.items()] == [
+        ("0", kind, shape, True, False)  # outputs first, whatever the layout
+    ]
+
+
+def test_a_bag_of_embeddings_is_one() -> None:
+    found = layers(capture(nn.Sequential(nn.EmbeddingBag(10, 8)), torch.ones(3, 4, dtype=torch.int64)))
+    assert [(name, one.kind, one.shape, one.named_only) for name, one in found.items()] == [
+        ("0", "embedding", (10, 8), "embedding")
+    ]

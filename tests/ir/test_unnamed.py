@@ -40,11 +40,12 @@ def first(model: Any, x: Tensor) -> Tensor:
 
 
 NOTED: dict[str, tuple[nn.Module, Tensor, tuple[str, ...], str]] = {
-    "lstm": (With(first, r=nn.LSTM(8, 4, batch_first=True)), ROWS, ("r.weight_ih_l0", "r.weight_hh_l0"), "lstm"),
-    "gru": (With(first, r=nn.GRU(8, 4, batch_first=True)), ROWS, ("r.weight_ih_l0", "r.weight_hh_l0"), "gru"),
-    "cell": (With(gives, r=nn.GRUCell(8, 4)), FLAT, ("r.weight_ih", "r.weight_hh"), "gru_cell"),
-    "conv3d": (With(gives, r=nn.Conv3d(2, 4, 3)), torch.ones(2, 2, 8, 8, 8), ("r",), "conv3d"),
-    "transposed": (With(gives, r=nn.ConvTranspose2d(2, 4, 3)), torch.ones(2, 2, 8, 8), ("r",), "conv_transpose2d"),
+    "lstm with a projection": (
+        With(first, r=nn.LSTM(8, 4, proj_size=2, batch_first=True)),
+        ROWS,
+        ("r.weight_ih_l0", "r.weight_hh_l0", "r.weight_hr_l0"),
+        "lstm",
+    ),
     "bilinear": (With(lambda m, x: m.r(x, x), r=nn.Bilinear(8, 8, 4)), FLAT, ("r",), "bilinear"),
     "batch": (With(lambda m, x: x @ m.w, w=(3, 8, 4)), torch.ones(2, 3, 5, 8)[:, :, :], ("w",), "matmul as a tensor of 3 axes"),
     "heads": (
@@ -64,26 +65,29 @@ NOTED: dict[str, tuple[nn.Module, Tensor, tuple[str, ...], str]] = {
         ("w",),
         "addmm and read elsewhere, too",
     ),
-    "masked": (With(lambda m, x: x @ (m.w * m.own), w=(8, 4), own=(8, 4)), FLAT, ("w", "own"), "matmul behind aten.mul"),
+    "outer product": (
+        With(lambda m, x: x @ (m.w * m.own), w=(8, 1), own=(1, 4)),
+        FLAT,
+        ("w", "own"),
+        "matmul behind aten.mul",
+    ),
     "low rank": (
         With(lambda m, x: F.linear(x, m.b @ m.a), b=(4, 2), a=(2, 8)),
         FLAT,
         ("b", "a"),
         "linear behind aten.matmul",
     ),
-    "a slice of what is fused": (With(lambda m, x: F.linear(x, m.w[:4]), w=(12, 8)), FLAT, ("w",), "linear behind aten.slice"),
-    "one of the experts": (With(lambda m, x: F.linear(x, m.w[1]), w=(3, 4, 8)), FLAT, ("w",), "linear behind aten.select"),
     "gated by its input": (
         With(lambda m, x: F.linear(x, m.w * m.l(x).mean()), w=(4, 8)),
         FLAT,
         ("w",),
-        "linear behind aten.mul",
+        "linear behind aten.mul, which the input has a part in",
     ),
-    "a computed kernel": (
-        With(lambda m, x: F.conv1d(x, m.w - m.w.mean()), w=(4, 5, 3)),
+    "a kernel that is repeated": (
+        With(lambda m, x: F.conv1d(x, m.w.repeat(5, 1, 1), groups=5), w=(1, 1, 3)),
         ROWS,
         ("w",),
-        "conv1d behind aten.sub",
+        "conv1d behind aten.repeat",
     ),
     "keys": (
         With(lambda m, x: F.scaled_dot_product_attention(x, *[m.w.expand(x.shape[0], -1, -1)] * 2), w=(1, 5, 8)),
@@ -114,20 +118,6 @@ def test_before_products_are_raised_they_are_listed_too(case: str) -> None:
         "masked": lambda m, x: x @ m.w.masked_fill(m.w > 0, 0.0),
     }
     assert [one.layer.fqn for one in unnamed(capture(With(calls[case], w=(8, 4)), FLAT))] == ["w"]
-
-
-def test_a_bag_of_embeddings() -> None:
-    class Bag(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.bag = nn.EmbeddingBag(10, 8)
-
-        def forward(self, tokens: Tensor) -> Tensor:
-            return self.bag(tokens)
-
-    (found,) = unnamed(capture(Bag(), torch.ones(3, 4, dtype=torch.int64)))
-    assert (found.layer.fqn, found.layer.shape) == ("bag", (10, 8))
-    assert found.reason == "multiplied by aten.embedding_bag; no rule can name it"
 
 
 QUIET: dict[str, tuple[nn.Module, Tensor]] = {

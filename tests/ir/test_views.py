@@ -139,11 +139,13 @@ def test_batch_norms_and_transposed_convolutions() -> None:
     for target, kind in (
         (aten.conv_transpose1d.default, views.ConvTranspose1d),
         (aten.conv_transpose2d.input, views.ConvTranspose2d),
+        (aten.conv_transpose3d.input, views.ConvTranspose3d),
     ):
         op = view(graph_of(target, "x", "w", groups=2))
         assert isinstance(op, kind)
         assert (op.bias, op.groups) == (None, 2)
-        assert not isinstance(op, Weighted)  # no layer that a rule can name
+        assert isinstance(op, views.ConvTranspose)
+        assert (op.out_axis, op.in_axis) == (1, 0)
 
 
 @pytest.mark.parametrize(

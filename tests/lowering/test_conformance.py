@@ -203,6 +203,12 @@ class Operation(nn.Module):
                 self.layer = nn.Linear(40, 24)
             case "conv1d":
                 self.layer = nn.Conv1d(6, 8, 3, padding=1)
+            case "conv3d":
+                self.layer = nn.Conv3d(6, 8, 2, padding=1)
+            case "conv_transpose1d":
+                self.layer = nn.ConvTranspose1d(6, 8, 3, stride=2, padding=1)
+            case "conv_transpose2d":
+                self.layer = nn.ConvTranspose2d(6, 8, 3, stride=2, output_padding=1, groups=2)
             case _:
                 self.layer = nn.Conv2d(6, 8, 3, padding="same", groups=2)
 
@@ -222,7 +228,15 @@ class TransposedLinear(nn.Module):
         return torch.addmm(self.bias, x.view(-1, 40), self.weight).view(*x.shape[:-1], 24)
 
 
-INPUTS = {"linear": (2, 5, 40), "transposed": (2, 5, 40), "conv1d": (2, 6, 9), "conv2d": (2, 6, 5, 7)}
+INPUTS = {
+    "linear": (2, 5, 40),
+    "transposed": (2, 5, 40),
+    "conv1d": (2, 6, 9),
+    "conv2d": (2, 6, 5, 7),
+    "conv3d": (2, 6, 3, 4, 3),
+    "conv_transpose1d": (2, 6, 9),
+    "conv_transpose2d": (2, 6, 5, 4),
+}
 
 
 @functools.cache
@@ -233,7 +247,7 @@ def sample(kind: str) -> Tensor:
 def operations() -> list[Any]:
     """Ops x formats: each format on a linear and on one other op by default, all of them among the slow ones."""
     return [
-        pytest.param(kind, *pair, marks=() if kind == "linear" or number == i % 3 + 1 else pytest.mark.slow)
+        pytest.param(kind, *pair, marks=() if kind == "linear" or number == i % 6 + 1 else pytest.mark.slow)
         for number, kind in enumerate(INPUTS)
         for i, pair in enumerate([*ACTIVATIONS, *FLOATS, *TORCH_ONLY])
     ]

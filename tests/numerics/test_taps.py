@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from graphq.numerics.taps import Window, tap_sums, window
+from graphq.numerics.taps import TransposedWindow, Window, tap_sums, transposed_window, window
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3])
@@ -48,3 +48,36 @@ def test_a_window_by_hand() -> None:
     sums, count = tap_sums(torch.tensor([[[1.0, 2, 3, 4]]]), window([2], [2], [0], [1]))
     assert (sums.tolist(), count) == ([[4, 6]], 2)
     assert tap_sums(torch.ones(1, 1, 4, dtype=torch.float16), window([2], [2], [0], [1]))[0].dtype == torch.float64
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4])
+@pytest.mark.parametrize("padding", [0, 1, 3])
+@pytest.mark.parametrize("dilation", [1, 3])
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_the_mean_output_of_a_transposed_convolution(stride: int, padding: int, dilation: int, rank: int) -> None:
+    generator = torch.Generator().manual_seed(stride)
+    x = torch.randn(3, 4, *(5, 4, 3)[:rank], generator=generator, dtype=torch.float64)
+    w = torch.randn(4, 5, *(3, 2, 1)[:rank], generator=generator, dtype=torch.float64)
+    further = max(stride, dilation) - 1
+    conv: Any = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[rank - 1]
+    sizes = [
+        (n - 1) * stride - 2 * padding + dilation * (k - 1) + further + 1
+        for n, k in zip(x.shape[2:], w.shape[2:], strict=True)
+    ]
+    if min(sizes) < 1:
+        pytest.skip("nothing is left of the output")
+    y = conv(x, w, None, stride, padding, further, 1, dilation)
+    given = transposed_window(w.shape[2:], [stride], [padding] * rank, [further], [dilation] * rank)
+    sums, count = tap_sums(x, given)
+    assert count == y.numel() // 5
+    wanted = torch.einsum("io...,i...->o", w, sums)
+    assert torch.allclose(y.transpose(0, 1).flatten(1).sum(1), wanted, rtol=0, atol=1e-11)
+    assert torch.equal(tap_sums(x[0], given)[0], tap_sums(x[:1], given)[0])
+
+
+def test_a_transposed_window_by_hand() -> None:
+    given = transposed_window([2], [2], [1], [1], [1])
+    assert given == TransposedWindow((2,), (2,), (1,), (1,), (1,))
+    # Tap 0 takes j to place 2 j - 1, which 0 has none of; tap 1 takes it to 2 j. There are 5 places.
+    sums, count = tap_sums(torch.tensor([[[1.0, 2, 3]]]), given)
+    assert (sums.tolist(), count) == ([[5, 6]], 5)

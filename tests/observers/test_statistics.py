@@ -109,6 +109,13 @@ LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "valid": (nn.Conv2d(6, 4, 2, padding="valid"), (2, 6, 8, 9)),
     "conv1d": (nn.Conv1d(6, 4, 3, stride=2, padding=1, groups=2), (2, 6, 9)),
     "conv1d same": (nn.Conv1d(6, 4, 4, padding="same"), (2, 6, 9)),
+    "conv3d": (nn.Conv3d(6, 4, (2, 3, 1), stride=(1, 2, 1), padding=1, groups=2), (2, 6, 3, 4, 5)),
+    "transposed 1d": (nn.ConvTranspose1d(6, 4, 3, stride=2, padding=1, output_padding=1), (2, 6, 5)),
+    "transposed 2d": (
+        nn.ConvTranspose2d(6, 4, (3, 2), stride=(2, 3), padding=(2, 0), output_padding=(1, 2), groups=2),
+        (2, 6, 4, 3),
+    ),
+    "transposed 3d": (nn.ConvTranspose3d(6, 4, 2, dilation=(1, 2, 3), padding=1), (2, 6, 3, 3, 3)),
 }
 
 

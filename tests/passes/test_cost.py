@@ -27,11 +27,13 @@ from graphq.passes.blockwise import Blockwise
 from graphq.passes.decompose import Decompose
 from graphq.passes.equalize import Equalize
 from graphq.passes.fold_norms import FoldNorms
+from graphq.passes.fold_weights import FoldWeights
 from graphq.passes.observe import Observe
 from graphq.passes.observe_means import ObserveMeans
 from graphq.passes.place_quantizers import PlaceQuantizers
 from graphq.passes.quantize_biases import QuantizeBiases
 from graphq.passes.raise_linear import RaiseLinear
+from graphq.passes.raise_recurrent import RaiseRecurrent
 from graphq.passes.remove_no_ops import RemoveNoOps
 from graphq.passes.rotate import Rotate
 from graphq.passes.rotate_online import RotateOnline
@@ -151,6 +153,8 @@ WORK: dict[str, Callable[[fx.GraphModule], Any]] = {
     "rotate": Rotate(kind="hadamard").run,
     "rotate-online": RotateOnline(r3=True, r4=True).run,
     "annotate": Annotate(PLANS).run,
+    "raise-recurrent": RaiseRecurrent().run,
+    "fold-weights": FoldWeights().run,
     "raise-linear": RaiseLinear().run,
     "observe": Observe().run,
     "decompose": Decompose(GENERIC_INT8).run,

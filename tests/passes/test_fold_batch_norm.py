@@ -13,7 +13,7 @@ from graphq.ir.layers import BY
 from graphq.ir.pipeline import Pipeline
 from graphq.ir.text import dump
 from graphq.ir.views import BatchNorm, Conv2d, InferenceBatchNorm, ops_of
-from graphq.passes.fold_batch_norm import FoldBatchNorm, scale_channels
+from graphq.passes.fold_batch_norm import FoldBatchNorm
 from graphq.state import put_tensor, tensor_of
 from tests.graphs import assert_vals, run, targets, without_data
 from tests.lifted import assert_same_function, lifted
@@ -107,6 +107,8 @@ class Layer(nn.Module):
         (lambda b: nn.ConvTranspose1d(4, 6, 3, groups=2, bias=b), nn.BatchNorm1d, (5, 4, 7)),
         (lambda b: nn.ConvTranspose2d(4, 6, 3, stride=2, output_padding=1, bias=b), nn.BatchNorm2d, (5, 4, 7, 6)),
         (lambda b: nn.ConvTranspose2d(4, 6, 3, groups=2, bias=b), nn.BatchNorm2d, (5, 4, 7, 6)),
+        (lambda b: nn.ConvTranspose3d(4, 6, 2, groups=2, bias=b), nn.BatchNorm3d, (5, 4, 3, 4, 3)),
+        (lambda b: nn.Conv3d(4, 6, 2, groups=2, bias=b), nn.BatchNorm3d, (5, 4, 3, 4, 3)),
     ],
 )
 def test_every_layer(make: Any, norm: Any, shape: tuple[int, ...], affine: bool, bias: bool) -> None:
@@ -150,15 +152,6 @@ def test_reduced_precision_is_computed_in_float64() -> None:
     assert fold(gm) == 1
     assert torch.equal(tensor_of(gm, "layer.weight"), (w * (gamma / var.sqrt())[:, None]).bfloat16())
     assert tensor_of(gm, "layer.bias").dtype == torch.bfloat16
-
-
-def test_scale_channels_by_hand() -> None:
-    w = torch.arange(8.0).view(4, 2, 1)  # 4 inputs in 2 groups, 2 outputs of each
-    factor = torch.tensor([1.0, 10, 100, 1000], dtype=torch.float64)
-    found = scale_channels(w, factor, axis=1, groups=2)
-    assert found.flatten().tolist() == [0, 10, 2, 30, 400, 5000, 600, 7000]
-    assert scale_channels(w, factor, axis=0, groups=1).flatten().tolist() == [0, 1, 20, 30, 400, 500, 6000, 7000]
-    assert found.dtype == torch.float64
 
 
 # -- near misses

@@ -1,11 +1,12 @@
 """The custom ops: their schemas, their fake kernels, and what they compute."""
 
 import contextlib
+import functools
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graphq import numerics
@@ -175,3 +176,66 @@ def test_offsets_are_one_for_each_expert() -> None:
         ops.grouped_linear(X, random(4, 7, 10), OFFSETS)
     with pytest.raises(PassError, match="3 offsets for 2 experts"):
         ops.select_rows([X, X], OFFSETS, [0, 1])
+
+
+# -- recurrences
+
+
+MODULES: dict[str, Any] = {
+    "lstm": nn.LSTM,
+    "gru": nn.GRU,
+    "rnn_tanh": nn.RNN,
+    "rnn_relu": functools.partial(nn.RNN, nonlinearity="relu"),
+}
+
+
+def recurrent(kind: str, bias: bool = True) -> tuple[Any, list[Tensor | None], Tensor]:
+    """Torch's layer, what ``recurrence`` takes for it, and the layer's input, all in float64."""
+    torch.manual_seed(0)
+    layer = MODULES[kind](3, 4, bias=bias).double()
+    x, states = torch.randn(5, 2, 3).double(), torch.randn(2, 2, 4).double()
+    gates = torch.nn.functional.linear(x, layer.weight_ih_l0, layer.bias_ih_l0 if bias else None)
+    b = layer.bias_hh_l0 if bias else None
+    return layer, [gates, layer.weight_hh_l0, b, states[0], states[1] if kind == "lstm" else None], x
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", MODULES)
+def test_a_recurrence_is_a_direction_of_torchs_layer(kind: str, bias: bool, reverse: bool) -> None:
+    layer, given, x = recurrent(kind, bias)
+    states = given[3:] if kind == "lstm" else given[3:4]
+    with torch.no_grad():
+        own = tuple(s[None] for s in states if s is not None)
+        y, last = layer(x.flip(0) if reverse else x, own if kind == "lstm" else own[0])
+        output, hidden, cell = ops.recurrence(*given, kind, reverse)
+    torch.testing.assert_close(output, y.flip(0) if reverse else y, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(hidden, (last[0] if kind == "lstm" else last)[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(cell, last[1][0] if kind == "lstm" else hidden, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_gradients_go_through_recurrences(kind: str) -> None:
+    _, given, _ = recurrent(kind)
+    given = [None if t is None else t.detach().requires_grad_() for t in given]
+    tensors: Any = given  # None among them is taken
+    assert torch.autograd.gradcheck(lambda *tensors: ops.recurrence(*tensors, kind, True), tensors)
+
+
+@pytest.mark.parametrize(
+    ("position", "shape"), [(0, (5, 2, 8)), (0, (5, 16)), (1, (16, 3)), (2, (4,)), (3, (1, 4)), (4, (2, 3)), (4, None)]
+)
+def test_a_recurrence_checks_its_arguments(position: int, shape: tuple[int, ...] | None) -> None:
+    _, given, _ = recurrent("lstm")
+    given[position] = None if shape is None else torch.ones(shape, dtype=torch.float64)
+    with pytest.raises(PassError, match="recurrence lstm: gates"):
+        ops.recurrence(*given, "lstm", False)
+
+
+def test_a_recurrence_of_no_known_kind_or_of_no_steps() -> None:
+    _, given, _ = recurrent("gru")
+    with pytest.raises(PassError, match="recurrence elman: gates"):
+        ops.recurrence(*given, "elman", False)
+    assert given[0] is not None
+    with pytest.raises(PassError, match="no steps"):
+        ops.recurrence(given[0][:0], *given[1:], "gru", False)

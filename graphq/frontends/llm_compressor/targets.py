@@ -16,6 +16,10 @@ CLASSES: Final[dict[str, Match]] = {
     "Embedding": Kind("embedding"),
     "Conv1d": Kind("conv1d"),
     "Conv2d": Kind("conv2d"),
+    "Conv3d": Kind("conv3d"),
+    "ConvTranspose1d": Kind("conv_transpose1d"),
+    "ConvTranspose2d": Kind("conv_transpose2d"),
+    "ConvTranspose3d": Kind("conv_transpose3d"),
 }
 _CLASS: Final = re.compile(r"[A-Z]\w*")
 # What may not be put into a larger expression: flags for all of it, numbered and named groups.
@@ -143,6 +147,8 @@ def write_target(match: Match) -> str:
             return f"re:{pattern}"
         case Kind() if len(match.kinds) > 1:
             raise SpecError(f"{match}: a target is for one class; write a rule for each kind")
+        case Kind("recurrent"):
+            raise SpecError(f"{match}: llm-compressor has no class for one weight of a recurrent layer; write its name")
         case Kind():
             return next(name for name, kind in CLASSES.items() if kind == match)
         case Name(path, blocks):

@@ -1,0 +1,123 @@
+"""Recurrences in ONNX's terms, where their weights have one reader, several, or others beside them."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import graphq
+from graphq.capture.modules import capture_module
+from graphq.ir.views import Recurrence, ops_of
+from graphq.lowering.onnx.form import onnx_form
+from graphq.lowering.onnx.recurrence import onnx_recurrence
+from graphq.runtime import ops
+from graphq.state import tensor_of
+from tests.lowering.onnx.test_every_layer import relative, sessions
+
+X = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
+
+
+class Written(nn.Module):
+    """What ``call`` makes of its input with a recurrent layer ``r``."""
+
+    def __init__(self, call: Any, layer: nn.Module) -> None:
+        super().__init__()
+        self.r, self.call = layer, call
+
+    def forward(self, x: Tensor) -> Any:
+        return self.call(self, x)
+
+
+def compiled(call: Any, layer: nn.Module, weight: str = "int8/channel", x: Tensor = X) -> Any:
+    torch.manual_seed(0)
+    for parameter in layer.parameters():
+        parameter.data.normal_()
+    spec = {"graphq": 1, "rules": [{"match": "*", "weight": weight}]}
+    return graphq.compile(Written(call, layer).eval(), spec, inputs=x)
+
+
+def emitted(made: Any, folder: Path, x: Tensor = X) -> onnx.ModelProto:
+    """The file, which ONNX Runtime runs as the QDQ form."""
+    made.emit("onnx", folder / "onnx")
+    for session in sessions(folder / "onnx"):
+        (given,) = session.get_inputs()
+        assert relative(session.run(None, {given.name: x.numpy()}), made.graph(x)) <= 1e-5  # sums in another order
+    return onnx.load(folder / "onnx" / "model.onnx")
+
+
+def gru(**options: Any) -> nn.Module:
+    return nn.GRU(6, 4, batch_first=True, **options)
+
+
+def test_initializers_are_in_onnx_order(tmp_path: Path) -> None:
+    made = compiled(lambda m, x: m.r(x)[0], nn.LSTM(6, 4, batch_first=True))
+    held = {t.name: onnx.numpy_helper.to_array(t) for t in emitted(made, tmp_path).graph.initializer}
+    assert sorted(held) == [
+        "r.bias_l0",
+        "r.weight_hh_l0.weight",
+        "r.weight_hh_l0.weight_scale",
+        "r.weight_ih_l0.weight",
+        "r.weight_ih_l0.weight_scale",
+    ]
+    for name in ("r.weight_ih_l0.weight", "r.weight_hh_l0.weight"):
+        i, f, g, o = tensor_of(made.graph, name).chunk(4)
+        assert torch.equal(torch.from_numpy(held[name]), torch.cat([i, o, f, g])[None])
+        i, f, g, o = tensor_of(made.graph, f"{name}_scale").flatten().chunk(4)
+        assert torch.equal(torch.from_numpy(held[f"{name}_scale"]), torch.cat([i, o, f, g]))
+    biases = [tensor_of(made.graph, f"r.bias_{one}_l0").chunk(4) for one in ("ih", "hh")]
+    wanted = torch.cat([part for i, f, g, o in biases for part in (i, o, f, g)])[None]
+    assert torch.equal(torch.from_numpy(held["r.bias_l0"]), wanted)
+
+
+def test_a_layer_called_twice_has_its_weights_once(tmp_path: Path) -> None:
+    model = emitted(compiled(lambda m, x: m.r(x)[0] + m.r(x.flip(1) * 2)[0], gru()), tmp_path)
+    assert Counter(node.op_type for node in model.graph.node)["DequantizeLinear"] == 2
+    assert len([t for t in model.graph.initializer if t.name.endswith(".weight")]) == 2
+
+
+@pytest.mark.parametrize("weight", ["int8/channel", "int8/2x2"])
+def test_a_weight_that_others_read_is_put_in_order_by_the_graph(weight: str, tmp_path: Path) -> None:
+    def call(m: Any, x: Tensor) -> Tensor:
+        return m.r(x)[0].sum(-1) + torch.nn.functional.linear(x, m.r.weight_ih_l0).sum(-1)
+
+    model = emitted(compiled(call, gru(), weight), tmp_path)
+    assert "r.weight_ih_l0.weight" in [t.name for t in model.graph.initializer]
+
+
+def test_float_weights_and_one_bias_alone(tmp_path: Path) -> None:
+    spec = {"graphq": 1, "rules": [{"match": "weight_hh_l0", "weight": "int8/channel"}]}
+    layer = gru(bias=False)
+    layer.bias = nn.Parameter(torch.randn(12))
+
+    def call(m: Any, x: Tensor) -> Tensor:
+        gates = torch.nn.functional.linear(x.transpose(0, 1), m.r.weight_ih_l0)
+        h = x.new_zeros(x.shape[0], 4)
+        return ops.recurrence(gates, m.r.weight_hh_l0, m.r.bias, h, None, "gru", True)[0]
+
+    made = graphq.compile(Written(call, layer).eval(), spec, inputs=X)
+    emitted(made, tmp_path)
+
+
+def test_gates_that_no_linear_gives(tmp_path: Path) -> None:
+    def call(m: Any, x: Tensor) -> Tensor:
+        gates = x.transpose(0, 1).repeat(1, 1, 2)
+        return ops.recurrence(gates, m.r.weight_hh_l0, m.r.bias_hh_l0 * 2, x[:, 0, :4], None, "gru", False)[0]
+
+    emitted(compiled(call, gru()), tmp_path)
+
+
+def test_the_form_has_no_recurrence_of_torchs() -> None:
+    def spelled(gm: fx.GraphModule) -> list[Any]:
+        return [
+            op.node.target
+            for op in ops_of(onnx_form(gm))
+            if op.node.target is onnx_recurrence or isinstance(op, Recurrence)
+        ]
+
+    made = compiled(lambda m, x: m.r(x)[0], gru(num_layers=2, bidirectional=True))
+    assert spelled(made.graph) == [onnx_recurrence] * 4
+    assert spelled(capture_module(Written(lambda m, x: x + 1, gru()), X)) == []
