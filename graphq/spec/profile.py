@@ -177,6 +177,7 @@ class Profile:
     activations: the types of tensors that it has kernels for, the default first. weight: a weight's default.
     fuses: chains of kinds that run as one op; nothing is quantized between them.
     linear: whether a linear is ``gemm`` (weight ``[N, K]``, transposed) or ``matmul`` (``[K, N]``) and an Add.
+    linear_of_rows: the same of one with an input of two axes, where ``linear`` is ``matmul``.
     dynamic: how a linear with scales by token is spelled. weight_only: how one with a float input is.
     power_of_two: whether scales have to be powers of two. static: whether every dimension has to be an integer.
     opsets: the lowest and the highest it reads. sources: where its rows are from.
@@ -198,6 +199,7 @@ class Profile:
     ops: Mapping[str, OpRule]
     fuses: tuple[tuple[str, ...], ...] = ()
     linear: Literal["gemm", "matmul"] = "gemm"
+    linear_of_rows: Literal["gemm", "matmul"] = "matmul"
     dynamic: Dynamic = "none"
     weight_only: WeightOnly = "dequantize"
     power_of_two: bool = False

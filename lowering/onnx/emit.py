@@ -21,13 +21,15 @@ from graphq.capture.export import dynamic_shapes, lean_export
 from graphq.capture.source import PAST, SEQUENCE, Source, source_of, with_total
 from graphq.errors import TargetError
 from graphq.files import whole_directory
-from graphq.ir.views import Dequantize, Op, ops_of, view
+from graphq.ir.views import Dequantize, Op, Param, ops_of, view
 from graphq.lowering.legalize import Limits, legalize, where
-from graphq.lowering.onnx.form import onnx_form
-from graphq.lowering.onnx.names import check_names, name_outputs, restore_names
+from graphq.lowering.onnx.form import onnx_form, with_bytes
+from graphq.lowering.onnx.names import check_names, name_nodes, name_outputs, restore_names
 from graphq.lowering.onnx.shapes import fix_sizes
+from graphq.lowering.onnx.spellings import spell
 from graphq.lowering.onnx.tensors import NAME, initializers
 from graphq.lowering.onnx.torchlib import kept_translations
+from graphq.lowering.profiles import profile_named
 from graphq.runtime.onnx_session import OnnxSession
 from graphq.spec.formats import Float, Int
 from graphq.state import same_tensors
@@ -48,8 +50,12 @@ def _refuses(op: Op) -> str | None:
     match numerics.parse_format(op.format):
         case Int() | Float("float8_e4m3fn" | "float8_e5m2"):
             return None
-        case format:
-            return f"{format}: this target holds integers, float8_e4m3fn and float8_e5m2"
+        case format if not isinstance(op.codes, Param):
+            return f"{format}: this target holds activations in integers, float8_e4m3fn and float8_e5m2"
+        case Float("hifloat8" | "float4_e1m2") as format:
+            return f"{format}: ONNX has no type for it"
+        case _:
+            return None
 
 
 def _dropped(op: Op) -> float:
@@ -75,51 +81,68 @@ def emit(
     *,
     overwrite: bool = False,
     cache: bool = True,
-    opset: int = 13,
+    opset: int | None = None,
     bfloat16: bool = False,
+    profile: str | None = None,
     shapes: Mapping[str, int] | None = None,
 ) -> tuple[str, ...]:
-    """The QDQ form ``gm`` as ``model.onnx`` in the directory ``path``, written whole or not at all. Gives a note where
-    its opset is higher than ``opset``.
+    """The QDQ form ``gm`` as ``model.onnx`` in the directory ``path``, written whole or not at all. Gives notes on
+    how layers are spelled.
 
     ``cache=False`` leaves the key/value cache out of a causal language model. ``shapes`` fixes dimensions by name: the
-    file has numbers in their place, and constants for what follows from them. ``opset``: the lowest to use; types may
-    ask for more. A model that computes in bfloat16 is refused unless ``bfloat16``. Large models keep their tensors in
-    ``model.onnx.data``. Raises ``TargetError`` naming op and layer for what ONNX cannot hold, for an opset that is
-    never written, and for an existing ``path``.
+    file has numbers in their place, and constants for what follows from them. ``opset``: the one to write, by default
+    the lowest that holds the model. A model that computes in bfloat16 is refused unless ``bfloat16``. ``profile``: the
+    consumer whose spellings of linears are written (``graphq.lowering.onnx.spellings``). Large models keep their
+    tensors in ``model.onnx.data``. Raises ``TargetError`` naming op and layer for what ONNX, or an opset that was asked
+    for, cannot hold, for an opset that is never written, and for an existing ``path``; ``SpecError`` for a profile that
+    there is not.
     """
     import onnx
     import onnx_ir as ir
     from onnx_ir.passes import common
 
-    from graphq.lowering.onnx.opset import check_opset, lower_opset
+    from graphq.lowering.onnx.element_types import set_types
+    from graphq.lowering.onnx.opset import HIGHEST, LOWEST, check_opset, lower_opset
+    from graphq.lowering.onnx.zero_points import complete
 
-    check_opset(opset)
+    consumer = None if profile is None else profile_named(profile)
+    lowest, highest = (LOWEST, HIGHEST) if consumer is None else consumer.opsets
+    if opset is not None:
+        check_opset(opset)
+        if not lowest <= opset <= highest:
+            raise TargetError(f"onnx: opset {opset}: {profile} reads {lowest} to {highest}")
     legalize(gm, LIMITS)
     if not bfloat16:
         _refuse_bfloat16(gm)
     check_names(gm)
     prepared = onnx_form(gm, cache)
     fix_sizes(prepared, {} if shapes is None else shapes)
-    model = _export(prepared)
-    restore_names(model, prepared)
-    _share_tied(model, prepared)
-    _set_types(model, prepared)
-    _name_dimensions(model, prepared)
-    _fold(model, {name for name in prepared.state_dict() if not name.startswith("constants.")})
+    notes: list[str] = []
+    spelled = prepared if consumer is None else spell(prepared, consumer, notes.append)
+    model = _export(with_bytes(spelled))
+    restore_names(model, spelled)
+    _share_tied(model, spelled)
+    set_types(model, spelled, opset or highest)
+    _name_dimensions(model, spelled)
+    held = spelled.state_dict().keys()
+    _fold(model, {name for name in held if not name.startswith("constants.")})
     may_be_empty = {name for name, low, _ in source_of(prepared).ranges if not low}
-    used, reason = lower_opset(model, may_be_empty, opset)
+    lower_opset(model, may_be_empty, opset, (lowest, highest))
     common.RemoveUnusedNodesPass()(model)
-    common.ClearMetadataAndDocStringPass()(model)  # the exporter's traces hold the source's paths
+    complete(model, held)
+    common.RemoveUnusedNodesPass()(model)
     if source_of(prepared).fixed:
         common.ShapeInferencePass()(model)  # of the values that were made on the way here
     name_outputs(model, source_of(prepared))
+    name_nodes(model)
+    common.ClearMetadataAndDocStringPass()(model)  # the exporter's traces hold the source's paths
     with whole_directory(path, overwrite, manifest.sources(gm)) as directory:
         size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
         ir.save(model, directory / NAME, external_data=_DATA if size > _INLINE_BYTES else None)
         onnx.checker.check_model(str(directory / NAME), full_check=True)
-        manifest.write(directory, prepared, "onnx", made_from, initializers(directory))
-    return () if reason is None else (f"onnx: opset {used} in place of {opset}: no lower one has {reason}",)
+        spelled_for = {} if profile is None else {"profile": profile}
+        manifest.write(directory, prepared, "onnx", {**made_from, **spelled_for}, initializers(directory))
+    return tuple(notes)
 
 
 def open_session(directory: Path, source: Source) -> OnnxSession:
@@ -230,37 +253,6 @@ def _share_tied(model: Any, gm: fx.GraphModule) -> None:
         if {name, kept} <= model.graph.initializers.keys():
             other = model.graph.initializers.pop(name)
             ir.convenience.replace_all_uses_with(other, model.graph.initializers[kept])
-
-
-def _set_types(model: Any, gm: fx.GraphModule) -> None:
-    """Codes of at most 4 bits become INT4; where there is a zero point, UINT4, both raised by 8. Bytes of float8 codes
-    become FLOAT8 numbers.
-    """
-    import onnx_ir as ir
-
-    from graphq.lowering.onnx.ops import FLOAT8
-
-    for node in model.graph:
-        if node.op_type == "Cast" and node.attributes["to"].as_int() in FLOAT8.values():
-            node.outputs[0].dtype = ir.DataType(node.attributes["to"].as_int())
-    for tensor in manifest.quantized_tensors(gm).values():
-        format = numerics.parse_format(tensor.format)
-        value = model.graph.initializers.get(f"{tensor.path}.weight")
-        if tensor.codes is not None and value is not None and isinstance(format, Float):
-            kind = ir.DataType(FLOAT8[format.layout])
-            value.const_value = ir.tensor(value.const_value.numpy().view(kind.numpy()), dtype=kind, name=value.name)
-            value.dtype = kind
-        if tensor.codes is None or not isinstance(format, Int) or format.bits > 4:
-            continue
-        raised = tensor.zero_point is not None
-        kind = ir.DataType.UINT4 if raised else ir.DataType.INT4
-        for name in (f"{tensor.path}.weight", f"{tensor.path}.weight_zero_point"):
-            value = model.graph.initializers.get(name)
-            if value is not None:
-                codes = value.const_value.numpy()
-                codes = (codes + 8).astype("uint8") if raised else codes
-                value.const_value = ir.tensor(codes.astype(kind.numpy()), dtype=kind, name=name)
-                value.dtype = kind
 
 
 def _name_dimensions(model: Any, gm: fx.GraphModule) -> None:

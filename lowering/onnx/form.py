@@ -12,27 +12,15 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphq.capture.source import KEY, PAST, SEQUENCE, TOTAL, source_of
-from graphq.errors import PassError
 from graphq.ir import edit
 from graphq.ir.views import Dequantize, GroupedLinear, Input, Op, Param, Quantize, TransposedLinear, ops_of, view
 from graphq.lowering.onnx.recurrence import spell_recurrences
+from graphq.lowering.onnx.trace_ops import expert_linears
 from graphq.lowering.stored import hold_stored
 from graphq.lowering.torch.pack import copy_graph
 from graphq.state import put_tensor, same_tensors, tensor_of
 
 _BY: Final = "onnx-form"
-_library = torch.library.Library("graphq", "FRAGMENT")
-_library.define("expert_linears(Tensor x, Tensor[] weights, Tensor offsets) -> Tensor")
-
-
-def _expert_linears_fake(x: Tensor, weights: Sequence[Tensor], offsets: Tensor) -> Tensor:
-    if any(w.dtype != x.dtype for w in weights):
-        raise PassError(f"rows {x.dtype} for experts' weights {', '.join(sorted({str(w.dtype) for w in weights}))}")
-    return x.new_empty(x.shape[0], weights[0].shape[0])
-
-
-torch.library.register_fake("graphq::expert_linears", _expert_linears_fake, lib=_library)
-expert_linears = torch.ops.graphq.expert_linears.default  # exists in traces alone: ONNX has the kernel
 
 
 @final
@@ -73,6 +61,13 @@ def onnx_scale(scale: Tensor, block: Sequence[int], shape: Sequence[int]) -> Ten
     return scale.expand(sizes).contiguous()
 
 
+def _beside(upper: Tensor, form: OnnxBlock) -> Tensor:
+    """Scales of channels or of the tensor in a shape that broadcasts over scales of groups in this form."""
+    if form.size is not None:
+        return upper
+    return upper.reshape(-1) if form.axis is not None and upper.numel() > 1 else upper.reshape(())
+
+
 def onnx_form(gm: fx.GraphModule, cache: bool = True) -> fx.GraphModule:
     """A copy of the QDQ form ``gm`` in ONNX's terms; ``cache=False``: without the key/value cache."""
     made = copy_graph(gm)
@@ -89,21 +84,33 @@ def onnx_form(gm: fx.GraphModule, cache: bool = True) -> fx.GraphModule:
     for op in ops_of(made):
         if isinstance(op, Dequantize) and isinstance(op.codes, Param):
             shape = tensor_of(made, op.codes.fqn).shape
-            for part in (op.scale, op.zero_point):
+            for part in (op.scale, op.zero_point, op.global_scale):
                 if isinstance(part, Param):
                     key = (first.get(part.fqn, part.fqn), tuple(op.block), shape)
                     if key not in spelled:
-                        spelled[key] = onnx_scale(tensor_of(made, part.fqn), list(op.block), shape)
-                    _set(made, part, spelled[key])
+                        like = onnx_block(list(op.block), shape) if part == op.global_scale else None
+                        held = tensor_of(made, part.fqn)
+                        spelled[key] = _beside(held, like) if like else onnx_scale(held, list(op.block), shape)
+                    set_tensor(made, part, spelled[key])
         elif isinstance(op, Quantize) and isinstance(op.scale, Param):
             for part in (op.scale, op.zero_point):
                 if isinstance(part, Param):
-                    _set(made, part, tensor_of(made, part.fqn).reshape(()))
+                    set_tensor(made, part, tensor_of(made, part.fqn).reshape(()))
     if not cache:
         _drop_cache(made)
     hold_stored(made)
     _name_apart(made)
     made.graph.lint()
+    made.recompile()
+    return made
+
+
+def with_bytes(gm: fx.GraphModule) -> fx.GraphModule:
+    """The ONNX form ``gm`` with bytes for mx formats' powers of two, a dtype that torch's exporter does not know."""
+    made = copy_graph(gm)
+    for op in ops_of(made):
+        if isinstance(op, Param) and op.val.dtype == torch.float8_e8m0fnu:
+            set_tensor(made, op, tensor_of(gm, op.fqn).view(torch.uint8))
     made.recompile()
     return made
 
@@ -125,7 +132,8 @@ def _name_apart(gm: fx.GraphModule) -> None:
     edit.drop_unused(gm)
 
 
-def _set(gm: fx.GraphModule, op: Param, tensor: Tensor) -> None:
+def set_tensor(gm: fx.GraphModule, op: Param, tensor: Tensor) -> None:
+    """``op`` reads ``tensor``, under the name that it has."""
     put_tensor(gm, op.fqn, tensor)
     op.node.meta["val"] = edit.fake_mode_of(gm).from_tensor(tensor, static_shapes=True)
 
@@ -172,13 +180,14 @@ def _by_expert(gm: fx.GraphModule, op: GroupedLinear) -> None:
                     ("weight", source.codes),
                     ("weight_scale", source.scale),
                     ("weight_zero_point", source.zero_point),
+                    ("weight_global_scale", source.global_scale),
                 ):
                     if held is None:
                         tensors.append(None)
                         continue
                     own = tensor_of(gm, cast(Param, held).fqn)[position].clone()
                     tensors.append(edit.add_tensor(gm, op, f"{name}.{suffix}", own, by=_BY))
-                arguments = (*tensors, None, source.format, list(source.block)[1:], source.dtype)
+                arguments = (*tensors, source.format, list(source.block)[1:], source.dtype)
                 weights[expert] = edit.insert(gm, op, Dequantize.target, *arguments, by=_BY)
             elif isinstance(source, Param):
                 stack = tensor_of(gm, source.fqn)
@@ -193,14 +202,14 @@ def _by_expert(gm: fx.GraphModule, op: GroupedLinear) -> None:
 
 def _store_rows(gm: fx.GraphModule, op: TransposedLinear, weight: Dequantize) -> None:
     """A ``[K, N]`` weight is stored as the rows ``[N, K]`` of every other linear, and transposed when it is read."""
-    for part in (weight.codes, weight.scale, weight.zero_point):
+    for part in (weight.codes, weight.scale, weight.zero_point, weight.global_scale):
         if isinstance(part, Param):
-            _set(gm, part, tensor_of(gm, part.fqn).t().contiguous())
+            set_tensor(gm, part, tensor_of(gm, part.fqn).t().contiguous())
     arguments = (
         weight.codes,
         weight.scale,
         weight.zero_point,
-        None,
+        weight.global_scale,
         weight.format,
         list(weight.block)[::-1],
         weight.dtype,

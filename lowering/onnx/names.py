@@ -1,10 +1,13 @@
-"""The names in an ONNX model: inputs and outputs under the source's, tensors under the layers', each name used once.
+"""The names in an ONNX model: inputs and outputs under the source's, tensors under the layers', nodes under their
+layers' and ops', each name used once.
 
 ONNX gives every tensor of a graph one name of its own: an output that is also an input, a held tensor or another output
 is read through an Identity.
 """
 
-from typing import Any
+import ast
+from collections import Counter
+from typing import Any, Final
 
 from torch import fx
 
@@ -87,3 +90,27 @@ def name_outputs(model: Any, source: Source) -> None:
         value.name = name
         seen.add(id(value))
     free_names(model)
+
+
+_SCOPES: Final = "pkg.torch.onnx.name_scopes"
+
+
+def layer_of(node: Any) -> str:
+    """The path of the module that a node was exported from, empty where it is none's or not known."""
+    scopes = node.metadata_props.get(_SCOPES)
+    return str(ast.literal_eval(scopes)[-2]) if scopes and len(ast.literal_eval(scopes)) > 1 else ""
+
+
+def name_nodes(model: Any) -> None:
+    """Every node has a name of its own: its layer's, or that of the tensor it dequantizes, and its op's."""
+    import onnx_ir as ir
+
+    seen: Counter[str] = Counter()
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        path = layer_of(node)
+        first = node.inputs[0] if node.inputs else None
+        if node.op_type == "DequantizeLinear" and first is not None and first.name in model.graph.initializers:
+            path = str(first.name)
+        name = f"{path}/{node.op_type}" if path else node.op_type
+        seen[name] += 1
+        node.name = name if seen[name] == 1 else f"{name}_{seen[name] - 1}"

@@ -2,6 +2,7 @@
 
 Weights go through DequantizeLinear: per tensor with a scalar scale, per axis with a 1-D scale, and in all other cases
 blocked along one axis, whose scales are expanded along the others (ONNX: "the same rank with one dimension divided").
+A second level of scales makes one number with the first before that, as ``numerics.effective_scale`` does.
 """
 
 import math
@@ -10,28 +11,67 @@ from typing import Any, Final
 
 import onnxscript
 import torch
+from onnx.defs import OpSchema
+from onnxscript import values
 
 from graphq import numerics
-from graphq.lowering.onnx.form import expert_linears, onnx_block
+from graphq.lowering.onnx.form import onnx_block
 from graphq.lowering.onnx.recurrence import onnx_recurrence, recurrence
+from graphq.lowering.onnx.trace_ops import expert_linears, integer_matmul, nbits_matmul
+from graphq.numerics import mx
 from graphq.numerics.scales import BY_SIGN_SMALLEST
 from graphq.runtime import ops
-from graphq.spec.formats import Float, Format, Int
+from graphq.spec.formats import Float, Format, Int, Mx, Nvfp4, TwoLevel
 
 op18: Any = onnxscript.opset18  # untyped: its annotations are those of eager tensors
 op21: Any = onnxscript.opset21
+op23: Any = onnxscript.opset23
+MICROSOFT: Final = "com.microsoft"
 _LN2: Final = math.log(2.0)
 _TINY: Final = torch.finfo(torch.float32).tiny
 
 
-def _dequantize_weight(codes: Any, scale: Any, zero_point: Any, block: Sequence[int], shape: Sequence[int]) -> Any:
-    form = onnx_block(block, shape)
+def _matmul_nbits() -> Any:
+    """ONNX Runtime's contributed op, whose schema onnx does not have: the inputs and attributes that are used here.
+    Source: ONNX Runtime's contributed operators, com.microsoft.MatMulNBits.
+    """
+    optional = OpSchema.FormalParameterOption.Optional
+    parameter, attribute = OpSchema.FormalParameter, OpSchema.Attribute
+    required = [parameter("A", "T"), parameter("B", "U"), parameter("scales", "T")]
+    further = [("zero_points", "U"), ("g_idx", "I"), ("bias", "T")]
+    schema = OpSchema(
+        "MatMulNBits",
+        MICROSOFT,
+        1,
+        inputs=[*required, *(parameter(name, kind, param_option=optional) for name, kind in further)],
+        outputs=[parameter("Y", "T")],
+        type_constraints=[("T", ["tensor(float)"], ""), ("U", ["tensor(uint8)"], ""), ("I", ["tensor(int32)"], "")],
+        attributes=[
+            attribute(name, OpSchema.AttrType.INT) for name in ("K", "N", "bits", "block_size", "accuracy_level")
+        ],
+    )
+    return values.Op(values.Opset(MICROSOFT, 1), schema.name, schema)
+
+
+def _dequantize_weight(
+    codes: Any, scale: Any, zero_point: Any, global_scale: Any, format: Format, block: Sequence[int]
+) -> Any:
+    form = onnx_block(block, list(codes.shape))
+    match format:
+        case Nvfp4():
+            scale = op18.Div(op18.Cast(scale, to=_FLOAT), global_scale)
+        case TwoLevel():
+            scale = op18.Mul(scale, global_scale)
+        case _:
+            pass
     inputs = (codes, scale) if zero_point is None else (codes, scale, zero_point)
-    if form.axis is None:
-        return op18.DequantizeLinear(*inputs)
-    if form.size is None:
-        return op18.DequantizeLinear(*inputs, axis=form.axis)
-    return op21.DequantizeLinear(*inputs, axis=form.axis, block_size=form.size)
+    attributes = {} if form.axis is None else {"axis": form.axis}
+    if form.size is not None:
+        attributes["block_size"] = form.size
+    if isinstance(format, Mx):  # the scale's type is none that a result can have
+        y = op23.DequantizeLinear(*inputs, **attributes, output_dtype=_FLOAT)
+        return op18.Mul(y, op18.Constant(value_float=mx.INT8_UNIT)) if format.element == "int8" else y
+    return (op18 if form.size is None else op21).DequantizeLinear(*inputs, **attributes)
 
 
 def _cast(x: Any, dtype: int | None) -> Any:
@@ -53,6 +93,7 @@ def _onnx_dtype(format: Format) -> int:
 
 def translations() -> dict[Any, Callable[..., Any]]:
     """The functions that torch's exporter calls for graphq's ops."""
+    matmul_nbits = _matmul_nbits()
 
     def constant(value: float) -> Any:
         return op18.Constant(value_float=float(value))
@@ -87,7 +128,8 @@ def translations() -> dict[Any, Callable[..., Any]]:
         dtype: int | None = None,
     ) -> Any:
         if codes.producer() is None:  # held by the model: a weight
-            return _cast(_dequantize_weight(codes, scale, zero_point, block, list(codes.shape)), dtype)
+            parsed = numerics.parse_format(format)
+            return _cast(_dequantize_weight(codes, scale, zero_point, global_scale, parsed, block), dtype)
         if _is_static(scale) and isinstance(numerics.parse_format(format), Int):
             inputs = (codes, scale) if zero_point is None else (codes, scale, zero_point)
             return _cast(op18.DequantizeLinear(*inputs), dtype)
@@ -135,23 +177,30 @@ def translations() -> dict[Any, Callable[..., Any]]:
             x, axes, kept = groups_of(op18.Cast(x, to=_FLOAT), block, x.shape[-1]), integers(len(block)), 0
         else:
             x, axes, kept = op18.Cast(x, to=_FLOAT), integers(*(a for a, b in enumerate(block) if b < 0)), 1
-        low, high = op18.ReduceMin(x, axes, keepdims=kept), op18.ReduceMax(x, axes, keepdims=kept)
         zero = constant(0.0)
+
+        def low_and_high() -> tuple[Any, Any]:
+            return op18.ReduceMin(x, axes, keepdims=kept), op18.ReduceMax(x, axes, keepdims=kept)
+
+        def extreme() -> Any:
+            return op18.ReduceMax(op18.Abs(x), axes, keepdims=kept)
+
         if isinstance(parsed, Float):
-            scale = float_scale(op18.Max(op18.Abs(low), op18.Abs(high)), parsed)
+            scale = float_scale(extreme(), parsed)
             scale = op18.Where(op18.Greater(scale, zero), op18.Max(scale, constant(_TINY)), constant(1.0))
             return scale, op18.Cast(op18.Mul(scale, zero), to=_INTEGERS[torch.uint8])
         assert isinstance(parsed, Int), "legalized"
         lowest, highest = numerics.code_range(parsed)
-        if parsed.symmetric:
-            extreme = op18.Max(op18.Abs(low), op18.Abs(high))
-            if parsed.divisor == "by_sign":
-                negative = op18.Less(op18.Abs(high), op18.Abs(low))
-                divisor = op18.Where(negative, constant(-lowest), constant(highest))
-            else:
-                divisor = constant(highest if parsed.divisor == "max" else (highest - lowest) / 2)
-            scale = op18.Div(extreme, divisor)
+        low = zero
+        if parsed.divisor == "by_sign":
+            low, high = low_and_high()
+            negative = op18.Less(op18.Abs(high), op18.Abs(low))
+            divisor = op18.Where(negative, constant(-lowest), constant(highest))
+            scale = op18.Div(op18.Max(op18.Abs(low), op18.Abs(high)), divisor)
+        elif parsed.symmetric:
+            scale = op18.Div(extreme(), constant(highest if parsed.divisor == "max" else (highest - lowest) / 2))
         else:
+            low, high = low_and_high()
             low, high = op18.Min(low, zero), op18.Max(high, zero)
             scale = op18.Div(op18.Sub(high, low), constant(highest - lowest))
         if parsed.divisor == "by_sign":
@@ -186,6 +235,31 @@ def translations() -> dict[Any, Callable[..., Any]]:
         rest = rows[0][-1]
         return op18.Concat(*(rows[c][expert] for expert, c in enumerate(choice)), op18.Sub(rest, rest), axis=0)
 
+    def integer_product(codes: Any, weight: Any, weight_zero_point: Any, zero_point: int, format: str) -> Any:
+        parsed = numerics.parse_format(format)
+        assert isinstance(parsed, Int), "so spelled"
+        if parsed.bits <= 4:  # the op takes bytes alone; runtimes widen a constant as they load
+            weight = op18.Cast(weight, to=_onnx_dtype(parsed))
+            if weight_zero_point is not None:
+                weight_zero_point = op18.Cast(weight_zero_point, to=_onnx_dtype(parsed))
+        zero = op18.Cast(op18.Constant(value_int=zero_point), to=_INTEGERS[torch.uint8])
+        return op18.MatMulInteger(codes, weight, zero, *([] if weight_zero_point is None else [weight_zero_point]))
+
+    def nbits_product(
+        x: Any,
+        weight: Any,
+        scale: Any,
+        zero_point: Any,
+        bias: Any,
+        k: int,
+        n: int,
+        bits: int,
+        block_size: int,
+        accuracy_level: int,
+    ) -> Any:
+        attributes = {"K": k, "N": n, "bits": bits, "block_size": block_size, "accuracy_level": accuracy_level}
+        return matmul_nbits(x, weight, scale, zero_point, None, bias, **attributes)
+
     def linear(x: Any, weight: Any, bias: Any = None) -> Any:
         """``MatMul(x, Transpose(weight))``; or Gemm where ONNX Runtime 1.31 would move the Transpose before the
         DequantizeLinear and then fuse what is left into MatMulNBits, which rounds ``x`` to 8 bits by default: without
@@ -217,6 +291,8 @@ def translations() -> dict[Any, Callable[..., Any]]:
         ops.quantize: quantize,
         ops.choose_scale: choose_scale,
         expert_linears: expert_products,
+        integer_matmul: integer_product,
+        nbits_matmul: nbits_product,
         ops.select_rows: select_rows,
         onnx_recurrence: recurrence,
     }

@@ -5,7 +5,7 @@ its own definition, and even splits get their sizes; then the model takes the lo
 formed.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Final
 
 import onnx
@@ -13,9 +13,10 @@ import onnx_ir as ir
 from onnx import defs
 
 from graphq.errors import TargetError
+from graphq.lowering.onnx.names import layer_of
 
 LOWEST: Final = 13
-HIGHEST: Final = 25
+HIGHEST: Final = 28  # of onnx 1.23; ONNX Runtime 1.31 reads up to 26
 _REDUCTIONS: Final = (
     "ReduceMean",
     "ReduceMax",
@@ -28,14 +29,30 @@ _REDUCTIONS: Final = (
 )
 _LAYER_NORM: Final = 17
 _AXES_AS_INPUT: Final = 18  # reductions take their axes as an attribute below
-_TYPES_SINCE: Final = {  # (op, element type of an input): the first opset that takes it
+_TYPES_SINCE: Final = {  # the first opset that takes an element type
     ir.DataType.INT4: 21,
     ir.DataType.UINT4: 21,
     ir.DataType.INT16: 21,
     ir.DataType.UINT16: 21,
     ir.DataType.FLOAT8E4M3FN: 19,
     ir.DataType.FLOAT8E5M2: 19,
+    ir.DataType.FLOAT4E2M1: 23,
+    ir.DataType.FLOAT8E8M0: 24,
+    ir.DataType.INT2: 25,
+    ir.DataType.UINT2: 25,
+    ir.DataType.FLOAT6E2M3: 28,
+    ir.DataType.FLOAT6E3M2: 28,
 }
+_ELSEWHERE: Final = (ir.DataType.INT16, ir.DataType.UINT16)  # which other ops than quantizers take in all opsets
+_IR_VERSIONS: Final = {  # the version of the file format that has an element type (onnx.proto, enum Version)
+    ir.DataType.FLOAT4E2M1: 11,
+    ir.DataType.FLOAT8E8M0: 12,
+    ir.DataType.INT2: 13,
+    ir.DataType.UINT2: 13,
+    ir.DataType.FLOAT6E2M3: 14,
+    ir.DataType.FLOAT6E3M2: 14,
+}
+_IR_VERSION: Final = 10
 
 
 def check_opset(opset: int) -> None:
@@ -46,21 +63,29 @@ def check_opset(opset: int) -> None:
         raise TargetError(f"onnx: opset {opset}: the lowest is {LOWEST}")
 
 
-def lower_opset(model: ir.Model, may_be_empty: Collection[str] = (), at_least: int = LOWEST) -> tuple[int, str | None]:
-    """``model`` in the lowest opset from ``at_least`` on that can hold it; that opset, and what no lower one has.
+def lower_opset(
+    model: ir.Model,
+    may_be_empty: Collection[str] = (),
+    opset: int | None = None,
+    between: tuple[int, int] = (LOWEST, HIGHEST),
+) -> int:
+    """``model`` in ``opset``, or where that is None in the lowest opset of ``between`` that can hold it; that opset.
 
-    ``may_be_empty``: the names of dimensions whose size can be 0.
+    ``may_be_empty``: the names of dimensions whose size can be 0. Raises ``TargetError`` naming the layer for what no
+    such opset holds, and for what needs a later one than ``opset``.
     """
+    lowest, highest = between
     for node in list(model.graph):
         _rewrite(model.graph, node, may_be_empty)
-    opset = at_least
-    while opset < HIGHEST and not all(_fits(node, opset) for node in _all_nodes(model)):
-        opset += 1
-    wrong = [node for node in _all_nodes(model) if not _fits(node, opset)]
-    if wrong:
-        raise TargetError(f"onnx: {wrong[0].name}: no opset up to {HIGHEST} has {wrong[0].op_type} as it is used here")
-    beyond = None if opset == at_least else next(n for n in _all_nodes(model) if not _fits(n, opset - 1))
-    reason = None if beyond is None else _use(beyond, opset)
+    nodes = list(_all_nodes(model))
+    found = lowest if opset is None else opset
+    while opset is None and found < highest and not all(_fits(node, found) for node in nodes):
+        found += 1
+    asked = f"the highest to be written is {highest}" if opset is None else f"opset {opset} was asked for"
+    for node in nodes:
+        if not _fits(node, found):
+            raise TargetError(f"onnx: {_reason(node, found, asked)}")
+    opset = found
     if opset < _LAYER_NORM:
         for node in list(model.graph):
             if _is_plain_layer_norm(node):
@@ -72,14 +97,23 @@ def lower_opset(model: ir.Model, may_be_empty: Collection[str] = (), at_least: i
         node.version = None
         _trim(node, opset)
     model.opset_imports[""] = opset
-    return opset, reason
+    model.ir_version = max([_IR_VERSION, *(_IR_VERSIONS.get(kind, 0) for kind in _types(_all_nodes(model)))])
+    return opset
 
 
-def _use(node: ir.Node, opset: int) -> str:
-    """The op of a node, with the element types that begin with this opset."""
-    types = {value.dtype for value in (*node.inputs, *node.outputs) if value is not None and value.dtype is not None}
-    new = sorted(kind.name for kind in types if _TYPES_SINCE.get(kind) == opset)
-    return f"{node.op_type} of {' and '.join(new)}" if new else f"{node.op_type} as {node.name} uses it"
+def _types(nodes: Iterable[ir.Node]) -> set[ir.DataType]:
+    return {v.dtype for node in nodes for v in (*node.inputs, *node.outputs) if v is not None and v.dtype is not None}
+
+
+def _reason(node: ir.Node, opset: int, asked: str) -> str:
+    """Why ``opset`` does not hold a node: its layer, or its name, its op, the type that asks for more, and how much."""
+    where = layer_of(node) or node.name or node.op_type
+    needed = next((later for later in range(opset, HIGHEST + 1) if _fits(node, later)), None)
+    if needed is None:
+        return f"{where}: no opset up to {HIGHEST} has {node.op_type} as it is used here"
+    kinds = sorted(kind.name for kind in _types([node]) if _TYPES_SINCE.get(kind) == needed)
+    of = f" of {kinds[0]}" if kinds else " as it is used here"
+    return f"{where}: {node.op_type}{of} needs opset {needed}; {asked}"
 
 
 def _all_nodes(model: ir.Model) -> Iterator[ir.Node]:
@@ -162,6 +196,7 @@ def _constant(graph: ir.Graph, before: ir.Node, value: ir.TensorProtocol) -> ir.
     made = ir.node("Constant", [], {"value": value})
     made.outputs[0].dtype = value.dtype
     made.outputs[0].shape = ir.Shape([int(str(size)) for size in value.shape])
+    made.metadata_props.update(before.metadata_props)
     graph.insert_before(before, made)
     return made.outputs[0]
 
@@ -172,6 +207,8 @@ def _put(graph: ir.Graph, old: ir.Node, new: Sequence[ir.Node], value: ir.Value)
     if output.dtype is not None:
         value.dtype = output.dtype
     value.shape = output.shape
+    for made in new:
+        made.metadata_props.update(old.metadata_props)
     graph.insert_before(old, new)
     name = output.name
     ir.convenience.replace_all_uses_with(output, value, replace_graph_outputs=True)
@@ -232,10 +269,8 @@ def _fits(node: ir.Node, opset: int) -> bool:
     for name, attribute in node.attributes.items():
         if name not in schema.attributes and not _is_default(node.op_type, name, attribute):
             return False
-    for value in [*node.inputs, *node.outputs]:
-        if value is not None and value.dtype is not None and _TYPES_SINCE.get(value.dtype, 0) > opset:
-            return False
-    return True
+    quantizes = node.op_type in ("QuantizeLinear", "DequantizeLinear")
+    return all(_TYPES_SINCE.get(kind, 0) <= opset or (kind in _ELSEWHERE and not quantizes) for kind in _types([node]))
 
 
 def _is_default(op_type: str, name: str, attribute: ir.Attr) -> bool:

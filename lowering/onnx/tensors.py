@@ -1,5 +1,6 @@
-"""The tensors that an ONNX file holds, as torch's."""
+"""The tensors that an ONNX file holds, as torch's, in the layout of the QDQ form whatever the file's spelling is."""
 
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -7,12 +8,14 @@ import torch
 from torch import Tensor
 
 from graphq.errors import TargetError
+from graphq.lowering.onnx.nbits import unpacked_codes, unpacked_zero_points
 
 NAME: Final = "model.onnx"
 
 
 def initializers(directory: Path) -> dict[str, Tensor]:
-    """The initializers of ``model.onnx`` by name; UINT4, which stands for codes raised by 8, lowered.
+    """The initializers of ``model.onnx`` by name: codes that are stored raised or packed are those of the QDQ form, and
+    weights that a MatMul reads without a Transpose the rows ``[out, in]``.
 
     Raises ``TargetError`` for a file that is missing or damaged.
     """
@@ -22,9 +25,54 @@ def initializers(directory: Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise TargetError(f"{directory}: damaged or incomplete: {NAME} is missing")
     try:
-        return {str(name): _tensor(value.const_value) for name, value in ir.load(file).graph.initializers.items()}
+        graph = ir.load(file).graph
+        held = {str(name): _tensor(value.const_value) for name, value in graph.initializers.items()}
+        for name, restore in {found[0]: found for node in graph for found in _spelled(node, held)}.values():
+            held[name] = restore(held[name])
     except Exception as error:  # protobuf, onnx_ir and numpy raise many types for damaged files
         raise TargetError(f"{file}: damaged: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from error
+    return held
+
+
+def _spelled(node: Any, held: dict[str, Tensor]) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
+    """The initializers that ``node`` reads in another layout than the QDQ form's, and what gives them that layout."""
+    import onnx_ir as ir
+
+    source: Any = node.inputs[1] if len(node.inputs) > 1 else None
+    match node.domain, node.op_type:
+        case "com.microsoft", "MatMulNBits":
+            k, bits, size = (node.attributes[name].as_int() for name in ("K", "bits", "block_size"))
+            yield str(source.name), lambda packed: unpacked_codes(packed, bits, k)
+            zero_point: Any = node.inputs[3] if len(node.inputs) > 3 else None
+            scale: Any = node.inputs[2]
+            while scale.producer() is not None:  # one of a row or of the whole weight, spread over blocks
+                scale = scale.producer().inputs[0]
+            shape = held[scale.name].shape
+            if zero_point is not None:
+                yield (
+                    str(zero_point.name),
+                    lambda packed: _of_shape(unpacked_zero_points(packed, bits, -(-k // size)), shape),
+                )
+        case "", "MatMul":
+            read = source.producer()
+            if read is not None and read.op_type == "DequantizeLinear" and read.inputs[0].name in held:
+                yield str(read.inputs[0].name), _transposed
+        case "", "MatMulInteger":
+            widened = source.producer()
+            yield str((source if widened is None else widened.inputs[0]).name), _transposed
+        case "", "Cast" if node.inputs[0].dtype == ir.DataType.FLOAT8E4M3FN and node.inputs[0].name in held:
+            yield str(node.inputs[0].name), lambda scale: scale.view(torch.float8_e4m3fn)
+        case _:
+            pass
+
+
+def _of_shape(by_block: Tensor, shape: Sequence[int]) -> Tensor:
+    """Zero points ``[N, blocks]`` as those of rows, or the one of the weight, where a scale of ``shape`` says so."""
+    return by_block if len(shape) == 2 else by_block[:, 0].contiguous() if len(shape) == 1 else by_block[0, 0].clone()
+
+
+def _transposed(weight: Tensor) -> Tensor:
+    return weight.t().contiguous()
 
 
 def _tensor(value: Any) -> Tensor:
@@ -34,12 +82,20 @@ def _tensor(value: Any) -> Tensor:
         raise ValueError("an initializer without a value")
     array = value.numpy()
     match value.dtype:
-        case ir.DataType.INT4:
+        case ir.DataType.INT2 | ir.DataType.INT4:
             return torch.from_numpy(array.astype("int8"))
-        case ir.DataType.UINT4:
-            return torch.from_numpy(array.astype("int8")) - 8
-        case ir.DataType.FLOAT8E4M3FN | ir.DataType.FLOAT8E5M2:
+        case ir.DataType.UINT2 | ir.DataType.UINT4:
+            return torch.from_numpy(array.astype("int8")) - (8 if value.dtype == ir.DataType.UINT4 else 2)
+        case (
+            ir.DataType.FLOAT8E4M3FN
+            | ir.DataType.FLOAT8E5M2
+            | ir.DataType.FLOAT6E2M3
+            | ir.DataType.FLOAT6E3M2
+            | ir.DataType.FLOAT4E2M1
+        ):
             return torch.from_numpy(array.view("uint8").copy())
+        case ir.DataType.FLOAT8E8M0:
+            return torch.from_numpy(array.view("uint8").copy()).view(torch.float8_e8m0fnu)
         case ir.DataType.BFLOAT16:
             return torch.from_numpy(array.view("int16").copy()).view(torch.bfloat16)
         case _:

@@ -104,6 +104,7 @@ OPENVINO: Final = Profile(
     },
     fuses=(("Conv", "Relu"), ("Conv", "Clip"), ("Linear", "Relu"), ("Linear", "Gelu")),
     linear="matmul",
+    linear_of_rows="gemm",  # a bias of three axes is added in bfloat16 otherwise
     sources=("run-time models of OpenVINO 2026.4.1", "OpenVINO: ONNX frontend, dequantize_linear.cpp"),
     weights_alone=WeightsAlone(
         types=("int4", "uint4", "int8", "uint8"),

@@ -69,8 +69,9 @@ def test_the_options_of_today() -> None:
         "onnx": {
             "overwrite": bool,
             "cache": bool,
-            "opset": int,
+            "opset": int | None,
             "bfloat16": bool,
+            "profile": str | None,
             "shapes": Mapping[str, int] | None,
         },
     }

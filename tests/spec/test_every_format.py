@@ -106,7 +106,7 @@ def test_every_shared_exponent_has_its_cases() -> None:
 
 
 def test_every_format_goes_through_every_target() -> None:
-    pairs = [*conformance.ACTIVATIONS, *conformance.FLOATS, *conformance.TORCH_ONLY]
+    pairs = [*conformance.ACTIVATIONS, *conformance.FLOATS, *conformance.REFERENCE, *conformance.TORCH_ONLY]
     weights = kinds([*conformance.WEIGHT_ONLY, *(weight for weight, _ in pairs)])
     assert EVERY - weights - kinds(activation for _, activation in pairs) == set()
     sixteen_bits = {found for found in EVERY if "16" in found[1]}  # of activations alone

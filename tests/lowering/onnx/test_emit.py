@@ -80,6 +80,7 @@ def nodes(model: onnx.ModelProto, op_type: str) -> list[tuple[list[str], dict[st
         ("int3/asym/tensor", None, 21),
         ("int4/asym/g4", None, 21),
         ("int8/g4", None, 21),  # blocks
+        ("int2/channel", None, 25),
         ("int8/channel", "int16/tensor", 21),
     ],
 )
@@ -87,52 +88,43 @@ def test_the_lowest_opset_that_holds_the_types(weight: str, input: str | None, e
     formats = {"weight": weight} | ({"input": input} if input else {})
     made = compiled(MLP(), X, **formats)
     assert opset(emitted(made, tmp_path / "a")) == expected
-    raised = [note for note in made.report.notes if "opset" in note]
-    assert len(raised) == (expected > 13)  # never in silence
-    assert all(note.startswith(f"onnx: opset {expected} in place of 13: no lower one has ") for note in raised)
 
 
-@pytest.mark.parametrize(
-    ("weight", "input", "asked", "note"),
-    [
-        ("int4/channel", None, 17, "onnx: opset 21 in place of 17: no lower one has DequantizeLinear of INT4"),
-        ("int4/asym/g4", None, 13, "onnx: opset 21 in place of 13: no lower one has DequantizeLinear of UINT4"),
-        ("int8/channel", "int16/tensor", 20, "onnx: opset 21 in place of 20: no lower one has QuantizeLinear of INT16"),
-        (
-            "float8_e5m2/channel",
-            None,
-            13,
-            "onnx: opset 19 in place of 13: no lower one has DequantizeLinear of FLOAT8E5M2",
-        ),
-        ("int4/channel", None, 21, None),
-        ("int8/channel", None, 17, None),
-    ],
-)
-def test_an_opset_above_the_one_asked_for_is_a_note(
-    weight: str, input: str | None, asked: int, note: str | None, tmp_path: Path
-) -> None:
-    made = compiled(MLP(), X, weight=weight, **({"input": input} if input else {}))
-    for place in ("a", "b"):  # said once
-        made.emit("onnx", tmp_path / place, opset=asked)
-    assert [found for found in made.report.notes if "opset" in found] == ([note] if note else [])
-
-
-@pytest.mark.parametrize(("wanted", "given"), [(17, 17), (21, 21), (25, 25), (13, 13)])
+@pytest.mark.parametrize(("wanted", "given"), [(17, 17), (21, 21), (25, 25), (26, 26), (13, 13)])
 def test_a_higher_opset_can_be_asked_for(wanted: int, given: int, tmp_path: Path) -> None:
     made = compiled(MLP(), weight="int8/channel")
     assert opset(emitted(made, tmp_path / "a", opset=wanted)) == given
 
 
-@pytest.mark.parametrize("wanted", [99, 26, 12, 7, 0, -1])
+@pytest.mark.parametrize("wanted", [99, 29, 12, 7, 0, -1])
 def test_an_opset_that_is_never_written_is_refused(
     wanted: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: pytest.fail("the export begins"))
     with pytest.raises(TargetError) as caught:
         compiled(MLP(), weight="int8/channel").emit("onnx", tmp_path / "a", opset=wanted)
-    end = "the highest is 25" if wanted > 25 else "the lowest is 13"
+    end = "the highest is 28" if wanted > 28 else "the lowest is 13"
     assert str(caught.value) == f"onnx: opset {wanted}: {end}"
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("weight", "input", "wanted", "reason"),
+    [
+        ("int4/channel", None, 20, "DequantizeLinear of INT4 needs opset 21; opset 20 was asked for"),
+        ("int3/asym/g4", None, 13, "DequantizeLinear of UINT4 needs opset 21; opset 13 was asked for"),
+        ("int8/g4", None, 17, "DequantizeLinear as it is used here needs opset 21; opset 17 was asked for"),
+        ("float8_e4m3fn/channel", None, 18, "DequantizeLinear of FLOAT8E4M3FN needs opset 19; opset 18 was asked for"),
+        ("int8/channel", "int16/tensor", 20, "QuantizeLinear of INT16 needs opset 21; opset 20 was asked for"),
+        ("mxfp4", None, 23, "DequantizeLinear of FLOAT8E8M0 needs opset 24; opset 23 was asked for"),
+    ],
+)
+def test_an_opset_that_is_too_low(weight: str, input: str | None, wanted: int, reason: str, tmp_path: Path) -> None:
+    made = compiled(MLP(), X, weight=weight, **({"input": input} if input else {}))
+    with pytest.raises(TargetError) as caught:
+        made.emit("onnx", tmp_path / "a", opset=wanted)
+    assert str(caught.value) == f"onnx: up: {reason}"
+    assert list(tmp_path.iterdir()) == []
 
 
 STATIC = "int8/asym/tensor"
@@ -185,11 +177,20 @@ def test_weights_by_channel_and_static_inputs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("weight", "kind", "raised"),
-    [("int4/g4", "INT4", 0), ("int4/asym/g4", "UINT4", 8), ("int3/g4", "INT4", 0), ("int2/asym/g4", "UINT4", 8)],
+    [
+        ("int4/g4", "INT4", 0),
+        ("int4/asym/g4", "UINT4", 8),
+        ("int3/g4", "INT4", 0),
+        ("int2/g4", "INT2", 0),
+        ("int2/asym/g4", "UINT2", 2),
+        ("int2/asym/g4 before opset 25", "UINT4", 8),
+    ],
 )
 def test_weights_in_blocks_of_4_bits(weight: str, kind: str, raised: int, tmp_path: Path) -> None:
+    weight, _, older = weight.partition(" before ")
     made = compiled(MLP(), weight=weight)
-    model = emitted(made, tmp_path / "a")
+    model = emitted(made, tmp_path / "a", opset=24 if older else None)
+    assert opset(model) == (24 if older else 25 if "2" in kind else 21)
     asymmetric = {"up.weight_zero_point": (kind, [12, 2])} if raised else {}
     found = {name: value for name, value in initializers(model).items() if name.startswith("up.")}
     assert found == {
@@ -455,6 +456,28 @@ def test_float64_is_refused_by_layer(tmp_path: Path) -> None:
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("weight", "input", "reason"),
+    [
+        ("hifloat8/channel", None, "hifloat8: ONNX has no type for it"),
+        ("hifloat8/unit/tensor", None, "hifloat8/unit: ONNX has no type for it"),
+        ("float4_e1m2/g4", None, "float4_e1m2: ONNX has no type for it"),
+        (
+            "mxint8",
+            "mxint8/dynamic",
+            "mxint8: this target holds activations in integers, float8_e4m3fn and float8_e5m2",
+        ),
+        ("nvfp4", "nvfp4", "nvfp4: this target holds activations in integers, float8_e4m3fn and float8_e5m2"),
+    ],
+)
+def test_formats_that_onnx_lacks(weight: str, input: str | None, reason: str, tmp_path: Path) -> None:
+    made = compiled(MLP(), X, weight=weight, **({"input": input} if input else {}))
+    with pytest.raises(TargetError) as caught:
+        made.emit("onnx", tmp_path / "a")
+    assert str(caught.value).splitlines() == [f"onnx: {layer}: {reason}" for layer in ("up", "down")]
+    assert list(tmp_path.iterdir()) == []
+
+
 class Deep(nn.Module):
     def __init__(self, function: Any) -> None:
         super().__init__()
@@ -513,10 +536,15 @@ def test_what_is_dropped_at_random(function: Any, share: float | None, tmp_path:
 @pytest.mark.parametrize(
     ("target", "options", "problem"),
     [
-        ("onnx", {"opset": "17"}, "onnx: opset: '17' is not a whole number"),
-        ("onnx", {"opset": True}, "onnx: opset: True is not a whole number"),
+        ("onnx", {"opset": "17"}, "onnx: opset: '17' is not a whole number or null"),
+        ("onnx", {"opset": True}, "onnx: opset: True is not a whole number or null"),
+        ("onnx", {"profile": 3}, "onnx: profile: 3 is not text or null"),
         ("onnx", {"cache": 0}, "onnx: cache: 0 is not true or false"),
-        ("onnx", {"op_set": 17}, "onnx: no option op_set; there are overwrite, cache, opset, bfloat16, shapes"),
+        (
+            "onnx",
+            {"op_set": 17},
+            "onnx: no option op_set; there are overwrite, cache, opset, bfloat16, profile, shapes",
+        ),
         ("torch", {"opset": 3}, "torch: no option opset; there are overwrite"),
         ("torch", {"overwrite": "yes"}, "torch: overwrite: 'yes' is not true or false"),
     ],

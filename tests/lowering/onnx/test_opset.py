@@ -24,10 +24,9 @@ def model(
     return onnx.shape_inference.infer_shapes(parser.parse_model(text), check_type=True)
 
 
-def lowered(given: onnx.ModelProto, may_be_empty: tuple[str, ...] = (), at_least: int = 13) -> onnx.ModelProto:
+def lowered(given: onnx.ModelProto, may_be_empty: tuple[str, ...] = (), opset: int | None = None) -> onnx.ModelProto:
     made = ir.from_proto(given)
-    opset, reason = lower_opset(made, may_be_empty, at_least)
-    assert (reason is None) == (opset == at_least)
+    opset = lower_opset(made, may_be_empty, opset)
     common.RemoveUnusedNodesPass()(made)
     proto = ir.to_proto(made)
     assert [(o.domain, o.version) for o in proto.opset_import] == [("", opset)]
@@ -183,20 +182,75 @@ def test_a_size_that_can_be_0_needs_allowzero() -> None:
     assert opset_of(lowered(model(body, 18, inputs, "float[A,B,C] y"), ("N",))) == 13  # others are never empty
 
 
-@pytest.mark.parametrize(("at_least", "opset"), [(13, 13), (16, 16), (18, 18), (21, 21), (25, 25)])
-def test_an_opset_can_be_asked_for(at_least: int, opset: int) -> None:
+@pytest.mark.parametrize("opset", [13, 16, 18, 21, 25, 26, 28])
+def test_an_opset_can_be_asked_for(opset: int) -> None:
     body, _ = REWRITTEN["reductions take their axes as an attribute"]
     given = model(body)
-    made = lowered(given, at_least=at_least)
+    made = lowered(given, opset=opset)
     assert opset_of(made) == opset
     assert len(made.graph.node[1].input) == (1 if opset < 18 else 2)
-    assert np.array_equal(run(made)[0], run(given)[0])
+    if opset <= 26:  # ONNX Runtime 1.31 reads none above
+        assert np.array_equal(run(made)[0], run(given)[0])
+
+
+@pytest.mark.parametrize("name", ADDED)
+def test_an_opset_that_is_too_low_is_an_error(name: str) -> None:
+    made = ir.from_proto(model(ADDED[name], 21))
+    wrong = next(n for n in made.graph if n.op_type in NEEDS[name][0])
+    with pytest.raises(TargetError) as caught:
+        lower_opset(made, opset=SINCE[name] - 1)
+    reason = NEEDS[name][1]
+    end = f"needs opset {SINCE[name]}; opset {SINCE[name] - 1} was asked for"
+    assert str(caught.value) == f"onnx: {wrong.op_type}: {wrong.op_type}{reason} {end}"
+    wrong.metadata_props["pkg.torch.onnx.name_scopes"] = "['', 'block.up', 'linear']"
+    with pytest.raises(TargetError, match=rf"^onnx: block\.up: {wrong.op_type}{reason} {end}$"):
+        lower_opset(made, opset=SINCE[name] - 1)
+
+
+NEEDS: dict[str, tuple[tuple[str, ...], str]] = {  # the op that is named, and why
+    "axes that are computed": (("ReduceMax",), " as it is used here"),
+    "a layer norm whose mean is read": (("LayerNormalization",), " as it is used here"),
+    "an op of a later opset": (("Mish",), " as it is used here"),
+    "an attribute of a later opset": (("ScatterElements",), " as it is used here"),
+    "4 bits": (("Cast",), " of INT4"),
+    "16 bits": (("QuantizeLinear",), " of INT16"),
+    "blocks": (("DequantizeLinear",), " as it is used here"),
+}
+
+
+def test_what_needs_more_than_may_be_written() -> None:
+    made = ir.from_proto(model(ADDED["blocks"], 21))
+    with pytest.raises(TargetError) as caught:
+        lower_opset(made, between=(13, 20))
+    reason = "DequantizeLinear as it is used here needs opset 21; the highest to be written is 20"
+    assert str(caught.value) == f"onnx: DequantizeLinear: {reason}"
+    assert lower_opset(ir.from_proto(model("y = Neg (x)")), between=(17, 20)) == 17
+
+
+@pytest.mark.parametrize(
+    ("kind", "opset", "version"),
+    [
+        (ir.DataType.INT8, 13, 10),
+        (ir.DataType.INT16, 13, 10),  # but as a quantizer's: above
+        (ir.DataType.FLOAT8E4M3FN, 19, 10),
+        (ir.DataType.INT4, 21, 10),
+        (ir.DataType.FLOAT4E2M1, 23, 11),
+        (ir.DataType.INT2, 25, 13),
+        (ir.DataType.UINT2, 25, 13),
+        (ir.DataType.FLOAT6E2M3, 28, 14),
+    ],
+)
+def test_an_element_type_asks_for_its_opset_and_version(kind: ir.DataType, opset: int, version: int) -> None:
+    made = ir.from_proto(model("y = Cast <to = 1> (x)", 21))
+    made.graph.inputs[0].dtype = kind
+    assert lower_opset(made) == opset
+    assert made.ir_version == version
 
 
 def test_no_opset_is_beyond_the_highest() -> None:
     with pytest.raises(TargetError) as caught:
-        check_opset(26)
-    assert str(caught.value) == "onnx: opset 26: the highest is 25"
+        check_opset(29)
+    assert str(caught.value) == "onnx: opset 29: the highest is 28"
 
 
 def test_a_node_that_no_opset_has() -> None:
@@ -204,7 +258,7 @@ def test_a_node_that_no_opset_has() -> None:
     made.graph[0].op_type, made.graph[0].name = "Negative", "the_node"
     with pytest.raises(TargetError) as caught:
         lower_opset(made)
-    assert str(caught.value) == "onnx: the_node: no opset up to 25 has Negative as it is used here"
+    assert str(caught.value) == "onnx: the_node: no opset up to 28 has Negative as it is used here"
 
 
 def test_branches_are_lowered_too() -> None:
