@@ -24,6 +24,7 @@ from graphq.runtime import ops
 from graphq.spec.formats import Float, Format, Int, Mx, Nvfp4, TwoLevel
 
 op18: Any = onnxscript.opset18  # untyped: its annotations are those of eager tensors
+op20: Any = onnxscript.opset20
 op21: Any = onnxscript.opset21
 op23: Any = onnxscript.opset23
 MICROSOFT: Final = "com.microsoft"
@@ -285,8 +286,12 @@ def translations() -> dict[Any, Callable[..., Any]]:
         outer = op18.Slice(op18.Shape(x), integers(0), integers(last))
         return op18.Reshape(y, op18.Concat(outer, integers(wide), axis=0))
 
+    def gelu(x: Any, approximate: str = "none") -> Any:
+        return op20.Gelu(x, approximate=approximate)
+
     return {
         torch.ops.aten.linear.default: linear,
+        torch.ops.aten.gelu.default: gelu,
         ops.dequantize: dequantize,
         ops.quantize: quantize,
         ops.choose_scale: choose_scale,

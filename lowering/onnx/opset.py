@@ -1,10 +1,11 @@
 """The lowest opset that can hold a model, after rewriting what later opsets only spell differently.
 
 torch's exporter writes opset 18. Reductions get their axes as attributes, CastLike becomes Cast, LayerNormalization
-its own definition, and even splits get their sizes; then the model takes the lowest opset in which every node is well
-formed.
+and Gelu their own definitions, and even splits get their sizes; then the model takes the lowest opset in which every
+node is well formed.
 """
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Final
 
@@ -28,6 +29,7 @@ _REDUCTIONS: Final = (
     "ReduceSumSquare",
 )
 _LAYER_NORM: Final = 17
+_GELU: Final = 20
 _AXES_AS_INPUT: Final = 18  # reductions take their axes as an attribute below
 _TYPES_SINCE: Final = {  # the first opset that takes an element type
     ir.DataType.INT4: 21,
@@ -86,6 +88,10 @@ def lower_opset(
         if not _fits(node, found):
             raise TargetError(f"onnx: {_reason(node, found, asked)}")
     opset = found
+    if opset < _GELU:
+        for node in list(model.graph):
+            if node.op_type == "Gelu":
+                _define_gelu(model.graph, node)
     if opset < _LAYER_NORM:
         for node in list(model.graph):
             if _is_plain_layer_norm(node):
@@ -225,6 +231,30 @@ def _last_axes(node: ir.Node) -> int | None:
     return axis - len(x.shape) if x is not None and x.shape is not None else None
 
 
+def _define_gelu(graph: ir.Graph, node: ir.Node) -> None:
+    """x / 2 * (1 + erf(x / sqrt(2))), or by tanh, as the op defines itself: what runtimes fuse into their own."""
+    x = node.inputs[0]
+
+    def number(value: float) -> ir.Value:
+        return _constant(graph, node, ir.tensor(value, dtype=x.dtype if x is not None else ir.DataType.FLOAT))
+
+    nodes: list[ir.Node] = []
+
+    def put(op: str, *inputs: ir.Value | None) -> ir.Value:
+        nodes.append(ir.node(op, list(inputs)))
+        nodes[-1].outputs[0].dtype = node.outputs[0].dtype
+        nodes[-1].outputs[0].shape = node.outputs[0].shape
+        return nodes[-1].outputs[0]
+
+    if "approximate" in node.attributes and node.attributes["approximate"].as_string() == "tanh":
+        cube = put("Mul", put("Mul", put("Mul", x, x), x), number(0.044715))
+        inner = put("Tanh", put("Mul", put("Add", x, cube), number(math.sqrt(2 / math.pi))))
+    else:
+        inner = put("Erf", put("Div", x, number(math.sqrt(2))))
+    made = put("Mul", put("Mul", x, put("Add", inner, number(1.0))), number(0.5))
+    _put(graph, node, nodes, made)
+
+
 def _is_plain_layer_norm(node: ir.Node) -> bool:
     """A LayerNormalization that its definition can replace: only its first output is read."""
     if node.op_type != "LayerNormalization" or _last_axes(node) is None:
@@ -257,7 +287,7 @@ def _fits(node: ir.Node, opset: int) -> bool:
     """Whether the op exists in this opset with the inputs, attributes and types that the node has."""
     if node.domain not in ("", "ai.onnx"):
         return True
-    if opset < _LAYER_NORM and _is_plain_layer_norm(node):
+    if (opset < _LAYER_NORM and _is_plain_layer_norm(node)) or (opset < _GELU and node.op_type == "Gelu"):
         return True
     try:
         schema = defs.get_schema(node.op_type, opset, "")

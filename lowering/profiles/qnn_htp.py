@@ -50,6 +50,7 @@ QNN_HTP: Final = Profile(
     },
     fuses=(("Conv", "Relu"), ("Conv", "Clip"), ("ConvTranspose", "Relu"), ("Linear", "Relu"), ("Add", "Relu")),
     static=True,
+    opsets=(20, 25),  # LayerNormalization and Gelu as ops of their own
     sources=(
         "onnxruntime: quantization/execution_providers/qnn/quant_config.py",
         "onnxruntime-qnn: op builders",

@@ -73,7 +73,9 @@ def test_a_weight(weight: str, tmp_path: Path) -> None:
         found = onnxruntime.InferenceSession(tmp_path / "a" / "model.onnx").run(None, {"input": x.numpy()})[0]
         assert np.abs(found - expected.numpy()).max() <= 1e-6 * np.abs(expected.numpy()).max()
     else:
-        with pytest.raises(Exception, match=r"implementation|IR version|Type"):  # the day it has, docs/targets.md says so
+        with pytest.raises(
+            Exception, match=r"implementation|IR version|Type"
+        ):  # the day it has, docs/targets.md says so
             onnxruntime.InferenceSession(tmp_path / "a" / "model.onnx")
 
 
