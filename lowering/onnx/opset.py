@@ -232,7 +232,7 @@ def _last_axes(node: ir.Node) -> int | None:
 
 
 def _define_gelu(graph: ir.Graph, node: ir.Node) -> None:
-    """x / 2 * (1 + erf(x / sqrt(2))), or by tanh, as the op defines itself: what runtimes fuse into their own."""
+    """The product of x / 2 and 1 + erf(x / sqrt(2)), or by tanh: the op's definition, which runtimes fuse again."""
     x = node.inputs[0]
 
     def number(value: float) -> ir.Value:
