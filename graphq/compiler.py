@@ -30,7 +30,7 @@ from graphq.lowering.torch.pack import pack
 from graphq.passes.annotate import decide
 from graphq.passes.calibrate import Calibrate
 from graphq.passes.quantize_weights import QuantizeWeights
-from graphq.pipelines import canonical_passes, passes_for
+from graphq.pipelines import canonical_passes, passes_for, placed_for
 from graphq.report import Difference, Report, algorithm_text, difference, make_report, spec_settings
 from graphq.runtime.calls import Outputs
 from graphq.runtime.model import CompiledModel
@@ -231,8 +231,8 @@ def compile(  # noqa: A001
             batches = _progress(batches, calibration)
         found = {fqn: one.layer for fqn, one in resolved.items()}
         by_blocks = any(ALGORITHMS[a.name].needs_data for a in parsed.algorithms)
-        if by_blocks and batches is not None:
-            batches = list(batches)  # several walks over the blocks, and what they leave to the whole, read them
+        if batches is not None and (by_blocks or placed_for(parsed) is not None):
+            batches = list(batches)  # several walks over the blocks, and over the whole graph, read them
         passes = passes_for(parsed, found, PassContext(sqnr.__setitem__, pass_notes.append, seed), by_blocks)
         Pipeline(passes).run(gm, batches)
     _copy_tensors(gm, shared)

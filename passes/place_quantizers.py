@@ -13,21 +13,20 @@ import torch
 from torch import fx
 
 from graphq.ir import edit
-from graphq.ir.grids import Placement, Quantizer, place, units_of
+from graphq.ir.grids import Placement, Quantizer, place
 from graphq.ir.pipeline import Batches, Pass
-from graphq.ir.views import Op
+from graphq.ir.views import Op, view
 from graphq.observers.ranges import GridObserver
 from graphq.spec.activations import ActivationRule
 from graphq.spec.profile import Profile
 
 aten = torch.ops.aten
-_SCALARS: Final = {
-    aten.add.Tensor: aten.add.Tensor,
-    aten.sub.Tensor: aten.sub.Tensor,
-    aten.mul.Tensor: aten.mul.Tensor,
-    aten.div.Tensor: aten.div.Tensor,
+# Ops that may have a number in the place of a tensor, and what computes the same of tensors.
+_WITH_TENSOR: Final = {
+    **{op: op for op in (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)},
     aten.add.Scalar: aten.add.Tensor,
     aten.sub.Scalar: aten.sub.Tensor,
+    aten.rsub.Scalar: aten.sub.Tensor,
     aten.mul.Scalar: aten.mul.Tensor,
     aten.div.Scalar: aten.div.Tensor,
 }
@@ -46,8 +45,10 @@ class PlaceQuantizers(Pass):
     name: ClassVar[str] = "place-quantizers"
 
     def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
-        changes = self._name_numbers(gm)
         found = place(gm, self.profile, self.rules)
+        changes = self._name_numbers(gm, found)
+        if changes:
+            found = place(gm, self.profile, self.rules)
         for note in found.notes:
             if self.note is not None:
                 self.note(note)
@@ -67,21 +68,21 @@ class PlaceQuantizers(Pass):
             if one.readers is None:
                 everywhere[one.x] = made
 
-    def _name_numbers(self, gm: fx.GraphModule) -> int:
+    def _name_numbers(self, gm: fx.GraphModule, found: Placement) -> int:
         """Python numbers that ops in integers compute with become tensors, which can be quantized."""
         changes = 0
-        for unit in units_of(gm, ()):
-            op = unit.first
-            rule = self.profile.ops.get(unit.kind)
-            if rule is None or rule.placed != "always" or op.node.target not in _SCALARS or len(unit.edges) != 1:
+        for op in (op for unit, _ in found.integer for op in unit.ops):
+            if op.node.target not in _WITH_TENSOR:
                 continue
-            other = op.argument("other")
-            alpha = op.argument("alpha") if any(a.name == "alpha" for a in op.schema()) else 1
-            if not isinstance(other, int | float) or isinstance(other, bool) or alpha != 1:
+            given = op.argument("other")
+            if isinstance(given, fx.Node):
                 continue
             path = next(p for i in count() if not edit.has_tensor(gm, p := f"numbers.{i}"))
-            held = edit.add_tensor(gm, op, path, torch.tensor(float(other), dtype=op.val.dtype), by=self.name, like=op)
-            edit.replace(gm, op, _SCALARS[cast(Any, op.node.target)], unit.edges[0][1], held, by=self.name)
+            number = torch.tensor(float(given), dtype=op.val.dtype)
+            held = edit.add_tensor(gm, op, path, number, by=self.name, like=op)
+            x = op.argument("self")
+            operands = (held, view(x)) if op.node.target is aten.rsub.Scalar else (view(x), held)
+            edit.replace(gm, op, _WITH_TENSOR[cast(Any, op.node.target)], *operands, by=self.name)
             changes += 1
         return changes
 

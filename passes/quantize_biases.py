@@ -62,22 +62,23 @@ class QuantizeBiases(Pass):
         s_x = tensor_of(gm, cast(Param, x.scale).fqn).double().reshape(())
         fqn = cast(Param, weight.scale).fqn
         s_w = tensor_of(gm, fqn)
+        shape = _beside(s_w, b)
         least = b.double().abs() / (_LARGEST * s_x)
-        factor = (least / s_w.double().flatten()).clamp(min=1.0)
+        factor = (least / s_w.double().view(shape)).clamp(min=1.0)
         if s_w.numel() == 1:
-            factor = factor.amax().view(1)
+            factor = factor.amax().view(shape)
         if bool((factor > 1).any()):
             if len(weight.users) > 1 or weight.zero_point is not None or len(cast(Param, weight.scale).users) > 1:
                 return 0
             self._enlarge(gm, op, weight, factor)
             s_w = tensor_of(gm, fqn)
-        scale = (s_x * s_w.double().flatten()).float()
+        scale = (s_x * s_w.double().view(shape)).float()
         dtype, path = b.dtype, bias.fqn.removesuffix(".bias")
         codes = torch.round(b.double() / scale.double()).clamp(-(2.0**31), 2.0**31 - 1).to(torch.int32)
         remove_tensor(gm, bias.fqn)
         held = edit.add_tensor(gm, op, f"{path}.bias", codes, by=self.name, like=op)
         scales = edit.add_tensor(gm, op, f"{path}.bias_scale", scale, by=self.name, like=op)
-        block = [1 if scale.numel() > 1 else -1]
+        block = [1 if size > 1 else -1 for size in shape]
         arguments = (held, scales, None, None, str(BIAS), block, dtype)
         made = edit.insert(gm, op, Dequantize.target, *arguments, by=self.name, like=op)
         edit.redirect(op, bias, made, by=self.name)
@@ -99,10 +100,15 @@ class QuantizeBiases(Pass):
             )
 
 
+def _beside(scale: Tensor, bias: Tensor) -> list[int]:
+    """The shape of a weight's scales as they stand beside the bias: by output channel, or one for all."""
+    return [1] * bias.dim() if scale.numel() == 1 else list(bias.shape)
+
+
 def _operands(op: Op) -> tuple[Op | None, Op | None, Op | None]:
     """Bias, input and weight of a layer, or of a norm, whose gain is its weight."""
-    if isinstance(op, Biased):
-        return bias_of(op), cast(Weighted, op).input_op, cast(Weighted, op).weight_op
+    if isinstance(op, Weighted) and isinstance(op, Biased):
+        return bias_of(op), op.input_op, op.weight_op
     match effect(op):
         case Normalizes(parameters=("weight", "bias")):
             found = [op.argument(name) for name in ("bias", "input", "weight")]
@@ -123,5 +129,6 @@ def _is_by_channel(weight: Op | None, op: Op) -> bool:
         return False
     if not isinstance(numerics.parse_format(weight.format), Int):
         return False
-    out_axis = op.out_axis if isinstance(op, Weighted) else 0
-    return all(b == -1 or (b == 1 and axis == out_axis) for axis, b in enumerate(weight.block))
+    if not isinstance(op, Weighted):  # a gain has the shape of its bias
+        return all(b == -1 for b in weight.block) or (len(weight.block) == 1 and weight.block[0] == 1)
+    return all(b == -1 or (b == 1 and axis == op.out_axis) for axis, b in enumerate(weight.block))

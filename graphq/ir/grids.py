@@ -9,11 +9,13 @@ between types a tensor is quantized anew.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import final
+from typing import Final, final
 
-from torch import fx
+from torch import Tensor, fx
 
 from graphq.capture.source import source_of
+from graphq.ir.effect_table import effect
+from graphq.ir.effects import ReadsShape
 from graphq.ir.layers import LAYER, PLAN
 from graphq.ir.op_kinds import INPUT, activations_of, is_float, kind_of
 from graphq.ir.views import Dequantize, Op, Param, Quantize, Weighted, ops_of, view
@@ -23,7 +25,8 @@ from graphq.spec.plan import Plan
 from graphq.spec.profile import LINEAR, FixedGrid, Grid, OpRule, OpTypes, Profile
 from graphq.spec.quant import PerTensor, Quant
 
-_LAYERS = (LINEAR, "Conv", "ConvTranspose")
+_LAYERS: Final = (LINEAR, "Conv", "ConvTranspose")
+_OF_FLOATS: Final = ("Add", "Sub", "Mul", "Div", "MatMul", "Concat")  # whose operands have one type
 
 
 @final
@@ -92,7 +95,9 @@ def place(gm: fx.GraphModule, profile: Profile, rules: Sequence[ActivationRule] 
 
 def units_of(gm: fx.GraphModule, fuses: Sequence[tuple[str, ...]]) -> list[Unit]:
     """The graph as units, chains of kinds in ``fuses`` as one each, in graph order."""
-    found = [_unit(op) for op in ops_of(gm) if op.node.op in ("placeholder", "call_function") and not _is_part(op)]
+    of_data = reading_data(gm)
+    ops = [op for op in ops_of(gm) if op.node.op in ("placeholder", "call_function") and not _is_part(op)]
+    found = [_unit(op, of_data) for op in ops]
     by_op = {op: unit for unit in found for op in unit.ops}
     gone: set[Op] = set()
     made: list[Unit] = []
@@ -130,11 +135,21 @@ def _is_part(op: Op) -> bool:
     return getattr(op.node.target, "__name__", "") == "getitem"
 
 
-def _unit(op: Op) -> Unit:
+def reading_data(gm: fx.GraphModule) -> set[fx.Node]:
+    """The nodes whose elements depend on those of an input; others are known once the sizes are."""
+    found = set[fx.Node]()
+    for node in gm.graph.nodes:
+        is_size = isinstance(effect(view(node)), ReadsShape)
+        if node.op == "placeholder" or (not is_size and any(read in found for read in node.all_input_nodes)):
+            found.add(node)
+    return found
+
+
+def _unit(op: Op, of_data: set[fx.Node]) -> Unit:
     parts = tuple(user for user in op.users if _is_part(user))
     outputs = tuple(part for part in parts if is_float(part)) if parts else ((op,) if is_float(op) else ())
     kind = kind_of(op)
-    if kind == LINEAR and isinstance(op, Weighted) and not _is_constant(op.weight_op):
+    if kind == LINEAR and isinstance(op, Weighted) and op.weight_op.node in of_data:
         kind = "MatMul"
     inputs = [x for x in activations_of(op) if not _is_quantized(x)] if op.node.op == "call_function" else []
     return Unit(kind, (op,), tuple((op, x) for x in inputs), outputs)
@@ -144,17 +159,9 @@ def _is_quantized(x: Op) -> bool:
     return isinstance(x, Dequantize) and isinstance(x.codes, Quantize)
 
 
-def _is_constant(op: Op) -> bool:
-    """Whether a tensor is computed from parameters alone."""
-    pending, seen = [op.node], set[fx.Node]()
-    while pending:
-        node = pending.pop()
-        if node.op == "placeholder":
-            return False
-        if node not in seen:
-            seen.add(node)
-            pending.extend(node.all_input_nodes)
-    return True
+def _is_of_integers(node: fx.Node) -> bool:
+    val = node.meta.get("val")
+    return isinstance(val, Tensor) and not val.is_floating_point()
 
 
 @final
@@ -168,6 +175,8 @@ class _Placer:
         self.units = units_of(gm, profile.fuses)
         self.order = {op: number for number, op in enumerate(ops_of(gm))}
         self.producer = {output: unit for unit in self.units for output in unit.outputs}
+        self.of_data = reading_data(gm)
+        self.held = self._held()
         self.notes: dict[str, None] = {}
 
     def place(self) -> Placement:
@@ -234,6 +243,17 @@ class _Placer:
 
     # -- which ops run in integers
 
+    def _held(self) -> set[Op]:
+        """What parameters hold, and what moves elements of these alone: what else depends on sizes alone is computed
+        from them in float, and is quantized as the constant that it is.
+        """
+        found = {op for op in self.order if isinstance(op, Param)}
+        for unit in self.units:
+            rule = self.profile.ops.get(unit.kind)
+            if rule is not None and rule.output == "same" and unit.edges and all(x in found for _, x in unit.edges):
+                found |= set(unit.outputs)
+        return found
+
     def _rule(self, unit: Unit) -> OpRule:
         return self.profile.ops[unit.kind]
 
@@ -242,11 +262,13 @@ class _Placer:
         rule = self.profile.ops.get(unit.kind)
         if rule is None or rule.placed == "never" or not unit.outputs:
             return False
+        if unit.kind in _OF_FLOATS and any(_is_of_integers(node) for node in unit.first.node.all_input_nodes):
+            return False
         decided = [rule_for(self.rules, kind_of(op), module_of(op)) for op in unit.ops]
         if any(one is not None and one.quant is None for one in decided) or (self.rules and not any(decided)):
             return False
         if unit.kind not in _LAYERS:
-            return bool(unit.edges)
+            return bool(unit.edges) and (unit.first.node in self.of_data or unit.outputs[0] in self.held)
         plan = unit.first.node.meta.get(PLAN)
         if not isinstance(plan, Plan) or plan.weight is None or (plan.input is not None and plan.input.dynamic):
             return False
@@ -274,7 +296,7 @@ class _Placer:
             return True
         if not any(output in edges for output in unit.outputs):
             return False
-        return placed == "through" or all(x in everywhere or x in firm or _is_constant(x) for _, x in unit.edges)
+        return placed == "through" or all(x in everywhere or x in firm or x.node not in self.of_data for _, x in unit.edges)
 
     def _demands(self, active: Iterable[Unit]) -> tuple[dict[Op, None], dict[Op, list[Op]]]:
         """The tensors that all read quantized, and those that some read so, with these readers."""

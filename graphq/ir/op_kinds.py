@@ -9,8 +9,6 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from graphq.ir.effect_table import effect
-from graphq.ir.effects import Copies
 from graphq.ir.layers import gives_gates
 from graphq.ir.views import Embedding, Input, Linear, Op, Recurrence, Weighted, view
 from graphq.runtime import ops
@@ -31,7 +29,7 @@ _ROWS: Final[tuple[tuple[str, tuple[Any, ...]], ...]] = (
     ("MatMul", (aten.matmul.default, aten.bmm.default, aten.mm.default)),
     ("Attention", (aten.scaled_dot_product_attention.default,)),
     ("Add", (aten.add.Tensor, aten.add.Scalar)),
-    ("Sub", (aten.sub.Tensor, aten.sub.Scalar)),
+    ("Sub", (aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Scalar)),
     ("Mul", (aten.mul.Tensor, aten.mul.Scalar)),
     ("Div", (aten.div.Tensor, aten.div.Scalar)),
     ("Neg", (aten.neg.default,)),
@@ -113,7 +111,8 @@ def kind_of(op: Op) -> str:
         return kind_of(op.users[0])
     if isinstance(op, Recurrence):
         return op.kind.upper() if op.kind in ("lstm", "gru") else "RNN"
-    if (kind := _KINDS.get(op.node.target)) is not None:
+    kind = _KINDS.get(op.node.target)
+    if kind is not None and not (kind in ("Add", "Sub") and op.argument("alpha") != 1):
         return kind
     name = str(op.node.target)
     return name.split(".")[1] if name.startswith("aten.") else name
@@ -122,11 +121,6 @@ def kind_of(op: Op) -> str:
 def is_float(op: Op) -> bool:
     """Whether an op gives one tensor of floating-point numbers."""
     return isinstance(op.val, Tensor) and op.val.is_floating_point()
-
-
-def is_alias(op: Op) -> bool:
-    """Whether an op gives its first argument as it is, in its dtype."""
-    return isinstance(effect(op), Copies) and op.val.dtype == view(op.node.all_input_nodes[0]).val.dtype
 
 
 def activations_of(op: Op) -> tuple[Op, ...]:
