@@ -203,7 +203,8 @@ class _Placer:
                 if output in everywhere and not same and quants[groups(output)].format != types.output:
                     was = quants[groups(output)]
                     quants[groups(output)] = replace(was, format=types.output)
-                    self.notes[f"{unit.name}: gives {types.output}, not {was.format}, on {self.profile.name}"] = None
+                    if self._asked(output) is not None:
+                        self.notes[f"{unit.name}: gives {types.output}, not {was.format}, on {self.profile.name}"] = None
         for x in self._in_order({*everywhere, *edges}):
             root = groups(x)
             grid = self._fixed(x, quants[root].format, running)
@@ -332,21 +333,25 @@ class _Placer:
         return lambda x: first.get(x, x)
 
     def _quant(self, x: Op, groups: Callable[[Op], Op]) -> Quant:
-        """What the group of ``x`` is quantized to: as its layer's plan says, a rule, what reads it, or the default."""
+        """What the group of ``x`` is quantized to: as is asked for, as what reads it wants it, or the default."""
         root = groups(x)
-        unit = self.producer.get(root)
-        plan = unit.first.node.meta.get(PLAN) if unit is not None else None
-        if isinstance(plan, Plan) and plan.output is not None:
-            return plan.output
-        kind, module = (unit.kind, module_of(unit.ops[-1])) if unit is not None else (INPUT, "")
-        found = rule_for(self.rules, kind, module)
-        if found is not None and found.quant is not None:
-            return found.quant
+        if (asked := self._asked(root)) is not None:
+            return asked
         for reader in root.users:
             own = self._own_input(reader)
             if own is not None:
                 return own
         return self.profile.activation()
+
+    def _asked(self, x: Op) -> Quant | None:
+        """What its layer's plan says of a tensor, or a rule."""
+        unit = self.producer.get(x)
+        plan = unit.first.node.meta.get(PLAN) if unit is not None else None
+        if isinstance(plan, Plan) and plan.output is not None:
+            return plan.output
+        kind, module = (unit.kind, module_of(unit.ops[-1])) if unit is not None else (INPUT, "")
+        found = rule_for(self.rules, kind, module)
+        return None if found is None else found.quant
 
     def _own_input(self, reader: Op) -> Quant | None:
         """What a layer's plan says of its input."""
@@ -354,7 +359,9 @@ class _Placer:
         return plan.input if isinstance(plan, Plan) else None
 
     def _types(self, unit: Unit, quants: Mapping[Op, Quant], groups: Callable[[Op], Op]) -> OpTypes:
-        """The combination that fits best: most of its inputs' types, then its output's, then the preferred one."""
+        """The combination that fits best: what is asked for of its output, where it is no layer with an input of its
+        own; then most of its inputs' types, its output's, and the preferred one.
+        """
         plan = unit.first.node.meta.get(PLAN)
         weight = plan.weight if isinstance(plan, Plan) and unit.kind in _LAYERS else None
         rows = [
@@ -364,13 +371,15 @@ class _Placer:
         wanted = [own.format if own is not None else quants[groups(x)].format for _, x in unit.edges]
         given = [quants[groups(output)].format for output in unit.outputs if groups(output) in quants]
 
-        def score(row: OpTypes) -> tuple[int, int]:
-            return (
-                sum(row.input(i) == format for i, format in enumerate(wanted)),
-                sum(row.output == format for format in given),
-            )
+        asked = [quant for output in unit.outputs if (quant := self._asked(output)) is not None]
 
-        return max(rows, key=lambda row: (sum(score(row)), *score(row)))
+        def score(row: OpTypes) -> tuple[int, ...]:
+            as_asked = 0 if own is not None else sum(row.output == quant.format for quant in asked)
+            inputs = sum(row.input(i) == format for i, format in enumerate(wanted))
+            outputs = sum(row.output == format for format in given)
+            return as_asked, inputs + outputs, inputs
+
+        return max(rows, key=score)
 
     def _fixed(self, x: Op, format: Format, active: set[Unit]) -> FixedGrid | None:
         unit = self.producer.get(x)
@@ -395,7 +404,7 @@ class _Placer:
         gives = unit is not None and unit.kind in _LAYERS and unit.first.node.meta.get(LAYER)
         if layers and (as_input or not gives):
             return layers[0], "input"
-        if unit is None:
+        if unit is None or unit.kind == INPUT:
             return x.node.name, "value"
         return unit.name, "output"
 

@@ -71,9 +71,10 @@ def _beside(upper: Tensor, form: OnnxBlock) -> Tensor:
 def onnx_form(gm: fx.GraphModule, cache: bool = True) -> fx.GraphModule:
     """A copy of the QDQ form ``gm`` in ONNX's terms; ``cache=False``: without the key/value cache."""
     made = copy_graph(gm)
+    experts: dict[str, Op] = {}
     for op in ops_of(made):
         if isinstance(op, GroupedLinear):
-            _by_expert(made, op)
+            _by_expert(made, op, experts)
     edit.drop_unused(made)
     spell_recurrences(made)
     for op in ops_of(made):
@@ -165,8 +166,11 @@ def _parts(gm: fx.GraphModule, weight: Op, experts: int) -> list[_ExpertGroup]:
     return parts
 
 
-def _by_expert(gm: fx.GraphModule, op: GroupedLinear) -> None:
-    """A stack's product as one linear for each expert, with weights under the experts' own names."""
+def _by_expert(gm: fx.GraphModule, op: GroupedLinear, made: dict[str, Op]) -> None:
+    """A stack's product as one linear for each expert, with weights under the experts' own names.
+
+    ``made``: the weights of experts by name, those of a stack that is used again among them.
+    """
     experts = int(op.weight.val.shape[0])
     path, _, role = str(op.node.meta.get("graphq.layer", op.node.name)).rpartition(".")
     weights: dict[int, Op] = {}
@@ -174,7 +178,9 @@ def _by_expert(gm: fx.GraphModule, op: GroupedLinear) -> None:
         source = part.op
         for position, expert in enumerate(part.members):
             name = f"{path}.{expert}.{role}" if path else f"{expert}.{role}"
-            if isinstance(source, Dequantize) and isinstance(source.codes, Param):
+            if name in made:
+                weights[expert] = made[name]
+            elif isinstance(source, Dequantize) and isinstance(source.codes, Param):
                 tensors: list[Op | None] = []
                 for suffix, held in (
                     ("weight", source.codes),
@@ -188,13 +194,13 @@ def _by_expert(gm: fx.GraphModule, op: GroupedLinear) -> None:
                     own = tensor_of(gm, cast(Param, held).fqn)[position].clone()
                     tensors.append(edit.add_tensor(gm, op, f"{name}.{suffix}", own, by=_BY))
                 arguments = (*tensors, source.format, list(source.block)[1:], source.dtype)
-                weights[expert] = edit.insert(gm, op, Dequantize.target, *arguments, by=_BY)
+                weights[expert] = made[name] = edit.insert(gm, op, Dequantize.target, *arguments, by=_BY)
             elif isinstance(source, Param):
                 stack = tensor_of(gm, source.fqn)
                 own = stack.detach()[position].clone()
                 if isinstance(stack, nn.Parameter):  # which is stored as a parameter
                     own = nn.Parameter(own, requires_grad=False)
-                weights[expert] = edit.add_tensor(gm, op, f"{name}.weight", own, by=_BY, of=source.fqn)
+                weights[expert] = made[name] = edit.add_tensor(gm, op, f"{name}.weight", own, by=_BY, of=source.fqn)
             else:  # a computed stack is cut where it is computed
                 weights[expert] = edit.insert(gm, op, torch.ops.aten.select.int, source, 0, position, by=_BY)
     edit.replace(gm, op, expert_linears, op.x, [weights[e] for e in range(experts)], op.offsets, by=_BY)

@@ -228,6 +228,29 @@ def test_products_by_experts_of_another_dtype_are_refused() -> None:
             expert_linears(x, [torch.ones(4, 8), torch.ones(4, 8, dtype=torch.float16)], offsets)
 
 
+class MoETwice(nn.Module):
+    """One layer of experts, called on two activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moe = MoE()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.moe(self.moe(x))
+
+
+@pytest.mark.parametrize("weight", ["int8/channel", None])
+def test_experts_that_are_called_twice_are_held_once(weight: str | None) -> None:
+    rules: list[dict[str, Any]] = [
+        {"match": "moe.experts", "weight": weight} if weight else {"match": "*", "float": True}
+    ]
+    made = onnx_form(qdq(MoETwice(), rules=rules))
+    products = [n for n in made.graph.nodes if n.target is expert_linears]
+    down = [n for n in products if n.args[1][0].meta["val"].shape == (8, 6)]
+    assert len(down) == 2
+    assert down[0].args[1] == down[1].args[1]
+
+
 _GROUPED = {"": (6, 8), "_scale": (6, 2), "_zero_point": (6, 2)}
 
 
