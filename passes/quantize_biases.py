@@ -15,9 +15,9 @@ from graphq.ir import edit
 from graphq.ir.biases import Biased, bias_of
 from graphq.ir.effect_table import effect
 from graphq.ir.effects import Normalizes
-from graphq.ir.grids import units_of
 from graphq.ir.layers import LAYER
 from graphq.ir.pipeline import Batches, Pass
+from graphq.ir.units import module_of, units_of
 from graphq.ir.views import Dequantize, Op, Param, Quantize, Weighted, view
 from graphq.numerics import Scales
 from graphq.spec.formats import Int
@@ -25,7 +25,6 @@ from graphq.spec.profile import Profile
 from graphq.state import put_tensor, remove_tensor, tensor_of
 
 BIAS: Final = Int(32)
-_LARGEST: Final = 2.0**31 - 2.0**7  # what int32 and float32 both hold, with a step to spare
 
 
 @final
@@ -35,7 +34,8 @@ class QuantizeBiases(Pass):
     known scales, is so.
 
     Where a weight's channel has scales so small that its bias does not fit, the channel's scale is as large as it has
-    to be, and its codes are rounded again; ``note`` is told. A bias that others read, too, stays float.
+    to be, and its codes are rounded again; where others read the weight, too, the bias stays float. ``note`` is told.
+    A bias that several layers add has codes for each.
     """
 
     profile: Profile
@@ -49,7 +49,7 @@ class QuantizeBiases(Pass):
             if rule is None or rule.bias != "int32":
                 continue
             bias, x, weight = _operands(op)
-            if isinstance(bias, Param) and len(bias.users) == 1 and _is_on_grid(x) and _is_by_channel(weight, op):
+            if isinstance(bias, Param) and _is_on_grid(x) and _is_by_channel(weight, op):
                 changes += self._quantize(gm, op, bias, cast(Dequantize, x), cast(Dequantize, weight))
         if changes:
             edit.drop_unused(gm)
@@ -57,29 +57,30 @@ class QuantizeBiases(Pass):
 
     def _quantize(self, gm: fx.GraphModule, op: Op, bias: Param, x: Dequantize, weight: Dequantize) -> int:
         b = tensor_of(gm, bias.fqn).detach()
-        if len(gm.graph.find_nodes(op="get_attr", target=bias.fqn)) > 1 or not bias.fqn.endswith(".bias"):
-            return 0
         s_x = tensor_of(gm, cast(Param, x.scale).fqn).double().reshape(())
         fqn = cast(Param, weight.scale).fqn
         s_w = tensor_of(gm, fqn)
         shape = _beside(s_w, b)
-        least = b.double().abs() / (_LARGEST * s_x)
-        factor = (least / s_w.double().view(shape)).clamp(min=1.0)
+        factor = (numerics.least_for_bias(b.double(), s_x) / s_w.double().view(shape)).clamp(min=1.0)
         if s_w.numel() == 1:
             factor = factor.amax().view(shape)
         if bool((factor > 1).any()):
-            if len(weight.users) > 1 or weight.zero_point is not None or len(cast(Param, weight.scale).users) > 1:
+            if len(weight.users) > 1 or len(cast(Param, weight.scale).users) > 1 or weight.zero_point is not None:
+                self._tell(
+                    f"{_name(op)}: its bias stays float: it needs larger scales of a weight that others read, too"
+                )
                 return 0
             self._enlarge(gm, op, weight, factor)
             s_w = tensor_of(gm, fqn)
-        scale = (s_x * s_w.double().view(shape)).float()
-        dtype, path = b.dtype, bias.fqn.removesuffix(".bias")
+        scale = (s_x * s_w.double().view(shape)).float().clamp(min=torch.finfo(torch.float32).tiny)
         codes = torch.round(b.double() / scale.double()).clamp(-(2.0**31), 2.0**31 - 1).to(torch.int32)
-        remove_tensor(gm, bias.fqn)
+        if len(bias.users) == 1 and len(gm.graph.find_nodes(op="get_attr", target=bias.fqn)) == 1:
+            remove_tensor(gm, bias.fqn)
+        path = edit.free_path(gm, bias.fqn.removesuffix(".bias"), ("bias", "bias_scale"))
         held = edit.add_tensor(gm, op, f"{path}.bias", codes, by=self.name, like=op)
         scales = edit.add_tensor(gm, op, f"{path}.bias_scale", scale, by=self.name, like=op)
         block = [1 if size > 1 else -1 for size in shape]
-        arguments = (held, scales, None, None, str(BIAS), block, dtype)
+        arguments = (held, scales, None, None, str(BIAS), block, b.dtype)
         made = edit.insert(gm, op, Dequantize.target, *arguments, by=self.name, like=op)
         edit.redirect(op, bias, made, by=self.name)
         return 1
@@ -89,15 +90,19 @@ class QuantizeBiases(Pass):
         format, block = numerics.parse_format(weight.format), list(weight.block)
         codes, scale = (tensor_of(gm, cast(Param, part).fqn) for part in (weight.codes, weight.scale))
         w = numerics.dequantize(codes, Scales(scale), format, block)
-        wider = Scales((scale.double() * factor.view(scale.shape) * (1 + 2.0**-20)).to(scale.dtype))
+        wider = Scales((scale.double() * factor.view(scale.shape)).to(scale.dtype))
         put_tensor(gm, cast(Param, weight.scale).fqn, wider.scale)
         put_tensor(gm, cast(Param, weight.codes).fqn, numerics.quantize(w, wider, format, block))
+        many, count = int((factor > 1).sum()), factor.numel()
+        self._tell(f"{_name(op)}: {many} of its {count} channels have scales as large as their biases need in int32")
+
+    def _tell(self, text: str) -> None:
         if self.note is not None:
-            many = int((factor > 1).sum())
-            self.note(
-                f"{op.node.meta.get(LAYER)}: the scales of {many} of its {factor.numel()} channels are as large as"
-                " their biases need in int32"
-            )
+            self.note(text)
+
+
+def _name(op: Op) -> str:
+    return str(op.node.meta.get(LAYER) or module_of(op))
 
 
 def _beside(scale: Tensor, bias: Tensor) -> list[int]:

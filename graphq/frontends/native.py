@@ -45,6 +45,8 @@ def parse(document: Document) -> Spec:
         if plan is not None:
             first = "weight" if "weight" in top.values else "input"
             rules.append(Rule(Blocks(), plan, document.origin((first,), first)))
+    elif "output" in top.values:
+        top.report("is of layers with a weight or an input: write these, too", "output")
     elif "rules" not in top.values:
         top.report("is missing: write rules, or weight and input for all blocks", "rules")
     for index, item in enumerate(top.items("rules")):
@@ -73,6 +75,8 @@ def _read_activations(document: Document, top: Section) -> tuple[ActivationRule,
         one = top.made(lambda: ActivationRule(parse_quant(given), source=source), "activations")
         return () if one is None else (one,)
     found: list[ActivationRule] = []
+    if given == []:
+        top.report("is empty; leave it out", "activations")
     for index, item in enumerate(top.items("activations", ": a quant for all tensors, or a list of rules")):
         at = ("activations", index)
         if not isinstance(item, dict):
@@ -80,9 +84,9 @@ def _read_activations(document: Document, top: Section) -> tuple[ActivationRule,
             continue
         section = Section(document, item, at)
         section.only(("quant", "float", "op", "module"))
-        op, quant = section.values.get("op"), section.text("quant")
+        op, quant, module = section.values.get("op"), section.text("quant"), section.text("module")
         ops = op if isinstance(op, list) else [] if op is None else [op]
-        if not all(isinstance(kind, str) for kind in ops):
+        if op == [] or not all(isinstance(kind, str) for kind in ops):
             section.report(f"{show(op)} is not the kind of an op, such as Softmax, or a list of them", "op")
             continue
         keeps = section.boolean("float")
@@ -91,10 +95,10 @@ def _read_activations(document: Document, top: Section) -> tuple[ActivationRule,
             continue
         source = document.origin(at, f"activations[{index}]")
         made = section.made(
-            lambda quant=quant, ops=ops, section=section, source=source: ActivationRule(
+            lambda quant=quant, ops=ops, module=module, source=source: ActivationRule(
                 None if quant is None else parse_quant(quant),
                 tuple(map(str, ops)),
-                section.text("module") or "*",
+                "*" if module is None else module,
                 source,
             ),
             "quant",

@@ -14,47 +14,17 @@ from typing import Final, final
 from torch import Tensor, fx
 
 from graphq.capture.source import source_of
-from graphq.ir.effect_table import effect
-from graphq.ir.effects import ReadsShape
 from graphq.ir.layers import LAYER, PLAN
-from graphq.ir.op_kinds import INPUT, activations_of, is_float, kind_of
-from graphq.ir.views import Dequantize, Op, Param, Quantize, Weighted, ops_of, view
+from graphq.ir.op_kinds import INPUT, kind_of
+from graphq.ir.units import WITH_WEIGHT, Unit, module_of, reading_data, units_of
+from graphq.ir.views import Op, Param, ops_of, view
 from graphq.spec.activations import ActivationRule, rule_for
 from graphq.spec.formats import Format, Int
 from graphq.spec.plan import Plan
-from graphq.spec.profile import LINEAR, FixedGrid, Grid, OpRule, OpTypes, Profile
+from graphq.spec.profile import FixedGrid, Grid, OpRule, OpTypes, Profile
 from graphq.spec.quant import PerTensor, Quant
 
-_LAYERS: Final = (LINEAR, "Conv", "ConvTranspose")
 _OF_FLOATS: Final = ("Add", "Sub", "Mul", "Div", "MatMul", "Concat")  # whose operands have one type
-
-
-@final
-@dataclass(frozen=True)
-class Unit:
-    """Ops that run as one: their kind (the first's), who reads what in them, and what they give."""
-
-    kind: str
-    ops: tuple[Op, ...]
-    edges: tuple[tuple[Op, Op], ...]  # (reader, tensor)
-    outputs: tuple[Op, ...]
-
-    @property
-    def first(self) -> Op:
-        return self.ops[0]
-
-    @property
-    def name(self) -> str:
-        """The layer, or the module and the kind, for people."""
-        layer = self.first.node.meta.get(LAYER)
-        path = module_of(self.first)
-        return str(layer) if layer else f"{path}.{self.kind}" if path else self.kind
-
-
-def module_of(op: Op) -> str:
-    """The path of the source's module that an op stands in; empty for the model itself."""
-    stack = op.node.meta.get("nn_module_stack") or {}
-    return str(next(reversed(list(stack.values())))[0]) if stack else ""
 
 
 @final
@@ -91,72 +61,6 @@ def place(gm: fx.GraphModule, profile: Profile, rules: Sequence[ActivationRule] 
     ``rules``: what tensors are quantized to, or kept float; without any, to the profile's default.
     """
     return _Placer(gm, profile, rules).place()
-
-
-def units_of(gm: fx.GraphModule, fuses: Sequence[tuple[str, ...]]) -> list[Unit]:
-    """The graph as units, chains of kinds in ``fuses`` as one each, in graph order."""
-    of_data = reading_data(gm)
-    ops = [op for op in ops_of(gm) if op.node.op in ("placeholder", "call_function") and not _is_part(op)]
-    found = [_unit(op, of_data) for op in ops]
-    by_op = {op: unit for unit in found for op in unit.ops}
-    gone: set[Op] = set()
-    made: list[Unit] = []
-    for unit in found:
-        if unit.first in gone:
-            continue
-        for chain in sorted(fuses, key=len, reverse=True):
-            links = _chain(unit, chain, by_op)
-            if links is not None:
-                inside = {output for link in links[:-1] for output in link.outputs}
-                edges = tuple(edge for link in links for edge in link.edges if edge[1] not in inside)
-                gone |= {op for link in links[1:] for op in link.ops}
-                unit = Unit(unit.kind, tuple(op for link in links for op in link.ops), edges, links[-1].outputs)
-                break
-        made.append(unit)
-    return made
-
-
-def _chain(unit: Unit, chain: tuple[str, ...], by_op: Mapping[Op, Unit]) -> list[Unit] | None:
-    """``unit`` and those after it, if they are of these kinds and nothing else reads what goes between them."""
-    links = [unit]
-    if unit.kind != chain[0]:
-        return None
-    for kind in chain[1:]:
-        last = links[-1]
-        users = last.outputs[0].users if len(last.outputs) == 1 else []
-        follower = by_op.get(users[0]) if len(users) == 1 else None
-        if follower is None or follower.kind != kind:
-            return None
-        links.append(follower)
-    return links
-
-
-def _is_part(op: Op) -> bool:
-    return getattr(op.node.target, "__name__", "") == "getitem"
-
-
-def reading_data(gm: fx.GraphModule) -> set[fx.Node]:
-    """The nodes whose elements depend on those of an input; others are known once the sizes are."""
-    found = set[fx.Node]()
-    for node in gm.graph.nodes:
-        is_size = isinstance(effect(view(node)), ReadsShape)
-        if node.op == "placeholder" or (not is_size and any(read in found for read in node.all_input_nodes)):
-            found.add(node)
-    return found
-
-
-def _unit(op: Op, of_data: set[fx.Node]) -> Unit:
-    parts = tuple(user for user in op.users if _is_part(user))
-    outputs = tuple(part for part in parts if is_float(part)) if parts else ((op,) if is_float(op) else ())
-    kind = kind_of(op)
-    if kind == LINEAR and isinstance(op, Weighted) and op.weight_op.node in of_data:
-        kind = "MatMul"
-    inputs = [x for x in activations_of(op) if not _is_quantized(x)] if op.node.op == "call_function" else []
-    return Unit(kind, (op,), tuple((op, x) for x in inputs), outputs)
-
-
-def _is_quantized(x: Op) -> bool:
-    return isinstance(x, Dequantize) and isinstance(x.codes, Quantize)
 
 
 def _is_of_integers(node: fx.Node) -> bool:
@@ -204,7 +108,8 @@ class _Placer:
                     was = quants[groups(output)]
                     quants[groups(output)] = replace(was, format=types.output)
                     if self._asked(output) is not None:
-                        self.notes[f"{unit.name}: gives {types.output}, not {was.format}, on {self.profile.name}"] = None
+                        told = f"{unit.name}: gives {types.output}, not {was.format}, on {self.profile.name}"
+                        self.notes[told] = None
         for x in self._in_order({*everywhere, *edges}):
             root = groups(x)
             grid = self._fixed(x, quants[root].format, running)
@@ -233,7 +138,7 @@ class _Placer:
                 grid = grid_of((x, format), replace(quant, format=format))
                 made.append(Quantizer(x, tuple(reading), grid, name, role, again=x in everywhere))
         for unit, types in chosen:  # gains of norms
-            if types.weight is None or unit.kind in _LAYERS:
+            if types.weight is None or unit.kind in WITH_WEIGHT:
                 continue
             names = {argument.name for argument in unit.first.schema()}
             gain = Param.of(unit.first.argument("weight")) if "weight" in names else None
@@ -248,7 +153,7 @@ class _Placer:
         """What parameters hold, and what moves elements of these alone: what else depends on sizes alone is computed
         from them in float, and is quantized as the constant that it is.
         """
-        found = {op for op in self.order if isinstance(op, Param)}
+        found = set[Op](op for op in self.order if isinstance(op, Param))
         for unit in self.units:
             rule = self.profile.ops.get(unit.kind)
             if rule is not None and rule.output == "same" and unit.edges and all(x in found for _, x in unit.edges):
@@ -268,7 +173,7 @@ class _Placer:
         decided = [rule_for(self.rules, kind_of(op), module_of(op)) for op in unit.ops]
         if any(one is not None and one.quant is None for one in decided) or (self.rules and not any(decided)):
             return False
-        if unit.kind not in _LAYERS:
+        if unit.kind not in WITH_WEIGHT:
             return bool(unit.edges) and (unit.first.node in self.of_data or unit.outputs[0] in self.held)
         plan = unit.first.node.meta.get(PLAN)
         if not isinstance(plan, Plan) or plan.weight is None or (plan.input is not None and plan.input.dynamic):
@@ -297,7 +202,9 @@ class _Placer:
             return True
         if not any(output in edges for output in unit.outputs):
             return False
-        return placed == "through" or all(x in everywhere or x in firm or x.node not in self.of_data for _, x in unit.edges)
+        if placed == "through":
+            return True
+        return all(x in everywhere or x in firm or x.node not in self.of_data for _, x in unit.edges)
 
     def _demands(self, active: Iterable[Unit]) -> tuple[dict[Op, None], dict[Op, list[Op]]]:
         """The tensors that all read quantized, and those that some read so, with these readers."""
@@ -363,11 +270,11 @@ class _Placer:
         own; then most of its inputs' types, its output's, and the preferred one.
         """
         plan = unit.first.node.meta.get(PLAN)
-        weight = plan.weight if isinstance(plan, Plan) and unit.kind in _LAYERS else None
+        weight = plan.weight if isinstance(plan, Plan) and unit.kind in WITH_WEIGHT else None
         rows = [
             row for row in self._rule(unit).types if weight is None or row.weight is None or _holds(row.weight, weight)
         ]
-        own = self._own_input(unit.first) if unit.kind in _LAYERS else None
+        own = self._own_input(unit.first) if unit.kind in WITH_WEIGHT else None
         wanted = [own.format if own is not None else quants[groups(x)].format for _, x in unit.edges]
         given = [quants[groups(output)].format for output in unit.outputs if groups(output) in quants]
 
@@ -401,7 +308,7 @@ class _Placer:
         if isinstance(x, Param):
             return x.fqn, "value"
         unit = self.producer.get(x)
-        gives = unit is not None and unit.kind in _LAYERS and unit.first.node.meta.get(LAYER)
+        gives = unit is not None and unit.kind in WITH_WEIGHT and unit.first.node.meta.get(LAYER)
         if layers and (as_input or not gives):
             return layers[0], "input"
         if unit is None or unit.kind == INPUT:

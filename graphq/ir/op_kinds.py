@@ -128,7 +128,7 @@ def activations_of(op: Op) -> tuple[Op, ...]:
     without gain and bias.
     """
     if isinstance(op, Weighted):
-        return (op.input_op,)
+        return (op.input_op,) if is_float(op.input_op) else ()
     names = {argument.name for argument in op.schema()}
     own = {"weight", "bias", "running_mean", "running_var"} if "input" in names else set[str]()
     parameters = {op.argument(name) for name in own & names}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, assert_never, final, get_args
 
 from graphq.errors import SpecError
-from graphq.spec.formats import MX_BLOCK, NVFP4_BLOCK, Float, Format, Int, Mx, Nvfp4, TwoLevel, find_format
+from graphq.spec.formats import BIAS_BITS, MX_BLOCK, NVFP4_BLOCK, Float, Format, Int, Mx, Nvfp4, TwoLevel, find_format
 from graphq.spec.numbers import MAX_SIZE, check_size
 from graphq.spec.range_methods import (
     Entropy,
@@ -140,6 +140,8 @@ class Quant:
     arithmetic: Arithmetic = "float32"
 
     def __post_init__(self) -> None:
+        if isinstance(self.format, Int) and self.format.bits == BIAS_BITS:
+            raise SpecError(f"bits: {BIAS_BITS} are those of biases, which a profile decides on; write 2 to 8 or 16")
         if self.arithmetic not in get_args(Arithmetic):
             raise SpecError(f"arithmetic: {self.arithmetic!r} is not one of {', '.join(get_args(Arithmetic))}")
         if self.arithmetic == "source":

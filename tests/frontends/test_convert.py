@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from graphq.errors import SpecError
-from graphq.frontends import DIALECTS, load_spec, write_spec
+from graphq.frontends import DIALECTS, convert_spec, load_spec, write_spec
+from graphq.spec.activations import ActivationRule
 from graphq.spec.constraint import parse_constraint
 from graphq.spec.match import Blocks, Kind, Layer
 from graphq.spec.plan import Plan
@@ -85,3 +86,20 @@ def test_a_flag_of_a_rule_is_kept_or_refused(dialect, word):
     with pytest.raises(SpecError) as caught:
         write_spec(spec, dialect)
     assert any(word in line for line in caught.value.problems), caught.value
+
+
+@pytest.mark.parametrize("dialect", [dialect for dialect in DIALECTS if dialect != "native"])
+def test_what_is_said_of_tensors_between_layers_is_refused_by_name(dialect):
+    u8 = parse_quant("uint8/tensor")
+    rule = Rule(Kind("linear"), Plan(parse_quant("int8/channel"), u8, u8))
+    spec = Spec((rule,), activations=(ActivationRule(u8),), profile="ort-cpu")
+    wanted = (
+        f"{dialect} cannot say activations; leave them out",
+        f"{dialect} cannot say profile: ort-cpu; leave it out",
+        f"kind:linear: output uint8/tensor: {dialect} cannot say an output; leave it out",
+    )
+    for write in (write_spec, lambda spec, dialect: convert_spec(spec, dialect, adapt=True)):
+        with pytest.raises(SpecError) as caught:
+            write(spec, dialect)
+        assert caught.value.problems == wanted
+    assert load_spec(write_spec(spec, "native")) == spec

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from graphq.errors import SpecError
 from graphq.frontends import load_spec, native, print_spec
 from graphq.frontends.yaml_text import read_text
+from graphq.spec.activations import ActivationRule
 from graphq.spec.folds import EVERYWHERE, SUBGRAPHS, Folds, kinds_among
-from graphq.spec.formats import Int
+from graphq.spec.formats import Int, parse_format
 from graphq.spec.match import KINDS, Blocks, Exact, Glob, Kind, Name, Part, Regex
 from graphq.spec.plan import ACTIVATION_BITS, KeepFloat, Plan
 from graphq.spec.quant import PerChannel, PerGroup, PerTensor, PerToken, Quant, parse_quant
@@ -36,8 +37,19 @@ WEIGHTS = st.builds(
 )
 TOKEN = st.builds(Quant, formats(st.sampled_from(ACTIVATION_BITS)), st.just(PerToken()), st.just(True))
 INPUTS = TOKEN | st.builds(Quant, formats(st.sampled_from(ACTIVATION_BITS)), st.just(PerTensor()), st.booleans())
+TENSORS = st.builds(
+    Quant, st.sampled_from([parse_format(f) for f in ("uint8", "int8", "int8/asym", "uint16")]), st.just(PerTensor())
+)
+ACTIVATIONS = st.builds(
+    ActivationRule,
+    st.none() | TENSORS,
+    st.lists(st.text(), max_size=2).map(tuple),
+    st.text() | st.just("*"),
+)
 PLANS = (
-    st.builds(Plan, WEIGHTS, st.none() | INPUTS) | st.builds(Plan, st.none(), INPUTS) | st.builds(Plan, WEIGHTS, INPUTS)
+    st.builds(Plan, WEIGHTS, st.none() | INPUTS, st.none() | TENSORS)
+    | st.builds(Plan, st.none(), INPUTS)
+    | st.builds(Plan, WEIGHTS, INPUTS)
 )
 PATHS = st.from_regex(r"[\w-]+(\.[\w-]+)*", fullmatch=True)
 INDICES = st.none() | st.lists(st.integers(0, 70), min_size=1, unique=True).map(tuple)
@@ -99,6 +111,8 @@ SPECS = st.builds(
     pipeline=st.sampled_from(["sequential", "independent"]),
     prefix=st.sampled_from(["quantized", "float"]),
     run=RUNS,
+    activations=st.lists(ACTIVATIONS, max_size=3).map(tuple),
+    profile=st.just("") | st.text(min_size=1),
 )
 
 
@@ -249,6 +263,35 @@ prefix: float
     assert load_spec({"graphq": 1, "input": "int8/tensor"}).rules[0].source == "input"
 
 
+def test_activations_that_can_be_written():
+    text = """\
+graphq: 1
+weight: int8/channel
+input: uint8/tensor
+output: uint16/tensor
+activations:
+  - quant: uint8/tensor
+  - {quant: uint16/tensor/percentile99, op: [Softmax, Sigmoid]}
+  - {float: true, op: Add, module: 'head.*'}
+  - {float: true, module: ''}
+profile: qnn-htp
+"""
+    spec = parse(text)
+    assert spec.rules[0].decision == Plan(*map(parse_quant, ("int8/channel", "uint8/tensor", "uint16/tensor")))
+    assert spec.activations == (
+        ActivationRule(parse_quant("uint8/tensor")),
+        ActivationRule(parse_quant("uint16/tensor/percentile99"), ("Softmax", "Sigmoid")),
+        ActivationRule(None, ("Add",), "head.*"),
+        ActivationRule(None, (), ""),
+    )
+    assert spec.profile == "qnn-htp"
+    assert [rule.source for rule in spec.activations] == [f"activations[{i}] (line {6 + i})" for i in range(4)]
+    assert parse(print_spec(spec)) == spec
+    short = parse("graphq: 1\nweight: int8/channel\nactivations: uint8/tensor")
+    assert short.activations == (ActivationRule(parse_quant("uint8/tensor")),)
+    assert short.activations[0].source == "activations (line 3)"
+
+
 @pytest.mark.parametrize(("keep", "expected"), [("float: true", True), ("weight: int8/channel", False)])
 def test_only_a_pattern_that_keeps_float_may_match_nothing(keep, expected):
     rules = parse(f"graphq: 1\nrules: [{{match: '*.a', {keep}}}, {{match: a, {keep}}}, {{match: =a, {keep}}}]").rules
@@ -309,6 +352,24 @@ FORM = (
             "3:algorithms[4]: a mapping is neither a name nor a mapping of one name to its options",
         ]),
         ("graphq: 1\nweight: int8/channel\nalgorithms:\n- a: {b: .nan}", ["4:algorithms[0].a: b: nan is not a finite number"]),
+        ("graphq: 1\nweight: int32/channel", ["2:weight: bits: 32 are those of biases, which a profile decides on; write 2 to 8 or 16"]),
+        ("graphq: 1\noutput: uint8/tensor", ["2:output: is of layers with a weight or an input: write these, too"]),
+        ("graphq: 1\nweight: int8/channel\noutput: int8/token/dynamic", ["3:output: int8/token/dynamic: tensors between ops have one scale, from calibration; write int8/tensor"]),
+        ("graphq: 1\nrules:\n- {match: a, float: true, output: uint8/tensor}", ["3:rules[0].output: the rule keeps layers float: write either this or float"]),
+        ("graphq: 1\nrules:\n- {match: a, output: uint8/tensor}", ["3:rules[0]: decides nothing: write weight, input or float"]),
+        ("graphq: 1\nweight: int8/channel\nprofile: 3\nactivations: 3", ["4:activations: 3 is not a list: a quant for all tensors, or a list of rules", "3:profile: 3 is not a string"]),
+        ("graphq: 1\nweight: int8/channel\nactivations: int4/tensor", ["3:activations: int4/tensor: tensors between ops hold integers of 8 or 16 bits"]),
+        ("graphq: 1\nweight: int8/channel\nactivations: []", ["3:activations: is empty; leave it out"]),
+        ("graphq: 1\nweight: int8/channel\nactivations:\n- uint8/tensor\n- {op: Add}\n- {quant: uint8/tensor, float: true}\n- {quant: uint8, op: [1]}\n- {float: true, op: []}\n- {quant: uint8/channel}\n- {quant: uint8/tensor, kind: Add, module: 3}", [
+            "4:activations[0]: 'uint8/tensor' is not a mapping with quant or float, and op or module",
+            "5:activations[1]: decides nothing: write quant, or float: true",
+            "6:activations[2]: write quant or float",
+            "7:activations[3].op: a list is not the kind of an op, such as Softmax, or a list of them",
+            "8:activations[4].op: a list is not the kind of an op, such as Softmax, or a list of them",
+            "9:activations[5].quant: uint8/channel: tensors between ops have one scale, from calibration; write uint8/tensor",
+            "10:activations[6].kind: unknown key",
+            "10:activations[6].module: 3 is not a string",
+        ]),
         ("graphq: 1\nweight: int8/chanel\ncache: fp8\nrules:\n- {match: a, flaot: true}\nweight: int8/tensor", [
             "6:weight: the key stands twice, first in line 2",
             f"2:weight: 'int8/chanel' {FORM}",

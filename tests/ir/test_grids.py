@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from torch import Tensor, fx, nn
 
-from graphq.ir.grids import Placement, place, units_of
+from graphq.ir.grids import Placement, place
+from graphq.ir.units import units_of
 from graphq.passes.annotate import Annotate
 from graphq.passes.fold_batch_norm import FoldBatchNorm
 from graphq.spec.activations import ActivationRule
@@ -34,16 +35,16 @@ def layer(output: Output = "required", **options: Any) -> OpRule:
 
 
 def table(fuses: Sequence[tuple[str, ...]] = (), **ops: OpRule) -> Profile:
-    return Profile(
-        "test", "a test", int_activations("uint8", "uint16"), parse_quant("int8/channel"), ops, tuple(fuses)
-    )
+    return Profile("test", "a test", int_activations("uint8", "uint16"), parse_quant("int8/channel"), ops, tuple(fuses))
 
 
 def graph(model: nn.Module, *inputs: Tensor, **plans: Plan) -> fx.GraphModule:
     """The graph, every layer in int8 by channel with uint8 inputs; ``plans``: of other layers, by name."""
     gm = capture(model, *inputs)
     FoldBatchNorm().run(gm)
-    rules = [Rule(parse_match("*"), Plan(parse_quant("int8/channel"), parse_quant("uint8/tensor")), may_match_nothing=True)]
+    rules = [
+        Rule(parse_match("*"), Plan(parse_quant("int8/channel"), parse_quant("uint8/tensor")), may_match_nothing=True)
+    ]
     rules += [Rule(parse_match(name.replace("__", ".")), plan) for name, plan in plans.items()]
     Annotate(Spec(tuple(rules)), placed=True).run(gm)
     return gm
@@ -61,7 +62,9 @@ def text(found: Placement) -> str:
     return "\n".join([*lines, *(f"note: {note}" for note in found.notes)]) + "\n"
 
 
-def placed(profile: Profile, model: nn.Module, *inputs: Tensor, rules: Sequence[ActivationRule] = (), **plans: Plan) -> str:
+def placed(
+    profile: Profile, model: nn.Module, *inputs: Tensor, rules: Sequence[ActivationRule] = (), **plans: Plan
+) -> str:
     return text(place(graph(model, *inputs, **plans), profile, rules))
 
 

@@ -13,6 +13,7 @@ from graphq.errors import SpecError
 from graphq.numerics import elements
 from graphq.spec import formats
 from graphq.spec.formats import (
+    BIAS_BITS,
     INT_BITS,
     NAMED_FORMATS,
     Divisor,
@@ -69,9 +70,20 @@ def test_every_bit_width_of_integers() -> None:
             accepted.append(Int(bits).bits)
         except SpecError:
             continue
-    assert accepted == [*INT_BITS]
+    assert accepted == [*INT_BITS, BIAS_BITS]
     assert {(f.bits, f.symmetric) for f in test_integers.FORMATS} == {(b, s) for b in INT_BITS for s in (True, False)}
     assert {format.divisor for format in test_integers.FORMATS} == set(get_args(Divisor))
+
+
+def test_no_spec_asks_for_the_bits_of_a_bias() -> None:
+    """So that weights, activations and ``graphq.encode`` never have them; tests/passes/test_quantize_biases.py does."""
+    with pytest.raises(
+        SpecError, match=r"^bits: 32 are those of biases, which a profile decides on; write 2 to 8 or 16$"
+    ):
+        parse_quant("int32/tensor")
+    for other in ({"symmetric": False}, {"divisor": "half"}, {"signed": False, "symmetric": False}):
+        with pytest.raises(SpecError, match="bits: 32 are those of a bias, whose codes are signed and symmetric"):
+            Int(BIAS_BITS, **other)
 
 
 @pytest.mark.parametrize("format", [*NAMED_FORMATS.values(), *(Int(bits) for bits in INT_BITS)], ids=str)
