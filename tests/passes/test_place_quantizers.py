@@ -1,0 +1,286 @@
+"""Observers where quantizers will stand, and the QDQ form that they become: for all readers, for some, and again."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from expecttest import assert_expected_inline
+from torch import Tensor, fx, nn
+
+import graphq
+from graphq.capture.source import source_of
+from graphq.ir.pipeline import Pipeline
+from graphq.ir.text import dump
+from graphq.ir.views import Dequantize, Quantize, ops_of
+from graphq.lowering.profiles import PROFILES
+from graphq.observers.ranges import GridObserver
+from graphq.passes.annotate import Annotate
+from graphq.passes.calibrate import Calibrate
+from graphq.passes.observe import observers
+from graphq.passes.place_quantizers import PlaceQuantizers
+from graphq.passes.quantize_activations import QuantizeActivations
+from graphq.spec.activations import ActivationRule
+from graphq.spec.match import parse_match
+from graphq.spec.plan import Plan
+from graphq.spec.profile import FixedGrid, OpRule, Profile, int_activations, op_types
+from graphq.spec.quant import parse_quant
+from graphq.spec.rules import Rule, Spec
+from graphq.state import tensor_of
+from tests.graphs import assert_vals, run
+from tests.models import capture, captured, random_inputs
+
+TYPES = op_types("uint8 -> uint8", "uint16 -> uint16")
+X = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
+EVERY_OP = OpRule(TYPES)
+MOVES = OpRule(TYPES, "same")
+
+
+def table(**ops: OpRule) -> Profile:
+    return Profile("test", "a test", int_activations("uint8", "uint16"), parse_quant("int8/channel"), ops)
+
+
+def place(gm: fx.GraphModule, profile: Profile, *rules: ActivationRule, notes: list[str] | None = None) -> int:
+    """How many changes placing makes."""
+    plan = Plan(parse_quant("int8/channel"), parse_quant("uint8/tensor"))
+    Annotate(Spec((Rule(parse_match("*"), plan, may_match_nothing=True),)), placed=True).run(gm)
+    placing = PlaceQuantizers(profile, rules, None if notes is None else notes.append)
+    return Pipeline([placing], strict=True).run(gm)["place-quantizers"]
+
+
+def quantized(
+    gm: fx.GraphModule, profile: Profile, *batch: Tensor, rules: tuple[ActivationRule, ...] = ()
+) -> fx.GraphModule:
+    place(gm, profile, *rules)
+    Pipeline([Calibrate(), QuantizeActivations()], strict=True).run(gm, [batch])
+    return gm
+
+
+class Sums(nn.Module):
+    """A table that is added, numbers that are added and multiplied by, and a concatenation with itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x + self.table
+        y = 1 - y * 0.5
+        return torch.cat([y, y.sin()], -1)
+
+
+def test_golden() -> None:
+    gm = capture(Sums(), X)
+    assert place(gm, table(Add=EVERY_OP, Sub=EVERY_OP, Mul=EVERY_OP, Concat=MOVES)) == 11
+    assert_expected_inline(dump(gm), """\
+%x: f32[batch, 4] = input
+%1: f32[4] = @observers.1(@table)
+%2: f32[batch, 4] = @observers.0(%x)
+%3: f32[batch, 4] = aten.add.Tensor(%2, %1)
+%4: f32[] = @observers.3(@numbers.0)
+%5: f32[batch, 4] = @observers.2(%3)
+%6: f32[batch, 4] = aten.mul.Tensor(%5, %4)
+%7: f32[] = @observers.5(@numbers.1)
+%8: f32[batch, 4] = @observers.4(%6)
+%9: f32[batch, 4] = aten.sub.Tensor(%7, %8)
+%10: f32[batch, 4] = @observers.6(%9)
+%11: f32[batch, 4] = aten.sin(%10)
+%12: f32[batch, 4] = @observers.7(%11)
+%13: f32[batch, 8] = aten.cat([%10, %12], -1)
+%14: f32[batch, 8] = @observers.8(%13)
+return [%14]
+""")
+    assert_vals(gm, X)
+    assert torch.equal(run(gm, X), run(capture(Sums(), X), X))  # observers give what they are given
+
+
+def test_golden_of_the_qdq_form() -> None:
+    gm = quantized(capture(Sums(), X), table(Add=EVERY_OP, Sub=EVERY_OP, Mul=EVERY_OP, Concat=MOVES), X)
+    assert_expected_inline(dump(gm), """\
+%x: f32[batch, 4] = input
+%1: f32[4] = graphq.dequantize(@table.weight, @table.weight_scale, @table.weight_zero_point, None, 'uint8', [-1], f32)
+%2: u8[batch, 4] = graphq.quantize(%x, @x.value_scale, @x.value_zero_point, None, 'uint8', [-1, -1])
+%3: f32[batch, 4] = graphq.dequantize(%2, @x.value_scale, @x.value_zero_point, None, 'uint8', [-1, -1], f32)
+%4: f32[batch, 4] = aten.add.Tensor(%3, %1)
+%5: f32[] = graphq.dequantize(@numbers.0.weight, @numbers.0.weight_scale, @numbers.0.weight_zero_point, None, 'uint8', [], f32)
+%6: u8[batch, 4] = graphq.quantize(%4, @Add.output_scale, @Add.output_zero_point, None, 'uint8', [-1, -1])
+%7: f32[batch, 4] = graphq.dequantize(%6, @Add.output_scale, @Add.output_zero_point, None, 'uint8', [-1, -1], f32)
+%8: f32[batch, 4] = aten.mul.Tensor(%7, %5)
+%9: f32[] = graphq.dequantize(@numbers.1.weight, @numbers.1.weight_scale, @numbers.1.weight_zero_point, None, 'uint8', [], f32)
+%10: u8[batch, 4] = graphq.quantize(%8, @Mul.output_scale, @Mul.output_zero_point, None, 'uint8', [-1, -1])
+%11: f32[batch, 4] = graphq.dequantize(%10, @Mul.output_scale, @Mul.output_zero_point, None, 'uint8', [-1, -1], f32)
+%12: f32[batch, 4] = aten.sub.Tensor(%9, %11)
+%13: u8[batch, 4] = graphq.quantize(%12, @Sub.output_scale, @Sub.output_zero_point, None, 'uint8', [-1, -1])
+%14: f32[batch, 4] = graphq.dequantize(%13, @Sub.output_scale, @Sub.output_zero_point, None, 'uint8', [-1, -1], f32)
+%15: f32[batch, 4] = aten.sin(%14)
+%16: u8[batch, 4] = graphq.quantize(%15, @Sub.output_scale, @Sub.output_zero_point, None, 'uint8', [-1, -1])
+%17: f32[batch, 4] = graphq.dequantize(%16, @Sub.output_scale, @Sub.output_zero_point, None, 'uint8', [-1, -1], f32)
+%18: f32[batch, 8] = aten.cat([%14, %17], -1)
+%19: u8[batch, 8] = graphq.quantize(%18, @Sub.output_scale, @Sub.output_zero_point, None, 'uint8', [-1, -1])
+%20: f32[batch, 8] = graphq.dequantize(%19, @Sub.output_scale, @Sub.output_zero_point, None, 'uint8', [-1, -1], f32)
+return [%20]
+""")
+    assert_vals(gm, X)
+    wanted = run(capture(Sums(), X), X)
+    assert (run(gm, X) - wanted).abs().max() <= 0.02 * wanted.abs().max()
+
+
+def test_numbers_stay_where_the_op_stays_float() -> None:
+    gm = capture(Sums(), X)
+    assert place(gm, table(Concat=MOVES)) == 3
+    assert not [name for name in gm.state_dict() if name.startswith("numbers")]
+    gm = capture(Sums(), X)
+    place(
+        gm,
+        table(Add=EVERY_OP, Sub=EVERY_OP, Mul=EVERY_OP),
+        ActivationRule(None, ("Mul",)),
+        ActivationRule(parse_quant("uint8/tensor"), ("Sub",)),
+    )
+    assert [float(tensor_of(gm, name)) for name in gm.state_dict() if name.startswith("numbers")] == [1.0]
+
+
+def test_numbers_of_a_division_and_of_scalars() -> None:
+    class Numbers(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.ops.aten.add.Scalar(x, 2) / 4 - 1
+
+    gm = quantized(capture(Numbers(), X), table(Add=EVERY_OP, Sub=EVERY_OP, Div=EVERY_OP), X)
+    wanted = (X + 2) / 4 - 1
+    assert (run(gm, X) - wanted).abs().max() <= 0.01 * wanted.abs().max()
+    assert_vals(gm, X)
+
+
+def test_a_border_is_quantized_again() -> None:
+    class Border(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x.exp() * x).sigmoid()
+
+    wide = ActivationRule(parse_quant("uint16/tensor"), ("Mul",))
+    gm = quantized(
+        capture(Border(), X),
+        table(Exp=EVERY_OP, Mul=EVERY_OP),
+        X,
+        rules=(ActivationRule(parse_quant("uint8/tensor")), wide),
+    )
+    assert_expected_inline(dump(gm), """\
+%x: f32[batch, 4] = input
+%1: u16[batch, 4] = graphq.quantize(%x, @x.value_scale, @x.value_zero_point, None, 'uint16', [-1, -1])
+%2: f32[batch, 4] = graphq.dequantize(%1, @x.value_scale, @x.value_zero_point, None, 'uint16', [-1, -1], f32)
+%3: u8[batch, 4] = graphq.quantize(%x, @x.input0.value_scale, @x.input0.value_zero_point, None, 'uint8', [-1, -1])
+%4: f32[batch, 4] = graphq.dequantize(%3, @x.input0.value_scale, @x.input0.value_zero_point, None, 'uint8', [-1, -1], f32)
+%5: f32[batch, 4] = aten.exp(%4)
+%6: u8[batch, 4] = graphq.quantize(%5, @Exp.output_scale, @Exp.output_zero_point, None, 'uint8', [-1, -1])
+%7: f32[batch, 4] = graphq.dequantize(%6, @Exp.output_scale, @Exp.output_zero_point, None, 'uint8', [-1, -1], f32)
+%8: u16[batch, 4] = graphq.quantize(%7, @Exp.input0.output_scale, @Exp.input0.output_zero_point, None, 'uint16', [-1, -1])
+%9: f32[batch, 4] = graphq.dequantize(%8, @Exp.input0.output_scale, @Exp.input0.output_zero_point, None, 'uint16', [-1, -1], f32)
+%10: f32[batch, 4] = aten.mul.Tensor(%9, %2)
+%11: u16[batch, 4] = graphq.quantize(%10, @Mul.output_scale, @Mul.output_zero_point, None, 'uint16', [-1, -1])
+%12: f32[batch, 4] = graphq.dequantize(%11, @Mul.output_scale, @Mul.output_zero_point, None, 'uint16', [-1, -1], f32)
+%13: f32[batch, 4] = aten.sigmoid(%12)
+return [%13]
+""")
+    assert_vals(gm, X)
+
+
+def test_a_constant_that_several_ops_read_has_codes_for_each_grid() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.empty(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x + self.table) * self.table + self.table.sin()
+
+    gm = quantized(capture(Twice(), X), table(Add=EVERY_OP, Mul=EVERY_OP), X)
+    wanted = run(capture(Twice(), X), X)
+    assert (run(gm, X) - wanted).abs().max() <= 0.02 * wanted.abs().max()
+    assert tensor_of(gm, "table").dtype == torch.float32  # which the sine reads
+    codes = [op for op in ops_of(gm) if isinstance(op, Dequantize) and not isinstance(op.codes, Quantize)]
+    assert {op.format for op in codes} == {"uint8"}
+    assert_vals(gm, X)
+
+
+def test_a_fixed_grid_is_what_the_table_says() -> None:
+    class Soft(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.softmax(-1).reshape(-1)
+
+    rule = OpRule(TYPES, grids={"uint8": FixedGrid(1 / 256, 0)})
+    gm = quantized(capture(Soft(), X), table(Softmax=rule, Reshape=MOVES), X * 0.01)
+    scales = {
+        str(op.scale): (float(tensor_of(gm, op.scale.fqn)), int(tensor_of(gm, op.zero_point.fqn)))
+        for op in ops_of(gm)
+        if isinstance(op, Quantize)
+    }  # type: ignore[union-attr]
+    assert [*scales.values()][1:] == [(1 / 256, 0)]
+    assert tensor_of(gm, "Softmax.output_zero_point").dtype == torch.uint8
+
+
+def test_caches_are_on_one_grid_in_and_out() -> None:
+    """What a step leaves is what the next one reads: codes go from one to the other."""
+    gm = captured("opt")
+    profile = table(Concat=MOVES, MatMul=OpRule(op_types("uint8 x uint8 -> uint8")))
+    notes: list[str] = []
+    place(gm, profile, notes=notes)
+    grids = {op.node.all_input_nodes[0].name: one.grid for op, one in observers(gm) if isinstance(one, GridObserver)}
+    source = source_of(gm)
+    assert source.caches
+    outputs = next(node for node in gm.graph.nodes if node.op == "output").args[0]
+    inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    for pair in source.caches:
+        past = inputs[[i.name for i in source.inputs].index(pair.past)]
+        present = outputs[list(source.outputs).index(pair.present)]
+        assert grids[past.name] == grids[present.all_input_nodes[0].name], pair
+    assert len({grids[i.name].number for i in inputs if i.name in grids}) == len(source.caches)
+
+
+def test_notes_of_what_could_not_be_had() -> None:
+    notes: list[str] = []
+    profile = table(Sigmoid=OpRule(op_types("uint8 -> uint8")))
+    place(capture(nn.Sigmoid(), X), profile, ActivationRule(parse_quant("uint16/tensor")), notes=notes)
+    assert notes == ["Sigmoid: gives uint8, not uint16, on test"]
+
+
+def test_masked_tokens_have_no_part_in_a_grid() -> None:
+    """What stands in masked places does not matter, and one of all is not the one of the valid."""
+
+    def scales(seed: int, masked: bool) -> dict[str, Tensor]:
+        gm = captured("bert")
+        names = [given.name for given in source_of(gm).inputs]
+        batch = dict(zip(names, random_inputs(gm), strict=True))
+        batch["attention_mask"][:, 4:] = 0
+        other = torch.randint(0, 100, batch["input_ids"].shape, generator=torch.Generator().manual_seed(seed))
+        batch["input_ids"][:, 4:] = other[:, 4:]
+        if not masked:
+            batch["attention_mask"][:] = 1
+        place(gm, PROFILES["ort-cpu"])
+        Pipeline([Calibrate(), QuantizeActivations()]).run(gm, [tuple(batch.values())])
+        return {name: t for name, t in gm.state_dict().items() if name.endswith(("input_scale", "output_scale"))}
+
+    one, two, all_valid = scales(1, True), scales(2, True), scales(1, False)
+    assert len(one) > 6
+    inside = [name for name in one if "pooler" not in name and "classifier" not in name]
+    assert all(torch.equal(one[name], two[name]) for name in inside)
+    assert not all(torch.equal(one[name], all_valid[name]) for name in inside)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("profile", ["generic-int8", "ort-cpu"])
+def test_models_of_other_dtypes(dtype: torch.dtype, profile: str) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.b(F.relu(self.a(x)) * 0.5).softmax(-1)
+
+    torch.manual_seed(0)
+    model, x = Two().to(dtype), X.to(dtype)
+    made = graphq.compile(model, profile=profile, inputs=x, calibration=[x])
+    wanted, found = model(x), made(x)
+    assert isinstance(found, Tensor)
+    assert found.dtype == dtype
+    assert (found - wanted).abs().max() <= 0.05
+    made.graph.recompile()
+    with torch.no_grad():
+        assert (made.graph(x)[0] - found).abs().max() <= 0.02
+    assert_vals(made.graph, x)
