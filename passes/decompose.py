@@ -9,13 +9,15 @@ import torch
 from torch import fx
 
 from graphq.ir import edit
+from graphq.ir.effect_table import effect
+from graphq.ir.effects import Adds, Copies, Moves, ReadsShape
 from graphq.ir.op_kinds import kind_of
 from graphq.ir.pipeline import Batches, Pass
 from graphq.ir.views import Op, ops_of, view
+from graphq.observers.ranges import BELOW
 from graphq.spec.profile import Profile
 
 aten = torch.ops.aten
-_HIDDEN: Final = -50.0  # what is added to a masked score: e^-50 of a weight is none, and 8 bits still tell scores apart
 
 
 @final
@@ -72,15 +74,51 @@ def _attention(gm: fx.GraphModule, op: Op, by: str) -> Op | None:
             gm, op, aten.ones.default, sizes, by=by, like=op, options={"dtype": torch.bool, "device": query.val.device}
         )
         mask = insert(aten.tril.default, ones)
-    if mask is not None:
+    if mask is not None and not is_true_throughout(mask):
         if mask.val.dtype == torch.bool:
             hidden = insert(aten.bitwise_not.default, mask)
             number = edit.insert(
                 gm, op, aten._to_copy.default, hidden, by=by, like=op, options={"dtype": scores.val.dtype}
             )
-            mask = insert(aten.mul.Tensor, number, _HIDDEN)
+            mask = insert(aten.mul.Tensor, number, -BELOW)
         scores = insert(aten.add.Tensor, scores, mask)
     return insert(aten.matmul.default, insert(aten.softmax.int, scores, -1), value)
+
+
+def is_true_throughout(op: Op) -> bool:
+    """Whether all elements of a tensor of booleans are known to be true, whatever the sizes: proved from ones, and from
+    integers that are compared with less than the least of them.
+    """
+    node = op.node
+    match effect(op):
+        case Copies() | Moves():
+            return op.val.dtype == torch.bool and is_true_throughout(view(node.all_input_nodes[0]))
+        case ReadsShape(value):
+            return op.val.dtype == torch.bool and value == 1.0
+        case _:
+            pass
+    if node.target in (aten.__and__.Tensor, aten.bitwise_and.Tensor, aten.logical_and.default):
+        return all(isinstance(one, fx.Node) and is_true_throughout(view(one)) for one in node.args)
+    if node.target is aten.ge.Scalar:
+        least = _least(_operand(op, "self"))
+        return least is not None and least >= float(op.argument("other"))
+    return False
+
+
+def _least(op: Op | None) -> float | None:
+    """What no element of a tensor of integers is below, where that is known."""
+    if op is None or op.val.dtype.is_floating_point:
+        return None
+    if op.node.target is aten.arange.default:
+        return 0.0
+    match effect(op):
+        case Copies() | Moves():
+            return _least(view(op.node.all_input_nodes[0]))
+        case Adds() if op.node.target is aten.add.Tensor and isinstance(op.argument("other"), int):
+            least = _least(_operand(op, "self"))
+            return None if least is None else least + float(op.argument("other") * op.argument("alpha"))
+        case _:
+            return None
 
 
 def _silu(gm: fx.GraphModule, op: Op, by: str) -> Op:
@@ -96,6 +134,6 @@ def _operand(op: Op, name: str) -> Op | None:
 
 # The kinds that an op falls into, and what spells it so.
 _DECOMPOSITIONS: Final[Mapping[str, tuple[tuple[str, ...], Callable[[fx.GraphModule, Op, str], Op | None]]]] = {
-    "Attention": (("MatMul", "Mul", "Softmax"), _attention),
+    "Attention": (("MatMul", "Mul", "Add", "Softmax"), _attention),
     "Silu": (("Sigmoid", "Mul"), _silu),
 }

@@ -187,7 +187,7 @@ def check_all(seeds: Iterable[int], tmp_path: Path, onnx: Callable[[int], bool])
 
 
 def test_quantizers_stand_where_the_profile_says(tmp_path: Path) -> None:
-    check_all(range(20), tmp_path, lambda seed: seed % 10 in (4, 5))
+    check_all(range(20), tmp_path, lambda seed: seed % 10 == 4)
 
 
 @pytest.mark.slow

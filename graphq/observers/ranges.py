@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import assert_never, final
+from typing import Final, assert_never, final
 
 import torch
 from torch import Tensor
@@ -285,14 +285,20 @@ class OfmrWeightObserver(RangeObserver):
         return Scales(found.gather(0, least[None]).view_as(self.like))
 
 
+HIDDEN: Final = -1e8  # what is as low hides a score from a softmax; activations are not, and float16 holds none
+BELOW: Final = 50.0  # how far below all that is visible hidden scores have to be: e^-50 of a weight is none
+
+
 @final
 class GridObserver(Observer):
     """The range of a tensor that is to be on a grid, which several tensors may share.
 
+    Of elements that hide others (``HIDDEN``, such as -inf) it holds so much that they stay ``BELOW`` all the rest.
     ``moved``: everything that it holds was on the grid before, so that nothing is to be seen of it.
     """
 
     axis = None
+    hides: Tensor
 
     def __init__(self, grid: Grid, layer: str, role: str, moved: bool = False) -> None:
         super().__init__((layer,))
@@ -301,13 +307,19 @@ class GridObserver(Observer):
         self.moved = moved or grid.fixed is not None
         self.ranges = observer_for(grid.quant, (layer,), lambda: ())
         self.ranges.role = role
+        self.register_buffer("hides", torch.tensor(False))
 
     @property
     def has_observed(self) -> bool:
-        return self.moved or self.ranges.has_observed
+        return self.moved or self.ranges.has_observed or bool(self.hides)
 
     def update(self, x: Tensor, *rest: Tensor) -> None:
-        if not self.moved:
+        if self.moved:
+            return
+        if bool((x <= HIDDEN).any()):
+            self.hides.fill_(True)
+            x = x[x > HIDDEN]
+        if x.numel():
             self.ranges.update(x, *rest)
 
     def settings(self) -> tuple[object, ...]:
@@ -317,19 +329,21 @@ class GridObserver(Observer):
         assert isinstance(later, GridObserver)
         if later.moved:
             return
-        if self.moved:
+        self.hides |= later.hides
+        if self.moved or not self.ranges.has_observed:
             self.ranges, self.moved = later.ranges, False
-        else:
+        elif later.ranges.has_observed:
             self.ranges.absorb(later.ranges)
 
     def scales(self) -> Scales:
         """The scale and zero point of the grid."""
         fixed, format = self.grid.fixed, self.grid.quant.format
-        if fixed is None:
-            return self.ranges.scales()
         assert isinstance(format, Int)
-        zero_point = None if format.symmetric else torch.tensor(fixed.zero_point, dtype=code_dtype(format))
-        return Scales(torch.tensor(fixed.scale), zero_point)
+        if fixed is not None:
+            zero_point = None if format.symmetric else torch.tensor(fixed.zero_point, dtype=code_dtype(format))
+            return Scales(torch.tensor(fixed.scale), zero_point)
+        low, high = self.ranges.extremes() if self.ranges.has_observed else (torch.zeros(()), torch.zeros(()))
+        return Scales(*from_extremes(low.clamp(max=0) - BELOW if self.hides else low, high, format))
 
 
 def observer_for(quant: Quant, layers: tuple[str, ...], maps: Callable[[], Sequence[OutputMap]]) -> RangeObserver:

@@ -70,7 +70,9 @@ class Sums(nn.Module):
 def test_golden() -> None:
     gm = capture(Sums(), X)
     assert place(gm, table(Add=EVERY_OP, Sub=EVERY_OP, Mul=EVERY_OP, Concat=MOVES)) == 11
-    assert_expected_inline(dump(gm), """\
+    assert_expected_inline(
+        dump(gm),
+        """\
 %x: f32[batch, 4] = input
 %1: f32[4] = @observers.1(@table)
 %2: f32[batch, 4] = @observers.0(%x)
@@ -87,14 +89,17 @@ def test_golden() -> None:
 %13: f32[batch, 8] = aten.cat([%10, %12], -1)
 %14: f32[batch, 8] = @observers.8(%13)
 return [%14]
-""")
+""",
+    )
     assert_vals(gm, X)
     assert torch.equal(run(gm, X), run(capture(Sums(), X), X))  # observers give what they are given
 
 
 def test_golden_of_the_qdq_form() -> None:
     gm = quantized(capture(Sums(), X), table(Add=EVERY_OP, Sub=EVERY_OP, Mul=EVERY_OP, Concat=MOVES), X)
-    assert_expected_inline(dump(gm), """\
+    assert_expected_inline(
+        dump(gm),
+        """\
 %x: f32[batch, 4] = input
 %1: f32[4] = graphq.dequantize(@table.weight, @table.weight_scale, @table.weight_zero_point, None, 'uint8', [-1], f32)
 %2: u8[batch, 4] = graphq.quantize(%x, @x.value_scale, @x.value_zero_point, None, 'uint8', [-1, -1])
@@ -117,7 +122,8 @@ def test_golden_of_the_qdq_form() -> None:
 %19: u8[batch, 8] = graphq.quantize(%18, @Sub.output_scale, @Sub.output_zero_point, None, 'uint8', [-1, -1])
 %20: f32[batch, 8] = graphq.dequantize(%19, @Sub.output_scale, @Sub.output_zero_point, None, 'uint8', [-1, -1], f32)
 return [%20]
-""")
+""",
+    )
     assert_vals(gm, X)
     wanted = run(capture(Sums(), X), X)
     assert (run(gm, X) - wanted).abs().max() <= 0.02 * wanted.abs().max()
@@ -160,7 +166,9 @@ def test_a_border_is_quantized_again() -> None:
         X,
         rules=(ActivationRule(parse_quant("uint8/tensor")), wide),
     )
-    assert_expected_inline(dump(gm), """\
+    assert_expected_inline(
+        dump(gm),
+        """\
 %x: f32[batch, 4] = input
 %1: u16[batch, 4] = graphq.quantize(%x, @x.value_scale, @x.value_zero_point, None, 'uint16', [-1, -1])
 %2: f32[batch, 4] = graphq.dequantize(%1, @x.value_scale, @x.value_zero_point, None, 'uint16', [-1, -1], f32)
@@ -176,7 +184,8 @@ def test_a_border_is_quantized_again() -> None:
 %12: f32[batch, 4] = graphq.dequantize(%11, @Mul.output_scale, @Mul.output_zero_point, None, 'uint16', [-1, -1], f32)
 %13: f32[batch, 4] = aten.sigmoid(%12)
 return [%13]
-""")
+""",
+    )
     assert_vals(gm, X)
 
 
@@ -284,3 +293,43 @@ def test_models_of_other_dtypes(dtype: torch.dtype, profile: str) -> None:
     with torch.no_grad():
         assert (made.graph(x)[0] - found).abs().max() <= 0.02
     assert_vals(made.graph, x)
+
+
+class Hidden(nn.Module):
+    """Attention as it is written out: where a token is padding, something very low is added to its scores."""
+
+    def __init__(self, low: float, way: str) -> None:
+        super().__init__()
+        self.low, self.way = low, way
+
+    def forward(self, q: Tensor, mask: Tensor) -> Tensor:
+        scores = q @ q.transpose(-1, -2)
+        if self.way == "add":
+            scores = scores + (1 - mask)[:, None] * self.low
+        else:
+            scores = scores.masked_fill(mask[:, None] == 0, self.low)
+        return scores.softmax(-1) @ q
+
+
+@pytest.mark.parametrize("low", [-1e9, torch.finfo(torch.float32).min, -torch.inf])
+@pytest.mark.parametrize("way", ["add", "fill"])
+def test_what_hides_scores_takes_no_more_of_a_grid_than_it_has_to(low: float, way: str) -> None:
+    if (low, way) == (-torch.inf, "add"):
+        low = -1e30  # 0 times infinity is no number
+    q = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(2))
+    mask = torch.tensor([[1.0, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    model = Hidden(low, way)
+    made = graphq.compile(
+        model,
+        {"graphq": 1, "rules": [{"match": "*", "float": True}], "activations": "uint8/tensor"},
+        inputs={"q": q, "mask": mask},
+        calibration=[{"q": q, "mask": mask}],
+    )
+    found, wanted = made(q=q, mask=mask), model(q, mask)
+    assert isinstance(found, Tensor)
+    assert (found - wanted).abs().max() <= 0.15 * wanted.abs().max()  # scores in steps of a quarter
+    changed = q.clone()
+    changed[1, 3:] += 1
+    hidden = made(q=changed, mask=mask)
+    assert isinstance(hidden, Tensor)
+    assert torch.equal(hidden[1, :3], found[1, :3])  # what is hidden has no part in it

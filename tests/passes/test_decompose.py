@@ -1,0 +1,220 @@
+"""Attention and SiLU as their parts, where a consumer has those and not the whole: the same function."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from expecttest import assert_expected_inline
+from torch import Tensor, fx, nn
+
+from graphq.ir.pipeline import Pipeline
+from graphq.ir.text import dump
+from graphq.ir.views import ops_of, view
+from graphq.lowering.profiles import PROFILES
+from graphq.passes.decompose import Decompose, is_true_throughout
+from graphq.pipelines import canonical_passes
+from graphq.spec.profile import OpRule, Placed, Profile, int_activations, op_types
+from graphq.spec.quant import parse_quant
+from tests.graphs import assert_vals, run, targets
+from tests.models import capture, captured
+
+TYPES = op_types("uint8 -> uint8")
+WHOLE = OpRule(TYPES)
+Q = torch.randn(2, 4, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def table(**ops: OpRule) -> Profile:
+    return Profile("test", "a test", int_activations("uint8"), parse_quant("int8/channel"), ops)
+
+
+PARTS = dict.fromkeys(("MatMul", "Mul", "Add", "Softmax", "Sigmoid"), WHOLE)
+BY_PARTS = table(**PARTS)
+
+
+def decompose(gm: fx.GraphModule, profile: Profile = BY_PARTS) -> int:
+    return Pipeline([Decompose(profile)], strict=True).run(gm)["decompose"]
+
+
+class Attention(nn.Module):
+    """Scaled dot product attention of x, and of x cut to fewer heads, with some of its options."""
+
+    def __init__(self, kv: int = 4, masked: Any = None, **options: Any) -> None:
+        super().__init__()
+        self.kv, self.masked, self.options = kv, masked, options
+
+    def forward(self, q: Tensor) -> Tensor:
+        k = q.flip(2)[:, : self.kv]
+        mask = None if self.masked is None else self.masked(q)
+        return F.scaled_dot_product_attention(q, k, k * 2, attn_mask=mask, **self.options)
+
+
+def hides_some(q: Tensor) -> Tensor:
+    return q[:, :1] @ q[:, :1].transpose(-1, -2) > -1
+
+
+def adds(q: Tensor) -> Tensor:
+    return q[:, :1] @ q[:, :1].transpose(-1, -2)
+
+
+CASES: dict[str, tuple[Attention, float]] = {
+    "plain": (Attention(), 1e-12),
+    "scale": (Attention(scale=0.3), 1e-12),
+    "causal": (Attention(is_causal=True), 1e-12),
+    "booleans": (Attention(masked=hides_some), 1e-12),
+    "numbers": (Attention(masked=adds), 1e-12),
+    "grouped": (Attention(kv=2, enable_gqa=True), 1e-12),
+    "grouped alike": (Attention(enable_gqa=True), 1e-12),
+    "grouped causal": (Attention(kv=1, enable_gqa=True, is_causal=True, scale=1.0), 1e-12),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_same_function(name: str) -> None:
+    model, tolerance = CASES[name]
+    gm = capture(model, Q)
+    wanted = run(gm, Q)
+    assert torch.equal(wanted, model(Q))
+    assert decompose(gm) == 1
+    assert not [target for target in targets(gm) if "attention" in target]
+    assert (run(gm, Q) - wanted).abs().max() <= tolerance
+    assert_vals(gm, Q[:1])
+    assert decompose(gm) == 0
+
+
+def test_golden() -> None:
+    gm = capture(Attention(is_causal=True), Q)
+    decompose(gm)
+    assert_expected_inline(
+        dump(gm),
+        """\
+%q: f64[batch, 4, 5, 8] = input
+%1: f64[batch, 4, 5, 8] = aten.flip(%q, [2])
+%2: f64[batch, 4, 5, 8] = aten.alias(%1)
+%3: f64[batch, 4, 5, 8] = aten.mul.Tensor(%2, 2)
+%4: f64[batch, 4, 5, 8] = aten.mul.Tensor(%q, 0.35355339059327373)
+%5: f64[batch, 4, 8, 5] = aten.transpose.int(%2, -2, -1)
+%6: f64[batch, 4, 5, 5] = aten.matmul(%4, %5)
+%7: int = aten.sym_size.int(%q, -2)
+%8: int = aten.sym_size.int(%2, -2)
+%9: bool[5, 5] = aten.ones([%7, %8], dtype=bool, device=cpu)
+%10: bool[5, 5] = aten.tril(%9)
+%11: bool[5, 5] = aten.bitwise_not(%10)
+%12: f64[5, 5] = aten._to_copy(%11, dtype=f64)
+%13: f64[5, 5] = aten.mul.Tensor(%12, -50.0)
+%14: f64[batch, 4, 5, 5] = aten.add.Tensor(%6, %13)
+%15: f64[batch, 4, 5, 5] = aten.softmax.int(%14, -1)
+%16: f64[batch, 4, 5, 8] = aten.matmul(%15, %3)
+return [%16]
+""",
+    )
+
+
+class Silu(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(x) + 1
+
+
+def test_silu() -> None:
+    gm = capture(Silu(), Q)
+    wanted = run(gm, Q)
+    assert decompose(gm) == 1
+    assert_expected_inline(
+        dump(gm),
+        """\
+%x: f64[batch, 4, 5, 8] = input
+%1: f64[batch, 4, 5, 8] = aten.sigmoid(%x)
+%2: f64[batch, 4, 5, 8] = aten.mul.Tensor(%x, %1)
+%3: f64[batch, 4, 5, 8] = aten.add.Tensor(%2, 1)
+return [%3]
+""",
+    )
+    assert (run(gm, Q) - wanted).abs().max() <= 1e-15
+
+
+def test_what_a_consumer_has_as_one_op_stays() -> None:
+    for whole, model in (("Attention", Attention()), ("Silu", Silu())):
+        assert decompose(capture(model, Q), table(**PARTS, **{whole: WHOLE})) == 0
+
+
+@pytest.mark.parametrize("missing", ["MatMul", "Mul", "Add", "Softmax"])
+def test_attention_stays_where_a_part_would_be_float(missing: str) -> None:
+    places: tuple[Placed, ...] = ("never", "between", "through")
+    others = {kind: rule for kind, rule in PARTS.items() if kind != missing}
+    assert decompose(capture(Attention(), Q), table(**others)) == 0
+    for placed in places:
+        assert decompose(capture(Attention(), Q), table(**others, **{missing: OpRule(TYPES, placed=placed)})) == 0
+
+
+def test_silu_stays_where_a_part_would_be_float() -> None:
+    assert decompose(capture(Silu(), Q), table(Mul=WHOLE)) == 0
+    assert decompose(capture(Silu(), Q), table(Sigmoid=WHOLE)) == 0
+
+
+def test_attention_that_drops_at_random_stays() -> None:
+    gm = capture(Attention(), Q)
+    (op,) = (op for op in ops_of(gm) if "attention" in str(op.node.target))
+    op.node.args = (*op.node.args[:3], None, 0.1)
+    assert decompose(gm) == 0
+
+
+# -- masks that hide nothing -------------------------------------------------------------------------------------------
+
+
+def truth(mask: Any) -> bool:
+    class Mask(nn.Module):
+        def forward(self, q: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(q, q, q, attn_mask=mask(q))
+
+    gm = capture(Mask(), Q)
+    Pipeline(canonical_passes()).run(gm)
+    (op,) = (op for op in ops_of(gm) if "attention" in str(op.node.target))
+    return is_true_throughout(view(op.argument("attn_mask")))
+
+
+def rows(q: Tensor, start: int = 0) -> Tensor:
+    """0, 1, ... of each place, ``[1, 1, S, 1]``."""
+    return (torch.arange(q.shape[2]) + start)[None, None, :, None]
+
+
+def whole(mask: Tensor, q: Tensor) -> Tensor:
+    return mask.expand(q.shape[0], 1, q.shape[2], q.shape[2])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "mask"),
+    [
+        (True, lambda q: whole(rows(q) >= 0, q)),
+        (True, lambda q: whole(rows(q, 2) >= 2, q)),
+        (True, lambda q: whole(rows(q) >= -1, q)),
+        (True, lambda q: torch.ones(q.shape[2], q.shape[2], dtype=torch.bool)),
+        (True, lambda q: whole(rows(q) >= 0, q) & torch.ones(q.shape[2], dtype=torch.bool)),
+        (False, lambda q: whole(rows(q) >= 1, q)),
+        (False, lambda q: whole(rows(q, -1) >= 0, q)),
+        (False, lambda q: whole(rows(q) > 0, q)),
+        (False, lambda q: torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril()),
+        (False, lambda q: torch.zeros(q.shape[2], q.shape[2], dtype=torch.bool)),
+        (False, lambda q: whole(rows(q) >= 0, q) & (q[:, :1, :, :1] > 0)),
+        (False, lambda q: whole(rows(q) >= 0, q) | (q[:, :1, :, :1] > 0)),
+        (False, lambda q: torch.ones(q.shape[2], q.shape[2], dtype=q.dtype)),
+    ],
+)
+def test_what_is_known_to_be_true_throughout(wanted: bool, mask: Any) -> None:
+    assert truth(mask) == wanted
+
+
+def test_the_mask_of_a_vision_transformer_hides_nothing() -> None:
+    gm = captured("vit")
+    Pipeline(canonical_passes()).run(gm)
+    x = torch.randn(2, 3, 32, 32)
+    wanted = run(gm, x)
+    assert decompose(gm, PROFILES["qnn-htp"]) == 2
+    assert not {"aten.bitwise_not", "aten.ge.Scalar"} & {*targets(gm)}
+    assert (run(gm, x) - wanted).abs().max() <= 1e-5
+
+
+def test_the_mask_of_a_bert_is_data() -> None:
+    gm = captured("bert")
+    Pipeline(canonical_passes()).run(gm)
+    assert decompose(gm, PROFILES["qnn-htp"]) == 2
+    assert targets(gm).count("aten.bitwise_not") == 2
