@@ -24,13 +24,13 @@ from graphq.frontends.native import print_spec
 from graphq.ir.layers import sites
 from graphq.ir.pipeline import Batches, Pipeline
 from graphq.ir.unnamed import unnamed
-from graphq.lowering.profiles import default_spec, profile_named
+from graphq.lowering.profiles import PROFILES, default_spec, profile_named
 from graphq.lowering.targets import check_options, options_of, target_named
 from graphq.lowering.torch.pack import pack
 from graphq.passes.annotate import decide
 from graphq.passes.calibrate import Calibrate
 from graphq.passes.quantize_weights import QuantizeWeights
-from graphq.pipelines import canonical_passes, passes_for, placed_for
+from graphq.pipelines import canonical_passes, passes_for, placed_for, placement_notes, unmatched_activations
 from graphq.report import Difference, Report, algorithm_text, difference, make_report, spec_settings
 from graphq.runtime.calls import Outputs
 from graphq.runtime.model import CompiledModel
@@ -210,7 +210,9 @@ def compile(  # noqa: A001
     is_callers = isinstance(model, nn.Module) and not consume
     shared = {_storage(tensor) for tensor in gm.state_dict(keep_vars=True).values()} if is_callers else set[int]()
     resolved, notes = decide(gm, parsed)
-    if problems := unmatched(parsed, {fqn: found.layer for fqn, found in resolved.items()}, _modules(gm)):
+    problems, kept_nothing = unmatched_activations(gm, parsed)
+    problems += unmatched(parsed, {fqn: found.layer for fqn, found in resolved.items()}, _modules(gm))
+    if problems:
         raise SpecError(problems)
     others = unnamed(gm)
     if problems := none_quantized(parsed, resolved, others):
@@ -237,7 +239,7 @@ def compile(  # noqa: A001
         Pipeline(passes).run(gm, batches)
     _copy_tensors(gm, shared)
     bits = source.dtype.itemsize * 8
-    told = [*source.notes, *notes, *dict.fromkeys(pass_notes)]
+    told = [*source.notes, *notes, *kept_nothing, *dict.fromkeys(pass_notes)]
     report = make_report(resolved, told, bits, sqnr, spec_settings(parsed), widths, others)
     return Compiled(gm, parsed, report, seed)
 
@@ -297,8 +299,9 @@ def _copy_tensors(gm: fx.GraphModule, shared: set[int]) -> None:
 
 def explain(
     model: nn.Module | str | os.PathLike[str],
-    spec: Spec | Mapping[str, Any] | str | os.PathLike[str],
+    spec: Spec | Mapping[str, Any] | str | os.PathLike[str] | None = None,
     *,
+    profile: str | None = None,
     inputs: Inputs | None = None,
     dialect: str | None = None,
     cache: bool = True,
@@ -308,9 +311,10 @@ def explain(
     """What ``compile``, given the same, would do with each layer, and by which rule. Reads no weights of a directory.
 
     Each parameter of two or more axes that is multiplied with an activation and is no layer has its reason. What
-    ``compile`` would refuse is a note that says so.
+    ``compile`` would refuse is a note that says so. ``profile``: as ``compile`` takes it; notes say how many tensors
+    are quantized then, and which ops run in integers.
     """
-    parsed = load_spec(cast(Any, spec), dialect)
+    parsed = _spec_for(spec, profile, dialect)
     return _explained(capture(model, inputs, weights=False, cache=cache, mask=mask, shapes=shapes), parsed)
 
 
@@ -352,7 +356,8 @@ def _stored_bits(gm: fx.GraphModule) -> dict[str, int]:
 def _explained(gm: fx.GraphModule, spec: Spec) -> Report:
     resolved, notes = decide(gm, spec)
     source = source_of(gm)
-    without_layers = unmatched(spec, {fqn: found.layer for fqn, found in resolved.items()}, _modules(gm))
+    without_layers, kept_nothing = unmatched_activations(gm, spec)
+    without_layers += unmatched(spec, {fqn: found.layer for fqn, found in resolved.items()}, _modules(gm))
     asked = [f"dialect: {spec.dialect}"]
     asked += [f"{f'{a.source}: ' if a.source else ''}algorithm {algorithm_text(a)}" for a in spec.algorithms]
     asked += [f"cache: {spec.cache}"] if spec.cache else []
@@ -361,7 +366,8 @@ def _explained(gm: fx.GraphModule, spec: Spec) -> Report:
     refused = [f"compile refuses: {problem}" for problem in (*nothing, *refusals(spec), *without_layers)]
     loud = [_NOTHING] if asks_for_nothing(spec) else []
     bits = source.dtype.itemsize * 8
-    lines = [*loud, *source.notes, *notes, *asked, *refused]
+    placed = [] if spec.profile and spec.profile not in PROFILES else placement_notes(gm, spec)
+    lines = [*loud, *source.notes, *notes, *kept_nothing, *placed, *asked, *refused]
     return make_report(
         resolved, lines, bits, settings=spec_settings(spec), stored_bits=_stored_bits(gm), unnamed=others
     )

@@ -1,13 +1,21 @@
 """Which passes compile a model by a spec, in order: written out here, by hand."""
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from typing import Final
 
+from torch import fx
+
 from graphq.algorithms import PassContext, preparations, quantization
-from graphq.ir.pipeline import Pass
+from graphq.ir.grids import place
+from graphq.ir.op_kinds import kind_of
+from graphq.ir.pipeline import Pass, Pipeline
+from graphq.ir.units import module_of
+from graphq.ir.views import ops_of
 from graphq.lowering.profiles import profile_named
+from graphq.lowering.torch.pack import copy_graph
 from graphq.passes.annotate import Annotate
-from graphq.passes.decompose import Decompose
+from graphq.passes.decompose import PARTS, Decompose
 from graphq.passes.fold_batch_norm import FoldBatchNorm
 from graphq.passes.fold_weights import FoldWeights
 from graphq.passes.raise_grouped_linear import RaiseGroupedLinear
@@ -54,3 +62,38 @@ def placed_for(spec: Spec) -> Profile | None:
     static = any(plan.input is not None and not plan.input.dynamic for plan in plans)
     given = any(plan.output is not None for plan in plans)
     return profile_named(spec.profile or "generic-int8") if given or (static and spec.profile) else None
+
+
+def placement_notes(gm: fx.GraphModule, spec: Spec) -> list[str]:
+    """What the report says of the tensors between layers; ``gm``, which may have no weights, is left alone."""
+    profile = placed_for(spec)
+    if profile is None:
+        return []
+    copied = copy_graph(gm)
+    Pipeline([FoldBatchNorm(), Decompose(profile), Annotate(spec, placed=True)]).run(copied)
+    found = place(copied, profile, spec.activations)
+    return [*found.notes, *found.summary(profile.name)]
+
+
+def unmatched_activations(gm: fx.GraphModule, spec: Spec) -> tuple[list[str], list[str]]:
+    """A line for each rule for activations that no op has: problems of those that quantize, notes of the others."""
+    seen = [(kind_of(op), module_of(op)) for op in ops_of(gm) if op.node.op in ("placeholder", "call_function")]
+    seen += [(part, module) for kind, module in seen for part in PARTS.get(kind, ())]
+    kinds, modules = ({*one} for one in zip(*seen, strict=True))
+    problems: list[str] = []
+    notes: list[str] = []
+    for rule in spec.activations:
+        if any(rule.matches(kind, module) for kind, module in seen):
+            continue
+        missing = [kind for kind in rule.ops if kind not in kinds]
+        hint = nearest_of(missing[0], kinds) if missing else nearest_of(rule.module.strip("*."), modules)
+        where = f"{rule.source}: " if rule.source else ""
+        line = f"{where}{rule}: matches no op of the model{hint}"
+        (notes if rule.quant is None else problems).append(line)
+    return problems, notes
+
+
+def nearest_of(name: str, known: Iterable[str]) -> str:
+    """A hint at the nearest of ``known``, if one is near."""
+    near = difflib.get_close_matches(name, sorted(known), 1)
+    return f"; did you mean {near[0]}?" if near else ""

@@ -137,3 +137,4 @@ _DECOMPOSITIONS: Final[Mapping[str, tuple[tuple[str, ...], Callable[[fx.GraphMod
     "Attention": (("MatMul", "Mul", "Add", "Softmax"), _attention),
     "Silu": (("Sigmoid", "Mul"), _silu),
 }
+PARTS: Final = {kind: parts for kind, (parts, _) in _DECOMPOSITIONS.items()}

@@ -49,7 +49,7 @@ class PlaceQuantizers(Pass):
         changes = self._name_numbers(gm, found)
         if changes:
             found = place(gm, self.profile, self.rules)
-        for note in found.notes:
+        for note in (*found.notes, *found.summary(self.profile.name)):
             if self.note is not None:
                 self.note(note)
         self._observe(gm, found)

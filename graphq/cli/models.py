@@ -106,6 +106,7 @@ def explain(
     diff: Annotated[
         str | None, typer.Option(metavar="FILE|PRESET", help="Show what would change with this other spec instead.")
     ] = None,
+    profile: Profile = None,
     as_json: Json = False,
     dialect: Dialect = None,
     debug: Debug = False,
@@ -119,7 +120,7 @@ def explain(
     from graphq.compiler import compare, explain
 
     if other is None:
-        print_report(explain(model, parsed), as_json)
+        print_report(explain(model, parsed, profile=profile), as_json)
         return
     changed = compare(model, parsed, other)
     typer.echo(json.dumps(changed.to_json(), indent=1) if as_json else str(changed))

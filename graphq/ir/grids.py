@@ -7,6 +7,7 @@ are taken to do so, and those are dropped again that its table wants between int
 between types a tensor is quantized anew.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, final
@@ -14,6 +15,8 @@ from typing import Final, final
 from torch import Tensor, fx
 
 from graphq.capture.source import source_of
+from graphq.ir.effect_table import effect
+from graphq.ir.effects import Copies, Moves, ReadsShape
 from graphq.ir.layers import LAYER, PLAN
 from graphq.ir.op_kinds import INPUT, kind_of
 from graphq.ir.units import WITH_WEIGHT, Unit, module_of, reading_data, units_of
@@ -48,11 +51,29 @@ class Quantizer:
 @final
 @dataclass(frozen=True)
 class Placement:
-    """All quantizers, in graph order; the units that run in integers with their types; lines for the report."""
+    """All quantizers, in graph order; the units that run in integers with their types; lines for the report on what
+    could not be had; and why the other units that compute floats from data stay float.
+    """
 
     quantizers: tuple[Quantizer, ...]
     integer: tuple[tuple[Unit, OpTypes], ...]
     notes: tuple[str, ...]
+    why_float: Mapping[Unit, str]
+
+    def summary(self, profile: str) -> list[str]:
+        """Lines on all: how many tensors are quantized, how many ops run in integers, how many stay float and why."""
+        tensors = {one.x: str(one.grid.quant) for one in self.quantizers if not isinstance(one.x, Param)}
+        ops = Counter(unit.kind for unit, _ in self.integer)
+        kept = Counter((unit.kind, reason) for unit, reason in self.why_float.items())
+        return [
+            f"{profile}: quantized tensors between ops: {_counted(Counter(tensors.values()))}",
+            f"{profile}: ops in integers: {_counted(ops)}",
+            *(f"{profile}: ops in float: {count} {kind}: {reason}" for (kind, reason), count in kept.items()),
+        ]
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items()) or "none"
 
 
 def place(gm: fx.GraphModule, profile: Profile, rules: Sequence[ActivationRule] = ()) -> Placement:
@@ -82,6 +103,7 @@ class _Placer:
         self.of_data = reading_data(gm)
         self.held = self._held()
         self.notes: dict[str, None] = {}
+        self.why: dict[Unit, str] = {}
 
     def place(self) -> Placement:
         active = self._active()
@@ -145,7 +167,8 @@ class _Placer:
             if gain is not None:
                 grid = grid_of((gain, unit.first), types.weight)
                 made.append(Quantizer(gain, (unit.first,), grid, gain.fqn, "value"))
-        return Placement(tuple(made), tuple(chosen), tuple(self.notes))
+        why = {unit: self.why[unit] for unit in self.units if unit in self.why and self._is_told(unit)}
+        return Placement(tuple(made), tuple(chosen), tuple(self.notes), why)
 
     # -- which ops run in integers
 
@@ -163,35 +186,51 @@ class _Placer:
     def _rule(self, unit: Unit) -> OpRule:
         return self.profile.ops[unit.kind]
 
-    def _could(self, unit: Unit) -> bool:
-        """Whether the consumer has the op, the rules do not keep it float, and its layer's plan is one for integers."""
-        rule = self.profile.ops.get(unit.kind)
-        if rule is None or rule.placed == "never" or not unit.outputs:
-            return False
+    def _why_float(self, unit: Unit) -> str | None:
+        """Why a unit cannot run in integers: the consumer has not the op, a rule keeps it float, or its layer's plan is
+        none for integers. None where it could.
+        """
+        name, rule = self.profile.name, self.profile.ops.get(unit.kind)
+        if rule is None:
+            return f"{name} has no row for it"
+        if rule.placed == "never":
+            return f"{name} runs it faster so"
+        if not unit.outputs or not unit.edges:
+            return "reads or gives no tensor of floats"
         if unit.kind in _OF_FLOATS and any(_is_of_integers(node) for node in unit.first.node.all_input_nodes):
-            return False
+            return "reads a tensor of integers"
         decided = [rule_for(self.rules, kind_of(op), module_of(op)) for op in unit.ops]
-        if any(one is not None and one.quant is None for one in decided) or (self.rules and not any(decided)):
-            return False
+        if any(one is not None and one.quant is None for one in decided):
+            return "a rule keeps it float"
+        if self.rules and not any(decided):
+            return "no rule for activations is for it"
         if unit.kind not in WITH_WEIGHT:
-            return bool(unit.edges) and (unit.first.node in self.of_data or unit.outputs[0] in self.held)
+            is_constant = unit.first.node not in self.of_data and unit.outputs[0] not in self.held
+            return "depends on sizes alone" if is_constant else None
         plan = unit.first.node.meta.get(PLAN)
-        if not isinstance(plan, Plan) or plan.weight is None or (plan.input is not None and plan.input.dynamic):
-            return False
+        if not isinstance(plan, Plan) or plan.weight is None:
+            return "its weight is float"
+        if plan.input is not None and plan.input.dynamic:
+            return "its scales are from run time"
         if not any(types.weight is None or _holds(types.weight, plan.weight) for types in rule.types):
-            text = f"{unit.name}: weight {plan.weight} is none that {self.profile.name} multiplies in integers"
-            self.notes[text] = None
-            return False
-        return True
+            self.notes[f"{unit.name}: weight {plan.weight} is none that {name} multiplies in integers"] = None
+            return f"{name} multiplies no {plan.weight}"
+        return None
 
     def _active(self) -> list[Unit]:
-        active = [unit for unit in self.units if self._could(unit)]
+        for unit in self.units:
+            if (reason := self._why_float(unit)) is not None:
+                self.why[unit] = reason
+        active = [unit for unit in self.units if unit not in self.why]
         while True:
             everywhere, edges = self._demands(active)
             firm = {x for unit in active if self._rule(unit).placed == "always" for _, x in unit.edges}
             kept = [unit for unit in active if self._stays(unit, everywhere, edges, firm)]
             if len(kept) == len(active):
                 return kept
+            for unit in {*active} - {*kept}:
+                between = self._rule(unit).placed == "between"
+                self.why[unit] = "not between ops in integers" if between else "nothing in integers reads it"
             active = kept
 
     def _stays(
@@ -298,6 +337,11 @@ class _Placer:
         return unit is not None and unit in active and self._rule(unit).output == "same"
 
     # -- words
+
+    def _is_told(self, unit: Unit) -> bool:
+        """Whether a unit that stays float computes floats from data: the report has those."""
+        moves = isinstance(effect(unit.first), Moves | Copies | ReadsShape)
+        return unit.kind != INPUT and bool(unit.outputs) and unit.first.node in self.of_data and not moves
 
     def _in_order(self, tensors: Iterable[Op]) -> Iterator[Op]:
         return iter(sorted(tensors, key=self.order.__getitem__))

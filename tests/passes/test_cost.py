@@ -17,6 +17,7 @@ from graphq import passes
 from graphq.capture.source import KEY, source_of
 from graphq.ir.biases import channels_of, set_bias
 from graphq.ir.channel_groups import apply_factors, groups
+from graphq.ir.grids import place
 from graphq.ir.index import GraphIndex
 from graphq.ir.pipeline import Batches, Pass, Pipeline
 from graphq.ir.views import Linear, ops_of
@@ -163,6 +164,7 @@ WORK: dict[str, Callable[[fx.GraphModule], Any]] = {
     "observe-means": ObserveMeans().run,
     "blockwise": Blockwise((Same(),)).run,
     "pipeline": Pipeline([Untie()]).run,
+    "place": lambda gm: place(gm, GENERIC_INT8),
 }
 
 

@@ -1,0 +1,167 @@
+"""Models compiled for a profile: what explain, the report, the artifact and the command line say of it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+import graphq
+from graphq.artifacts.inspect import inspect
+from graphq.cli import app
+from graphq.errors import SpecError
+from graphq.report import Report
+from graphq.spec.rules import Spec
+from tests.models import tiny
+
+IMAGE = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+class Net(nn.Module):
+    """Two convolutions, a residual sum, a softmax; and a part whose activation is always 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.a(x))
+        y = y + self.b(y)
+        dead = F.relu(-F.relu(y)) * 1.5
+        return self.head((y + dead).mean((2, 3))).softmax(-1)
+
+
+def activations(*rules: Any, **more: Any) -> dict[str, Any]:
+    layers = {"match": "*", "weight": "int8/channel", "input": "uint8/tensor", "may_match_nothing": True}
+    return {"graphq": 1, "rules": [layers], "activations": list(rules), **more}
+
+
+def notes_of(report: Report, profile: str) -> list[str]:
+    return [note for note in report.notes if note.startswith(f"{profile}: ")]
+
+
+def test_the_report_says_what_runs_in_integers_and_what_in_float() -> None:
+    torch.manual_seed(0)
+    made = graphq.compile(Net(), profile="ort-cpu", inputs=IMAGE, calibration=[IMAGE])
+    told = notes_of(made.report, "ort-cpu")
+    assert told == [
+        "ort-cpu: quantized tensors between ops: 4 uint8/tensor",
+        "ort-cpu: ops in integers: 2 Conv, 1 Linear",
+        "ort-cpu: ops in float: 2 Add: not between ops in integers",
+        "ort-cpu: ops in float: 2 Relu: ort-cpu has no row for it",
+        "ort-cpu: ops in float: 1 Neg: ort-cpu has no row for it",
+        "ort-cpu: ops in float: 1 Mul: not between ops in integers",
+        "ort-cpu: ops in float: 1 ReduceMean: ort-cpu has no row for it",
+        "ort-cpu: ops in float: 1 Softmax: ort-cpu runs it faster so",
+    ]
+    assert notes_of(graphq.explain(Net(), profile="ort-cpu", inputs=IMAGE), "ort-cpu") == told
+    assert made.report.settings["profile"] == "ort-cpu"
+
+
+def test_without_weights_the_same_is_said(tmp_path: Path) -> None:
+    model = tiny("resnet")
+    model.save_pretrained(tmp_path / "model")
+    pixels = torch.randn(2, 3, 32, 32)
+    made = graphq.compile(model, profile="generic-int8", inputs={"pixel_values": pixels}, calibration=[pixels])
+    told = notes_of(made.report, "generic-int8")
+    assert len(told) > 1
+    explained = graphq.explain(tmp_path / "model", profile="generic-int8")
+    assert notes_of(explained, "generic-int8") == told
+    run = CliRunner().invoke(app, ["explain", str(tmp_path / "model"), "--spec", "w8a16", "--profile", "ort-cpu"])
+    assert run.exit_code == 0, run.output
+
+
+def test_dead_activations_are_noted_by_name() -> None:
+    torch.manual_seed(0)
+    made = graphq.compile(Net(), profile="generic-int8", inputs=IMAGE, calibration=[IMAGE])
+    dead = [note for note in made.report.notes if "only zeros" in note]
+    unknown = "calibration saw only zeros in its output, from which no range of uint8/tensor follows"
+    assert dead == [f"Relu: {unknown}", f"Mul: {unknown}"]
+
+
+def test_a_rule_for_activations_that_no_op_has() -> None:
+    spec = activations(
+        {"quant": "uint8/tensor"},
+        {"quant": "uint16/tensor", "op": ["Relu", "Soft"]},
+        {"quant": "uint16/tensor", "op": "Sigmoid"},
+        {"quant": "uint16/tensor", "module": "heads.*"},
+    )
+    with pytest.raises(SpecError) as caught:
+        graphq.compile(Net(), spec, inputs=IMAGE, calibration=[IMAGE])
+    assert caught.value.problems == ("activations[1]: op: Soft is no kind of op; did you mean Softmax?",)
+    spec["activations"][1]["op"] = ["Relu"]
+    with pytest.raises(SpecError) as caught:
+        graphq.compile(Net(), spec, inputs=IMAGE, calibration=[IMAGE])
+    assert caught.value.problems == (
+        "activations[2]: Sigmoid: uint16/tensor: matches no op of the model",
+        "activations[3]: all in heads.*: uint16/tensor: matches no op of the model; did you mean head?",
+    )
+    refused = [note for note in graphq.explain(Net(), spec, inputs=IMAGE).notes if note.startswith("compile refuses")]
+    assert refused == [f"compile refuses: {problem}" for problem in caught.value.problems]
+
+
+def test_a_rule_that_keeps_float_may_match_no_op() -> None:
+    spec = activations({"quant": "uint8/tensor"}, {"float": True, "op": "Sigmoid"})
+    made = graphq.compile(Net(), spec, inputs=IMAGE, calibration=[IMAGE])
+    assert "activations[1]: Sigmoid: float: matches no op of the model" in made.report.notes
+    assert made.spec.activations[1].quant is None
+
+
+def test_a_rule_may_name_what_attention_is_made_of() -> None:
+    spec = activations({"quant": "uint8/tensor"}, {"quant": "uint16/tensor", "op": "Softmax"}, profile="qnn-htp")
+    made = graphq.compile(
+        tiny("vit"), spec, inputs={"pixel_values": torch.randn(2, 3, 32, 32)}, calibration=[torch.randn(2, 3, 32, 32)]
+    )
+    assert not [note for note in made.report.notes if "matches no op" in note]
+    softmax = [node for node in made.graph.graph.nodes if "softmax" in str(node.target)]
+    assert len(softmax) == 2
+    for node in softmax:
+        (reader,) = node.users
+        assert "uint16" in reader.args
+
+
+@pytest.mark.parametrize(
+    ("spec", "profile", "problem"),
+    [
+        (None, None, "spec: none given; give one, or a profile, such as ort-cpu"),
+        (None, "ort", "profile: ort: no such profile; there are ort-cpu, openvino, qnn-htp, generic-int8"),
+        ("w8a16", "ort", "profile: ort: no such profile; there are ort-cpu, openvino, qnn-htp, generic-int8"),
+        (None, "ort-cpu", "calibration: none given, but a, b, head ask for static activation scales"),
+    ],
+)
+def test_refused(spec: Any, profile: Any, problem: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        graphq.compile(Net(), spec, profile=profile, inputs=IMAGE)
+    assert caught.value.problems == (problem,)
+
+
+def test_rules_for_activations_need_calibration() -> None:
+    with pytest.raises(SpecError) as caught:
+        graphq.compile(
+            Net(), {"graphq": 1, "rules": [{"match": "*", "float": True}], "activations": "uint8/tensor"}, inputs=IMAGE
+        )
+    assert caught.value.problems == ("calibration: none given, but the spec quantizes activations with static scales",)
+
+
+def test_a_weight_only_or_dynamic_spec_needs_no_calibration_for_a_profile() -> None:
+    dynamic = {"graphq": 1, "rules": [{"match": "head", "weight": "int8/channel", "input": "int8/token/dynamic"}]}
+    for spec in ("w8a16", dynamic):
+        made = graphq.compile(Net(), spec, profile="ort-cpu", inputs=IMAGE)
+        assert made.spec.profile == "ort-cpu"
+        assert not notes_of(made.report, "ort-cpu")
+
+
+def test_the_artifact_says_its_profile(tmp_path: Path) -> None:
+    made = graphq.compile(Net(), profile="ort-cpu", inputs=IMAGE, calibration=iter([IMAGE, IMAGE]))
+    assert isinstance(made.spec, Spec)
+    made.save(tmp_path / "torch")
+    assert "profile: ort-cpu" in inspect(tmp_path / "torch").spec
+    again = graphq.load(tmp_path / "torch")
+    found, wanted = again(IMAGE), made(IMAGE)
+    assert isinstance(found, Tensor)
+    assert isinstance(wanted, Tensor)
+    assert torch.equal(found, wanted)
