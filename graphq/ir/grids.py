@@ -218,32 +218,40 @@ class _Placer:
         return None
 
     def _active(self) -> list[Unit]:
-        for unit in self.units:
-            if (reason := self._why_float(unit)) is not None:
-                self.why[unit] = reason
-        active = [unit for unit in self.units if unit not in self.why]
-        while True:
-            everywhere, edges = self._demands(active)
-            firm = {x for unit in active if self._rule(unit).placed == "always" for _, x in unit.edges}
-            kept = [unit for unit in active if self._stays(unit, everywhere, edges, firm)]
-            if len(kept) == len(active):
-                return kept
-            for unit in {*active} - {*kept}:
-                between = self._rule(unit).placed == "between"
-                self.why[unit] = "not between ops in integers" if between else "nothing in integers reads it"
-            active = kept
+        """The units that run in integers. A unit that is dropped takes a reader from what it reads, and integers from
+        what reads it: these are looked at again, until nothing changes.
+        """
+        self.why = {unit: reason for unit in self.units if (reason := self._why_float(unit)) is not None}
+        active = dict.fromkeys(unit for unit in self.units if unit not in self.why)
+        readers: dict[Op, dict[Unit, None]] = {}
+        for unit in active:
+            for _, x in unit.edges:
+                readers.setdefault(x, {})[unit] = None
+        firm = {x for unit in active if self._rule(unit).placed == "always" for _, x in unit.edges}
+        pending = dict.fromkeys(active)
+        while pending:
+            unit, _ = pending.popitem()
+            if unit not in active or self._rule(unit).placed == "always":
+                continue
+            placed = self._rule(unit).placed
+            is_read = any(readers.get(output) for output in unit.outputs)
+            if is_read and (placed == "through" or all(self._is_integer(x, active, firm) for _, x in unit.edges)):
+                continue
+            del active[unit]
+            self.why[unit] = "not between ops in integers" if placed == "between" else "nothing in integers reads it"
+            for _, x in unit.edges:
+                readers[x].pop(unit, None)
+                if x in self.producer:
+                    pending[self.producer[x]] = None
+            for output in unit.outputs:
+                pending |= readers.get(output, {})
+        return list(active)
 
-    def _stays(
-        self, unit: Unit, everywhere: Mapping[Op, None], edges: Mapping[Op, Sequence[Op]], firm: set[Op]
-    ) -> bool:
-        placed = self._rule(unit).placed
-        if placed == "always":
-            return True
-        if not any(output in edges for output in unit.outputs):
-            return False
-        if placed == "through":
-            return True
-        return all(x in everywhere or x in firm or x.node not in self.of_data for _, x in unit.edges)
+    def _is_integer(self, x: Op, active: Mapping[Unit, None], firm: set[Op]) -> bool:
+        """Whether a tensor is quantized anyway: a constant, what such an op gives, or what one that is firm reads."""
+        unit = self.producer.get(x)
+        given = unit is not None and unit in active and self._rule(unit).output != "optional"
+        return given or x in firm or x.node not in self.of_data
 
     def _demands(self, active: Iterable[Unit]) -> tuple[dict[Op, None], dict[Op, list[Op]]]:
         """The tensors that all read quantized, and those that some read so, with these readers."""

@@ -22,6 +22,7 @@ from graphq.ir.index import GraphIndex
 from graphq.ir.pipeline import Batches, Pass, Pipeline
 from graphq.ir.views import Linear, ops_of
 from graphq.lowering.profiles import GENERIC_INT8
+from graphq.lowering.profiles.ort_cpu import ORT_CPU
 from graphq.passes.annotate import Annotate
 from graphq.passes.awq import AWQ
 from graphq.passes.blockwise import Blockwise
@@ -165,6 +166,7 @@ WORK: dict[str, Callable[[fx.GraphModule], Any]] = {
     "blockwise": Blockwise((Same(),)).run,
     "pipeline": Pipeline([Untie()]).run,
     "place": lambda gm: place(gm, GENERIC_INT8),
+    "place, dropping ops one after the other": lambda gm: place(gm, ORT_CPU),
 }
 
 
