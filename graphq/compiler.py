@@ -24,7 +24,7 @@ from graphq.frontends.native import print_spec
 from graphq.ir.layers import sites
 from graphq.ir.pipeline import Batches, Pipeline
 from graphq.ir.unnamed import unnamed
-from graphq.lowering.profiles import PROFILES, default_spec, profile_named
+from graphq.lowering.profiles import default_spec, profile_named
 from graphq.lowering.targets import check_options, options_of, target_named
 from graphq.lowering.torch.pack import pack
 from graphq.passes.annotate import decide
@@ -210,9 +210,9 @@ def compile(  # noqa: A001
     is_callers = isinstance(model, nn.Module) and not consume
     shared = {_storage(tensor) for tensor in gm.state_dict(keep_vars=True).values()} if is_callers else set[int]()
     resolved, notes = decide(gm, parsed)
+    found = {fqn: one.layer for fqn, one in resolved.items()}
     problems, kept_nothing = unmatched_activations(gm, parsed)
-    problems += unmatched(parsed, {fqn: found.layer for fqn, found in resolved.items()}, _modules(gm))
-    if problems:
+    if problems := [*problems, *unmatched(parsed, found, _modules(gm))]:
         raise SpecError(problems)
     others = unnamed(gm)
     if problems := none_quantized(parsed, resolved, others):
@@ -229,18 +229,15 @@ def compile(  # noqa: A001
         torch.manual_seed(seed)
         batches: Batches | None = None
         if calibration is not None:
-            batches = first_batches(complete_all(source, calibration), parsed.run)
-            batches = _progress(batches, calibration)
-        found = {fqn: one.layer for fqn, one in resolved.items()}
+            batches = _progress(first_batches(complete_all(source, calibration), parsed.run), calibration)
         by_blocks = any(ALGORITHMS[a.name].needs_data for a in parsed.algorithms)
         if batches is not None and (by_blocks or placed_for(parsed) is not None):
             batches = list(batches)  # several walks over the blocks, and over the whole graph, read them
         passes = passes_for(parsed, found, PassContext(sqnr.__setitem__, pass_notes.append, seed), by_blocks)
         Pipeline(passes).run(gm, batches)
     _copy_tensors(gm, shared)
-    bits = source.dtype.itemsize * 8
     told = [*source.notes, *notes, *kept_nothing, *dict.fromkeys(pass_notes)]
-    report = make_report(resolved, told, bits, sqnr, spec_settings(parsed), widths, others)
+    report = make_report(resolved, told, source.dtype.itemsize * 8, sqnr, spec_settings(parsed), widths, others)
     return Compiled(gm, parsed, report, seed)
 
 
@@ -366,8 +363,7 @@ def _explained(gm: fx.GraphModule, spec: Spec) -> Report:
     refused = [f"compile refuses: {problem}" for problem in (*nothing, *refusals(spec), *without_layers)]
     loud = [_NOTHING] if asks_for_nothing(spec) else []
     bits = source.dtype.itemsize * 8
-    placed = [] if spec.profile and spec.profile not in PROFILES else placement_notes(gm, spec)
-    lines = [*loud, *source.notes, *notes, *kept_nothing, *placed, *asked, *refused]
+    lines = [*loud, *source.notes, *notes, *kept_nothing, *placement_notes(gm, spec), *asked, *refused]
     return make_report(
         resolved, lines, bits, settings=spec_settings(spec), stored_bits=_stored_bits(gm), unnamed=others
     )

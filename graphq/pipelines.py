@@ -12,7 +12,7 @@ from graphq.ir.op_kinds import kind_of
 from graphq.ir.pipeline import Pass, Pipeline
 from graphq.ir.units import module_of
 from graphq.ir.views import ops_of
-from graphq.lowering.profiles import profile_named
+from graphq.lowering.profiles import PROFILES, profile_named
 from graphq.lowering.torch.pack import copy_graph
 from graphq.passes.annotate import Annotate
 from graphq.passes.decompose import PARTS, Decompose
@@ -66,7 +66,7 @@ def placed_for(spec: Spec) -> Profile | None:
 
 def placement_notes(gm: fx.GraphModule, spec: Spec) -> list[str]:
     """What the report says of the tensors between layers; ``gm``, which may have no weights, is left alone."""
-    profile = placed_for(spec)
+    profile = placed_for(spec) if spec.profile in ("", *PROFILES) else None  # which compile refuses
     if profile is None:
         return []
     copied = copy_graph(gm)

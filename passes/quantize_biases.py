@@ -18,7 +18,7 @@ from graphq.ir.effects import Normalizes
 from graphq.ir.layers import LAYER
 from graphq.ir.pipeline import Batches, Pass
 from graphq.ir.units import module_of, units_of
-from graphq.ir.views import Dequantize, Op, Param, Quantize, Weighted, view
+from graphq.ir.views import ConvTranspose, Dequantize, Op, Param, Quantize, Weighted, view
 from graphq.numerics import Scales
 from graphq.spec.formats import Int
 from graphq.spec.profile import Profile
@@ -136,4 +136,6 @@ def _is_by_channel(weight: Op | None, op: Op) -> bool:
         return False
     if not isinstance(op, Weighted):  # a gain has the shape of its bias
         return all(b == -1 for b in weight.block) or (len(weight.block) == 1 and weight.block[0] == 1)
+    if isinstance(op, ConvTranspose) and weight.block[0] > 0:  # by groups: scales stand as its channels do
+        return weight.block[1] == 1 and all(b == -1 for b in weight.block[2:])
     return all(b == -1 or (b == 1 and axis == op.out_axis) for axis, b in enumerate(weight.block))

@@ -13,6 +13,7 @@ import graphq
 from graphq.artifacts.inspect import inspect
 from graphq.cli import app
 from graphq.errors import SpecError
+from graphq.lowering.profiles import PROFILES
 from graphq.report import Report
 from graphq.spec.rules import Spec
 from tests.models import tiny
@@ -128,8 +129,8 @@ def test_a_rule_may_name_what_attention_is_made_of() -> None:
     ("spec", "profile", "problem"),
     [
         (None, None, "spec: none given; give one, or a profile, such as ort-cpu"),
-        (None, "ort", "profile: ort: no such profile; there are ort-cpu, openvino, qnn-htp, generic-int8"),
-        ("w8a16", "ort", "profile: ort: no such profile; there are ort-cpu, openvino, qnn-htp, generic-int8"),
+        (None, "ort", f"profile: ort: no such profile; there are {', '.join(PROFILES)}"),
+        ("w8a16", "ort", f"profile: ort: no such profile; there are {', '.join(PROFILES)}"),
         (None, "ort-cpu", "calibration: none given, but a, b, head ask for static activation scales"),
     ],
 )

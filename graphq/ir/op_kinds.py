@@ -63,6 +63,11 @@ _ROWS: Final[tuple[tuple[str, tuple[Any, ...]], ...]] = (
     ),
     ("ReduceMean", (aten.mean.dim,)),
     ("ReduceSum", (aten.sum.dim_IntList,)),
+    ("Where", (aten.where.self,)),
+    ("Max", (aten.maximum.default,)),
+    ("Min", (aten.minimum.default,)),
+    ("ReduceMax", (aten.amax.default,)),
+    ("ReduceMin", (aten.amin.default,)),
     ("MaxPool", (aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default)),
     ("Pad", (aten.constant_pad_nd.default, aten.pad.default)),
     (

@@ -100,9 +100,11 @@ def _unit(op: Op, of_data: set[fx.Node]) -> Unit:
     parts = tuple(user for user in op.users if _is_part(user))
     outputs = tuple(part for part in parts if is_float(part)) if parts else ((op,) if is_float(op) else ())
     kind = kind_of(op)
+    inputs = list(activations_of(op)) if op.node.op == "call_function" else []
     if kind == LINEAR and isinstance(op, Weighted) and op.weight_op.node in of_data:
-        kind = "MatMul"
-    inputs = [x for x in activations_of(op) if not _is_quantized(x)] if op.node.op == "call_function" else []
+        kind = "MatMul" if len(op.node.all_input_nodes) == 2 else "linear"  # with a bias it is neither
+        inputs = [view(node) for node in op.node.all_input_nodes]
+    inputs = [x for x in inputs if not _is_quantized(x)]
     return Unit(kind, (op,), tuple((op, x) for x in inputs), outputs)
 
 

@@ -245,7 +245,11 @@ def test_notes_of_what_could_not_be_had() -> None:
     notes: list[str] = []
     profile = table(Sigmoid=OpRule(op_types("uint8 -> uint8")))
     place(capture(nn.Sigmoid(), X), profile, ActivationRule(parse_quant("uint16/tensor")), notes=notes)
-    assert notes == ["Sigmoid: gives uint8, not uint16, on test"]
+    assert notes == [
+        "Sigmoid: gives uint8, not uint16, on test",
+        "test: quantized tensors between ops: 2 uint8/tensor",
+        "test: ops in integers: 1 Sigmoid",
+    ]
 
 
 def test_masked_tokens_have_no_part_in_a_grid() -> None:

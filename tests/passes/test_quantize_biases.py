@@ -47,6 +47,17 @@ class Layer(nn.Module):
         return self.fc(x)
 
 
+class Transposed(nn.Module):
+    """GPT-2's layer: a weight [K, N]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.empty(4, 2)), nn.Parameter(torch.empty(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x, self.weight)
+
+
 def test_golden() -> None:
     model = seeded(Layer())
     made = compiled(model, X)
@@ -89,6 +100,12 @@ def test_a_second_run_changes_nothing() -> None:
         ),
         ("a float input has no scale", Layer(), "generic-int8", {"weight": "int8/channel"}),
         ("a group has a scale of its own", Layer(), "generic-int8", {"weight": "int8/g2", "input": "uint8/tensor"}),
+        (
+            "a group of a transposed weight has a scale of its own",
+            Transposed(),
+            "generic-int8",
+            {"weight": "int8/g2", "input": "uint8/tensor"},
+        ),
         ("there is no bias", Layer(bias=False), "generic-int8", None),
     ],
 )
@@ -122,6 +139,30 @@ def test_the_bias_of_a_norm(shape: list[int]) -> None:
     back = tensor_of(made.graph, "norm.bias") * step
     assert (back - model.norm.bias.detach()).abs().max() <= step / 2 * 1.001
     assert_vals(made.graph, x)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("weight", ["int8/channel", "int8/tensor"])
+def test_the_bias_of_a_transposed_convolution(groups: int, weight: str) -> None:
+    class Up(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.ConvTranspose2d(4, 6, 2, 2, groups=groups)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.up(x)
+
+    model = seeded(Up())
+    rules = [{"match": "kind:conv_transpose2d", "weight": weight, "input": "uint8/tensor"}]
+    made = compiled(model, IMAGE, spec={"graphq": 1, "rules": rules})
+    bias = tensor_of(made.graph, "up.bias")
+    assert bias.dtype == torch.int32
+    back = bias.double() * tensor_of(made.graph, "up.bias_scale").double()
+    assert (back - tensor_of(model, "up.bias").detach()).abs().max() <= 1e-3
+    made.graph.recompile()
+    with torch.no_grad():
+        assert relative(made.graph(IMAGE)[0], model(IMAGE)) <= 0.03
+    assert_vals(made.graph, IMAGE)
 
 
 class Shared(nn.Module):
