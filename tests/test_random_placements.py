@@ -132,6 +132,16 @@ def errors(found: Iterable[Tensor], wanted: Iterable[Tensor]) -> float:
     return max(float((a - b).square().mean().sqrt() / b.square().mean().sqrt().clamp(min=1e-9)) for a, b in pairs)
 
 
+def weights_alone(profile: Profile, model: Any, batch: dict[str, Tensor]) -> float:
+    """The error of the model with nothing but its weights rounded, as the profile's are."""
+    (rule,) = default_spec(profile).rules
+    spec = Spec((Rule(rule.match, Plan(profile.weight), may_match_nothing=True),))
+    made = graphq.compile(model, spec, inputs=batch).graph
+    made.recompile()
+    with torch.no_grad():
+        return errors(made(*batch.values()), model(**batch).values())
+
+
 def check(seed: int, folder: Path, onnx: bool) -> list[str]:
     """What is wrong with the model of a seed, compiled for the profile of the seed; a line each."""
     dice = random.Random(f"placement {seed}")
@@ -148,8 +158,8 @@ def check(seed: int, folder: Path, onnx: bool) -> list[str]:
         source = [*model(**batches[0]).values()]
     if wide and (error := errors(wanted, rounded)) > 0.01:  # 8 bits say little of deep sums of outliers
         found.append(f"error of activations {error:.3f}")
-    if (error := errors(rounded, source)) > 0.2:
-        found.append(f"error of weights {error:.3f}")
+    if (error := errors(rounded, source)) > 0.2 and error > 2 * (alone := weights_alone(profile, model, batches[0])):
+        found.append(f"error of weights and constants {error:.3f}, where that of weights is {alone:.3f}")
     if not all(y.isfinite().all() for y in wanted):
         found.append("an output is not finite")
     made.save(folder / "torch")
