@@ -212,10 +212,8 @@ def compile(  # noqa: A001
     resolved, notes = decide(gm, parsed)
     found = {fqn: one.layer for fqn, one in resolved.items()}
     problems, kept_nothing = unmatched_activations(gm, parsed)
-    if problems := [*problems, *unmatched(parsed, found, _modules(gm))]:
-        raise SpecError(problems)
     others = unnamed(gm)
-    if problems := none_quantized(parsed, resolved, others):
+    if problems := [*problems, *unmatched(parsed, found, _modules(gm))] or none_quantized(parsed, resolved, others):
         raise SpecError(problems)
     check_calibration(parsed, resolved, calibration)
     check_tensors(gm, resolved)
@@ -233,8 +231,8 @@ def compile(  # noqa: A001
         by_blocks = any(ALGORITHMS[a.name].needs_data for a in parsed.algorithms)
         if batches is not None and (by_blocks or placed_for(parsed) is not None):
             batches = list(batches)  # several walks over the blocks, and over the whole graph, read them
-        passes = passes_for(parsed, found, PassContext(sqnr.__setitem__, pass_notes.append, seed), by_blocks)
-        Pipeline(passes).run(gm, batches)
+        context = PassContext(sqnr.__setitem__, pass_notes.append, seed)
+        Pipeline(passes_for(parsed, found, context, by_blocks)).run(gm, batches)
     _copy_tensors(gm, shared)
     told = [*source.notes, *notes, *kept_nothing, *dict.fromkeys(pass_notes)]
     report = make_report(resolved, told, source.dtype.itemsize * 8, sqnr, spec_settings(parsed), widths, others)
