@@ -242,17 +242,18 @@ def _define_gelu(graph: ir.Graph, node: ir.Node) -> None:
 
     def put(op: str, *inputs: ir.Value | None) -> ir.Value:
         nodes.append(ir.node(op, list(inputs)))
-        nodes[-1].outputs[0].dtype = node.outputs[0].dtype
-        nodes[-1].outputs[0].shape = node.outputs[0].shape
-        return nodes[-1].outputs[0]
+        made = nodes[-1].outputs[0]
+        if node.outputs[0].dtype is not None:
+            made.dtype = node.outputs[0].dtype
+        made.shape = node.outputs[0].shape
+        return made
 
     if "approximate" in node.attributes and node.attributes["approximate"].as_string() == "tanh":
         cube = put("Mul", put("Mul", put("Mul", x, x), x), number(0.044715))
         inner = put("Tanh", put("Mul", put("Add", x, cube), number(math.sqrt(2 / math.pi))))
     else:
         inner = put("Erf", put("Div", x, number(math.sqrt(2))))
-    made = put("Mul", put("Mul", x, put("Add", inner, number(1.0))), number(0.5))
-    _put(graph, node, nodes, made)
+    _put(graph, node, nodes, put("Mul", put("Mul", x, put("Add", inner, number(1.0))), number(0.5)))
 
 
 def _is_plain_layer_norm(node: ir.Node) -> bool:

@@ -277,7 +277,9 @@ activations:
 profile: qnn-htp
 """
     spec = parse(text)
-    assert spec.rules[0].decision == Plan(*map(parse_quant, ("int8/channel", "uint8/tensor", "uint16/tensor")))
+    assert spec.rules[0].decision == Plan(
+        parse_quant("int8/channel"), parse_quant("uint8/tensor"), parse_quant("uint16/tensor")
+    )
     assert spec.activations == (
         ActivationRule(parse_quant("uint8/tensor")),
         ActivationRule(parse_quant("uint16/tensor/percentile99"), ("Softmax", "Sigmoid")),

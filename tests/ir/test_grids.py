@@ -34,8 +34,8 @@ def layer(output: Output = "required", **options: Any) -> OpRule:
     return OpRule(WEIGHTED, output, **options)
 
 
-def table(fuses: Sequence[tuple[str, ...]] = (), **ops: OpRule) -> Profile:
-    return Profile("test", "a test", int_activations("uint8", "uint16"), parse_quant("int8/channel"), ops, tuple(fuses))
+def table(*fuses: tuple[str, ...], **ops: OpRule) -> Profile:
+    return Profile("test", "a test", int_activations("uint8", "uint16"), parse_quant("int8/channel"), ops, fuses)
 
 
 def graph(model: nn.Module, *inputs: Tensor, **plans: Plan) -> fx.GraphModule:
@@ -182,7 +182,7 @@ def test_an_op_without_a_row_stays_float() -> None:
 
 # -- what runs as one op -----------------------------------------------------------------------------------------------
 
-FUSED = table([("Conv", "Relu"), ("Conv", "Clip"), ("Add", "Relu")], Conv=layer(), Add=row(), Relu=row(), Clip=row())
+FUSED = table(("Conv", "Relu"), ("Conv", "Clip"), ("Add", "Relu"), Conv=layer(), Add=row(), Relu=row(), Clip=row())
 
 
 def units(gm: fx.GraphModule, profile: Profile = FUSED) -> list[str]:
@@ -224,7 +224,7 @@ def test_what_others_read_is_no_inside_of_a_chain() -> None:
 
 
 def test_the_longest_chain_is_taken() -> None:
-    profile = table([("Conv", "Relu"), ("Conv", "Relu", "MaxPool")], Conv=layer(), MaxPool=row("same"))
+    profile = table(("Conv", "Relu"), ("Conv", "Relu", "MaxPool"), Conv=layer(), MaxPool=row("same"))
     gm = graph(Conv(lambda m, y: F.max_pool2d(F.relu(y), 2)), IMAGE)
     assert units(gm, profile) == ["x", "conv2d+relu+max_pool2d"]
 
@@ -516,7 +516,7 @@ def test_layers_that_are_dynamic_or_of_other_weights_stay_as_they_are() -> None:
         "0": Plan(parse_quant("int8/channel"), parse_quant("int8/token/dynamic")),
         "1": Plan(parse_quant("int4/g4"), parse_quant("uint8/tensor")),
     }
-    made = placed(table(Linear=layer("optional")), linear, ROWS, **plans)
+    made = placed(table(Linear=layer("optional")), linear, ROWS, rules=(), **plans)
     assert_expected_inline(
         made,
         """\
