@@ -22,7 +22,7 @@ class Disguised(nn.Linear):
 
 
 class Heads(nn.Module):
-    """Weights that are no layers: a stack of matrices, and one that is computed."""
+    """Weights that are no layers: a stack of matrices, and one that is larger than what it is made of."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Heads(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         heads = torch.einsum("btd,hdk->bthk", x, self.q)
-        return heads.flatten(2) @ torch.tanh(self.o)
+        return heads.flatten(2) @ torch.tanh(self.o).repeat(1, 2)
 
 
 def only_if(*constraints: str) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def test_a_model_without_layers_names_its_weights() -> None:
         "the spec asks for quantization, but quantizes no layer of this model",
         "the model has no layer that a rule can name",
         "q: stays float: multiplied by aten.einsum as a tensor of 3 axes; no rule can name it",
-        "o: stays float: multiplied by aten.matmul behind aten.tanh; no rule can name it",
+        "o: stays float: multiplied by aten.matmul behind aten.repeat; no rule can name it",
     )
     assert refused(Heads(), {"graphq": 1, "weight": "int8/channel"}) == (
         (

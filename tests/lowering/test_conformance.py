@@ -286,6 +286,8 @@ def test_a_quantized_op_agrees_on_its_own_input(
         pytest.skip("ONNX has no types for it: refused, below")
     if kind == "conv2d" and weight == "int4/g32":
         weight = "int4/g2"
+    if target == "onnx" and (weight, activation) in REFERENCE and kind == "conv_transpose2d":
+        pytest.skip("onnx.reference 1.23 cannot run a ConvTranspose of several groups")
     x = sample(kind)
     gm = capture(TransposedLinear() if kind == "transposed" else Operation(kind), x, once=True)
     gm = qdq(gm, weight, activation, (x,))

@@ -28,6 +28,7 @@ from graphq.passes.awq import AWQ
 from graphq.passes.blockwise import Blockwise
 from graphq.passes.decompose import Decompose
 from graphq.passes.equalize import Equalize
+from graphq.passes.fix_sizes import FixSizes
 from graphq.passes.fold_norms import FoldNorms
 from graphq.passes.fold_weights import FoldWeights
 from graphq.passes.observe import Observe
@@ -156,6 +157,7 @@ WORK: dict[str, Callable[[fx.GraphModule], Any]] = {
     "rotate-online": RotateOnline(r3=True, r4=True).run,
     "annotate": Annotate(PLANS).run,
     "raise-recurrent": RaiseRecurrent().run,
+    "fix-sizes": FixSizes({"batch": 1, "sequence": 4, "past_sequence": 0}).run,
     "fold-weights": FoldWeights().run,
     "raise-linear": RaiseLinear().run,
     "observe": Observe().run,
