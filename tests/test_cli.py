@@ -286,12 +286,12 @@ def test_onnx_without_a_cache(model, spec, tmp_path):
 @pytest.mark.parametrize(
     ("target", "options", "problem"),
     [
-        ("onnx", ["--option", "opset=new"], "onnx: opset: 'new' is not a whole number"),
+        ("onnx", ["--option", "opset=new"], "onnx: opset: 'new' is not a whole number or null"),
         ("onnx", ["--option", "cache=0"], "onnx: cache: '0' is not true or false"),
         (
             "onnx",
             ["--option", "opset"],
-            "onnx: opset: write NAME=VALUE; there are overwrite, cache, opset, bfloat16, shapes",
+            "onnx: opset: write NAME=VALUE; there are overwrite, cache, opset, bfloat16, profile, shapes",
         ),
         ("torch", ["--option", "opset=21"], "torch: no option opset; there are overwrite"),
         ("torch", ["--no-cache"], "torch: no option cache; there are overwrite"),
