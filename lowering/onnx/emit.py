@@ -23,6 +23,7 @@ from graphq.errors import TargetError
 from graphq.files import whole_directory
 from graphq.ir.views import Dequantize, Op, Param, ops_of, view
 from graphq.lowering.legalize import Limits, legalize, where
+from graphq.lowering.onnx import genai
 from graphq.lowering.onnx.form import onnx_form, with_bytes
 from graphq.lowering.onnx.names import check_names, name_nodes, name_outputs, restore_names
 from graphq.lowering.onnx.shapes import fix_sizes
@@ -87,7 +88,7 @@ def emit(
     shapes: Mapping[str, int] | None = None,
 ) -> tuple[str, ...]:
     """The QDQ form ``gm`` as ``model.onnx`` in the directory ``path``, written whole or not at all. Gives notes on
-    how layers are spelled.
+    how layers are spelled, and on a language model that onnxruntime-genai cannot serve.
 
     ``cache=False`` leaves the key/value cache out of a causal language model. ``shapes`` fixes dimensions by name: the
     file has numbers in their place, and constants for what follows from them. ``opset``: the one to write, by default
@@ -140,6 +141,7 @@ def emit(
         size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
         ir.save(model, directory / NAME, external_data=_DATA if size > _INLINE_BYTES else None)
         onnx.checker.check_model(str(directory / NAME), full_check=True)
+        notes += genai.write(directory, prepared)
         spelled_for = {} if profile is None else {"profile": profile}
         manifest.write(directory, prepared, "onnx", {**made_from, **spelled_for}, initializers(directory))
     return tuple(notes)
