@@ -4,8 +4,8 @@ Usage: python judges/judges.py [NAME ...] [--list]
 
 Without names, every judge runs. Its environment, ``.judges/<name>``, is made when it first runs, and again when its row
 here changes; it sees the packages of the environment that runs this script, so that graphq itself and torch are
-installed once. Prints a line for each judge; exits 1 where one finds a fault or cannot be installed, 2 for a name that
-there is not.
+installed once, unless it stands apart. Prints a line for each judge; exits 1 where one finds a fault or cannot be
+installed, 2 for a name that there is not.
 """
 
 import argparse
@@ -29,7 +29,9 @@ class Judge:
     """A client and what it says of graphq.
 
     script: in this folder; its exit status is the verdict. requirements: what pip installs for it, pinned. finds: what
-    it judges, a phrase. takes: disk and time, when its environment is new.
+    it judges, a phrase. takes: disk and time, when its environment is new. apart: its environment sees no packages but
+    its own, for clients that need other versions of ours; its script runs in this project's Python, and is given the
+    client's.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Judge:
     script: str
     finds: str
     takes: str
+    apart: bool = False
 
 
 JUDGES: Final = (
@@ -61,6 +64,21 @@ JUDGES: Final = (
         "a trained encoder's W8A8 embeddings are the float model's, in ONNX Runtime and OpenVINO",
         "0.3 GB, 3 minutes",
     ),
+    Judge(
+        "genai",
+        ("onnxruntime-genai==0.18.0",),
+        "run_genai.py",
+        "onnxruntime-genai serves ONNX language models, token by token as the QDQ form",
+        "0.1 GB, 3 minutes",
+    ),
+    Judge(
+        "optimum",
+        ("optimum-onnx[onnxruntime]==0.1.0", "torch==2.13.0"),
+        "run_optimum.py",
+        "optimum's ORTModelForCausalLM loads ONNX language models and generates the QDQ form's tokens",
+        "1.5 GB, 5 minutes",
+        apart=True,
+    ),
 )
 
 
@@ -68,17 +86,19 @@ def environment(judge: Judge, place: Path = PLACE) -> Path:
     """The Python of the judge's environment, which holds its requirements. Raises ``CalledProcessError``."""
     folder = place / judge.name
     python, stamp = folder / "bin" / "python", folder / ".installed"
-    wanted = "\n".join(judge.requirements)
+    wanted = "\n".join([*judge.requirements, *(["apart"] if judge.apart else [])])
     if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
         return python
     shutil.rmtree(folder, ignore_errors=True)
     pip = ["--without-pip"] if not judge.requirements else []
     subprocess.run([sys.executable, "-m", "venv", *pip, str(folder)], check=True)
-    (packages,) = (folder / "lib").glob("python*/site-packages")
-    shared = sysconfig.get_path("purelib")
-    (packages / "shared.pth").write_text(f"import site; site.addsitedir({shared!r})\n", encoding="utf-8")
+    install = ["-m", "pip", "install", "--quiet"]
+    if not judge.apart:
+        (packages,) = (folder / "lib").glob("python*/site-packages")
+        shared = sysconfig.get_path("purelib")
+        (packages / "shared.pth").write_text(f"import site; site.addsitedir({shared!r})\n", encoding="utf-8")
+        install += ["--constraint", str(ROOT / "constraints.txt")]
     if judge.requirements:
-        install = ["-m", "pip", "install", "--quiet", "--constraint", str(ROOT / "constraints.txt")]
         subprocess.run([str(python), *install, *judge.requirements], check=True)
     stamp.write_text(wanted, encoding="utf-8")
     return python
@@ -89,7 +109,9 @@ def verdict(judge: Judge, place: Path = PLACE, scripts: Path = ROOT / "judges") 
     start = time.monotonic()
     try:
         python = environment(judge, place)
-        status = subprocess.run([str(python), str(scripts / judge.script)], cwd=ROOT, check=False).returncode
+        script = str(scripts / judge.script)
+        command = [sys.executable, script, str(python)] if judge.apart else [str(python), script]
+        status = subprocess.run(command, cwd=ROOT, check=False).returncode
         said = "passed" if status == 0 else f"failed, exit status {status}"
     except (subprocess.CalledProcessError, OSError) as error:
         said = f"not installed: {error}"

@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,23 @@ def test_a_verdict(ours: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str])
     (tmp_path / "fault").touch()
     assert not judges.verdict(ours, tmp_path / "place", tmp_path)
     assert "ours: failed, exit status 7 (" in capfd.readouterr().out
+
+
+def test_an_environment_apart(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """It sees nothing of ours; the script, which runs in this Python, is given its own."""
+    client = "import importlib.util as u; print([u.find_spec(n) is not None for n in ('graphq', 'torch')])"
+    (tmp_path / "apart.py").write_text(
+        f"import graphq, subprocess, sys\nprint(sys.executable, sys.argv[1], flush=True)\n"
+        f"sys.exit(subprocess.run([sys.argv[1], '-c', {client!r}], cwd='/').returncode)"
+    )
+    apart = judges.Judge("apart", (), "apart.py", "what we say", "nothing", apart=True)
+    assert judges.verdict(apart, tmp_path / "place", tmp_path)
+    said = capfd.readouterr().out.splitlines()
+    assert said[0].split() == [sys.executable, str(tmp_path / "place" / "apart" / "bin" / "python")]
+    assert said[1] == "[False, False]"
+    shared = replace(apart, apart=False)  # another environment, under the same name
+    judges.environment(shared, tmp_path / "place")
+    assert list((tmp_path / "place" / "apart").rglob("shared.pth"))
 
 
 def test_an_environment_is_made_anew_when_its_row_changes(ours: Any, tmp_path: Path) -> None:
