@@ -52,7 +52,7 @@ golden: $(STAMP) ## rewrite the expected texts in tests; read the diff before yo
 	-@git diff --stat -- tests
 
 # No part of check: they install clients. judges/README.md has what each takes. JUDGES are the names of some.
-judges: $(STAMP) ## real clients load and run what graphq makes [network on their first run; 0.7 GB, 5 minutes]
+judges: $(STAMP) ## real clients load and run what graphq makes [network on their first run; 3 GB, 25 minutes]
 	$(BIN)/python judges/judges.py $(JUDGES)
 
 # No part of check: it installs 1.5 GB and needs the machine for itself. PEERS_ARGS are the script's arguments.

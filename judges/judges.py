@@ -69,14 +69,14 @@ JUDGES: Final = (
         ("onnxruntime-genai==0.18.0",),
         "run_genai.py",
         "onnxruntime-genai serves ONNX language models, token by token as the QDQ form",
-        "0.1 GB, 3 minutes",
+        "0.1 GB, 2 minutes",
     ),
     Judge(
         "optimum",
         ("optimum-onnx[onnxruntime]==0.1.0", "torch==2.13.0"),
         "run_optimum.py",
         "optimum's ORTModelForCausalLM loads ONNX language models and generates the QDQ form's tokens",
-        "1.5 GB, 5 minutes",
+        "1.3 GB, 3 minutes",
         apart=True,
     ),
 )

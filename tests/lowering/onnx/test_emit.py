@@ -372,7 +372,8 @@ def test_without_a_cache(llama: Compiled, tmp_path: Path) -> None:
 
 
 def test_an_artifact_is_two_files_and_the_models_own(artifact: Path, llama: Compiled) -> None:
-    assert {file.name for file in artifact.iterdir()} == {"model.onnx", "graphq.json", "config.json"}
+    others = {"config.json", "genai_config.json"}
+    assert {file.name for file in artifact.iterdir()} == {"model.onnx", "graphq.json", *others}
     manifest = json.loads((artifact / "graphq.json").read_text())
     assert manifest["target"] == "onnx"
     assert manifest["report"] == llama.report.to_json()
