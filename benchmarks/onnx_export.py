@@ -2,9 +2,9 @@
 
 Usage: OMP_NUM_THREADS=1 python benchmarks/onnx_export.py [LAYERS] [--profile NAME]
 
-Bounds: ``SECONDS`` for the file, and a peak of resident memory, from compilation on, of ``MEMORY`` times the float
-weights (Linux). Weights are drawn; each spec has a process of its own. Prints a line for each; exits 1 where one is
-above a bound.
+Bounds: ``SECONDS`` of processor time for the file, which other work on the machine does not lengthen, and a peak of
+resident memory, from compilation on, of ``MEMORY`` times the float weights (Linux). Weights are drawn; each spec has a
+process of its own. Prints a line for each; exits 1 where one is above a bound.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def measure(name: str, layers: int, profile: str | None) -> dict[str, float]:
     del model
     compile_seconds, compile_peak = time.perf_counter() - start, resident("VmHWM")
     forget()
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as place:
         compiled.emit("onnx", Path(place) / "out", profile=profile)
         written = sum(file.stat().st_size for file in (Path(place) / "out").iterdir())
@@ -69,6 +69,7 @@ def measure(name: str, layers: int, profile: str | None) -> dict[str, float]:
         "compile_seconds": compile_seconds,
         "compile_peak": compile_peak,
         "seconds": time.perf_counter() - start,
+        "busy": time.process_time() - busy,
         "peak": resident("VmHWM"),
         "written": written,
     }
@@ -93,13 +94,14 @@ def main() -> int:
         compiled, emitted = (found[key] / found["weights"] for key in ("compile_peak", "peak"))
         print(
             f"{name}, {given.layers} layers, {found['weights'] / 1e9:.2f} GB of float weights:"
-            f" {found['written'] / 1e9:.2f} GB written in {found['seconds']:.0f} s (at most {SECONDS}),"
+            f" {found['written'] / 1e9:.2f} GB written in {found['seconds']:.0f} s,"
+            f" {found['busy']:.0f} s of CPU (at most {SECONDS}),"
             f" peak {emitted:.2f} times the float weights (at most {MEMORY});"
             f" compiled in {found['compile_seconds']:.0f} s, peak {compiled:.2f};"
             f" Python and libraries are {found['before'] / 1e9:.2f} GB of each peak",
             flush=True,
         )
-        within &= found["seconds"] <= SECONDS and max(compiled, emitted) <= MEMORY
+        within &= found["busy"] <= SECONDS and max(compiled, emitted) <= MEMORY
     return 0 if within else 1
 
 
