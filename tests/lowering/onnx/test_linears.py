@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import graphq
+from graphq.errors import TargetError
 
 OPSETS = (13, 17, 21, 23)
 FORMATS = ("int8", "int8/asym", "int6", "int6/asym", "int4", "int4/asym", "int2", "float8_e4m3fn")
@@ -44,7 +45,11 @@ def in_onnx_runtime(folder: Path, x: Tensor) -> tuple[list[Tensor], list[str]]:
 def check(rule: dict[str, str], folder: Path, opset: int) -> None:
     x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0))
     made = graphq.compile(Products(), {"graphq": 1, "rules": [{"match": "*"} | rule]}, inputs=x, calibration=[x])
-    made.emit("onnx", folder, opset=opset)
+    try:
+        made.emit("onnx", folder, opset=opset)
+    except TargetError as error:  # its types are of a later one
+        assert "needs opset" in str(error)
+        made.emit("onnx", folder)
     outputs, ops = in_onnx_runtime(folder, x)
     assert "DequantizeLinear" in ops
     assert "MatMulNBits" not in ops
