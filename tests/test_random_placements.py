@@ -197,7 +197,7 @@ def check_all(seeds: Iterable[int], tmp_path: Path, onnx: Callable[[int], bool])
 
 
 def test_quantizers_stand_where_the_profile_says(tmp_path: Path) -> None:
-    check_all(range(20), tmp_path, lambda seed: seed % 10 == 4)
+    check_all(range(6), tmp_path, lambda seed: seed == 4)
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from graphq.numerics import fake_quantize as _fake_quantize
 from graphq.numerics.blocks import channel_block
 from graphq.numerics.ranges import weight_scales
 from graphq.numerics.source_arithmetic import source_codes, source_scales
-from graphq.spec.formats import Int, TwoLevel, element_name, find_format, has_global_scale, is_asymmetric
+from graphq.spec.formats import BIAS_BITS, Int, TwoLevel, element_name, find_format, has_global_scale, is_asymmetric
 from graphq.spec.quant import (
     Entropy,
     Histogram,
@@ -41,6 +41,8 @@ def _element(format: str) -> str | Int:
         return format
     found = find_format(format)
     if isinstance(found, Int) and element_name(found) == format:
+        if found.bits == BIAS_BITS:
+            raise SpecError(f"bits: {found.bits} is not one of 2 to 8 or 16")
         return found
     raise SpecError(
         f"{format!r} is not an element format; write int2 to int8, int16, uint8, uint16 or one of"

@@ -11,6 +11,7 @@ from tests.linter.cases import CASES as FIRST
 from tests.linter.more_cases import MORE
 
 CASES = FIRST | MORE
+NAMES = [pytest.param(name, marks=() if name in FIRST else pytest.mark.slow) for name in CASES]
 
 
 @pytest.fixture(autouse=True)
@@ -19,12 +20,12 @@ def _here(monkeypatch):
     monkeypatch.setattr(openvino, "run_apart", openvino.run_here)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_onnx_runtime(name, tmp_path):
     _agree(name, "ort-cpu", CASES[name].onnx_runtime, tmp_path)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_openvino(name, tmp_path):
     if ("s8 with zero point" in name or "s8 read twice, weight" in name) and "amx_int8" in Path(
         "/proc/cpuinfo"
