@@ -73,7 +73,8 @@ class QuantizeActivations(Pass):
             edit.redirect(op, x, read, by=self.name)
             changes += 1
         left = remove_observers(gm)
-        edit.drop_unused(gm)
+        if changes or left:
+            edit.drop_unused(gm)
         return changes or left
 
     def _quantize_grids(self, gm: fx.GraphModule) -> int:
