@@ -83,7 +83,7 @@ SPECS: dict[str, tuple[Any, str]] = {
         ),
     ),
     "number": (4, "a spec is a path, a preset's name, a mapping or a Spec, not 4"),
-    "none": (None, "a spec is a path, a preset's name, a mapping or a Spec, not an empty value"),
+    "none": (None, "spec: none given; give one, or a profile, such as ort-cpu"),
 }  # fmt: skip
 
 
