@@ -16,6 +16,8 @@ LONG = (
     "test_random_graphs.py",
     "test_stored.py",
     "test_conformance.py",
+    "test_matrix.py",
+    "test_random_placements.py",
     "test_emit.py",
     "test_cli.py",
 )

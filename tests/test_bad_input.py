@@ -303,9 +303,9 @@ class Branching(nn.Module):
         return self.gate(self.mlp(x))
 
 
-class Listing(nn.Module):
+class Slicing(nn.Module):
     def forward(self, x: Tensor) -> Any:
-        return {"x": [x, x]}
+        return {"x": [x, slice(2)]}
 
 
 LINE = Branch.forward.__code__.co_firstlineno + 1
@@ -317,7 +317,7 @@ MODELS: dict[str, tuple[Any, Any, str]] = {
     "empty inputs": (Blocks(), (), "inputs: none given; pass example inputs of Blocks.forward as a tuple or dict"),
     "too many inputs": (Blocks(), (X, X), "inputs: 2 given, Blocks.forward takes 1: x"),
     "unknown input": (Blocks(), {"z": X}, "inputs: Blocks.forward has no argument z; it takes x"),
-    "no tensor": (Blocks(), (3,), "inputs: x is a int; graphs take flat tensors"),
+    "no tensor": (Blocks(), (3,), "inputs: x is a int; graphs take tensors"),
     "branch": (
         Branching(),
         X,
@@ -327,9 +327,9 @@ MODELS: dict[str, tuple[Any, Any, str]] = {
         ),
     ),
     "outputs": (
-        Listing(),
+        Slicing(),
         X,
-        "Listing: output x is a list; outputs must be tensors, or one tuple or dict of tensors",
+        "Slicing: output x.1 is a slice; outputs must be tensors, or tuples, lists, dicts and dataclasses of them",
     ),
 }
 
