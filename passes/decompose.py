@@ -1,4 +1,4 @@
-"""Ops that a consumer lacks as one, spelled by those that it runs in integers: attention, SiLU."""
+"""Ops that a consumer lacks as one, spelled by those that it runs in integers: attention, SiLU, rolls, group norms."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -13,9 +13,9 @@ from graphq.ir.effect_table import effect
 from graphq.ir.effects import Adds, Copies, Moves, ReadsShape
 from graphq.ir.op_kinds import kind_of
 from graphq.ir.pipeline import Batches, Pass
-from graphq.ir.views import Op, ops_of, view
+from graphq.ir.views import Linear, Op, ops_of, view
 from graphq.observers.ranges import BELOW
-from graphq.spec.profile import Profile
+from graphq.spec.profile import LINEAR, Profile
 
 aten = torch.ops.aten
 
@@ -26,7 +26,10 @@ class Decompose(Pass):
     """Every op that ``profile`` has no row for, and whose parts it always quantizes, stands as its parts.
 
     Attention is softmax(query * scale @ key^T + mask) @ value (Vaswani et al., arXiv 1706.03762, equation 1), heads of
-    grouped queries repeated; SiLU is x * sigmoid(x). An attention that drops at random stays.
+    grouped queries repeated; SiLU is x * sigmoid(x); a roll joins two slices; a norm of groups of one channel is one of
+    instances. An attention that drops at random stays. Where the consumer wants
+    linears as Gemm, and everything in integers, a linear of more or fewer axes than two multiplies rows, between two
+    reshapes: what is quantized is then what the Gemm reads and gives.
     """
 
     profile: Profile
@@ -35,8 +38,13 @@ class Decompose(Pass):
     def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
         count = 0
         for op in ops_of(gm):
-            found = _DECOMPOSITIONS.get(kind_of(op))
-            if found is None or kind_of(op) in self.profile.ops:
+            kind = kind_of(op)
+            found = _DECOMPOSITIONS.get(kind)
+            if kind == LINEAR and self.profile.linear == "gemm" and self.profile.whole:
+                found = ((LINEAR, "Reshape"), _rows) if isinstance(op, Linear) and op.input.val.dim() != 2 else None
+            elif kind in self.profile.ops:
+                continue
+            if found is None:
                 continue
             parts, make = found
             rules = [self.profile.ops.get(part) for part in parts]
@@ -127,6 +135,51 @@ def _silu(gm: fx.GraphModule, op: Op, by: str) -> Op:
     return edit.insert(gm, op, aten.mul.Tensor, x, gate, by=by, like=op)
 
 
+def _roll(gm: fx.GraphModule, op: Op, by: str) -> Op | None:
+    """Along each axis the end before the beginning; not without axes, nor along one of unknown size."""
+    made = _operand(op, "self")
+    shifts, dims = op.argument("shifts"), op.argument("dims")
+    assert made is not None
+    if not dims or not all(isinstance(made.val.shape[dim], int) for dim in dims):
+        return None
+    for shift, dim in zip(shifts, dims, strict=True):
+        size = int(made.val.shape[dim])
+        first = size - shift % size
+        if first < size:
+            parts = [
+                edit.insert(gm, op, aten.slice.Tensor, made, dim, low, high, by=by, like=op)
+                for low, high in ((first, size), (0, first))
+            ]
+            made = edit.insert(gm, op, aten.cat.default, parts, dim, by=by, like=op)
+    return made
+
+
+def _group_norm(gm: fx.GraphModule, op: Op, by: str) -> Op | None:
+    """Groups of one channel are instances."""
+    x = _operand(op, "input")
+    assert x is not None
+    if int(op.argument("num_groups")) != x.val.shape[1] or op.argument("weight") is None:
+        return None
+    parameters = (op.argument("weight"), op.argument("bias"), None, None)
+    return edit.insert(
+        gm, op, aten.instance_norm.default, x, *parameters, True, 0.0, op.argument("eps"), False, by=by, like=op
+    )
+
+
+def _rows(gm: fx.GraphModule, op: Op, by: str) -> Op:
+    x = _operand(op, "input")
+    assert x is not None
+    sizes = [
+        int(s) if isinstance(s, int) else edit.insert(gm, op, aten.sym_size.int, x, i, by=by, like=op)
+        for i, s in enumerate(x.val.shape[:-1])
+    ]
+    width, outputs = int(x.val.shape[-1]), int(op.val.shape[-1])
+    rows = edit.insert(gm, op, aten.reshape.default, x, [-1, width], by=by, like=op)
+    rest = [op.argument("weight"), op.argument("bias")]
+    made = edit.insert(gm, op, aten.linear.default, rows, *rest, by=by, like=op)
+    return edit.insert(gm, op, aten.reshape.default, made, [*sizes, outputs], by=by, like=op)
+
+
 def _operand(op: Op, name: str) -> Op | None:
     given = op.argument(name)
     return None if given is None else view(given)
@@ -136,5 +189,7 @@ def _operand(op: Op, name: str) -> Op | None:
 _DECOMPOSITIONS: Final[Mapping[str, tuple[tuple[str, ...], Callable[[fx.GraphModule, Op, str], Op | None]]]] = {
     "Attention": (("MatMul", "Mul", "Add", "Softmax"), _attention),
     "Silu": (("Sigmoid", "Mul"), _silu),
+    "roll": (("Slice", "Concat"), _roll),
+    "GroupNormalization": (("InstanceNormalization",), _group_norm),
 }
 PARTS: Final = {kind: parts for kind, (parts, _) in _DECOMPOSITIONS.items()}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from graphq.ir.layers import gives_gates
-from graphq.ir.views import Embedding, Input, Linear, Op, Recurrence, Weighted, view
+from graphq.ir.views import Embedding, Input, Linear, Op, Param, Recurrence, Weighted, view
 from graphq.runtime import ops
 
 aten = torch.ops.aten
@@ -132,6 +132,8 @@ def activations_of(op: Op) -> tuple[Op, ...]:
     """The float tensors that an op computes from, in order, each once; of a layer without weight and bias, of a norm
     without gain and bias.
     """
+    if isinstance(op, Embedding):  # rows of its weight, which is looked up as any other tensor is
+        return (op.weight_op,) if isinstance(op.weight_op, Param) else ()
     if isinstance(op, Weighted):
         return (op.input_op,) if is_float(op.input_op) else ()
     names = {argument.name for argument in op.schema()}

@@ -1,6 +1,7 @@
 """What a consumer of QDQ models runs in integers, as data: a profile is a table with a row for each kind of op.
 
-Kinds are ONNX's op types; ``Linear`` is a MatMul or Gemm with a constant weight, ``MatMul`` one of two activations.
+Kinds are ONNX's op types; ``Linear`` is a MatMul or Gemm with a constant weight, ``MatMul`` one of two activations,
+``Embedding`` a Gather of a constant's rows.
 Types of activations are written as ``parse_format`` reads them (``uint8``, ``int8``, ``int8/asym``, ``uint16``), each
 with one scale; those of weights with their granularity (``int8/channel``).
 """

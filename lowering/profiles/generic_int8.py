@@ -23,7 +23,7 @@ _OWN: Final = (
 )
 _SAME: Final = (
     *("Reshape", "Transpose", "Slice", "Split", "Squeeze", "Unsqueeze", "Expand", "Tile", "Gather", "MaxPool"),
-    *("DepthToSpace", "SpaceToDepth"),
+    *("DepthToSpace", "SpaceToDepth", "Embedding"),
 )
 
 GENERIC_INT8: Final = Profile(

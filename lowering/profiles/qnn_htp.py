@@ -29,7 +29,7 @@ _OWN: Final = (
 )
 _SAME: Final = (
     *("Reshape", "Transpose", "Slice", "Split", "Squeeze", "Unsqueeze", "Expand", "Tile", "Gather", "MaxPool"),
-    *("DepthToSpace", "SpaceToDepth"),
+    *("DepthToSpace", "SpaceToDepth", "Embedding"),
 )
 
 QNN_HTP: Final = Profile(

@@ -1,5 +1,6 @@
 """Attention and SiLU as their parts, where a consumer has those and not the whole: the same function."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -208,7 +209,7 @@ def test_the_mask_of_a_vision_transformer_hides_nothing() -> None:
     Pipeline(canonical_passes()).run(gm)
     x = torch.randn(2, 3, 32, 32)
     wanted = run(gm, x)
-    assert decompose(gm, PROFILES["qnn-htp"]) == 2
+    assert decompose(gm, PROFILES["qnn-htp"]) == 14  # two attentions, twelve linears
     assert not {"aten.bitwise_not", "aten.ge.Scalar"} & {*targets(gm)}
     assert (run(gm, x) - wanted).abs().max() <= 1e-5
 
@@ -216,5 +217,63 @@ def test_the_mask_of_a_vision_transformer_hides_nothing() -> None:
 def test_the_mask_of_a_bert_is_data() -> None:
     gm = captured("bert")
     Pipeline(canonical_passes()).run(gm)
-    assert decompose(gm, PROFILES["qnn-htp"]) == 2
+    assert decompose(gm, PROFILES["qnn-htp"]) == 14  # two attentions, twelve linears
     assert targets(gm).count("aten.bitwise_not") == 2
+
+
+# -- rolls, norms of one channel, rows of linears ----------------------------------------------------------------------
+
+X = torch.randn(3, 4, 6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+ROLLS = table(Slice=OpRule(TYPES, output="same"), Concat=WHOLE)
+NORMS = table(InstanceNormalization=WHOLE)
+GEMM = replace(table(Linear=WHOLE, Reshape=OpRule(TYPES, output="same")), whole=True)
+
+
+class Calls(nn.Module):
+    """A function of the input, with a norm of its channels and a linear at hand."""
+
+    def __init__(self, f: Any, groups: int = 4) -> None:
+        super().__init__()
+        self.f = f
+        self.norm, self.linear = nn.GroupNorm(groups, 4), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(self, x)
+
+
+def other_form(f: Any, profile: Profile, groups: int = 4) -> list[str]:
+    """The ops after the pass, which leaves the function alone; none where it changes nothing."""
+    gm = capture(Calls(f, groups).double(), X)
+    before = run(gm, X)
+    if decompose(gm, profile) == 0:
+        return []
+    assert_vals(gm, X)
+    torch.testing.assert_close(run(gm, X), before, rtol=1e-12, atol=1e-12)
+    return targets(gm)
+
+
+def test_a_roll_is_two_slices_joined() -> None:
+    slices, joined = "aten.slice.Tensor", "aten.cat"
+    assert other_form(lambda m, x: x.roll((1, -2), (1, 3)), ROLLS) == [slices, slices, joined] * 2
+    assert other_form(lambda m, x: x.roll((0, 9), (1, 2)), ROLLS) == [slices, slices, joined]  # 9 of 6: 3; 0: nothing
+    assert other_form(lambda m, x: x.roll(5), ROLLS) == []  # of the elements in a row
+    assert other_form(lambda m, x: x.roll(1, 0), ROLLS) == []  # the batch, of any size
+    assert other_form(lambda m, x: x.roll(1, 1), table(Concat=WHOLE)) == []
+
+
+def test_groups_of_one_channel_are_instances() -> None:
+    assert other_form(lambda m, x: m.norm(x), NORMS) == ["aten.instance_norm"]
+    assert other_form(lambda m, x: m.norm(x), NORMS, groups=2) == []
+    assert other_form(lambda m, x: m.norm(x), table(GroupNormalization=WHOLE, InstanceNormalization=WHOLE)) == []
+
+
+def test_linears_multiply_rows_where_a_gemm_is_wanted() -> None:
+    found = other_form(lambda m, x: m.linear(x), GEMM)
+    assert [name for name in found if "sym_size" not in name] == [
+        "aten.reshape",
+        "aten.linear",
+        "aten.reshape",
+    ]
+    assert other_form(lambda m, x: m.linear(x[:, 0, 0]), GEMM) == []  # rows as they are
+    assert other_form(lambda m, x: m.linear(x), replace(GEMM, linear="matmul")) == []
+    assert other_form(lambda m, x: m.linear(x), replace(GEMM, whole=False)) == []
