@@ -32,13 +32,13 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## quantize the example model, emit every target, compare [2 minutes, 2 GB of memory]
 	$(BIN)/python examples/demo.py
 
-test: $(STAMP) ## the tests, without the slow ones [12 minutes, 4 GB of memory]
+test: $(STAMP) ## the tests, without the slow ones [14 minutes, 4 GB of memory]
 	$(PYTEST)
 
 test-all: $(STAMP) ## all tests, and the properties on many more random examples [hours]
 	$(PYTEST) -m 'slow or not slow' --hypothesis-profile fuzz
 
-check: lint types test ## all that CI checks: lint, types, test [15 minutes, 4 GB of memory]
+check: lint types test ## all that CI checks: lint, types, test [17 minutes, 4 GB of memory]
 
 lint: $(STAMP) ## style, imports, formatting [seconds]
 	$(BIN)/ruff check

@@ -29,7 +29,7 @@ SCHEMES: Final[dict[str, dict[str, Any] | None]] = {
 # Of the largest output. Integer kernels round another way now and then, and a code that is off by one is a whole step;
 # 4-bit weights meet activations of 8 bits by block in ONNX Runtime's default session where the spelling leaves it that.
 BOUND: Final = {"w8a8": 2e-2, "w8a8-a16": 2e-2, "w4": 2e-2}
-QUICK: Final = ("resnet", "unet", "vit", "bert")
+QUICK: Final = ("resnet", "bert")
 # Whose every convolution and linear is in integers on both.
 WHOLE: Final = ("resnet", "vit", "bert")
 
