@@ -28,10 +28,13 @@ def profile_named(name: str) -> Profile:
     return PROFILES[name]
 
 
-_KINDS: Final = "|".join(kind for kind in get_args(LayerKind) if kind not in ("embedding", "expert"))
+_KINDS: Final = tuple(kind for kind in get_args(LayerKind) if kind not in ("embedding", "expert", "recurrent"))
 
 
 def default_spec(profile: Profile) -> Spec:
-    """Every layer with a weight in the profile's types, wherever it stands."""
-    rule = Rule(Kind(_KINDS), Plan(profile.weight, profile.activation()), source=f"profile {profile.name}")
+    """Every linear and convolution in the profile's types, wherever it stands; recurrent layers where it has a row."""
+    recurrent = ("recurrent",) if "LSTM" in profile.ops else ()  # OpenVINO takes no codes as weights of an LSTM
+    rule = Rule(
+        Kind("|".join(_KINDS + recurrent)), Plan(profile.weight, profile.activation()), source=f"profile {profile.name}"
+    )
     return Spec((rule,), profile=profile.name)

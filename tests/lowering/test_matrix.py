@@ -40,6 +40,7 @@ def _cases() -> list[Any]:
         for name in MODELS
         for profile in ("ort-cpu", "openvino")
         for scheme in SCHEMES
+        if (name, scheme) != ("bilstm", "w8a8-a16")  # whose linear is in no module of this pattern
         if scheme != "w4"
         or name not in ("resnet", "mobilenet-v2", "efficientnet", "unet", "densenet", "regnet")  # no linear
     ]
