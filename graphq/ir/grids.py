@@ -102,7 +102,8 @@ class _Placer:
         self.producer = {output: unit for unit in self.units for output in unit.outputs}
         self.of_data = reading_data(gm)
         self.held = self._held()
-        self.notes: dict[str, None] = {}
+        unmet = f"{profile.name}: wants scales that are powers of two; those chosen here are not"
+        self.notes: dict[str, None] = {unmet: None} if profile.power_of_two else {}
         self.why: dict[Unit, str] = {}
 
     def place(self) -> Placement:

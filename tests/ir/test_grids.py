@@ -1,6 +1,7 @@
 """Where quantizers stand: each rule of a consumer's table, on small graphs and on graphs that differ in one thing."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -539,3 +540,11 @@ layer_norm_1 -> all  grid 2: uint8/tensor  1.LayerNormalization.output
 _0_weight -> layer_norm  grid 3: uint8/tensor  0.weight.value
 """,
     )
+
+
+def test_powers_of_two_that_a_table_wants_are_told_to_be_missing() -> None:
+    gm = graph(nn.Sequential(nn.Linear(4, 4)), ROWS)
+    profile = table(Linear=layer())
+    told = "test: wants scales that are powers of two; those chosen here are not"
+    assert told not in place(gm, profile).notes
+    assert told in place(gm, replace(profile, power_of_two=True)).notes
