@@ -88,7 +88,8 @@ def emit(
     shapes: Mapping[str, int] | None = None,
 ) -> tuple[str, ...]:
     """The QDQ form ``gm`` as ``model.onnx`` in the directory ``path``, written whole or not at all. Gives notes on
-    how layers are spelled, and on a language model that onnxruntime-genai cannot serve.
+    sizes that the consumer wants fixed and how layers are spelled, and on a language model that onnxruntime-genai
+    cannot serve.
 
     ``cache=False`` leaves the key/value cache out of a causal language model. ``shapes`` fixes dimensions by name: the
     file has numbers in their place, and constants for what follows from them. ``opset``: the one to write, by default
@@ -119,6 +120,9 @@ def emit(
     prepared = onnx_form(gm, cache)
     fix_sizes(prepared, {} if shapes is None else shapes)
     notes: list[str] = []
+    if consumer is not None and consumer.static:
+        free = ", ".join(name for name, low, high in source_of(prepared).ranges if low != high)
+        notes += [f"onnx: {profile} wants sizes that are fixed, by shapes; these are free: {free}"] if free else []
     spelled = prepared if consumer is None else spell(prepared, consumer, notes.append)
     model = _export(with_bytes(spelled))
     restore_names(model, spelled)

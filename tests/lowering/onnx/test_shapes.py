@@ -214,3 +214,15 @@ def test_families(family: str, tmp_path: Path) -> None:
     named_inputs = dict(zip((i.name for i in source.inputs), given, strict=True))
     theirs, ours = model(**named_inputs), loaded(**named_inputs)
     assert list(ours.keys()) == list(theirs.keys()) if hasattr(theirs, "keys") else type(ours) is type(theirs)
+
+
+def test_a_consumer_of_fixed_sizes_is_told_of_free_ones(tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 8, 8)
+    made = graphq.compile(nn.Conv2d(3, 4, 3), profile="qnn-htp", inputs=x, calibration=[x])
+    told = "onnx: qnn-htp wants sizes that are fixed, by shapes; these are free: batch"
+    made.emit("onnx", tmp_path / "fixed", shapes={"batch": 1})
+    assert told not in made.report.notes
+    made.emit("onnx", tmp_path / "free")
+    assert told in made.report.notes
+    assert graphq.lint(tmp_path / "fixed", "qnn-htp").model == ()
+    assert graphq.lint(tmp_path / "free", "qnn-htp").model != ()
