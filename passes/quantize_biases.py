@@ -117,7 +117,8 @@ def _operands(op: Op) -> tuple[Op | None, Op | None, Op | None]:
     match effect(op):
         case Normalizes(parameters=("weight", "bias")):
             found = [op.argument(name) for name in ("bias", "input", "weight")]
-            return tuple(None if node is None else view(node) for node in found)  # type: ignore[return-value]
+            bias, x, gain = (None if node is None else view(node) for node in found)
+            return bias, x, gain
         case _:
             return None, None, None
 
