@@ -19,7 +19,7 @@ SHARES = {
     "fold-weights": 20,
     "raise-linear": 20,
     "raise-grouped-linear": 2,
-    "split-gate-up": 4,
+    "split-gate-up": 1,
     "fold-batch-norm": 10,
     "untie": 4,
     "fold-norms": 30,
