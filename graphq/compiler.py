@@ -234,8 +234,8 @@ def compile(  # noqa: A001
         context = PassContext(sqnr.__setitem__, pass_notes.append, seed)
         Pipeline(passes_for(parsed, found, context, by_blocks)).run(gm, batches)
     _copy_tensors(gm, shared)
-    told = [*source.notes, *notes, *kept_nothing, *dict.fromkeys(pass_notes)]
-    report = make_report(resolved, told, source.dtype.itemsize * 8, sqnr, spec_settings(parsed), widths, others)
+    all_notes = [*source.notes, *notes, *kept_nothing, *dict.fromkeys(pass_notes)]
+    report = make_report(resolved, all_notes, source.dtype.itemsize * 8, sqnr, spec_settings(parsed), widths, others)
     return Compiled(gm, parsed, report, seed)
 
 

@@ -89,9 +89,9 @@ class AutoRound(Pass):
         """The codes of the least error among rounding to nearest, the last step's, and those of the best step."""
         trained = [[None if part.quant is None else _Learned(part) for part in layer.parts] for layer in layers]
         learned = [one for parts in trained for one in parts if one is not None]
-        outputs = _judged(gm, {layer.site.param.fqn for layer in layers})
+        outputs = _compared_outputs(gm, {layer.site.param.fqn for layer in layers})
         if not outputs:
-            self._tell(layers, trained, in_vain=True)
+            self._note_nearest(layers, trained, in_vain=True)
             return _codes(trained, _Learned.nearest)
         task = _Task(gm, outputs, pools_of(gm, seen, [node for _, node in outputs]), self.batch_size)
         if self.note is not None:
@@ -120,14 +120,14 @@ class AutoRound(Pass):
             for state in ([one.state for one in learned], kept):
                 for one, own in zip(learned, state, strict=True):
                     one.state = own
-                tried = _codes(trained, _Learned.codes)
-                found = task.error(_codes_as_weights(layers, tried))
+                codes = _codes(trained, _Learned.codes)
+                found = task.error(_codes_as_weights(layers, codes))
                 if found < error:
-                    best, error = tried, found
-        self._tell(layers, trained, in_vain=best is nearest)
+                    best, error = codes, found
+        self._note_nearest(layers, trained, in_vain=best is nearest)
         return best
 
-    def _tell(
+    def _note_nearest(
         self, layers: Sequence[PlannedWeight], trained: Sequence[Sequence["_Learned | None"]], in_vain: bool
     ) -> None:
         if self.note is None:
@@ -244,7 +244,7 @@ class _Learned:
 # -- running a graph
 
 
-def _judged(gm: fx.GraphModule, fqns: set[str]) -> list[tuple[int, fx.Node]]:
+def _compared_outputs(gm: fx.GraphModule, fqns: set[str]) -> list[tuple[int, fx.Node]]:
     """The outputs, and their places, that these weights have a part in; caches only where there are no others."""
     reached: set[fx.Node] = set()
     for node in gm.graph.nodes:

@@ -70,10 +70,12 @@ class AWQ(Pass):
             yield from hessians(gm, chosen)
         if self.power == 2:
             return
-        trials = _Trials(self, gm)
-        for name, (one, _) in trials.by_node.items():
+        candidates = _Candidates(self, gm)
+        for name, (one, _) in candidates.by_node.items():
             samples, rest = input_vectors(one.op)
-            observer = ErrorObserver((str(one.op.node.meta[LAYER]),), self._count, name, trials, samples, self.power)
+            observer = ErrorObserver(
+                (str(one.op.node.meta[LAYER]),), self._count, name, candidates, samples, self.power
+            )
             observer.reads_windows = isinstance(one.op, Convolution | ConvTranspose)
             yield ObserverRequest(one.op.input_op, observer, one.op, rest)
 
@@ -105,24 +107,27 @@ class AWQ(Pass):
 
     def _search(self, gm: fx.GraphModule, group: Group, moments: dict[Weighted, Tensor]) -> Tensor | None:
         """The factors of the least error; None where none are better than 1."""
-        judged = _judged(gm, group)
-        if not judged:
+        readers = _quantized_readers(gm, group)
+        if not readers:
             return None
-        tried = self.candidates(gm, group, judged)
+        candidates = self.candidate_factors(gm, group, readers)
         if self.power == 2:
             errors = [
-                sum(float(awq.output_error(one.change(f), moments[one.op]).sum()) for one in judged) for f in tried
+                sum(float(awq.output_error(one.change(f), moments[one.op]).sum()) for one in readers)
+                for f in candidates
             ]
         else:
-            errors = torch.stack([_errors_seen(gm, one.op, self.name) for one in judged]).sum(0).tolist()
+            errors = torch.stack([_errors_seen(gm, one.op, self.name) for one in readers]).sum(0).tolist()
         best = errors.index(min(errors))
-        return tried[best] if best else None
+        return candidates[best] if best else None
 
-    def candidates(self, gm: fx.GraphModule, group: Group, judged: "Sequence[_Judged]") -> list[Tensor]:
+    def candidate_factors(
+        self, gm: fx.GraphModule, group: Group, readers: "Sequence[_QuantizedReader]"
+    ) -> list[Tensor]:
         """The factors to try: first 1."""
-        labels = [one.reader.channels for one in judged]
-        activations = group.by_label([one.activations(gm, self.name) for one in judged], labels, "mean")
-        weights = group.by_label([one.columns() for one in judged], labels, "mean")
+        labels = [one.reader.channels for one in readers]
+        activations = group.by_label([one.activations(gm, self.name) for one in readers], labels, "mean")
+        weights = group.by_label([one.columns() for one in readers], labels, "mean")
         activations, weights = (torch.where(group.moved, v, 1.0) for v in (activations, weights))
         found = [torch.ones_like(activations)]
         for duo in (False, True) if self.duo is None else (self.duo,):
@@ -175,8 +180,8 @@ def _per_vector(op: Weighted, values: Tensor) -> Tensor:
 
 
 @final
-class _Judged:
-    """A layer that has a say in a group's factors."""
+class _QuantizedReader:
+    """A reader of a group whose weight is quantized, so that the group's factors change its error."""
 
     def __init__(self, gm: fx.GraphModule, group: Group, reader: Reader) -> None:
         self.group = group
@@ -208,31 +213,31 @@ class _Judged:
         return rounding_change(self.op, self.w, self.group.at(factors, self.reader.weight.labels).float())
 
 
-def _judged(gm: fx.GraphModule, group: Group) -> list[_Judged]:
-    judged = [_Judged(gm, group, reader) for reader in group.chosen]
-    return [one for one in judged if one.quants]
+def _quantized_readers(gm: fx.GraphModule, group: Group) -> list[_QuantizedReader]:
+    readers = [_QuantizedReader(gm, group, reader) for reader in group.chosen]
+    return [one for one in readers if one.quants]
 
 
 @final
-class _Trials:
-    """The layers of a graph that judge factors, by their nodes' names, each with the candidates of its group, which
+class _Candidates:
+    """The readers of a graph's groups, by their nodes' names, each with the candidate factors of its group, which
     follow from what was seen of the graph's activations. A copy of the graph has its own.
     """
 
     def __init__(self, awq: AWQ, gm: fx.GraphModule) -> None:
         self.awq, self.gm = awq, gm
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Trials":
-        made = memo[id(self)] = _Trials(self.awq, copy.deepcopy(self.gm, memo))
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Candidates":
+        made = memo[id(self)] = _Candidates(self.awq, copy.deepcopy(self.gm, memo))
         return made
 
     @functools.cached_property
-    def by_node(self) -> Mapping[str, tuple[_Judged, Callable[[], list[Tensor]]]]:
-        found: dict[str, tuple[_Judged, Callable[[], list[Tensor]]]] = {}
+    def by_node(self) -> Mapping[str, tuple[_QuantizedReader, Callable[[], list[Tensor]]]]:
+        found: dict[str, tuple[_QuantizedReader, Callable[[], list[Tensor]]]] = {}
         for group in groups(self.gm, self.awq.only, self.awq.where, None, self.awq.folds):
-            judged = _judged(self.gm, group)
-            candidates = functools.cache(functools.partial(self.awq.candidates, self.gm, group, tuple(judged)))
-            found |= {one.op.node.name: (one, candidates) for one in judged}
+            readers = _quantized_readers(self.gm, group)
+            candidates = functools.cache(functools.partial(self.awq.candidate_factors, self.gm, group, tuple(readers)))
+            found |= {one.op.node.name: (one, candidates) for one in readers}
         return found
 
 
@@ -251,12 +256,12 @@ class ErrorObserver(Observer):
         layers: tuple[str, ...],
         count: int,
         node: str,
-        trials: _Trials,
+        candidates: _Candidates,
         samples: Samples,
         power: int,
     ) -> None:
         super().__init__(layers)
-        self.node, self.trials, self.samples, self.power = node, trials, samples, power
+        self.node, self.candidates, self.samples, self.power = node, candidates, samples, power
         self.register_buffer("errors", torch.zeros(count, dtype=torch.float64))
 
     @property
@@ -270,9 +275,9 @@ class ErrorObserver(Observer):
         pass
 
     def refine(self, x: Tensor, *rest: Tensor) -> None:
-        judged, candidates = self.trials.by_node[self.node]
-        for number, factors in enumerate(candidates()):
-            change = judged.change(factors)
+        reader, factors_of = self.candidates.by_node[self.node]
+        for number, factors in enumerate(factors_of()):
+            change = reader.change(factors)
             for index, rows in self.samples(x, *rest):
                 error = (rows.to(change.dtype) @ change[index].T).double().square_()
                 self.errors[number] += (error.square_() if self.power == 4 else error).sum()  # pow is slow

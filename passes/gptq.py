@@ -108,7 +108,7 @@ class GPTQ(Pass):
             is_stack = isinstance(layers[0].site.op, GroupedLinear)
             h, n = (hessian[list(members)], counts[list(members)]) if is_stack else (hessian, counts)
             few = n < self.min_samples if is_stack else n < 1
-            self._tell(layers, places, members, n, few)
+            self._note_few_tokens(layers, places, members, n, few)
             pieces = [_Piece(layers[i], layers[i].parts[j], h, self.scales == "search") for i, j in places]
             stacked = torch.cat([piece.w for piece in pieces], 1)
             rows: list[gptq.Rows] = []
@@ -125,12 +125,12 @@ class GPTQ(Pass):
                 block_size=self.block_size,
             )
             found = torch.where(few[:, None, None], stacked.float(), found)
-            self._tell_damped(layers, places, damped)
+            self._note_dampening(layers, places, damped)
             for (i, j), piece, own in zip(places, pieces, rows, strict=True):
                 made[i][j] = piece.codes(found[:, own.first : own.last])
         return made
 
-    def _tell(
+    def _note_few_tokens(
         self,
         layers: Sequence[PlannedWeight],
         places: Sequence[tuple[int, int]],
@@ -146,7 +146,9 @@ class GPTQ(Pass):
                 fqn = fqns[members[position]] if layers[i].site.is_stack else fqns[0]
                 self.note(f"{fqn}: rounded to nearest: {int(counts[position])} tokens reached it in calibration")
 
-    def _tell_damped(self, layers: Sequence[PlannedWeight], places: Sequence[tuple[int, int]], damped: Tensor) -> None:
+    def _note_dampening(
+        self, layers: Sequence[PlannedWeight], places: Sequence[tuple[int, int]], damped: Tensor
+    ) -> None:
         if self.note is None or not bool((damped > self.dampening * 1.001).any()):
             return
         for i, _ in places:

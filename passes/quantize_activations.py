@@ -89,7 +89,7 @@ class QuantizeActivations(Pass):
             x, quant = view(op.node.all_input_nodes[0]), one.grid.quant
             scales = grids[one.grid.number].scales()
             if one.grid.number not in held and not isinstance(x, Param):
-                self._tell(grids[one.grid.number].ranges)
+                self._note_one_value(grids[one.grid.number].ranges)
             block = numerics.activation_block(quant.granularity, x.val.dim())
             if isinstance(x, Param):
                 made = self._hold_constant(gm, x, quant, scales, op)
@@ -116,7 +116,7 @@ class QuantizeActivations(Pass):
             observer = observer_on(gm, x, quant)
             assert observer is not None, "calibrated"
             fixed, zero, _ = observer.scales()
-            self._tell(observer)
+            self._note_one_value(observer)
             names = ("input_scale", "input_zero_point", "input_global_scale")
             path = free_path(gm, str(reader.node.meta[LAYER]), names)
             name = "input_global_scale" if has_global_scale(quant.format) else "input_scale"
@@ -162,7 +162,7 @@ class QuantizeActivations(Pass):
             remove_tensor(gm, x.fqn)
         return hold_codes(gm, like, path, quant, codes, w.dtype, like, self.name)
 
-    def _tell(self, observer: RangeObserver) -> None:
+    def _note_one_value(self, observer: RangeObserver) -> None:
         only = observer.only
         if only is None or self.note is None:
             return

@@ -66,7 +66,7 @@ class QuantizeBiases(Pass):
             factor = factor.amax().view(shape)
         if bool((factor > 1).any()):
             if len(weight.users) > 1 or len(cast(Param, weight.scale).users) > 1 or weight.zero_point is not None:
-                self._tell(
+                self._add_note(
                     f"{_name(op)}: its bias stays float: it needs larger scales of a weight that others read, too"
                 )
                 return 0
@@ -94,9 +94,11 @@ class QuantizeBiases(Pass):
         put_tensor(gm, cast(Param, weight.scale).fqn, wider.scale)
         put_tensor(gm, cast(Param, weight.codes).fqn, numerics.quantize(w, wider, format, block))
         many, count = int((factor > 1).sum()), factor.numel()
-        self._tell(f"{_name(op)}: {many} of its {count} channels have scales as large as their biases need in int32")
+        self._add_note(
+            f"{_name(op)}: {many} of its {count} channels have scales as large as their biases need in int32"
+        )
 
-    def _tell(self, text: str) -> None:
+    def _add_note(self, text: str) -> None:
         if self.note is not None:
             self.note(text)
 

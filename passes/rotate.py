@@ -70,7 +70,7 @@ class Rotate(Pass):
             edit.drop_unused(gm)
         return len(changes) + len(norms)
 
-    def _say(self, what: str, reasons: Iterable[str]) -> None:
+    def _note_skipped(self, what: str, reasons: Iterable[str]) -> None:
         for reason in reasons:
             if self.note is not None:
                 self.note(f"{self.name}: {what}: {reason}")
@@ -81,7 +81,7 @@ class Rotate(Pass):
         """The layer norms that now read centred values."""
         norms: list[Op] = []
         if not streams:
-            self._say("r1", ["no linear reads a sum of computed values"])
+            self._note_skipped("r1", ["no linear reads a sum of computed values"])
         for number, stream in enumerate(streams):
             size = self.block_size or stream.size
             q = rotation(size, self.kind, self.seed + number) if stream.size % size == 0 else None
@@ -94,7 +94,7 @@ class Rotate(Pass):
                 reasons.append(f"its {stream.size} channels are no multiple of {size}")
             elif q is None:
                 reasons.append(no_matrix(size) + "; kind orthogonal, or another block_size, has one")
-            self._say("r1", reasons)
+            self._note_skipped("r1", reasons)
             if q is None or reasons:
                 continue
             for axis in stream.axes:
@@ -108,7 +108,7 @@ class Rotate(Pass):
     def _rotate_values(self, index: GraphIndex, changes: dict[str, list[Change]]) -> None:
         streams = value_streams(index)
         if not streams:
-            self._say("r2", ["no attention is found"])
+            self._note_skipped("r2", ["no attention is found"])
         for number, stream in enumerate(streams, start=1):
             q = rotation(stream.size, self.kind, self.seed + (number << 16))
             reasons = [*stream.blocks, *not_caches(index, stream.inputs, stream.outputs)]
@@ -117,7 +117,7 @@ class Rotate(Pass):
                 reasons.append(f"{place(stream.members[-1])}: no linear makes or reads the values")
             if q is None:
                 reasons.append(no_matrix(stream.size) + "; kind orthogonal has one")
-            self._say("r2", reasons)
+            self._note_skipped("r2", reasons)
             if q is not None and not reasons:
                 for axis in stream.axes:
                     change = partial(rotate_axis, axis=axis.axis, rotation=q, part=axis.part)

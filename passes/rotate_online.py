@@ -59,7 +59,7 @@ class RotateOnline(Pass):
         count = self._rotate_keys(GraphIndex(gm)) if self.r3 else 0
         return count + (self._rotate_inputs(GraphIndex(gm)) if self.r4 else 0)
 
-    def _say(self, what: str, reasons: Iterable[str]) -> None:
+    def _note_skipped(self, what: str, reasons: Iterable[str]) -> None:
         for reason in reasons:
             if self.note is not None:
                 self.note(f"rotate: {what}: {reason}")  # by the algorithm that specs name
@@ -72,7 +72,7 @@ class RotateOnline(Pass):
         gm, matrices = index.gm, Matrices(index, self.name)
         attentions = [op for op in ops_of(gm) if isinstance(effect(op), Attends)]
         if not attentions:
-            self._say("r3", ["no scaled_dot_product_attention is found"])
+            self._note_skipped("r3", ["no scaled_dot_product_attention is found"])
         count, hadamard = 0, cache(partial(rotation, kind="hadamard", seed=0))
         for op in attentions:
             size = width(view(op.argument("query"))) or 0
@@ -80,14 +80,14 @@ class RotateOnline(Pass):
             h = hadamard(size)
             reasons = [reason for moves, made in operands for reason in _unrotatable_reads(index, op, moves, made)]
             reasons += [no_matrix(size)] if h is None else []
-            self._say("r3", (f"{place(op)}: {reason}" for reason in reasons))
+            self._note_skipped("r3", (f"{place(op)}: {reason}" for reason in reasons))
             if h is None or reasons:
                 continue
             for moves, made in operands:
                 for source in made:
                     if not isinstance(source, Input):
                         readers = [user for user in source.users if user in moves or user == op]
-                        product = multiplied(matrices, source, h, edit.following(source))
+                        product = insert_rotation(matrices, source, h, edit.following(source))
                         for reader in readers:
                             edit.redirect(reader, source, product, self.name)
                         count += 1
@@ -114,16 +114,16 @@ class RotateOnline(Pass):
                 size = self.block_size or channels
                 h = hadamard(size)
                 if param is None:
-                    self._say("r4", [f"{place(op)}: its weight is computed"])
+                    self._note_skipped("r4", [f"{place(op)}: its weight is computed"])
                 elif (why := index.why_shared(param.fqn, {op.node})) is not None:
-                    self._say("r4", [why])
+                    self._note_skipped("r4", [why])
                 elif channels % size:
-                    self._say("r4", [f"{place(op)}: its {channels} inputs are no multiple of {size}"])
+                    self._note_skipped("r4", [f"{place(op)}: its {channels} inputs are no multiple of {size}"])
                 elif h is None:
-                    self._say("r4", [f"{place(op)}: {no_matrix(size)}"])
+                    self._note_skipped("r4", [f"{place(op)}: {no_matrix(size)}"])
                 else:
                     if x not in products:
-                        products[x] = multiplied(matrices, x, h, op)
+                        products[x] = insert_rotation(matrices, x, h, op)
                     edit.redirect(op, x, products[x], self.name)
                     change = partial(rotate_axis, axis=op.in_axis, rotation=h)
                     changes.setdefault(param.fqn, []).append(change)
@@ -220,7 +220,7 @@ class Matrices:
         return self._made[name]
 
 
-def multiplied(matrices: Matrices, x: Op, h: Rotation, before: Op) -> Op:
+def insert_rotation(matrices: Matrices, x: Op, h: Rotation, before: Op) -> Op:
     """``x`` times the Hadamard matrix, made orthogonal, in blocks of its size; times its factors where it is large."""
     size, channels, dtype = h.size, cast(int, width(x)), x.val.dtype
     put = partial(edit.insert, matrices.index.gm, before, by=matrices.by, like=x)

@@ -33,13 +33,13 @@ def layer_graph(fqn: str, layer: Layer, form: Form) -> fx.GraphModule:
     """The graph of a layer alone, of a flat input, with its plan. It holds the layer's own tensors."""
     root, graph = nn.Module(), fx.Graph()
     mode = FakeTensorMode(allow_non_fake_inputs=False)
-    it = form.convolution
+    conv = form.convolution
     x = graph.placeholder("x")
     x.target = x.name
     shape: tuple[int, ...] = (_ROWS, form.shape[1])
-    if it is not None:
-        taps = (dilation * (size - 1) + 1 for size, dilation in zip(form.shape[2:], it.dilation, strict=True))
-        shape = (_ROWS, form.shape[1] * it.groups, *taps)
+    if conv is not None:
+        taps = (dilation * (size - 1) + 1 for size, dilation in zip(form.shape[2:], conv.dilation, strict=True))
+        shape = (_ROWS, form.shape[1] * conv.groups, *taps)
     with mode:
         x.meta["val"] = torch.empty(shape, dtype=form.dtype, device=layer.weight.device)
     reads: list[fx.Node | None] = []
@@ -53,10 +53,10 @@ def layer_graph(fqn: str, layer: Layer, form: Form) -> fx.GraphModule:
         reads.append(read)
     op = aten.linear.default
     args: tuple[Any, ...] = (x, *reads)
-    if it is not None:
-        op = aten.conv2d.padding if isinstance(it.padding, str) else aten.conv2d.default
-        padding = it.padding if isinstance(it.padding, str) else list(it.padding)
-        args = (*args, list(it.stride), padding, list(it.dilation), it.groups)
+    if conv is not None:
+        op = aten.conv2d.padding if isinstance(conv.padding, str) else aten.conv2d.default
+        padding = conv.padding if isinstance(conv.padding, str) else list(conv.padding)
+        args = (*args, list(conv.stride), padding, list(conv.dilation), conv.groups)
     node = graph.call_function(op, args)
     with mode, torch.no_grad():
         node.meta["val"] = op(*map_arg(args, lambda n: n.meta["val"]))

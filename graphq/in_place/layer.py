@@ -237,5 +237,5 @@ def _offset(zero_point: Tensor) -> Tensor:
 
 def _channels(form: Form) -> list[int]:
     """The shape of what multiplies the channels of a flat input."""
-    it = form.convolution
-    return [1, form.shape[1]] if it is None else [1, form.shape[1] * it.groups, 1, 1]
+    conv = form.convolution
+    return [1, form.shape[1]] if conv is None else [1, form.shape[1] * conv.groups, 1, 1]

@@ -84,12 +84,12 @@ def unflat(form: Form, x: Tensor, y: Tensor) -> Tensor:
     return y.squeeze(0) if x.dim() == 3 else y
 
 
-def multiplied(form: Form, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+def apply_weight(form: Form, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     """What the layer makes of a flat input with this weight."""
-    it = form.convolution
-    if it is None:
+    conv = form.convolution
+    if conv is None:
         return F.linear(x, w, bias)
-    return F.conv2d(x, w, bias, it.stride, it.padding, it.dilation, it.groups)
+    return F.conv2d(x, w, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 def input_scales(x: Tensor, quant: Quant, held: Scales | None) -> tuple[Scales, list[int]]:
@@ -115,7 +115,7 @@ def fake_quantized(form: Form, factors: Factors, x: Tensor, bias: Tensor | None)
         (scale, zero_point, upper), block = input_scales(x, form.input, factors.input)
         level = (scale, zero_point, upper, str(form.input.format), block)
         x = ops.dequantize(ops.quantize(x, *level), *level, form.dtype)
-    return multiplied(form, x, w, bias)
+    return apply_weight(form, x, w, bias)
 
 
 @final
@@ -152,14 +152,14 @@ class QuantizedLayer(FixedDtypes):
         if self.scale_factor is not None:
             x = x * self.scale_factor
         if quant is None:
-            return unflat(form, input, multiplied(form, x, product(), self.bias))
+            return unflat(form, input, apply_weight(form, x, product(), self.bias))
         fixed = None if self.scale_d is None else Scales(self.scale_d, self.offset_d)
         (scale, zero_point, upper), block = input_scales(x, quant, fixed)
         level = (scale, zero_point, upper, str(quant.format), block)
         q = ops.quantize(x, *level)
         if isinstance(product, Int8Linear):
             return unflat(form, input, product(q, scale, zero_point))
-        y = multiplied(form, ops.dequantize(q, *level, form.dtype), product(), self.bias)
+        y = apply_weight(form, ops.dequantize(q, *level, form.dtype), product(), self.bias)
         return unflat(form, input, y)
 
     def extra_repr(self) -> str:

@@ -89,8 +89,8 @@ class PackedWeight(FixedDtypes):
         _register(self, numerics.empty_scales(shape, block, parsed, row_axes[:-1], dtype))
 
     def forward(self) -> Tensor:
-        it = self.graphq_form
-        return numerics.dequantize(codes_of(self), scales_of(self), it.format, it.block).to(it.dtype)
+        form = self.graphq_form
+        return numerics.dequantize(codes_of(self), scales_of(self), form.format, form.block).to(form.dtype)
 
 
 def _register(module: nn.Module, scales: Scales) -> None:
@@ -101,13 +101,13 @@ def _register(module: nn.Module, scales: Scales) -> None:
 
 def hold_weight(module: PackedWeight, codes: Tensor, scales: Scales) -> PackedWeight:
     """``module`` with these codes, packed; the scales are kept as they are. Raises ``PassError`` for other shapes."""
-    it, held = module.graphq_form, scales_of(module)
-    if list(codes.shape) != it.shape:
-        raise PassError(f"codes of shape {tuple(codes.shape)}, not {tuple(it.shape)}")
+    form, held = module.graphq_form, scales_of(module)
+    if list(codes.shape) != form.shape:
+        raise PassError(f"codes of shape {tuple(codes.shape)}, not {tuple(form.shape)}")
     _expect("a scale", scales.scale, held.scale)
     _expect("a zero point", scales.zero_point, held.zero_point)
     _expect("a global scale", scales.global_scale, held.global_scale)
-    module.weight = packing.pack(codes.permute(it.rows_first).reshape(-1, it.columns), it.bits)
+    module.weight = packing.pack(codes.permute(form.rows_first).reshape(-1, form.columns), form.bits)
     _register(module, scales)
     return module
 
@@ -182,7 +182,7 @@ class Int8Linear(FixedDtypes):
 
     def forward(self, q: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
         """``q``: int8 codes ``[..., K]``; ``scale``, ``zero_point``: ``[..., 1]``, for each token, or single ones."""
-        it, (weight_scale, weight_zero_point, _), bias = self.graphq_form, scales_of(self), _bias_of(self)
+        form, (weight_scale, weight_zero_point, _), bias = self.graphq_form, scales_of(self), _bias_of(self)
         if q.dtype != torch.int8 or q.shape[-1:] != self.weight.shape[1:]:  # which the kernel takes for granted
             raise PassError(f"codes {q.dtype}{list(q.shape)} for a weight int8{list(self.weight.shape)}")
         prepared = self._graphq_prepared
@@ -196,12 +196,12 @@ class Int8Linear(FixedDtypes):
         if weight_zero_point is not None:
             totals = q.sum(-1, keepdim=True, dtype=torch.int32).to(torch.float32)
             if zero_point is not None:
-                totals = totals - zero_point.to(torch.float32) * it.shape[1]
+                totals = totals - zero_point.to(torch.float32) * form.shape[1]
             sums = sums - totals * weight_zero_point.flatten().to(torch.float32)
         y = sums * scale * weight_scale.flatten()
         if bias is not None:
             y = y + bias
-        return y.to(it.dtype)
+        return y.to(form.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_graphq_prepared": None}  # prepacked tensors cannot be copied
@@ -246,10 +246,10 @@ def codes_of(module: PackedWeight | Int8Linear) -> Tensor:
     """The codes in the float weight's shape."""
     if isinstance(module, Int8Linear):
         return module.weight.t() if module.graphq_form.transposed else module.weight
-    it = module.graphq_form
-    flat = packing.unpack(module.weight, it.bits, it.columns, numerics.code_dtype(it.format))
-    moved = flat.reshape([it.shape[a] for a in it.rows_first])
-    return moved.permute([it.rows_first.index(a) for a in range(len(it.shape))])
+    form = module.graphq_form
+    flat = packing.unpack(module.weight, form.bits, form.columns, numerics.code_dtype(form.format))
+    moved = flat.reshape([form.shape[a] for a in form.rows_first])
+    return moved.permute([form.rows_first.index(a) for a in range(len(form.shape))])
 
 
 def scales_of(module: PackedWeight | Int8Linear) -> Scales:

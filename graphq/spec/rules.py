@@ -172,9 +172,9 @@ def resolve(
                 f"{where}{rule.match}: block {', '.join(map(str, beyond))} does not exist: this model has {have}{hint}"
             )
         elif not hits and rule.may_match_nothing:
-            told = absent if isinstance(rule.match, Exact) else notes
+            notices = absent if isinstance(rule.match, Exact) else notes
             hint = unnamed_hint(rule.match, unnamed) if isinstance(rule.decision, Plan) else ""
-            told.append(f"{where}{rule.match} matches no layer{hint}")
+            notices.append(f"{where}{rule.match} matches no layer{hint}")
         elif not hits:
             lost.append(rule)
             if len(lost) <= SHOWN:

@@ -173,7 +173,7 @@ def test_declared_caches_alone_are_left_out(caches: tuple[CachePair, ...], judge
 
     gm = capture(Present(), torch.ones(2, 4), torch.ones(2, 32))
     gm.meta[KEY] = dataclasses.replace(source_of(gm), caches=caches)
-    found = auto_round._judged(gm, {"head.weight"})  # pyright: ignore[reportPrivateUsage]
+    found = auto_round._compared_outputs(gm, {"head.weight"})  # pyright: ignore[reportPrivateUsage]
     assert [place for place, _ in found] == judged
 
 

@@ -70,8 +70,8 @@ def _write_text(spec: Spec) -> str:
             qconfigs.append(write_qconfig(one.plan, one.rounding))
             assert one.plan.weight is not None  # else it was refused
             act = None if one.plan.input is None else side_of(one.plan.input, "act")
-            told = beyond(act, side_of(one.plan.weight, "weight"))
-            remarks |= dict.fromkeys(told if one.rounding is None else told[:0])
+            missing = beyond(act, side_of(one.plan.weight, "weight"))
+            remarks |= dict.fromkeys(missing if one.rounding is None else missing[:0])
         except SpecError as error:
             problems += error.problems
     process: list[Plain] = []
