@@ -24,6 +24,7 @@ from graphq.files import whole_directory
 from graphq.ir.views import Dequantize, Op, Param, ops_of, view
 from graphq.lowering.legalize import Limits, legalize, where
 from graphq.lowering.onnx import genai
+from graphq.lowering.onnx.decompositions import lean_decompositions
 from graphq.lowering.onnx.form import onnx_form, with_bytes
 from graphq.lowering.onnx.names import check_names, name_nodes, name_outputs, restore_names
 from graphq.lowering.onnx.shapes import fix_sizes
@@ -179,7 +180,8 @@ def _export(gm: fx.GraphModule) -> Any:
 
     source = source_of(gm)
     ranges = {name: (low, high) for name, low, high in source.ranges}
-    with warnings.catch_warnings(), _quiet_exporter(), lean_export(), kept_translations(), torch.no_grad():
+    lean = (lean_export(), kept_translations(), lean_decompositions())
+    with warnings.catch_warnings(), _quiet_exporter(), lean[0], lean[1], lean[2], torch.no_grad():
         warnings.simplefilter("ignore")
         exported = torch.export.export(
             gm, _samples(source), dynamic_shapes=dynamic_shapes(source.inputs, ranges), strict=False
@@ -281,5 +283,6 @@ def _name_dimensions(model: Any, gm: fx.GraphModule) -> None:
             if not isinstance(text, int):
                 for symbol, name in by_symbol.items():
                     text = symbol.sub(name, text)
+                text = int(text) if text.isdigit() else text  # an expression of which a number is left
             sizes.append(text)
         value.shape = ir.Shape(sizes)
