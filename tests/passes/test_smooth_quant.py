@@ -445,7 +445,7 @@ TOKENS = [torch.randint(0, 128, (4, 16), generator=torch.Generator().manual_seed
 RULES = {"graphq": 1, "rules": [{"match": "blocks", "weight": "int4/channel", "input": "int8/tensor"}]}
 
 
-def hessians_seen(monkeypatch: pytest.MonkeyPatch, algorithms: list[Any]) -> tuple[graphq.Compiled, list[Tensor]]:
+def hessians_seen(algorithms: list[Any]) -> tuple[graphq.Compiled, list[Tensor]]:
     seen: list[Tensor] = []
     compensate = gptq_pass.gptq.compensate
 
@@ -453,17 +453,22 @@ def hessians_seen(monkeypatch: pytest.MonkeyPatch, algorithms: list[Any]) -> tup
         seen.append(hessian.clone())
         return compensate(w, hessian, *args, **options)
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gptq_pass.gptq, "compensate", spy)
         compiled = graphq.compile(with_outliers(), RULES | {"algorithms": algorithms}, calibration=TOKENS)
     return compiled, seen
 
 
+@pytest.fixture(scope="module")
+def plain() -> Tensor:
+    """The Hessian of the first block's q, k and v, in front of which nothing is rounded."""
+    return hessians_seen(["gptq"])[1][0][0]
+
+
 @pytest.mark.parametrize("first", [{"smooth-quant": {}}, {"smooth-quant": {"alpha": "search"}}, {"awq": {}}])
-def test_gptq_sees_the_scaled_activations(monkeypatch: pytest.MonkeyPatch, first: Any) -> None:
-    _, plain = hessians_seen(monkeypatch, ["gptq"])
-    compiled, seen = hessians_seen(monkeypatch, [first, "gptq"])
-    old, new = plain[0][0], seen[0][0]  # of the first block's q, k and v, in front of which nothing is rounded
+def test_gptq_sees_the_scaled_activations(plain: Tensor, first: Any) -> None:
+    compiled, seen = hessians_seen([first, "gptq"])
+    old, new = plain, seen[0][0]
     factors = (old.diagonal() / new.diagonal()).sqrt()
     gain = with_outliers().model.layers[0].input_layernorm.weight
     scaled = compiled.graph.state_dict()["model.layers.0.input_layernorm.weight"]
