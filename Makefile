@@ -35,7 +35,7 @@ demo: $(STAMP) ## quantize the example model, emit every target, compare [2 minu
 test: $(STAMP) ## the tests, without the slow ones [14 minutes, 4 GB of memory]
 	$(PYTEST)
 
-test-all: $(STAMP) ## all tests, and the properties on three times as many random examples, new ones in every run [about 1 hour, 4 GB of memory]
+test-all: $(STAMP) ## all tests, and the properties on ten times as many random examples, new ones in every run [about 1 hour, 4 GB of memory]
 	$(PYTEST) -m 'slow or not slow' --hypothesis-profile fuzz
 
 check: lint types test ## all that CI checks: lint, types, test [17 minutes, 4 GB of memory]

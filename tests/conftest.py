@@ -7,7 +7,7 @@ import torch
 from hypothesis import settings
 
 settings.register_profile("quick", deadline=None, derandomize=True)  # the same examples in every run
-settings.register_profile("fuzz", deadline=None, max_examples=300)  # make test-all: others in every run
+settings.register_profile("fuzz", deadline=None, max_examples=1000)  # make test-all: new ones in every run
 settings.load_profile("quick")
 
 # Files of few tests that take long: begun last, they would keep one of several processes waiting.
