@@ -41,9 +41,8 @@ def spell_translated(graph: fx.Graph, translated: Container[object]) -> bool:
     sizes: dict[object, fx.Node] = {}  # the first node that holds a symbolic size
     spelled: dict[fx.Node, tuple[OpOverload, tuple[Any, ...]]] = {}
     for node in graph.nodes:
-        val = node.meta.get("val")
-        if isinstance(val, torch.SymInt):
-            sizes.setdefault(val.node.expr, node)
+        if isinstance(node.meta.get("val"), torch.SymInt):
+            sizes.setdefault(node.meta["val"].node.expr, node)
         if node.op != "call_function":
             continue
         match node.target:
@@ -52,8 +51,9 @@ def spell_translated(graph: fx.Graph, translated: Container[object]) -> bool:
             case aten.adaptive_avg_pool2d.default if list(node.args[1]) == [1, 1]:
                 spelled[node] = aten.mean.dim, (node.args[0], [-1, -2], True)
             case aten.reshape.default | aten.flatten.using_ints:
-                given = node.args[1] if node.target is aten.reshape.default else [-1] * len(val.shape)
-                shape = [_spelled(size, seen, sizes) for size, seen in zip(given, val.shape, strict=True)]
+                made = node.meta["val"].shape
+                given = node.args[1] if node.target is aten.reshape.default else [-1] * len(made)
+                shape = [_spelled(size, seen, sizes) for size, seen in zip(given, made, strict=True)]
                 if shape.count(-1) > 1:
                     return False
                 spelled[node] = aten.reshape.default, (node.args[0], shape)
@@ -79,6 +79,5 @@ def _is_taken_apart(op: object) -> bool:
     """Whether ``run_decompositions`` decomposes ``op`` whatever its table says: a composite op that may alias."""
     from torch._export import utils
 
-    if not isinstance(op, OpOverload) or not op._can_decompose():
-        return False
-    return not cast(Any, utils)._is_preservable_cia_op(op)
+    is_composite = isinstance(op, OpOverload) and op._can_decompose()  # pyright: ignore[reportPrivateUsage]
+    return is_composite and not cast(Any, utils)._is_preservable_cia_op(op)
