@@ -174,6 +174,26 @@ def add_observer(
     return _describe(node, x.val, like, by)
 
 
+def put_module(gm: fx.GraphModule, path: str, module: nn.Module) -> None:
+    """``module`` takes the place of the plain module at ``path`` and of what else that holds."""
+    plain = gm.get_submodule(path)
+    for name, tensor in [*plain.named_parameters(recurse=False), *plain.named_buffers(recurse=False)]:
+        if not hasattr(module, name):
+            put_tensor(module, name, tensor)
+    for name, child in plain.named_children():
+        module.add_module(name, child)
+    gm.add_submodule(path, module)
+
+
+def call_module(gm: fx.GraphModule, op: Op, path: str, arguments: Sequence[Op | None]) -> Op:
+    """A call of the module at ``path`` in the place of ``op``, which is gone."""
+    with gm.graph.inserting_before(op.node):
+        node = gm.graph.call_module(path, tuple(a.node if a is not None else None for a in arguments))
+    node.meta = dict(op.node.meta)
+    bypass(gm, op, view(node))
+    return view(node)
+
+
 def set_param(
     gm: fx.GraphModule, fqn: str, f: Callable[[Tensor], Tensor], by: str, reads: Iterable[fx.Node] | None = None
 ) -> None:

@@ -1,6 +1,6 @@
 """A graph as units: an op with its outputs, or a chain of ops that a consumer runs as one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, final
 
@@ -56,7 +56,7 @@ def units_of(gm: fx.GraphModule, fuses: Sequence[tuple[str, ...]]) -> list[Unit]
         if unit.first in gone:
             continue
         for chain in sorted(fuses, key=len, reverse=True):
-            links = _chain(unit, chain, by_op)
+            links = _chain(unit, chain, by_op, gone)
             if links is not None:
                 inside = {output for link in links[:-1] for output in link.outputs}
                 edges = tuple(edge for link in links for edge in link.edges if edge[1] not in inside)
@@ -67,8 +67,10 @@ def units_of(gm: fx.GraphModule, fuses: Sequence[tuple[str, ...]]) -> list[Unit]
     return made
 
 
-def _chain(unit: Unit, chain: tuple[str, ...], by_op: Mapping[Op, Unit]) -> list[Unit] | None:
-    """``unit`` and those after it, if they are of these kinds and nothing else reads what goes between them."""
+def _chain(unit: Unit, chain: tuple[str, ...], by_op: Mapping[Op, Unit], gone: Collection[Op]) -> list[Unit] | None:
+    """``unit`` and those after it, if they are of these kinds, nothing else reads what goes between them, and none is
+    ``gone`` into another chain: of two convolutions whose sum is taken, it belongs to one.
+    """
     links = [unit]
     if unit.kind != chain[0]:
         return None
@@ -76,7 +78,7 @@ def _chain(unit: Unit, chain: tuple[str, ...], by_op: Mapping[Op, Unit]) -> list
         last = links[-1]
         users = last.outputs[0].users if len(last.outputs) == 1 else []
         follower = by_op.get(users[0]) if len(users) == 1 else None
-        if follower is None or follower.kind != kind:
+        if follower is None or follower.kind != kind or follower.first in gone:
             return None
         links.append(follower)
     return links

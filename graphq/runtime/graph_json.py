@@ -21,7 +21,8 @@ from graphq.runtime import ops as graphq_ops
 from graphq.runtime.allowed_ops import OVERLOADS
 from graphq.runtime.arguments import check_arguments
 from graphq.runtime.checked_ops import SUBSTITUTES
-from graphq.runtime.modules import Int8Linear, PackedWeight, settings_of
+from graphq.runtime.fused_layers import FusedLayer
+from graphq.runtime.modules import Int8Linear, PackedWeight, QuantizedModule, settings_of
 from graphq.state import put_input, put_tensor
 
 _FUNCTIONS: Final[dict[str, Callable[..., Any]]] = {
@@ -57,10 +58,12 @@ _GRAPHQ: Final = {
         graphq_ops.choose_scale,
         graphq_ops.choose_global_scale,
         graphq_ops.recurrence,
+        graphq_ops.max_pool2d,
     )
 }
 _GRAPHQ_MOE: Final = {str(op): op for op in (graphq_ops.grouped_linear, graphq_ops.select_rows)}
-_MODULES: Final = {"PackedWeight": PackedWeight, "Int8Linear": Int8Linear}
+_MODULES: Final = {"PackedWeight": PackedWeight, "Int8Linear": Int8Linear, "FusedLayer": FusedLayer}
+_TAKES: Final = {PackedWeight: 0, Int8Linear: 3, FusedLayer: 9}  # arguments of a call
 _DTYPES: Final = re.compile(r"b?float(64|32|16)|float8_e\w+|u?int(64|32|16|8)|bool|complex(128|64)")
 _INT64: Final = 1 << 63
 _DAMAGE: Final = (
@@ -135,7 +138,7 @@ def graph_to_json(gm: fx.GraphModule) -> dict[str, Any]:
             entry["kwargs"] = {k: _to_json(v) for k, v in node.kwargs.items()}
         if node.op == "call_module":
             module = gm.get_submodule(str(node.target))
-            assert isinstance(module, PackedWeight | Int8Linear)
+            assert isinstance(module, QuantizedModule)
             settings = {k: _to_json(v) for k, v in settings_of(module).items()}
             modules[str(node.target)] = {"class": type(module).__name__, "settings": settings}
         nodes.append(entry)
@@ -212,7 +215,7 @@ def _build(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> fx.GraphMo
             case "call_module":
                 if entry["target"] not in data["modules"]:
                     raise TargetError(f"graph.json: {entry['target']} is not one of its modules")
-                if kwargs or len(args) != (3 if isinstance(root.get_submodule(entry["target"]), Int8Linear) else 0):
+                if kwargs or len(args) != _TAKES[cast(Any, type(root.get_submodule(entry["target"])))]:
                     raise TargetError(f"graph.json: {name}: its arguments are not those of {entry['target']}")
                 node = graph.create_node("call_module", entry["target"], args, kwargs, name=name)
             case "call_function":
@@ -239,13 +242,15 @@ def _describe(x: Tensor) -> str:
     return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
 
 
-def _check_settings(path: str, module: PackedWeight | Int8Linear) -> None:
-    """Raises ``TargetError`` for settings that fit no weight, whatever tensors there are."""
+def _check_settings(path: str, module: QuantizedModule) -> None:
+    """Raises ``TargetError`` for settings that fit no weight, whatever tensors there are; a fused layer does itself."""
     settings = settings_of(module)
     shape = settings["shape"]
     if isinstance(module, Int8Linear):
         if len(shape) != 2:
             raise TargetError(f"graph.json: {path}: shape: {shape} is not that of a linear")
+        return
+    if not isinstance(module, PackedWeight):
         return
     row_axes, block = settings["row_axes"], settings["block"]
     if len(set(row_axes)) != len(row_axes) or not set(row_axes) <= set(range(len(shape))):

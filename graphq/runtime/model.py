@@ -12,7 +12,7 @@ from graphq.capture.source import Source, source_of
 from graphq.errors import GraphqError
 from graphq.runtime.calls import Outputs, call
 from graphq.runtime.configuration import configuration
-from graphq.runtime.modules import Int8Linear, PackedWeight
+from graphq.runtime.modules import QuantizedModule
 from graphq.runtime.pickling import NotPickled
 
 _OUT_OF_MEMORY: Final = "can't allocate memory"  # as torch's allocator for the CPU says
@@ -71,7 +71,7 @@ class CompiledModel(NotPickled, nn.Module):
     def dtype(self) -> torch.dtype:
         """The dtype that it computes in."""
         taken = [i.dtype for i in self.source.inputs]
-        made = [m.graphq_form.dtype for m in self.modules() if isinstance(m, PackedWeight | Int8Linear)]
+        made = [m.graphq_form.dtype for m in self.modules() if isinstance(m, QuantizedModule)]
         held = [x.dtype for x in (*self.parameters(), *self.buffers())]
         return next((d for d in (*taken, *made, *held) if d.is_floating_point), self.source.dtype)
 

@@ -45,6 +45,14 @@ class FixedDtypes(nn.Module, ABC):
         return super()._apply(lambda tensor: _moved(tensor, fn), recurse=False)
 
 
+class QuantizedModule(FixedDtypes, ABC):
+    """A module that holds a weight in codes, ``weight``, with ``weight_scale``; ``graphq_form``: what it is beside."""
+
+    weight: Tensor
+    weight_scale: Tensor
+    graphq_form: Any
+
+
 @final
 @dataclass(frozen=True)
 class _Packing:
@@ -61,7 +69,7 @@ class _Packing:
 
 
 @final
-class PackedWeight(FixedDtypes):
+class PackedWeight(QuantizedModule):
     """A weight in packed codes; calling it gives the dequantized weight.
 
     ``weight``: ``uint8[rows, bytes]``, packed as ``graphq.packing`` says, one row for each index of ``row_axes``
@@ -69,9 +77,6 @@ class PackedWeight(FixedDtypes):
     are those of the QDQ form, ``shape`` and ``row_axes`` those of the float weight; ``dtype`` is what it is dequantized
     to. It has no other name, nor those of the tensors that its format lacks: what the float layer held besides may.
     """
-
-    weight: Tensor
-    weight_scale: Tensor
 
     def __init__(
         self, format: str, block: Sequence[int], shape: Sequence[int], row_axes: Sequence[int], dtype: torch.dtype
@@ -123,10 +128,10 @@ class _Prepared:
     row_sums: Tensor
 
     def is_of(self, codes: Tensor) -> bool:
-        return self.codes is codes and self.version == _version(codes)
+        return self.codes is codes and self.version == tensor_version(codes)
 
 
-def _version(tensor: Tensor) -> int | None:
+def tensor_version(tensor: Tensor) -> int | None:
     """Counts the changes of a tensor in place, such as by ``load_state_dict``; inference tensors are not counted."""
     return None if tensor.is_inference() else cast(Any, tensor)._version
 
@@ -146,7 +151,7 @@ class _Product:
 
 
 @final
-class Int8Linear(FixedDtypes):
+class Int8Linear(QuantizedModule):
     """A linear on int8 codes of the input, with integer accumulation where the machine has a kernel for it.
 
     ``weight``: ``int8[N, K]``; ``weight_scale`` (and ``weight_zero_point``): ``[N, 1]`` or ``[1, 1]``; ``transposed``:
@@ -156,9 +161,6 @@ class Int8Linear(FixedDtypes):
     ``(q_x + 128) q_w``, are rounded to float32 too: by 2^-24 of themselves where they are above 2^24. ``bias`` is held
     in ``bias_dtype``, by default in ``dtype``.
     """
-
-    weight: Tensor
-    weight_scale: Tensor
 
     def __init__(
         self,
@@ -188,7 +190,7 @@ class Int8Linear(FixedDtypes):
         prepared = self._graphq_prepared
         if prepared is None or not prepared.is_of(self.weight):
             row_sums = self.weight.sum(1, dtype=torch.int32).to(torch.float32)
-            prepared = _Prepared(self.weight, _version(self.weight), _prepack(self.weight), row_sums)
+            prepared = _Prepared(self.weight, tensor_version(self.weight), _prepack(self.weight), row_sums)
             self._graphq_prepared = prepared
         sums = _integer_product(q, self.weight, prepared.packed)
         if zero_point is not None:
@@ -230,21 +232,21 @@ def _bias_of(module: Int8Linear) -> Tensor | None:
     return module.get_buffer("bias") if module.graphq_form.bias else None
 
 
-def settings_of(module: PackedWeight | Int8Linear) -> dict[str, Any]:
+def settings_of(module: QuantizedModule) -> dict[str, Any]:
     """The arguments that make an empty module of this kind."""
     return dict(module.graphq_form.settings) if isinstance(module, PackedWeight) else vars(module.graphq_form).copy()
 
 
-def format_of(module: PackedWeight | Int8Linear) -> str:
+def format_of(module: QuantizedModule) -> str:
     """The text of the weight's format."""
     if isinstance(module, PackedWeight):
         return str(module.graphq_form.settings["format"])
     return "int8" if module.graphq_form.symmetric else "int8/asym"
 
 
-def codes_of(module: PackedWeight | Int8Linear) -> Tensor:
+def codes_of(module: QuantizedModule) -> Tensor:
     """The codes in the float weight's shape."""
-    if isinstance(module, Int8Linear):
+    if not isinstance(module, PackedWeight):
         return module.weight.t() if module.graphq_form.transposed else module.weight
     form = module.graphq_form
     flat = packing.unpack(module.weight, form.bits, form.columns, numerics.code_dtype(form.format))
@@ -252,10 +254,10 @@ def codes_of(module: PackedWeight | Int8Linear) -> Tensor:
     return moved.permute([form.rows_first.index(a) for a in range(len(form.shape))])
 
 
-def scales_of(module: PackedWeight | Int8Linear) -> Scales:
+def scales_of(module: QuantizedModule) -> Scales:
     """Scales and zero points as they are stored; a tensor of theirs that the format lacks is none of them."""
     format = module.graphq_form.format if isinstance(module, PackedWeight) else None
-    has_zero_point = is_asymmetric(format) if format is not None else not cast(Int8Linear, module).graphq_form.symmetric
+    has_zero_point = is_asymmetric(format) if format is not None else not module.graphq_form.symmetric
     zero_point = module.get_buffer("weight_zero_point") if has_zero_point else None
     upper = module.get_buffer("weight_global_scale") if format is not None and has_global_scale(format) else None
     return Scales(module.weight_scale, zero_point, upper)

@@ -33,6 +33,9 @@ _library.define(
     "recurrence(Tensor gates, Tensor weight, Tensor? bias, Tensor hidden, Tensor? cell, str kind, bool reverse)"
     " -> (Tensor output, Tensor hidden, Tensor cell)"
 )
+_library.define(
+    "max_pool2d(Tensor codes, int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool ceil_mode) -> Tensor"
+)
 _library.define("select_rows(Tensor[] candidates, Tensor offsets, int[] choice) -> Tensor")
 
 
@@ -210,6 +213,41 @@ def _select_rows(candidates: Sequence[Tensor], offsets: Tensor, choice: Sequence
     return out
 
 
+def _max_pool2d(
+    codes: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+) -> Tensor:
+    """``aten.max_pool2d`` of codes of 8 bits ``[B, C, H, W]``, of which it moves some: all arguments are pairs."""
+    pairs = (kernel_size, stride, padding, dilation)
+    fits = codes.dim() == 4 and all(len(pair) == 2 for pair in pairs) and min(*kernel_size, *stride, *dilation) > 0
+    fits = fits and all(0 <= 2 * pad <= size for pad, size in zip(padding, kernel_size, strict=True))
+    if not fits or codes.dtype not in (torch.uint8, torch.int8):
+        raise PassError(f"max_pool2d: {[list(pair) for pair in pairs]} of {codes.dtype}{list(codes.shape)}")
+    rest = (list(stride), list(padding), list(dilation), ceil_mode)
+    if codes.device.type != "cpu" or not codes.numel():
+        return torch.nn.functional.max_pool2d(codes.float(), list(kernel_size), *rest).to(codes.dtype)
+    if codes.dtype == torch.uint8:
+        return torch.ops.quantized.max_pool2d(codes, list(kernel_size), *rest)
+    raised = (codes ^ -128).view(torch.uint8)  # there is no kernel for signed codes, whose order this keeps
+    return (torch.ops.quantized.max_pool2d(raised, list(kernel_size), *rest) ^ 128).view(torch.int8)
+
+
+def _max_pool2d_fake(
+    codes: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+) -> Tensor:
+    rest = (list(stride), list(padding), list(dilation), ceil_mode)
+    return torch.nn.functional.max_pool2d(codes.float(), list(kernel_size), *rest).to(codes.dtype)
+
+
 def _recurrence_fake(
     gates: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, cell: Tensor | None, kind: str, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -229,6 +267,7 @@ for _name, _reference, _fake in (
     ("grouped_linear", _grouped_linear, _grouped_linear_fake),
     ("recurrence", _recurrence, _recurrence_fake),
     ("select_rows", _select_rows, _select_rows_fake),
+    ("max_pool2d", _max_pool2d, _max_pool2d_fake),
 ):
     _library.impl(_name, _reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"graphq::{_name}", _fake, lib=_library)
@@ -265,3 +304,4 @@ choose_global_scale = torch.ops.graphq.choose_global_scale.default
 grouped_linear = torch.ops.graphq.grouped_linear.default
 recurrence = torch.ops.graphq.recurrence.default
 select_rows = torch.ops.graphq.select_rows.default
+max_pool2d = torch.ops.graphq.max_pool2d.default

@@ -10,6 +10,7 @@ from graphq.lowering.profiles.ort_cpu import ORT_CPU
 from graphq.lowering.profiles.qnn_htp import QNN_HTP
 from graphq.lowering.profiles.rknn import RKNN
 from graphq.lowering.profiles.tensorrt import TENSORRT
+from graphq.lowering.profiles.torch_cpu import TORCH_CPU
 from graphq.lowering.profiles.vitis_ai import VITIS_AI
 from graphq.spec.match import Kind, LayerKind
 from graphq.spec.plan import Plan
@@ -17,7 +18,7 @@ from graphq.spec.profile import Profile
 from graphq.spec.rules import Rule, Spec
 
 PROFILES: Final[Mapping[str, Profile]] = {
-    p.name: p for p in (ORT_CPU, OPENVINO, TENSORRT, QNN_HTP, VITIS_AI, RKNN, GENERIC_INT8)
+    p.name: p for p in (ORT_CPU, OPENVINO, TENSORRT, QNN_HTP, VITIS_AI, RKNN, GENERIC_INT8, TORCH_CPU)
 }
 
 

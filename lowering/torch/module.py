@@ -21,7 +21,7 @@ from graphq.lowering.legalize import Limits, legalize
 from graphq.lowering.torch.pack import pack
 from graphq.runtime.graph_json import graph_from_json, graph_to_json, refusal
 from graphq.runtime.model import CompiledModel
-from graphq.runtime.modules import Int8Linear, PackedWeight, codes_of, format_of, scales_of
+from graphq.runtime.modules import QuantizedModule, codes_of, format_of, scales_of
 from graphq.state import first_names
 
 _GRAPH: Final = "graph.json"
@@ -136,7 +136,7 @@ def _check_dtypes(directory: Path, gm: fx.GraphModule, source: Source, described
     known |= {a for node in gm.graph.nodes for a in (*node.args, *node.kwargs.values()) if isinstance(a, torch.dtype)}
     wanted = described.get("computed_in")
     for path, module in gm.named_modules():
-        if isinstance(module, PackedWeight | Int8Linear) and (dtype := module.graphq_form.dtype) not in known:
+        if isinstance(module, QuantizedModule) and (dtype := module.graphq_form.dtype) not in known:
             name = str(dtype).removeprefix("torch.")
             if name != wanted:
                 raise TargetError(f"{directory / _GRAPH}: {path}: dtype: {name}, in which nothing else of the model is")
@@ -146,7 +146,7 @@ def stored_codes(model: CompiledModel) -> dict[str, manifest.QuantizedTensor]:
     """The quantized tensors that a loaded artifact holds, unpacked, by the path that holds them."""
     found: dict[str, manifest.QuantizedTensor] = {}
     for path, module in model.graph.named_modules():
-        if isinstance(module, PackedWeight | Int8Linear):
+        if isinstance(module, QuantizedModule):
             held = (codes_of(module), *scales_of(module))
             found[path] = manifest.QuantizedTensor(path, "weight", format_of(module), *held)
     return found | manifest.quantized_tensors(model.graph)  # whose weights are packed: it holds the inputs alone

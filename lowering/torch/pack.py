@@ -7,8 +7,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphq.ir import edit
-from graphq.ir.views import Cast, Dequantize, Linear, Op, Param, Quantize, TransposedLinear, Weighted, ops_of, view
+from graphq.ir.views import Cast, Dequantize, Linear, Op, Param, Quantize, TransposedLinear, Weighted, ops_of
 from graphq.lowering.stored import hold_stored, stored
+from graphq.lowering.torch.fuse_conv import FuseConv
+from graphq.lowering.torch.fuse_linear import FuseLinear
+from graphq.lowering.torch.move_codes import MoveCodes
 from graphq.numerics import Scales
 from graphq.runtime.layers import INT8
 from graphq.runtime.modules import Int8Linear, PackedWeight, hold_linear, hold_weight
@@ -25,6 +28,8 @@ def pack(gm: fx.GraphModule) -> fx.GraphModule:
     where they are used.
     """
     packed = copy_graph(gm)
+    for step in (MoveCodes(), FuseConv(), FuseLinear()):
+        step.run(packed)
     for op in ops_of(packed):
         if isinstance(op, Dequantize) and isinstance(op.codes, Param):
             _integer_linear(packed, op)
@@ -101,10 +106,10 @@ def _integer_linear(gm: fx.GraphModule, weight: Dequantize) -> None:
     transposed = isinstance(op, TransposedLinear)
     bias_dtype = None if held is None or held.dtype == op.val.dtype else held.dtype
     module = Int8Linear(rows, per_channel, zero_point is None, held is not None, op.val.dtype, transposed, bias_dtype)
-    _put_module(gm, path, hold_linear(module, codes, scale, zero_point, held))
+    edit.put_module(gm, path, hold_linear(module, codes, scale, zero_point, held))
     for use in uses:
         x = cast(Dequantize, cast(Linear, use).input_op)
-        _call(gm, use, path, (x.codes, x.scale, x.zero_point))
+        edit.call_module(gm, use, path, (x.codes, x.scale, x.zero_point))
 
 
 def _packed_weight(
@@ -119,8 +124,8 @@ def _packed_weight(
     codes, scales = _tensors(gm, op)
     module = hold_weight(PackedWeight(op.format, list(op.block), codes.shape, rows, op.val.dtype), codes, scales)
     module.weight = held.setdefault((first.get(fqn, fqn), op.format, rows), module.weight)
-    _put_module(gm, path, module)
-    _call(gm, op, path, ())
+    edit.put_module(gm, path, module)
+    edit.call_module(gm, op, path, ())
 
 
 def _tensors(gm: fx.GraphModule, op: Dequantize) -> tuple[Tensor, Scales]:
@@ -145,21 +150,3 @@ def _row_axes(op: Dequantize) -> tuple[int, ...] | None:
             if user.node.target in _PASSED:  # parts of a stack are joined before they are used
                 pending.append(user)
     return None
-
-
-def _put_module(gm: fx.GraphModule, path: str, module: nn.Module) -> None:
-    """``module`` takes the place of the plain module at ``path`` and of what else that holds."""
-    plain = gm.get_submodule(path)
-    for name, tensor in [*plain.named_parameters(recurse=False), *plain.named_buffers(recurse=False)]:
-        if not hasattr(module, name):
-            put_tensor(module, name, tensor)
-    for name, child in plain.named_children():
-        module.add_module(name, child)
-    gm.add_submodule(path, module)
-
-
-def _call(gm: fx.GraphModule, op: Op, path: str, arguments: tuple[Op | None, ...]) -> None:
-    with gm.graph.inserting_before(op.node):
-        node = gm.graph.call_module(path, tuple(a.node if a is not None else None for a in arguments))
-    node.meta = dict(op.node.meta)
-    edit.bypass(gm, op, view(node))
