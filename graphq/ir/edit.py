@@ -58,13 +58,16 @@ def insert(
     by: str,
     like: Op | None = None,
     options: Mapping[str, Any] | None = None,
+    val: Any = None,
 ) -> Op:
     """A new node that calls ``target``, in front of ``before``; it belongs to the layer that ``like`` belongs to.
 
-    ``options``: arguments by name, which are no nodes.
+    ``options``: arguments by name, which are no nodes. ``val``: what it gives, where that is known; else the op is run
+    on fake tensors, for which a few ops fix dynamic sizes.
     """
     unwrapped = cast(tuple[Any, ...], _unwrap(args))
-    val = _value(gm, target, unwrapped, options or {})
+    if val is None:
+        val = _value(gm, target, unwrapped, options or {})
     with gm.graph.inserting_before(before.node):
         node = gm.graph.call_function(target, unwrapped, dict(options or {}))
     return _describe(node, val, like or before, by)

@@ -104,20 +104,20 @@ def fuse(gm: fx.GraphModule, weight: Op, chain_of: Callable[[Op, Dequantize], Ch
     has_scales = isinstance(weight.scale, Param) and list(weight.block) in (by_channel, [-1] * len(by_channel))
     if not is_single or not has_scales or weight.zero_point is not None or weight.val.dtype != torch.float32:
         return 0
-    chains = [chain_of(use, weight) for use in weight.users]
-    first = chains[0]
-    if first is None or any(chain is None or chain.fusion != first.fusion for chain in chains):
+    uses = weight.users
+    first = chain_of(uses[0], weight)
+    if first is None or not all((chain := chain_of(use, weight)) and chain.fusion == first.fusion for use in uses):
         return 0
     path = codes.fqn.removesuffix(".weight")
-    module = FusedLayer(**vars(first.fusion))
     scale = tensor_of(gm, cast(Param, weight.scale).fqn)
-    edit.put_module(gm, path, hold_fused(module, tensor_of(gm, codes.fqn), scale))
-    layers = [use.node.meta for use in weight.users]
-    for chain, meta in zip(cast(list[Chain], chains), layers, strict=True):
-        made = edit.call_module(gm, chain.last, path, chain.arguments)
+    edit.put_module(gm, path, hold_fused(FusedLayer(**vars(first.fusion)), tensor_of(gm, codes.fqn), scale))
+    for use in uses:
+        chain = chain_of(use, weight)  # once more: it may read what the call before gives
+        assert chain is not None, "no call changes what another is"
+        made, meta = edit.call_module(gm, chain.last, path, chain.arguments), use.node.meta
         made.node.meta |= {key: meta[key] for key in ("nn_module_stack", "stack_trace", LAYER, PLAN) if key in meta}
         made.node.meta[BY] = (*meta.get(BY, ()), by)
-    return len(chains)
+    return len(uses)
 
 
 def shape_of(x: Op) -> list[Any]:

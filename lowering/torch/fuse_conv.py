@@ -113,6 +113,6 @@ def _relax_layout(gm: fx.GraphModule, by: str) -> None:
     end = next(node for node in gm.graph.nodes if node.op == "output")
     for node in end.all_input_nodes:
         val = node.meta.get("val")
-        if node.op == "call_function" and isinstance(val, Tensor) and val.dim() == 4 and val.is_contiguous():
+        if node.op.startswith("call") and isinstance(val, Tensor) and val.dim() == 4 and val.is_contiguous():
             made = edit.insert(gm, view(end), aten.contiguous.default, view(node), by=by, like=view(node))
             edit.redirect(view(end), view(node), made, by=by)

@@ -73,10 +73,10 @@ class MoveCodes(Pass):
             codes = found[cast(fx.Node, x.argument("self"))]
             pairs = [_pair(x.argument(name)) for name in ("kernel_size", "stride", "padding", "dilation")]
             args = (view(codes), pairs[0], pairs[1] or pairs[0], pairs[2], pairs[3], x.argument("ceil_mode"))
-            return edit.insert(gm, on, ops.max_pool2d, *args, by=self.name, like=x)
+            return edit.insert(gm, on, ops.max_pool2d, *args, by=self.name, like=x, val=_as(x.val, on.val.dtype))
         args = map_arg(x.node.args, lambda node: found.get(node, node))
-        target = cast(Any, x.node.target)
-        return edit.insert(gm, on, target, *cast(Any, args), by=self.name, like=x, options=x.node.kwargs)
+        target, val = cast(Any, x.node.target), _as(x.val, on.val.dtype)
+        return edit.insert(gm, on, target, *cast(Any, args), by=self.name, like=x, options=x.node.kwargs, val=val)
 
 
 def _moves(x: Op, on: Quantize) -> bool:
@@ -92,6 +92,11 @@ def _is_of_floats(val: object) -> bool:
     if isinstance(val, list | tuple):
         return any(map(_is_of_floats, cast(Sequence[object], val)))
     return isinstance(val, Tensor) and val.is_floating_point()
+
+
+def _as(val: Any, dtype: torch.dtype) -> Any:
+    """The same shapes, in another dtype."""
+    return val.to(dtype) if isinstance(val, Tensor) else [_as(part, dtype) for part in val]
 
 
 def _pair(sizes: Sequence[int]) -> list[int]:
