@@ -20,6 +20,7 @@ from graphq.spec.formats import Int
 
 _onednn: Any = torch.ops.onednn
 LARGEST_SUM: Final = 1 << 16  # products of a byte by a byte, whose sum 32 bits hold
+_WIDEST: Final = 1 << 16  # window, from which kernels compute memory without care
 CODES: Final = ("uint8", "uint8/joint", "int8", "int8/asym", "int8/asym/joint", "int8/half", "int8/by_sign")
 
 
@@ -91,10 +92,12 @@ class Fusion:
         sizes = [*self.shape, self.groups]
         pairs = (self.stride, self.padding, self.dilation)
         known = self.activation in ACTIVATIONS and len(self.numbers) == ACTIVATIONS[self.activation].numbers
-        fits = known and all(one is None or one in CODES for one in (self.input, self.output, self.other))
+        fits = known and all(isinstance(number, int | float) for number in self.numbers)
+        fits = fits and self.input in CODES and all(one is None or one in CODES for one in (self.output, self.other))
         if self.is_convolution:
             fits = fits and all(len(pair) == 2 for pair in pairs) and min(*self.stride, *self.dilation) > 0
-            fits = fits and min(self.padding) >= 0 and ACTIVATIONS[self.activation].of_convolutions
+            fits = fits and min(self.padding) >= 0 and max(map(max, pairs)) <= _WIDEST
+            fits = fits and ACTIVATIONS[self.activation].of_convolutions
             fits = fits and (self.other is None or (self.activation in ("none", "relu") and self.output is not None))
         else:
             fits = fits and len(self.shape) == 2 and not any(pairs) and self.groups == 1 and self.other is None
@@ -352,7 +355,9 @@ def _fused(module: FusedLayer, x: _Grid, bias: Tensor | None, added: _Grid, give
 
 
 def _prepare(it: Fusion, codes: Tensor, scale: Tensor) -> _Prepared:
-    # Its zero points are zeros; the kernels take int8 that oneDNN has packed, and end the process for other tensors.
+    # The kernels take int8 that oneDNN has packed, and end the process for other tensors.
+    if codes.dtype != torch.int8 or list(codes.shape) != it.shape or scale.numel() not in (1, it.shape[0]):
+        raise PassError(f"a weight {codes.dtype}{list(codes.shape)} with {scale.numel()} scales, not int8{it.shape}")
     each = scale.detach().flatten().expand(it.shape[0]).contiguous()
     zero_points = torch.zeros(it.shape[0], dtype=torch.int32)
     held = codes.detach().contiguous()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphq.ir import edit
-from graphq.ir.views import Cast, Dequantize, Linear, Op, Param, Quantize, TransposedLinear, Weighted, ops_of
+from graphq.ir.views import Cast, Dequantize, Linear, Op, Param, TransposedLinear, Weighted, ops_of
 from graphq.lowering.stored import hold_stored, stored
 from graphq.lowering.torch.fuse_conv import FuseConv
 from graphq.lowering.torch.fuse_linear import FuseLinear
@@ -77,7 +77,7 @@ def _is_int8(op: Op, weight: Op) -> bool:
         and all(b == (1 if axis == op.out_axis else -1) for axis, b in enumerate(weight.block) if b != -1)
         and isinstance(x, Dequantize)
         and x.format in INT8
-        and isinstance(x.codes, Quantize)
+        and not isinstance(x.codes, Param)
         and x.block[-1] == -1  # one scale for each token, or for all
         and (bias is None or (isinstance(bias, Param) and bias.val.shape == op.val.shape[-1:]))
     )

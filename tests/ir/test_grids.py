@@ -230,6 +230,30 @@ def test_the_longest_chain_is_taken() -> None:
     assert units(gm, profile) == ["x", "conv2d+relu+max_pool2d"]
 
 
+class Branches(nn.Module):
+    """The sum of two convolutions, as at the entry of a residual stage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.a(x) + self.b(x))
+
+
+def test_a_sum_of_two_convolutions_belongs_to_one_chain() -> None:
+    """The other one's output is what the chain reads, quantized."""
+    profile = table(("Conv", "Add", "Relu"), Conv=layer("optional"))
+    assert units(graph(Branches(), IMAGE), profile) == ["x", "conv2d+add+relu", "conv2d_1"]
+    assert_expected_inline(
+        placed(profile, Branches(), IMAGE),
+        """\
+x -> conv2d, conv2d_1  grid 0: uint8/tensor  a.input
+conv2d_1 -> add  grid 1: uint8/tensor  b.output
+""",
+    )
+
+
 class SharedRelu(nn.Module):
     """One module of a ReLU, called behind each of two convolutions."""
 

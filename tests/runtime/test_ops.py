@@ -39,6 +39,7 @@ def quantized(format: Int, block: list[int], *shape: int, dtype: torch.dtype = t
     return x, scale, zero_point, numerics.quantize(x, Scales(scale, zero_point), format, block)
 
 
+PICTURE = torch.arange(2 * 3 * 7 * 5).mul(37).remainder(256).to(torch.uint8).view(2, 3, 7, 5)
 OFFSETS = torch.tensor([2, 2, 5], dtype=torch.int32)
 X, SCALE, ZERO_POINT, CODES = quantized(Int(4, symmetric=False), [1, 4], 6, 10)
 HALF, HALF_SCALE, _, HALF_CODES = quantized(Int(8), [1, 1, -1], 2, 3, 8, dtype=torch.bfloat16)
@@ -61,6 +62,8 @@ CALLS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "grouped-linear": (ops.grouped_linear, (X, random(3, 7, 10), OFFSETS)),
     "grouped-linear-half": (ops.grouped_linear, (X.bfloat16(), random(3, 7, 10, dtype=torch.bfloat16), OFFSETS)),
     "select-rows": (ops.select_rows, ([X, -X], OFFSETS, [0, 1, 1])),
+    "max-pool": (ops.max_pool2d, (PICTURE, [3, 2], [2, 1], [1, 1], [1, 2], True)),
+    "max-pool-signed": (ops.max_pool2d, (PICTURE.view(torch.int8), [2, 2], [2, 2], [0, 0], [1, 1], False)),
 }
 
 
@@ -239,3 +242,35 @@ def test_a_recurrence_of_no_known_kind_or_of_no_steps() -> None:
     assert given[0] is not None
     with pytest.raises(PassError, match="no steps"):
         ops.recurrence(given[0][:0], *given[1:], "gru", False)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "window", [([2, 2], [2, 2], [0, 0], [1, 1], False), ([3, 2], [2, 1], [1, 1], [1, 2], True)], ids=["plain", "odd"]
+)
+def test_max_pool2d_is_that_of_the_codes(dtype: torch.dtype, layout: torch.memory_format, window: Any) -> None:
+    codes = PICTURE.view(dtype).contiguous(memory_format=layout)
+    made = ops.max_pool2d(codes, *window)
+    assert made.dtype == dtype
+    assert torch.equal(made.float(), torch.nn.functional.max_pool2d(codes.float(), *window))
+    assert ops.max_pool2d(codes[:0], *window).shape == (0, *made.shape[1:])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (PICTURE.float(), [2, 2], [2, 2], [0, 0], [1, 1]),
+        (PICTURE[0], [2, 2], [2, 2], [0, 0], [1, 1]),
+        (PICTURE, [2], [2, 2], [0, 0], [1, 1]),
+        (PICTURE, [0, 2], [2, 2], [0, 0], [1, 1]),
+        (PICTURE, [2, 2], [0, 2], [0, 0], [1, 1]),
+        (PICTURE, [2, 2], [2, 2], [2, 0], [1, 1]),
+        (PICTURE, [2, 2], [2, 2], [-1, 0], [1, 1]),
+        (PICTURE, [2, 2], [2, 2], [0, 0], [0, 1]),
+        (PICTURE, [9, 2], [2, 2], [0, 0], [1, 1]),
+    ],
+)
+def test_max_pool2d_checks_its_arguments(arguments: Any) -> None:
+    with pytest.raises((PassError, RuntimeError)):
+        ops.max_pool2d(*arguments, False)

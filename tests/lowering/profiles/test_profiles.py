@@ -21,7 +21,8 @@ def types_of(profile: str, kind: str) -> list[str]:
 
 
 def test_names():
-    assert list(PROFILES) == ["ort-cpu", "openvino", "tensorrt", "qnn-htp", "vitis-ai", "rknn", "generic-int8"]
+    names = ["ort-cpu", "openvino", "tensorrt", "qnn-htp", "vitis-ai", "rknn", "generic-int8", "torch-cpu"]
+    assert list(PROFILES) == names
     assert all(profile_named(name) is profile and profile.name == name for name, profile in PROFILES.items())
     with pytest.raises(SpecError, match="profile: hailo: no such profile; there are ort-cpu, openvino, tensorrt, "):
         profile_named("hailo")
@@ -82,7 +83,7 @@ def test_chains_are_of_kinds_that_there_are(name):
     for chain in profile.fuses:
         assert len(chain) > 1
         assert chain[0] in profile.ops
-        assert set(chain) <= ONNX_KINDS | {LINEAR}
+        assert set(chain) <= ONNX_KINDS | {LINEAR, "Silu"}
 
 
 @pytest.mark.parametrize(("name", "kind"), [(p, k) for p, k in ROWS if PROFILES[p].ops[k].grids])
@@ -175,6 +176,16 @@ def test_generic_int8():
     assert profile.whole
     assert all(rule.placed == "always" for rule in profile.ops.values())
     assert profile.ops["Conv"].bias == "int32"
+
+
+def test_torch_cpu():
+    """uint8 first; floats come out of every product; what the fused layers compute is one op; the rest stays float."""
+    profile = PROFILES["torch-cpu"]
+    assert types_of("torch-cpu", "Conv")[0] == "uint8 x int8/channel -> uint8"
+    assert {kind for kind, rule in profile.ops.items() if rule.output == "optional"} == {"Conv", LINEAR}
+    assert all(rule.bias == "float" for rule in profile.ops.values())
+    assert ("Conv", "Add", "Relu") in profile.fuses
+    assert not {"Add", "GlobalAveragePool", "Softmax", "MatMul", "ConvTranspose"} & profile.ops.keys()
 
 
 @pytest.mark.parametrize("name", PROFILES)

@@ -109,6 +109,20 @@ def test_a_linear_that_is_called_twice_stays_one() -> None:
     assert_codes_within_a_step(outputs(made, X)[0], outputs(gm, X)[0], 0.02)
 
 
+@pytest.mark.parametrize("format", ["uint8", "int8"])
+def test_a_computed_bias_is_an_argument(format: str) -> None:
+    """Also of signed codes that give floats, whose own module holds its bias."""
+    grid = Grid(format, zero_point=110 if format == "uint8" else None)
+
+    def body(net: Any, x: Tensor) -> Tensor:
+        return F.linear(net.grid(x), net.w.value(), net.w.bias * x.amax())
+
+    gm = graph_of(Net(body, grid=grid, w=Weight(12, 8)), X)
+    made = changed(gm, FuseLinear(), 1, X)
+    found, expected = outputs(made, X)[0], outputs(gm, X)[0]
+    assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
 # -- near misses: the linear is one of codes, and what follows stays outside -------------------------------------------
 
 
