@@ -15,6 +15,7 @@ from graphq.lowering.torch.move_codes import MoveCodes
 from graphq.numerics import Scales
 from graphq.runtime.layers import INT8
 from graphq.runtime.modules import Int8Linear, PackedWeight, hold_linear, hold_weight
+from graphq.spec.formats import code_bits, parse_format
 from graphq.state import put_input, put_tensor, same_tensors, tensor_of
 
 _PASSED: Final = (torch.ops.aten.cat.default, torch.ops.aten.index_select.default, Cast.target)
@@ -139,8 +140,10 @@ def _tensors(gm: fx.GraphModule, op: Dequantize) -> tuple[Tensor, Scales]:
 
 def _row_axes(op: Dequantize) -> tuple[int, ...] | None:
     """The axes of a weight whose indices get rows of their own: experts, then output channels. None for what is no
-    weight: a bias, or a tensor that is added or multiplied.
+    weight: a bias, or a tensor that is added or multiplied; and for codes of 16 bits, which bytes do not pack.
     """
+    if code_bits(parse_format(op.format)) > 8:
+        return None
     pending: list[Op] = [op]
     while pending:
         read = pending.pop()

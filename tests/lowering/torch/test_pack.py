@@ -193,6 +193,18 @@ def test_a_computed_bias_is_added_behind_a_packed_weight() -> None:
     assert_close(packed, gm, X, 0)
 
 
+def test_rows_of_16_bits_are_not_packed() -> None:
+    """As whole-graph activations make of an embedding."""
+    x = torch.arange(6).reshape(2, 3)
+    rule = {"match": "*", "weight": "int8/channel", "input": "uint16/tensor"}
+    spec = {"graphq": 1, "profile": "generic-int8", "rules": [rule], "activations": "uint16/tensor"}
+    gm = graphq.compile(Tied().eval(), spec, inputs=x, calibration=[x]).graph
+    assert "'uint16'" in next(line for line in dump(gm).splitlines() if "@embedding.weight," in line)
+    packed = pack(gm)
+    assert "embedding" not in modules_of(packed)
+    assert_close(packed, gm, x, 1e-4)
+
+
 def test_one_module_called_twice_stays_one() -> None:
     packed = pack(qdq(Twice(), X, weight="int8/channel", input="int8/token/dynamic"))
     assert modules_of(packed) == {"shared": "Int8Linear"}
