@@ -4,140 +4,20 @@ oneDNN's ``qconv_pointwise``, ``qconv2d_pointwise.binary`` and ``qlinear_pointwi
 bytes, summed in 32 bits; scales, bias, sum, activation and rounding follow in float32, while the sums are at hand.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final, NamedTuple, cast, final
+from typing import Any, Final, NamedTuple, cast, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from graphq import numerics
 from graphq.errors import PassError
 from graphq.runtime import ops
+from graphq.runtime.fusions import ACTIVATIONS, CODE_KINDS, Fusion
 from graphq.runtime.modules import QuantizedModule, tensor_version
-from graphq.spec.formats import Int
 
 _onednn: Any = torch.ops.onednn
-LARGEST_SUM: Final = 1 << 16  # products of a byte by a byte, whose sum 32 bits hold
-_WIDEST: Final = 1 << 16  # window, from which kernels compute memory without care
-CODES: Final = ("uint8", "uint8/joint", "int8", "int8/asym", "int8/asym/joint", "int8/half", "int8/by_sign")
-
-
-@final
-@dataclass(frozen=True)
-class Activation:
-    """A function of each element, and oneDNN's words for it. ``numbers``: how many it takes besides."""
-
-    function: Callable[..., Tensor]
-    attribute: str
-    algorithm: str = "none"
-    numbers: int = 0
-    of_convolutions: bool = True
-
-
-def _itself(x: Tensor) -> Tensor:
-    return x
-
-
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
-ACTIVATIONS: Final[Mapping[str, Activation]] = {
-    "none": Activation(_itself, "none"),
-    "relu": Activation(F.relu, "relu"),
-    "clamp": Activation(torch.clamp, "hardtanh", numbers=2),
-    "silu": Activation(F.silu, "swish"),
-    "hardswish": Activation(F.hardswish, "hardswish"),
-    "gelu": Activation(F.gelu, "gelu", of_convolutions=False),
-    "gelu_tanh": Activation(_gelu_tanh, "gelu", "tanh", of_convolutions=False),
-    "leaky_relu": Activation(F.leaky_relu, "leaky_relu", numbers=1, of_convolutions=False),
-    "tanh": Activation(torch.tanh, "tanh", of_convolutions=False),
-}
-
-
-@final
-@dataclass(frozen=True)
-class Fusion:
-    """What a fused layer is, beside its tensors.
-
-    shape: the weight's, of two axes (a linear) or four (a convolution, of these strides, padding, dilation and groups).
-    input, other, output: the formats of what it reads, of what it adds (None: nothing) and of what it gives (None:
-    float32). activation: one of ``ACTIVATIONS``, with its ``numbers``.
-    """
-
-    shape: list[int]
-    per_channel: bool
-    input: str
-    output: str | None = None
-    other: str | None = None
-    activation: str = "none"
-    numbers: Sequence[float] = ()
-    stride: Sequence[int] = ()
-    padding: Sequence[int] = ()
-    dilation: Sequence[int] = ()
-    groups: int = 1
-    dtype: ClassVar = torch.float32
-    symmetric: ClassVar = True
-    transposed: ClassVar = False
-
-    @property
-    def is_convolution(self) -> bool:
-        return len(self.shape) == 4
-
-    @property
-    def is_possible(self) -> bool:
-        """Whether a kernel takes it."""
-        sizes = [*self.shape, self.groups]
-        pairs = (self.stride, self.padding, self.dilation)
-        known = self.activation in ACTIVATIONS and len(self.numbers) == ACTIVATIONS[self.activation].numbers
-        fits = known and all(isinstance(number, int | float) for number in self.numbers)
-        fits = fits and self.input in CODES and all(one is None or one in CODES for one in (self.output, self.other))
-        if self.is_convolution:
-            fits = fits and all(len(pair) == 2 for pair in pairs) and min(*self.stride, *self.dilation) > 0
-            fits = fits and min(self.padding) >= 0 and max(map(max, pairs)) <= _WIDEST
-            fits = fits and ACTIVATIONS[self.activation].of_convolutions
-            fits = fits and (self.other is None or (self.activation in ("none", "relu") and self.output is not None))
-        else:
-            fits = fits and len(self.shape) == 2 and not any(pairs) and self.groups == 1 and self.other is None
-        return fits and min(sizes) > 0 and self.shape[0] % self.groups == 0 and self.fan_in <= LARGEST_SUM
-
-    @property
-    def fan_in(self) -> int:
-        """How many products are summed."""
-        count = 1
-        for size in self.shape[1:]:
-            count *= size
-        return count
-
-    def output_shape(self, shape: Sequence[int]) -> list[int] | None:
-        """The shape of the output for an input of this shape; None where there is none."""
-        channels = self.shape[1] * self.groups
-        if not self.is_convolution:
-            return [*shape[:-1], self.shape[0]] if len(shape) > 0 and shape[-1] == channels else None
-        if len(shape) != 4 or shape[1] != channels:
-            return None
-        windows = zip(shape[2:], self.shape[2:], self.stride, self.padding, self.dilation, strict=True)
-        made = [(size + 2 * padding - dilation * (k - 1) - 1) // s + 1 for size, k, s, padding, dilation in windows]
-        return [shape[0], self.shape[0], *made] if min(made) > 0 else None
-
-
-class _Kind(NamedTuple):
-    """What a format's text says of its codes."""
-
-    dtype: torch.dtype
-    is_signed: bool
-    is_asymmetric: bool
-
-
-def _kind(text: str) -> _Kind:
-    format = numerics.parse_format(text)
-    assert isinstance(format, Int), "one of CODES"
-    return _Kind(numerics.code_dtype(format), format.signed, not format.symmetric)
-
-
-_KINDS: Final[Mapping[str, _Kind]] = {text: _kind(text) for text in CODES}
 
 
 class _Grid(NamedTuple):
@@ -150,18 +30,39 @@ class _Grid(NamedTuple):
 
 @final
 @dataclass(frozen=True)
-class _Prepared:
-    """What a layer computes from its weight before the first call. ``versions``: of codes and scales."""
+class _Packed:
+    """What the kernels take of a weight: oneDNN's own layout, a scale for each channel, zero points of 0."""
 
-    of: tuple[Tensor, Tensor]
-    versions: tuple[int | None, int | None]
-    packed: Tensor
+    codes: Tensor
     scale: Tensor
     zero_points: Tensor
 
-    def is_of(self, codes: Tensor, scale: Tensor) -> bool:
-        same = self.of[0] is codes and self.of[1] is scale
-        return same and self.versions == (tensor_version(codes), tensor_version(scale))
+
+@final
+@dataclass(frozen=True)
+class _Call:
+    """A call as it was checked and prepared. ``of``: weight, scales, zero points and bias, with their ``versions``;
+    ``shapes``: of what is convolved or multiplied, and of what is added; ``run``: the kernel, of codes of these shapes.
+    """
+
+    of: tuple[Tensor | None, ...]
+    versions: tuple[int | None, ...]
+    shapes: tuple[torch.Size, torch.Size | None]
+    dtypes: tuple[torch.dtype, torch.dtype | None]
+    packed: _Packed
+    run: Callable[[Tensor, Tensor | None], Tensor]
+
+    def is_of(self, held: tuple[Tensor | None, ...], q: Tensor, other: Tensor | None) -> bool:
+        return (
+            all(a is b for a, b in zip(self.of, held, strict=True))
+            and self.versions == tuple(map(_version, held))
+            and self.shapes == (q.shape, None if other is None else other.shape)
+            and self.dtypes == (q.dtype, None if other is None else other.dtype)
+        )
+
+
+def _version(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor_version(tensor)
 
 
 @final
@@ -208,7 +109,7 @@ class FusedLayer(QuantizedModule):
         self.register_buffer("weight", torch.empty(*shape, dtype=torch.int8))
         scales = [shape[0] if per_channel else 1, *[1] * (len(shape) - 1)]
         self.register_buffer("weight_scale", torch.empty(scales, dtype=torch.float32))
-        self._graphq_prepared: _Prepared | None = None
+        self._graphq_prepared: _Call | None = None
 
     def forward(
         self,
@@ -225,16 +126,21 @@ class FusedLayer(QuantizedModule):
         """Codes, or float32 where the output has no format. ``q``: codes ``[..., K]`` or ``[B, C, H, W]``; ``bias``:
         ``float32[N]``; ``other``: codes of the output's shape. Raises ``PassError`` for what does not fit.
         """
+        if torch.compiler.is_compiling() or type(q) is not Tensor:
+            x, added = _Grid(q, scale, zero_point), _Grid(other, other_scale, other_zero_point)
+            return _reference(self, x, bias, added, _Grid(None, output_scale, output_zero_point))
+        grids = (scale, zero_point, bias, other_scale, other_zero_point, output_scale, output_zero_point)
+        held, known = (self.weight, self.weight_scale, *grids), self._graphq_prepared
+        if known is not None and known.is_of(held, q, other) and has_fused_kernel():
+            return known.run(q, other)
         x, added = _Grid(q, scale, zero_point), _Grid(other, other_scale, other_zero_point)
         given = _Grid(None, output_scale, output_zero_point)
-        is_traced = torch.compiler.is_compiling() or type(q) is not Tensor
-        if is_traced:
-            return _reference(self, x, bias, added, given)
         _check(self, x, bias, added, given)
-        on_cpu = q.device.type == "cpu" and self.weight.device.type == "cpu"
+        on_cpu = all(tensor is None or tensor.device.type == "cpu" for tensor in (q, *held))
         if not on_cpu or not q.numel() or not has_fused_kernel():
             return _reference(self, x, bias, added, given)
-        return _fused(self, x, bias, added, given)
+        self._graphq_prepared = known = _prepared(self, held, x, bias, added, given, known)
+        return known.run(q, other)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_graphq_prepared": None}  # prepacked tensors cannot be copied
@@ -269,7 +175,7 @@ def _check(module: FusedLayer, x: _Grid, bias: Tensor | None, added: _Grid, give
 
 
 def _check_grid(what: str, grid: _Grid, text: str) -> None:
-    dtype, _, is_asymmetric = _KINDS[text]
+    dtype, _, is_asymmetric = CODE_KINDS[text]
     scale, zero_point = grid.scale, grid.zero_point
     fits = scale is not None and scale.numel() == 1
     if is_asymmetric:
@@ -284,7 +190,7 @@ def _reference(module: FusedLayer, x: _Grid, bias: Tensor | None, added: _Grid, 
 
     def value(grid: _Grid, text: str) -> Tensor:
         assert grid.codes is not None and grid.scale is not None, "checked"  # noqa: PT018
-        zero_point = grid.zero_point if _KINDS[text].is_asymmetric else None
+        zero_point = grid.zero_point if CODE_KINDS[text].is_asymmetric else None
         return ops.dequantize(grid.codes, grid.scale, zero_point, None, text, [-1] * grid.codes.dim(), torch.float32)
 
     block = [1 if it.per_channel else -1, *[-1] * (len(it.shape) - 1)]
@@ -298,75 +204,88 @@ def _reference(module: FusedLayer, x: _Grid, bias: Tensor | None, added: _Grid, 
     y = ACTIVATIONS[it.activation].function(y, *it.numbers)
     if it.output is None:
         return y
-    zero_point = given.zero_point if _KINDS[it.output].is_asymmetric else None
+    zero_point = given.zero_point if CODE_KINDS[it.output].is_asymmetric else None
     assert given.scale is not None, "checked"
     return ops.quantize(y, given.scale, zero_point, None, it.output, [-1] * y.dim())
 
 
-def _raised(grid: _Grid, text: str | None) -> tuple[Tensor | None, float, int]:
-    """A grid of unsigned codes: signed ones move up by 128, and the zero point with them."""
+def _unsigned(text: str | None, grid: _Grid) -> tuple[float, int]:
+    """Scale and zero point of unsigned codes: signed ones move up by 128, and the zero point with them."""
     if text is None:
-        return None, 1.0, 0
-    _, is_signed, is_asymmetric = _KINDS[text]
-    assert grid.scale is not None, "checked"
+        return 1.0, 0
+    _, is_signed, is_asymmetric = CODE_KINDS[text]
     zero_point = int(cast(Tensor, grid.zero_point)) if is_asymmetric else 0
-    codes = grid.codes
-    if codes is not None and is_signed:
-        codes = (codes ^ -128).view(torch.uint8)
-    return codes, float(grid.scale), zero_point + (128 if is_signed else 0)
+    return float(cast(Tensor, grid.scale)), zero_point + (128 if is_signed else 0)
 
 
-def _fused(module: FusedLayer, x: _Grid, bias: Tensor | None, added: _Grid, given: _Grid) -> Tensor:
-    it = cast(Fusion, module.graphq_form)
-    prepared = module._graphq_prepared  # pyright: ignore[reportPrivateUsage]
-    if prepared is None or not prepared.is_of(module.weight, module.weight_scale):
-        prepared = _prepare(it, module.weight, module.weight_scale)
-        module._graphq_prepared = prepared  # pyright: ignore[reportPrivateUsage]
-    codes, x_scale, x_zero_point = _raised(x, it.input)
-    _, out_scale, out_zero_point = _raised(given, it.output)
-    assert codes is not None, "an argument"
-    weight = (prepared.packed, prepared.scale, prepared.zero_points)
-    wanted = torch.float32 if it.output is None else torch.uint8
-    activation = ACTIVATIONS[it.activation]
-    bias = None if bias is None else bias.detach().contiguous()
-    if it.is_convolution:
-        where = (it.stride, it.padding, it.dilation, it.groups)
-        codes = codes.contiguous(memory_format=torch.channels_last)
-        if it.other is None:
-            last = (out_scale, out_zero_point, wanted, activation.attribute, it.numbers, activation.algorithm)
-            made = _onednn.qconv_pointwise(codes, x_scale, x_zero_point, *weight, bias, *where, *last)
-        else:
-            other, other_scale, other_zero_point = _raised(added, it.other)
-            assert other is not None, "checked"
-            # The sum is written over it. Another may read it.
-            other = other.clone(memory_format=torch.channels_last)
-            last = (out_scale, out_zero_point, wanted, other_scale, other_zero_point)
-            post = ("sum", 1.0, activation.attribute, [], "")
-            args = (codes, x_scale, x_zero_point, *weight, other, bias, *where, *last, *post)
-            made = _onednn.qconv2d_pointwise.binary(*args)
+def _raised(codes: Tensor) -> Tensor:
+    return codes if codes.dtype == torch.uint8 else (codes ^ -128).view(torch.uint8)
+
+
+def _prepared(
+    module: FusedLayer,
+    held: tuple[Tensor | None, ...],
+    x: _Grid,
+    bias: Tensor | None,
+    added: _Grid,
+    given: _Grid,
+    known: _Call | None,
+) -> _Call:
+    """The call, ready to run; with the packed weight of the one before, if that is the same."""
+    it, q = cast(Fusion, module.graphq_form), cast(Tensor, x.codes)
+    versions = tuple(map(_version, held))
+    is_same = known is not None and all(a is b for a, b in zip(known.of[:2], held, strict=False))
+    if known is None or not is_same or known.versions[:2] != versions[:2]:
+        packed = _pack(it, module.weight, module.weight_scale, q.shape)
     else:
-        flat = codes.reshape(-1, codes.shape[-1]).contiguous()
-        last = (out_scale, out_zero_point, wanted, activation.attribute, it.numbers, activation.algorithm)
-        made = _onednn.qlinear_pointwise(flat, x_scale, x_zero_point, *weight, bias, *last)
-        made = made.reshape(*codes.shape[:-1], it.shape[0])
-    if it.output is not None and _KINDS[it.output].is_signed:
-        return cast(Tensor, made ^ 128).view(torch.int8)
-    return cast(Tensor, made)
+        packed = known.packed
+    weight = (*_unsigned(it.input, x), packed.codes, packed.scale, packed.zero_points)
+    bias = None if bias is None else bias.detach().contiguous()
+    output = (*_unsigned(it.output, given), torch.float32 if it.output is None else torch.uint8)
+    activation = ACTIVATIONS[it.activation]
+    post = (activation.attribute, it.numbers, activation.algorithm)
+    window = (bias, it.stride, it.padding, it.dilation, it.groups)
+    last, is_signed = torch.channels_last, it.output is not None and CODE_KINDS[it.output].is_signed
+
+    def convolved(q: Tensor, other: Tensor | None) -> Tensor:
+        return _onednn.qconv_pointwise(_raised(q).contiguous(memory_format=last), *weight, *window, *output, *post)
+
+    def summed(q: Tensor, other: Tensor | None) -> Tensor:
+        # The sum is written over what is added, which another may read.
+        total = _raised(cast(Tensor, other)).clone(memory_format=last)
+        x = _raised(q).contiguous(memory_format=last)
+        return _onednn.qconv2d_pointwise.binary(x, *weight, total, *window, *output, *of_other, *sum_post)
+
+    def multiplied(q: Tensor, other: Tensor | None) -> Tensor:
+        flat = _raised(q).reshape(-1, q.shape[-1]).contiguous()
+        made = _onednn.qlinear_pointwise(flat, *weight, bias, *output, *post)
+        return made.reshape(*q.shape[:-1], it.shape[0])
+
+    of_other, sum_post = _unsigned(it.other, added), ("sum", 1.0, activation.attribute, [], "")
+    kernel = multiplied if not it.is_convolution else convolved if it.other is None else summed
+
+    def lowered(q: Tensor, other: Tensor | None) -> Tensor:
+        return (kernel(q, other) ^ 128).view(torch.int8)
+
+    other = added.codes
+    shapes = (q.shape, None if other is None else other.shape)
+    dtypes = (q.dtype, None if other is None else other.dtype)
+    return _Call(held, versions, shapes, dtypes, packed, lowered if is_signed else kernel)
 
 
-def _prepare(it: Fusion, codes: Tensor, scale: Tensor) -> _Prepared:
+def _pack(it: Fusion, codes: Tensor, scale: Tensor, shape: Sequence[int]) -> _Packed:
+    """``shape``: of the input: for small pictures oneDNN has another layout, to which it would go in every call."""
     # The kernels take int8 that oneDNN has packed, and end the process for other tensors.
     if codes.dtype != torch.int8 or list(codes.shape) != it.shape or scale.numel() not in (1, it.shape[0]):
         raise PassError(f"a weight {codes.dtype}{list(codes.shape)} with {scale.numel()} scales, not int8{it.shape}")
     each = scale.detach().flatten().expand(it.shape[0]).contiguous()
-    zero_points = torch.zeros(it.shape[0], dtype=torch.int32)
     held = codes.detach().contiguous()
     if it.is_convolution:
-        packed = _onednn.qconv_prepack(held, each, 1.0, 0, it.stride, it.padding, it.dilation, it.groups, None)
+        window = (it.stride, it.padding, it.dilation, it.groups)
+        packed = _onednn.qconv_prepack(held, each, 1.0, 0, *window, list(shape))
     else:
         packed = _onednn.qlinear_prepack(held, None)
-    versions = (tensor_version(codes), tensor_version(scale))
-    return _Prepared((codes, scale), versions, cast(Tensor, packed), each, zero_points)
+    return _Packed(cast(Tensor, packed), each, torch.zeros(it.shape[0], dtype=torch.int32))
 
 
 _PROBED: Final[list[bool]] = []
@@ -387,11 +306,10 @@ def _is_exact(shape: tuple[int, ...]) -> bool:
     codes = torch.full(shape, 127, dtype=torch.int8)
     codes[1::2] = -128
     is_convolution = len(shape) == 4
-    pairs = ([1, 1], [1, 1], [1, 1]) if is_convolution else ([], [], [])
-    module = FusedLayer(shape, False, "uint8", None, None, "none", (), *pairs)
+    pair = [1, 1] if is_convolution else []
+    module = FusedLayer(shape, False, "uint8", stride=pair, padding=pair, dilation=pair)
     hold_fused(module, codes, torch.ones([1] * len(shape)))
     q = torch.full((1, 64, 4, 4) if is_convolution else (2, 64), 255, dtype=torch.uint8)
-    grid, nothing = _Grid(q, torch.ones(()), torch.zeros((), dtype=torch.uint8)), _Grid(None, None, None)
-    got = _fused(module, grid, None, nothing, nothing)
+    got = module(q, torch.ones(()), torch.zeros((), dtype=torch.uint8), *[None] * 6)
     expected = F.conv2d(q.double(), codes.double(), padding=1) if is_convolution else q.double() @ codes.double().t()
     return bool((got.double() == expected).all())

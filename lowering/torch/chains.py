@@ -11,7 +11,8 @@ from torch import Tensor, fx
 from graphq.ir import edit
 from graphq.ir.layers import BY, LAYER, PLAN
 from graphq.ir.views import Dequantize, Op, Param, Quantize
-from graphq.runtime.fused_layers import CODES, FusedLayer, Fusion, hold_fused
+from graphq.runtime.fused_layers import FusedLayer, hold_fused
+from graphq.runtime.fusions import CODES, Fusion
 from graphq.state import tensor_of
 
 aten = torch.ops.aten

@@ -12,7 +12,7 @@ from graphq.ir import edit
 from graphq.ir.pipeline import Batches, Pass
 from graphq.ir.views import Conv2d, Conv2dPadding, Dequantize, Op, ops_of, view
 from graphq.lowering.torch.chains import Chain, activated, fuse, grid, is_static, only_reader, quantization_of, shape_of
-from graphq.runtime.fused_layers import ACTIVATIONS, Fusion
+from graphq.runtime.fusions import ACTIVATIONS, Fusion
 
 aten = torch.ops.aten
 _AS_THEY_LIE: Final = (aten.view.default, aten._unsafe_view.default)

@@ -10,7 +10,7 @@ from graphq.ir import edit
 from graphq.ir.pipeline import Batches, Pass
 from graphq.ir.views import Dequantize, Linear, Op, Param, ops_of
 from graphq.lowering.torch.chains import Chain, activated, fuse, grid, is_static, quantization_of, shape_of
-from graphq.runtime.fused_layers import ACTIVATIONS, Fusion
+from graphq.runtime.fusions import ACTIVATIONS, Fusion
 from graphq.runtime.layers import INT8
 
 

@@ -14,7 +14,8 @@ from graphq import numerics
 from graphq.errors import PassError
 from graphq.numerics import Scales
 from graphq.runtime import fused_layers
-from graphq.runtime.fused_layers import ACTIVATIONS, CODES, FusedLayer, has_fused_kernel, hold_fused
+from graphq.runtime.fused_layers import FusedLayer, has_fused_kernel, hold_fused
+from graphq.runtime.fusions import ACTIVATIONS, CODES, Fusion
 from graphq.runtime.modules import codes_of, format_of, scales_of, settings_of
 
 CONV: dict[str, Any] = {"stride": [1, 1], "padding": [1, 1], "dilation": [1, 1]}
@@ -32,7 +33,7 @@ class Case:
     ):
         settings = {"per_channel": True, "input": "uint8", "output": "uint8"} | settings
         self.module = FusedLayer(shape, **settings)
-        self.form = self.module.graphq_form
+        self.form: Fusion = self.module.graphq_form
         per_channel = [1 if self.form.per_channel else -1, *[-1] * (len(shape) - 1)]
         w = random(*shape, seed=seed) / self.form.fan_in**0.5
         scale, _, _ = numerics.choose_scale(w, numerics.parse_format("int8"), per_channel)
@@ -40,11 +41,11 @@ class Case:
         hold_fused(self.module, self.codes, scale)
         self.scale = scale
         self.bias = random(shape[0], seed=seed + 1) / 4 if bias else None
-        self.x = self.grid(self.form.input, x, seed + 2)
+        self.x: Any = self.grid(self.form.input, x, seed + 2)
         given = self.form.output_shape(x)
         assert given is not None
-        self.other = (None,) * 3 if self.form.other is None else self.grid(self.form.other, given, seed + 3)
-        self.given = (None, None) if self.form.output is None else self.grid(self.form.output, (1,), seed)[1:]
+        self.other: Any = (None,) * 3 if self.form.other is None else self.grid(self.form.other, given, seed + 3)
+        self.given: Any = (None, None) if self.form.output is None else self.grid(self.form.output, (1,), seed)[1:]
 
     @staticmethod
     def grid(text: str, shape: Any, seed: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -332,16 +333,49 @@ def test_a_traced_call_is_the_ops_of_the_qdq_form() -> None:
 
 
 def test_the_probe_finds_kernels_that_saturate(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = fused_layers._fused
+    class Saturating:
+        """oneDNN without VNNI."""
+
+        def __getattr__(self, name: str) -> Any:
+            real = getattr(torch.ops.onednn, name)
+            return real if "prepack" in name else lambda *given: real(*given).clamp(max=1e6)
+
     monkeypatch.setattr(fused_layers, "_PROBED", [])
-    monkeypatch.setattr(fused_layers, "_fused", lambda *given: real(*given).clamp(max=1e6))
+    monkeypatch.setattr(fused_layers, "_onednn", Saturating())
     assert has_fused_kernel() is False
 
 
 def test_without_the_kernels_the_probe_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(*_: object) -> Tensor:
-        raise NotImplementedError
+    class Missing:
+        def __getattr__(self, name: str) -> Any:
+            raise NotImplementedError(name)
 
     monkeypatch.setattr(fused_layers, "_PROBED", [])
-    monkeypatch.setattr(fused_layers, "_fused", missing)
+    monkeypatch.setattr(fused_layers, "_onednn", Missing())
     assert has_fused_kernel() is False
+    Case((6, 4, 3, 3), (2, 4, 9, 7), **CONV).check()
+
+
+def test_the_same_call_again_with_other_operands(path: str) -> None:
+    """What was prepared for one call is not taken for another: of another size, or on another grid."""
+    case = Case((6, 4, 3, 3), (2, 4, 9, 7), **CONV, other="uint8")
+    case.check()
+    for x in ((3, 4, 9, 7), (2, 4, 5, 6)):
+        again = Case((6, 4, 3, 3), x, **CONV, other="uint8")
+        again.module = case.module
+        again.check()
+    case.check()
+    for position, name in enumerate(["x", "x", "other", "other"]):
+        held = list(getattr(case, name))
+        held[1 + position % 2] = held[1 + position % 2] + 3
+        setattr(case, name, tuple(held))
+        case.check()
+    case.given = (case.given[0] * 2, case.given[1] + 5)
+    case.check()
+    assert case.bias is not None
+    case.bias.add_(0.5)
+    case.check()
+    with pytest.raises(PassError):
+        case.module(case.x[0].view(torch.int8), *case.arguments()[1:])
+    with pytest.raises(PassError):
+        case.module(*case.x, case.bias, case.other[0].view(torch.int8), *case.other[1:], *case.given)

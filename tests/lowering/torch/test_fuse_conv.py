@@ -25,7 +25,7 @@ from tests.lowering.torch.chain_graphs import (
 )
 
 X = floats(2, 4, 9, 7)
-Body = Callable[[Any, Tensor], Any]
+Body = Callable[[Any, Any], Any]
 
 
 def weights() -> dict[str, nn.Module]:
@@ -203,11 +203,11 @@ def test_a_computed_bias_is_an_argument() -> None:
 # -- near misses: the convolution is one of codes, and what follows stays outside --------------------------------------
 
 
-def two_readers(y: Tensor, net: Any) -> Any:
+def two_readers(y: Any, net: Any) -> Any:
     return net.c.codes(y), y.sum()
 
 
-def two_readers_of_relu(y: Tensor, net: Any) -> Any:
+def two_readers_of_relu(y: Any, net: Any) -> Any:
     y = y.relu()
     return net.c.codes(y), y.sum()
 
@@ -237,7 +237,7 @@ HALF_MISSES: dict[str, tuple[Body, str | None, str]] = {  # what follows, the ou
 }
 
 
-def ops_quantize(y: Tensor, net: Any, block: list[int]) -> Tensor:
+def ops_quantize(y: Any, net: Any, block: list[int]) -> Tensor:
     scale = net.c.scale.expand(1, y.shape[1], 1, 1) * 1
     return torch.ops.graphq.quantize(y, scale, None, None, "int8", block)
 

@@ -102,9 +102,9 @@ def test_what_was_saved_is_loaded(compiled: Compiled, artifact: Path) -> None:
     loaded = graphq.load(artifact)
     assert torch.equal(torch.as_tensor(loaded(X)), torch.as_tensor(compiled(X)))
     assert layers(loaded) == layers(compiled.module)
-    ours, theirs = stored_codes(loaded), quantized_tensors(compiled.graph)
+    ours: Any = stored_codes(loaded)
+    theirs: Any = quantized_tensors(compiled.graph)
     for path in layers(loaded):
-        assert ours[path].codes is not None
         assert torch.equal(ours[path].codes, theirs[path].codes)
         assert torch.equal(ours[path].scale, theirs[path].scale)
 
