@@ -20,7 +20,7 @@ OptionalSpec = Annotated[
 ]
 Profile = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="What the artifact is for, such as ort-cpu, openvino or qnn-htp."),
+    typer.Option(metavar="NAME", help="What the artifact is for, such as ort-cpu, openvino, qnn-htp or torch-cpu."),
 ]
 Dialect = Annotated[str | None, typer.Option(help="The spec's dialect, where it cannot be recognised, such as llmc.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON: a list with one object for each layer.")]

@@ -126,6 +126,8 @@ class FusedLayer(QuantizedModule):
         """Codes, or float32 where the output has no format. ``q``: codes ``[..., K]`` or ``[B, C, H, W]``; ``bias``:
         ``float32[N]``; ``other``: codes of the output's shape. Raises ``PassError`` for what does not fit.
         """
+        if not isinstance(cast(object, q), Tensor) or not isinstance(cast(object, other), Tensor | None):
+            raise PassError("codes that are no tensor")
         if torch.compiler.is_compiling() or type(q) is not Tensor:
             x, added = _Grid(q, scale, zero_point), _Grid(other, other_scale, other_zero_point)
             return _reference(self, x, bias, added, _Grid(None, output_scale, output_zero_point))
@@ -158,6 +160,8 @@ def hold_fused(module: FusedLayer, codes: Tensor, scale: Tensor) -> FusedLayer:
 def _check(module: FusedLayer, x: _Grid, bias: Tensor | None, added: _Grid, given: _Grid) -> None:
     """Raises ``PassError`` for operands that the kernels, which take them for granted, would read beyond."""
     it = cast(Fusion, module.graphq_form)
+    if not all(isinstance(cast(object, part), Tensor | None) for part in (*x, bias, *added, *given)):
+        raise PassError("scales, zero points or a bias that are no tensors")
     assert x.codes is not None, "an argument"
     shape = it.output_shape(x.codes.shape)
     if shape is None:

@@ -205,6 +205,10 @@ def wrong(**changes: Any) -> list[Any]:
 
 Q = torch.zeros(2, 4, 9, 7, dtype=torch.uint8)
 WRONG: dict[str, dict[str, Any]] = {
+    "numbers in the place of tensors": {"scale": 1.0},
+    "a number in the place of a bias": {"bias": 1.0},
+    "a number that is added": {"other": 1},
+    "a number in the place of codes": {"q": 1},
     "floats": {"q": Q.float()},
     "signed codes": {"q": Q.view(torch.int8)},
     "other channels": {"q": Q[:, :3]},
