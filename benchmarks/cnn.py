@@ -11,6 +11,7 @@ float eager, and the output's signal to quantization noise ratio in dB.
 """
 
 import argparse
+import importlib
 import platform
 import statistics
 import tempfile
@@ -79,22 +80,19 @@ def drawn() -> nn.Module:
     return model.eval()
 
 
-def pt2e(model: nn.Module, calibration: list[Tensor], x: Tensor) -> Runner | None:
+def by_pt2e(model: nn.Module, calibration: list[Tensor], x: Tensor) -> Runner | None:
     """The model by PyTorch's own quantization of exported graphs, for batches of the size of ``x``; None without it."""
     try:
-        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
-        from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
-            X86InductorQuantizer,
-            get_default_x86_inductor_quantization_config,
-        )
+        pt2e: Any = importlib.import_module("torchao.quantization.pt2e.quantize_pt2e")
+        x86: Any = importlib.import_module("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
     except ImportError as error:
         print(f"PT2E: skipped: {error}")
         return None
-    quantizer = X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config())
-    prepared = prepare_pt2e(torch.export.export(model, (x,)).module(), quantizer)
+    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+    prepared = pt2e.prepare_pt2e(torch.export.export(model, (x,)).module(), quantizer)
     for one in calibration:
         prepared(one.expand(x.shape))
-    compiled = torch.compile(convert_pt2e(prepared))
+    compiled = torch.compile(pt2e.convert_pt2e(prepared))
     with torch._inductor.config.patch(freezing=True):
         compiled(x)
     return compiled
@@ -106,7 +104,7 @@ def runners(model: nn.Module, x: Tensor, folder: Path) -> dict[str, Runner]:
     calibration = [one["pixel_values"] for one in batches]
     compiled = graphq.compile(model, profile="torch-cpu", inputs=calibration[0], calibration=calibration)
     found: dict[str, Runner] = {"float, eager": model, "graphq, torch-cpu, eager": compiled}
-    if (made := pt2e(model, calibration, x)) is not None:
+    if (made := by_pt2e(model, calibration, x)) is not None:
         found["PT2E, inductor"] = made
     named = Named(model)
     export_float(named, batches[0], folder / "float")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Final, NamedTuple, final
+from typing import ClassVar, Final, NamedTuple, cast, final
 
 import torch
 import torch.nn.functional as F
@@ -84,7 +84,7 @@ class Fusion:
         sizes = [*self.shape, self.groups]
         pairs = (self.stride, self.padding, self.dilation)
         known = self.activation in ACTIVATIONS and len(self.numbers) == ACTIVATIONS[self.activation].numbers
-        fits = known and all(isinstance(number, int | float) for number in self.numbers)
+        fits = known and all(type(cast(object, number)) in (int, float) for number in self.numbers)
         fits = fits and self.input in CODES and all(one is None or one in CODES for one in (self.output, self.other))
         if self.is_convolution:
             fits = fits and all(len(pair) == 2 for pair in pairs) and min(*self.stride, *self.dilation) > 0

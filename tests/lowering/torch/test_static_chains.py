@@ -158,14 +158,14 @@ VALUES = (None, -1, 0, 1, 2**31, 1.5, "x", "int8", "uint8", [], [0, 0], [1, 1, 1
 
 
 def test_changed_layers_are_errors_or_models(artifact: Path, tmp_path: Path) -> None:
-    """Of 300 changes to what fused layers are and read, none ends the process, or raises what is not ours."""
+    """Of 120 changes to what fused layers are and read, none ends the process, or raises what is not ours."""
     import shutil
 
     folder = Path(shutil.copytree(artifact, tmp_path / "a"))
     whole = json.loads((folder / "graph.json").read_text())
     draw = random.Random(0)
     refused = 0
-    for _ in range(300):
+    for _ in range(120):
         data = json.loads(json.dumps(whole))
         if draw.random() < 0.5:
             settings = data["modules"][draw.choice(list(data["modules"]))]["settings"]
@@ -180,7 +180,7 @@ def test_changed_layers_are_errors_or_models(artifact: Path, tmp_path: Path) -> 
             graphq.load(folder, verify=False)(X)
         except (GraphqError, RuntimeError):  # torch's own, of shapes that do not fit an op
             refused += 1
-    assert refused > 100
+    assert refused > 40
 
 
 class Inverted(nn.Module):
