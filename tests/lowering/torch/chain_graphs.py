@@ -44,16 +44,34 @@ class Grid(nn.Module):
         return self.values(self.codes(x))
 
 
+class Channels(nn.Module):
+    """A scale for each of four channels."""
+
+    scale: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.full((1, 4, 1, 1), 0.02))
+
+    def codes(self, x: Tensor) -> Tensor:
+        return ops.quantize(x, self.scale, None, None, "int8", [-1, 1, -1, -1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.dequantize(self.codes(x), self.scale, None, None, "int8", [-1, 1, -1, -1], torch.float32)
+
+
 class Weight(nn.Module):
-    """An int8 weight by channel, and a bias."""
+    """An int8 weight by channel, or by another ``axis``, and a bias."""
 
     weight: Tensor
     weight_scale: Tensor
 
-    def __init__(self, *shape: int, bias: bool = True, format: str = "int8", per_channel: bool = True) -> None:
+    def __init__(
+        self, *shape: int, bias: bool = True, format: str = "int8", per_channel: bool = True, axis: int = 0
+    ) -> None:
         super().__init__()
         w = floats(*shape, seed=sum(shape)) / (shape[1] * 4) ** 0.5
-        self.format, self.block = format, [1 if per_channel else -1, *[-1] * (len(shape) - 1)]
+        self.format, self.block = format, [1 if per_channel and a == axis else -1 for a in range(len(shape))]
         parsed = numerics.parse_format(format)
         scale, zero_point, _ = numerics.choose_scale(w, parsed, self.block)
         self.register_buffer("weight", numerics.quantize(w, Scales(scale, zero_point), parsed, self.block))

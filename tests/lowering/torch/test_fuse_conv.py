@@ -14,6 +14,7 @@ from graphq.ir.text import dump
 from graphq.lowering.torch.fuse_conv import FuseConv
 from graphq.runtime.fused_layers import FusedLayer
 from tests.lowering.torch.chain_graphs import (
+    Channels,
     Grid,
     Net,
     Weight,
@@ -83,7 +84,7 @@ class OneConv(nn.Module):
     def __init__(self, end: Body, grids: tuple[Grid, Grid, Grid] | None = None, weight: Weight | None = None) -> None:
         super().__init__()
         self.a, self.b, self.c = grids or (Grid(), Grid(scale=0.015, zero_point=0), Grid(scale=0.03, zero_point=90))
-        self.conv = weight or Weight(4, 4, 3, 3)
+        self.conv, self.channels = weight or Weight(4, 4, 3, 3), Channels()
         self.end = end
 
     def forward(self, x: Tensor) -> Any:
@@ -219,11 +220,7 @@ HALF_MISSES: dict[str, tuple[Body, str | None, str]] = {  # what follows, the ou
     "half a clamp": (lambda y, net: net.c.codes(y.clamp(min=-1.0)), None, "none"),
     "a clamp the wrong way round": (lambda y, net: net.c.codes(y.clamp(1.0, -1.0)), None, "none"),
     "codes of 16 bits": (lambda y, net: Grid("uint16", 0.001, 9000)(y), None, "none"),
-    "a scale for each channel": (
-        lambda y, net: ops_quantize(y, net, [-1, 1, -1, -1]),
-        None,
-        "none",
-    ),
+    "a scale for each channel": (lambda y, net: net.channels.codes(y), None, "none"),
     "a sum with a broadcast row": (lambda y, net: net.c.codes(y + net.a(net.first[:1])), None, "none"),
     "a sum with floats": (lambda y, net: net.c.codes(y + net.first * 2), None, "none"),
     "a sum with a number": (lambda y, net: net.c.codes(y + 1.0), None, "none"),
@@ -235,11 +232,6 @@ HALF_MISSES: dict[str, tuple[Body, str | None, str]] = {  # what follows, the ou
     "a sum, another activation": (lambda y, net: net.c.codes(F.silu(y + net.first)), None, "none"),
     "an activation, then a sum": (lambda y, net: net.c.codes(y.relu() + net.first), None, "relu"),
 }
-
-
-def ops_quantize(y: Any, net: Any, block: list[int]) -> Tensor:
-    scale = net.c.scale.expand(1, y.shape[1], 1, 1) * 1
-    return torch.ops.graphq.quantize(y, scale, None, None, "int8", block)
 
 
 @pytest.mark.parametrize("name", HALF_MISSES)
@@ -273,11 +265,6 @@ def dynamic(net: Any, x: Tensor) -> Tensor:
     return net.w.conv(torch.ops.graphq.dequantize(q, scale, None, None, "int8", [-1] * 4, torch.float32))
 
 
-def by_channel(net: Any, x: Tensor) -> Tensor:
-    level = (net.a.scale.expand(1, 4, 1, 1).clone(), None, None, "int8", [-1, 1, -1, -1])
-    return net.w.conv(torch.ops.graphq.dequantize(torch.ops.graphq.quantize(x, *level), *level, torch.float32))
-
-
 def read_twice(net: Any, x: Tensor) -> Tensor:
     w = net.w.value()
     return F.conv2d(net.a(x), w, net.w.bias, padding=1) + w.sum()
@@ -301,7 +288,11 @@ def added_to(net: Any, x: Tensor) -> Tensor:
 MISSES: dict[str, tuple[Body, Weight]] = {
     "a float input": (lambda net, x: net.c.codes(net.w.conv(x)), Weight(4, 4, 3, 3)),
     "a scale from run time": (dynamic, Weight(4, 4, 3, 3)),
-    "an input's scale for each channel": (by_channel, Weight(4, 4, 3, 3)),
+    "an input's scale for each channel": (lambda net, x: net.w.conv(net.channels(x)), Weight(4, 4, 3, 3)),
+    "a weight's scale for each of the input's channels": (
+        lambda net, x: net.w.conv(net.a(x)),
+        Weight(4, 4, 3, 3, axis=1),
+    ),
     "16 bits": (lambda net, x: net.w.conv(Grid("uint16", 0.001, 9000)(x)), Weight(4, 4, 3, 3)),
     "a weight with zero points": (lambda net, x: net.w.conv(net.a(x)), Weight(4, 4, 3, 3, format="int8/asym")),
     "a weight of 4 bits": (lambda net, x: net.w.conv(net.a(x)), Weight(4, 4, 3, 3, format="int4")),
@@ -324,5 +315,5 @@ MISSES: dict[str, tuple[Body, Weight]] = {
 @pytest.mark.parametrize("name", MISSES)
 def test_what_is_no_convolution_of_codes(name: str) -> None:
     body, weight = MISSES[name]
-    gm = graph_of(Net(body, w=weight), X)
+    gm = graph_of(Net(body, w=weight, channels=Channels()), X)
     changed(gm, FuseConv(), 0, X)

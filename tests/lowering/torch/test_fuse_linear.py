@@ -180,6 +180,7 @@ MISSES: dict[str, tuple[Body, nn.Module]] = {
         Weight(12, 8, format="int8/asym"),
     ),
     "a weight of 4 bits": (lambda net, x: net.c.codes(net.w.linear(net.a(x))), Weight(12, 8, format="int4")),
+    "a weight's scale for each input": (lambda net, x: net.c.codes(net.w.linear(net.a(x))), Weight(12, 8, axis=1)),
     "uses that are not alike": (not_alike, Weight(12, 8)),
     "rows of a weight": (of_experts, Weight(12, 8)),
     "a bias for each token": (

@@ -12,7 +12,7 @@ from torch import Tensor
 from graphq.ir.text import dump
 from graphq.lowering.torch.move_codes import MoveCodes
 from graphq.runtime import ops
-from tests.lowering.torch.chain_graphs import Grid, Net, changed, floats, graph_of, outputs
+from tests.lowering.torch.chain_graphs import Channels, Grid, Net, changed, floats, graph_of, outputs
 
 X = floats(2, 4, 8, 6)
 Body = Callable[[Any, Tensor], Any]
@@ -106,12 +106,6 @@ def padded(net: Any, x: Tensor) -> Tensor:
     return net.a.codes(F.pad(net.a(x), (1, 1)))
 
 
-def by_channel(net: Any, x: Tensor) -> Tensor:
-    level = (net.a.scale.expand(1, 4, 1, 1).clone(), None, None, "int8", [-1, 1, -1, -1])
-    y = ops.dequantize(ops.quantize(x, *level), *level, torch.float32)
-    return ops.quantize(y.flip(0), *level)
-
-
 MISSES: dict[str, Body] = {
     "another scale": lambda net, x: net.b.codes(net.a(x).flatten(1)),
     "another zero point": lambda net, x: ops.quantize(
@@ -125,7 +119,7 @@ MISSES: dict[str, Body] = {
     "a constant beside them": padded,
     "one operand of floats": lambda net, x: net.a.codes(torch.cat([net.a(x), x], 1)),
     "one operand of another scale": lambda net, x: net.a.codes(torch.cat([net.a(x), net.b(x)], 1)),
-    "a scale for each channel": by_channel,
+    "a scale for each channel": lambda net, x: net.channels.codes(net.channels(x).flip(0)),
     "16 bits": lambda net, x: net.wide.codes(net.wide(x).flip(1)),
     "a pool of a picture without a batch": lambda net, x: net.a.codes(F.max_pool2d(net.a(x[0]), 2)),
     "a pool along one axis": lambda net, x: net.a.codes(F.max_pool1d(net.a(x[:, :, 0]), 2)),
@@ -135,4 +129,9 @@ MISSES: dict[str, Body] = {
 
 @pytest.mark.parametrize("name", MISSES)
 def test_what_does_not_run_on_codes(name: str) -> None:
-    changed(graph_of(Net(MISSES[name], tiny=Grid(scale=1e-40), wide=Grid("uint16", 0.001, 9000)), X), MoveCodes(), 0, X)
+    changed(
+        graph_of(Net(MISSES[name], tiny=Grid(scale=1e-40), wide=Grid("uint16", 0.001, 9000), channels=Channels()), X),
+        MoveCodes(),
+        0,
+        X,
+    )
