@@ -11,7 +11,7 @@ from graphq.errors import GraphError, SpecError
 from graphq.ir.layers import sites
 from graphq.ir.op_kinds import KINDS
 from graphq.ir.views import Param, ops_of
-from graphq.lowering.profiles import PROFILES
+from graphq.lowering.profiles import profile_named
 from graphq.passes.quantize_weights import check_finite
 from graphq.spec.algorithms import ALGORITHMS
 from graphq.spec.algorithms import problems as algorithm_problems
@@ -36,8 +36,11 @@ def refusals(spec: Spec) -> list[str]:
                 near = difflib.get_close_matches(kind, KINDS, 1)
                 hint = f"; did you mean {near[0]}?" if near else ""
                 problems.append(f"{where}op: {kind} is no kind of op{hint}")
-    if spec.profile and spec.profile not in PROFILES:
-        problems.append(f"profile: {spec.profile}: no such profile; there are {', '.join(PROFILES)}")
+    if spec.profile:
+        try:
+            profile_named(spec.profile)
+        except SpecError as error:
+            problems.append(str(error))
     return problems
 
 

@@ -7,12 +7,13 @@ from typing import Final
 from torch import fx
 
 from graphq.algorithms import PassContext, preparations, quantization
+from graphq.errors import SpecError
 from graphq.ir.grids import place
 from graphq.ir.op_kinds import kind_of
 from graphq.ir.pipeline import Pass, Pipeline
 from graphq.ir.units import module_of
 from graphq.ir.views import ops_of
-from graphq.lowering.profiles import PROFILES, profile_named
+from graphq.lowering.profiles import profile_named
 from graphq.lowering.torch.pack import copy_graph
 from graphq.passes.annotate import Annotate
 from graphq.passes.decompose import PARTS, Decompose
@@ -34,7 +35,14 @@ _SILENT: Final = PassContext()
 
 def canonical_passes() -> list[Pass]:
     """What brings every capture into one form, before any decision."""
-    return [RemoveNoOps(), RaiseRecurrent(), FoldWeights(), RaiseLinear(), RaiseGroupedLinear(), SplitGateUp()]
+    return [
+        RemoveNoOps(),
+        RaiseRecurrent(),
+        FoldWeights(),
+        RaiseLinear(),
+        RaiseGroupedLinear(),
+        SplitGateUp(),
+    ]
 
 
 def passes_for(
@@ -66,7 +74,10 @@ def placed_for(spec: Spec) -> Profile | None:
 
 def placement_notes(gm: fx.GraphModule, spec: Spec) -> list[str]:
     """What the report says of the tensors between layers; ``gm``, which may have no weights, is left alone."""
-    profile = placed_for(spec) if spec.profile in ("", *PROFILES) else None  # which compile refuses
+    try:
+        profile = placed_for(spec)
+    except SpecError:  # no such profile, which compile refuses
+        return []
     if profile is None:
         return []
     copied = copy_graph(gm)

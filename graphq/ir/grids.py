@@ -370,10 +370,13 @@ class _Placer:
 
 
 def _holds(row: Quant, weight: Quant) -> bool:
-    """Whether a type of weights in a table takes this one: its format, and its granularity or a coarser one."""
+    """Whether a type of weights in a table takes this one: its format, or one of fewer bits that is stored as that, and
+    its granularity or a coarser one.
+    """
     a, b = row.format, weight.format
     if not isinstance(a, Int) or not isinstance(b, Int):
         return False
-    if (a.bits, a.signed, a.symmetric) != (b.bits, b.signed, b.symmetric):
+    narrower = a.bits == 8 and a.signed and 4 < b.bits < 8  # held as int8
+    if (a.signed, a.symmetric) != (b.signed, b.symmetric) or (a.bits != b.bits and not narrower):
         return False
     return row.granularity == weight.granularity or isinstance(weight.granularity, PerTensor)

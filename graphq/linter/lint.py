@@ -93,7 +93,7 @@ def _notes(graph: Graph) -> Iterator[str]:
 
 
 def _observe(graph: Graph, profile: Profile) -> tuple[dict[str, Runs], str]:
-    match profile.name:
+    match profile.name.partition("+")[0]:  # the consumer without its options
         case "ort-cpu":
             from graphq.linter import onnx_runtime
 

@@ -65,7 +65,8 @@ def _saturation(graph: Graph, profile: Profile, running: Sequence[Op]) -> Iterat
         if codes is not None and np.any(np.abs(codes.astype(np.int16)) > _SEVEN_BITS):
             wide.append(op.node.name)
     if wide:
-        fix = "quantize weights to 7 bits (reduce_range) where such machines count"
+        base = profile.name.partition("+")[0]
+        fix = f"quantize weights to 7 bits (profile {base}+reduce_range) where such machines count"
         yield LintWarning(_named(wide), f"products of uint8 and int8 saturate {profile.saturates}", fix)
 
 

@@ -1,6 +1,7 @@
 """The profiles that there are: what each consumer of QDQ models runs in integers, one table a file."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Final, get_args
 
 from graphq.errors import SpecError
@@ -12,6 +13,7 @@ from graphq.lowering.profiles.rknn import RKNN
 from graphq.lowering.profiles.tensorrt import TENSORRT
 from graphq.lowering.profiles.torch_cpu import TORCH_CPU
 from graphq.lowering.profiles.vitis_ai import VITIS_AI
+from graphq.spec.formats import Int
 from graphq.spec.match import Kind, LayerKind
 from graphq.spec.plan import Plan
 from graphq.spec.profile import Profile
@@ -22,11 +24,24 @@ PROFILES: Final[Mapping[str, Profile]] = {
 }
 
 
+REDUCE_RANGE: Final = "reduce_range"  # the option of profiles whose consumer saturates somewhere: weights of 7 bits
+
+
 def profile_named(name: str) -> Profile:
-    """The profile of that name. Raises ``SpecError`` where there is none."""
-    if name not in PROFILES:
+    """The profile of that name, as an option behind a plus changes it: ``ort-cpu+reduce_range``. Raises ``SpecError``
+    where there is none, or has no such option.
+    """
+    base, plus, option = name.partition("+")
+    profile = PROFILES.get(base)
+    if profile is None:
         raise SpecError(f"profile: {name}: no such profile; there are {', '.join(PROFILES)}")
-    return PROFILES[name]
+    if not plus:
+        return profile
+    options = [REDUCE_RANGE] if profile.saturates else []
+    if option not in options:
+        raise SpecError(f"profile: {name}: options of {base}: {', '.join(options) or 'none'}")
+    assert isinstance(profile.weight.format, Int), "as the tests of tables say"
+    return replace(profile, name=name, weight=replace(profile.weight, format=replace(profile.weight.format, bits=7)))
 
 
 _KINDS: Final = tuple(kind for kind in get_args(LayerKind) if kind not in ("embedding", "expert", "recurrent"))

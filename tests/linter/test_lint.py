@@ -46,7 +46,7 @@ def test_all_in_integers(said):
     assert_expected_inline(
         str(report),
         """\
-warning: conv: products of uint8 and int8 saturate on x86 without VNNI (AVX2, and AVX-512 before 2019); quantize weights to 7 bits (reduce_range) where such machines count
+warning: conv: products of uint8 and int8 saturate on x86 without VNNI (AVX2, and AVX-512 before 2019); quantize weights to 7 bits (profile ort-cpu+reduce_range) where such machines count
 1 of 1 ops run in integers on ort-cpu""",
     )
     assert report.ok
@@ -146,7 +146,7 @@ def test_neither_operand_is_quantized(said):
         str(said((m, [z]))),
         """\
 matmul2 (Linear): matmul_y: neither it nor the weight is quantized; quantize it to uint8, and the weight
-warning: matmul: products of uint8 and int8 saturate on x86 without VNNI (AVX2, and AVX-512 before 2019); quantize weights to 7 bits (reduce_range) where such machines count
+warning: matmul: products of uint8 and int8 saturate on x86 without VNNI (AVX2, and AVX-512 before 2019); quantize weights to 7 bits (profile ort-cpu+reduce_range) where such machines count
 1 of 2 ops run in integers on ort-cpu""",
     )
 
@@ -199,7 +199,7 @@ def test_what_is_not_placed_is_no_finding_while_nothing_of_it_is_quantized(said)
     assert_expected_inline(
         str(report),
         """\
-warning: matmul: products of uint8 and int8 saturate on x86 without VNNI (AVX2, and AVX-512 before 2019); quantize weights to 7 bits (reduce_range) where such machines count
+warning: matmul: products of uint8 and int8 saturate on x86 without VNNI (AVX2, and AVX-512 before 2019); quantize weights to 7 bits (profile ort-cpu+reduce_range) where such machines count
 1 of 1 ops run in integers on ort-cpu; 2 others are left in float: 1 Reshape, 1 Add""",
     )
 
@@ -289,13 +289,13 @@ def test_warnings(said):
         "\n".join(map(str, warned)),
         """\
 quantizelinear, dequantizelinear, dequantizelinear2 and 2 more: no zero point: two vendors' compilers refuse or misread QuantizeLinear and DequantizeLinear without one; write zero points of 0, in the codes' type
-conv: products of uint8 and int8 saturate on x86 without VNNI (AVX2, and AVX-512 before 2019); quantize weights to 7 bits (reduce_range) where such machines count
-conv: products of uint8 and int8 saturate on x86 without VNNI (AVX2, and AVX-512 before 2019); quantize weights to 7 bits (reduce_range) where such machines count
+conv: products of uint8 and int8 saturate on x86 without VNNI (AVX2, and AVX-512 before 2019); quantize weights to 7 bits (profile ort-cpu+reduce_range) where such machines count
+conv: products of uint8 and int8 saturate on x86 without VNNI (AVX2, and AVX-512 before 2019); quantize weights to 7 bits (profile ort-cpu+reduce_range) where such machines count
 matmul: MatMulNBits in a default session rounds the activations to int8 by block (accuracy level 4); for float activations write com.microsoft.MatMulNBits with accuracy_level 0, or set session.qdq_matmulnbits_accuracy_level
 matmul: FullyConnected with a stored weight rounds the activations to int8 by group at run time; for float activations compile with EXECUTION_MODE_HINT=ACCURACY or DYNAMIC_QUANTIZATION_GROUP_SIZE=0
 conv: Conv of int8 with a zero point does not compile on CPUs with AMX (no suitable implementation); quantize activations to uint8
 concat: Concat of int8 is wrong by 0.1 to 0.6 of the largest element behind convolutions (2026.4.1); quantize activations to uint8
-conv: products of uint8 and int8 saturate on x86 without VNNI (AVX2, and AVX-512 before 2019); quantize weights to 7 bits (reduce_range) where such machines count
+conv: products of uint8 and int8 saturate on x86 without VNNI (AVX2, and AVX-512 before 2019); quantize weights to 7 bits (profile openvino+reduce_range) where such machines count
 conv: dequantizelinear3_y: the bias's scale is not scale x times scale w, by which kernels in integers read it; requantize the bias
 softmax: softmax_y: the output has scale 0.01 and zero point 3; qnn-htp computes with scale 0.00390625 and zero point 0; give it scale 0.00390625 and zero point 0
 matmul: a MatMul and an Add are two ops to qnn-htp; write a Gemm with a bias""",
