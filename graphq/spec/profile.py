@@ -181,7 +181,8 @@ class Profile:
     linear_of_rows: the same of one with an input of two axes, where ``linear`` is ``matmul``.
     dynamic: how a linear with scales by token is spelled. weight_only: how one with a float input is.
     power_of_two: whether scales have to be powers of two. static: whether every dimension has to be an integer.
-    opsets: the lowest and the highest it reads. sources: where its rows are from.
+    opsets: the lowest and the highest it reads. opset: the lowest that is written where none is asked for.
+    sources: where its rows are from.
     whole: whether an op in float is a fault, since it is refused or runs elsewhere.
     clamps: whether a Relu or Clip at the end of a fused chain runs in integers always, or only where the grid behind it
         holds nothing that it would cut off.
@@ -191,6 +192,7 @@ class Profile:
     operators: ops in integers that it runs beside QDQ, by type. refuses: types of codes that it does not read.
     whole_blocks: whether blocks of weights have to divide their axis.
     saturates: where products of uint8 and int8 do.
+    splits_norms: whether a sum in front of a norm is faster where it is not fused with that.
     """
 
     name: str
@@ -206,6 +208,7 @@ class Profile:
     power_of_two: bool = False
     static: bool = False
     opsets: tuple[int, int] = (13, 25)
+    opset: int = 13
     sources: tuple[str, ...] = ()
     whole: bool = False
     clamps: Literal["always", "covered"] = "always"
@@ -216,6 +219,7 @@ class Profile:
     refuses: tuple[str, ...] = ()
     whole_blocks: bool = False
     saturates: str = ""
+    splits_norms: bool = False
 
     def activation(self) -> Quant:
         """The default of activations."""

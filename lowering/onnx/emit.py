@@ -105,6 +105,7 @@ def emit(
     from onnx_ir.passes import common
 
     from graphq.lowering.onnx.element_types import set_types
+    from graphq.lowering.onnx.norms import split_norms
     from graphq.lowering.onnx.opset import HIGHEST, LOWEST, check_opset, lower_opset
     from graphq.lowering.onnx.zero_points import complete
 
@@ -114,6 +115,8 @@ def emit(
         check_opset(opset)
         if not lowest <= opset <= highest:
             raise TargetError(f"onnx: opset {opset}: {profile} reads {lowest} to {highest}")
+    elif consumer is not None:
+        lowest = max(lowest, consumer.opset)
     legalize(gm, LIMITS)
     if not bfloat16:
         _refuse_bfloat16(gm)
@@ -134,6 +137,8 @@ def emit(
     _fold(model, {name for name in held if not name.startswith("constants.")})
     may_be_empty = {name for name, low, _ in source_of(prepared).ranges if not low}
     lower_opset(model, may_be_empty, opset, (lowest, highest))
+    if consumer is not None and consumer.splits_norms:
+        split_norms(model)
     common.RemoveUnusedNodesPass()(model)
     complete(model, held)
     common.RemoveUnusedNodesPass()(model)
