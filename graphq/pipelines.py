@@ -7,7 +7,6 @@ from typing import Final
 from torch import fx
 
 from graphq.algorithms import PassContext, preparations, quantization
-from graphq.errors import SpecError
 from graphq.ir.grids import place
 from graphq.ir.op_kinds import kind_of
 from graphq.ir.pipeline import Pass, Pipeline
@@ -18,6 +17,7 @@ from graphq.lowering.torch.pack import copy_graph
 from graphq.passes.annotate import Annotate
 from graphq.passes.decompose import PARTS, Decompose
 from graphq.passes.fold_batch_norm import FoldBatchNorm
+from graphq.passes.fold_pads import FoldPads
 from graphq.passes.fold_weights import FoldWeights
 from graphq.passes.raise_grouped_linear import RaiseGroupedLinear
 from graphq.passes.raise_linear import RaiseLinear
@@ -37,6 +37,7 @@ def canonical_passes() -> list[Pass]:
     """What brings every capture into one form, before any decision."""
     return [
         RemoveNoOps(),
+        FoldPads(),
         RaiseRecurrent(),
         FoldWeights(),
         RaiseLinear(),
@@ -74,9 +75,7 @@ def placed_for(spec: Spec) -> Profile | None:
 
 def placement_notes(gm: fx.GraphModule, spec: Spec) -> list[str]:
     """What the report says of the tensors between layers; ``gm``, which may have no weights, is left alone."""
-    try:
         profile = placed_for(spec)
-    except SpecError:  # no such profile, which compile refuses
         return []
     if profile is None:
         return []

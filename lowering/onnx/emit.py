@@ -107,6 +107,7 @@ def emit(
     from graphq.lowering.onnx.element_types import set_types
     from graphq.lowering.onnx.norms import split_norms
     from graphq.lowering.onnx.opset import HIGHEST, LOWEST, check_opset, lower_opset
+    from graphq.lowering.onnx.pads import fold_pads
     from graphq.lowering.onnx.zero_points import complete
 
     consumer = None if profile is None else profile_named(profile)
@@ -141,6 +142,7 @@ def emit(
         split_norms(model)
     common.RemoveUnusedNodesPass()(model)
     complete(model, held)
+    fold_pads(model)
     common.RemoveUnusedNodesPass()(model)
     if source_of(prepared).fixed:
         common.ShapeInferencePass()(model)  # of the values that were made on the way here
