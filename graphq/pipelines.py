@@ -7,6 +7,7 @@ from typing import Final
 from torch import fx
 
 from graphq.algorithms import PassContext, preparations, quantization
+from graphq.errors import SpecError
 from graphq.ir.grids import place
 from graphq.ir.op_kinds import kind_of
 from graphq.ir.pipeline import Pass, Pipeline
@@ -75,7 +76,9 @@ def placed_for(spec: Spec) -> Profile | None:
 
 def placement_notes(gm: fx.GraphModule, spec: Spec) -> list[str]:
     """What the report says of the tensors between layers; ``gm``, which may have no weights, is left alone."""
+    try:
         profile = placed_for(spec)
+    except SpecError:  # no such profile, which compile refuses
         return []
     if profile is None:
         return []

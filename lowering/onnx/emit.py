@@ -104,6 +104,7 @@ def emit(
     import onnx_ir as ir
     from onnx_ir.passes import common
 
+    from graphq.lowering.onnx.constants import hold_constants
     from graphq.lowering.onnx.element_types import set_types
     from graphq.lowering.onnx.norms import split_norms
     from graphq.lowering.onnx.opset import HIGHEST, LOWEST, check_opset, lower_opset
@@ -143,6 +144,7 @@ def emit(
     common.RemoveUnusedNodesPass()(model)
     complete(model, held)
     fold_pads(model)
+    hold_constants(model)
     common.RemoveUnusedNodesPass()(model)
     if source_of(prepared).fixed:
         common.ShapeInferencePass()(model)  # of the values that were made on the way here

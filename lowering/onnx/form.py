@@ -15,6 +15,7 @@ from graphq.capture.source import KEY, PAST, SEQUENCE, TOTAL, source_of
 from graphq.ir import edit
 from graphq.ir.views import Dequantize, GroupedLinear, Input, Op, Param, Quantize, TransposedLinear, ops_of, view
 from graphq.lowering.onnx.attention import spell_attention
+from graphq.lowering.onnx.bags import spell_bags
 from graphq.lowering.onnx.recurrence import spell_recurrences
 from graphq.lowering.onnx.trace_ops import expert_linears
 from graphq.lowering.stored import hold_stored
@@ -79,6 +80,7 @@ def onnx_form(gm: fx.GraphModule, cache: bool = True) -> fx.GraphModule:
     edit.drop_unused(made)
     spell_recurrences(made)
     spell_attention(made)
+    spell_bags(made)
     for op in ops_of(made):
         if isinstance(op, TransposedLinear) and isinstance(op.mat2, Dequantize):
             _store_rows(made, op, op.mat2)

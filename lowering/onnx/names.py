@@ -80,6 +80,11 @@ def name_outputs(model: Any, source: Source) -> None:
     import onnx_ir as ir
 
     graph = model.graph
+    for name in source.outputs:  # of one that is a constant
+        if name in graph.initializers:
+            value = graph.initializers.pop(name)
+            value.name = f"constants.{name}"
+            graph.register_initializer(value)
     seen = {id(value) for value in (*graph.inputs, *graph.initializers.values())}
     for i, (value, name) in enumerate(zip(list(graph.outputs), source.outputs, strict=True)):
         if id(value) in seen:

@@ -41,7 +41,7 @@ def _hold(graph: ir.Graph, node: ir.Node, held: Container[str]) -> None:
             continue
         tensor = ir.convenience.get_const_tensor(value)
         if tensor is not None:
-            node.replace_input_with(i, _initializer(graph, tensor, "scales" if i < 2 else "zero_points"))
+            node.replace_input_with(i, initializer(graph, tensor, "scales" if i < 2 else "zero_points"))
 
 
 def _zeros(graph: ir.Graph, node: ir.Node) -> ir.Value:
@@ -49,7 +49,7 @@ def _zeros(graph: ir.Graph, node: ir.Node) -> ir.Value:
     if codes is None or codes.dtype is None:
         raise PassError(f"onnx: {node.name}: the type of its codes is not known")
     zeros = torch.zeros(_shape(node, scale), dtype=torch.uint8).numpy().astype(codes.dtype.numpy())
-    return _initializer(graph, ir.tensor(zeros, dtype=codes.dtype), "zero_points")
+    return initializer(graph, ir.tensor(zeros, dtype=codes.dtype), "zero_points")
 
 
 def _shape(node: ir.Node, scale: ir.Value | None) -> list[int]:
@@ -67,7 +67,7 @@ def _shape(node: ir.Node, scale: ir.Value | None) -> list[int]:
     return [-(-size // block) if i == axis else size for i, size in enumerate(sizes)] if block else [sizes[axis]]
 
 
-def _initializer(graph: ir.Graph, tensor: ir.TensorProtocol, role: str) -> ir.Value:
+def initializer(graph: ir.Graph, tensor: ir.TensorProtocol, role: str) -> ir.Value:
     """An initializer with these elements: the one that there is, or a new one, named after role, type and shape."""
     array = tensor.numpy()
     stem = name = ".".join(
