@@ -19,15 +19,25 @@ _BY: Final = "onnx-form"
 
 
 def spell_attention(gm: fx.GraphModule) -> int:
-    """Every attention stands as its parts, what readers of one mask add made once; the number of them."""
+    """Every attention stands as its parts, what readers of one mask add made once; the number of them.
+
+    Views are reshapes then: what the parts give is not laid out as torch's own kernel has it.
+    """
     masks: dict[Op, tuple[Op, Op]] = {}
     count = 0
     for op in ops_of(gm):
         if op.node.target is aten.scaled_dot_product_attention.default and not op.argument("dropout_p"):
             edit.bypass(gm, op, _spelled(gm, op, masks))
             count += 1
+    for op in ops_of(gm) if count else ():
+        if op.node.target is aten.view.default:
+            edit.replace(gm, op, aten.reshape.default, view(op.argument("self")), _sizes(op), by=_BY)
     edit.drop_unused(gm)
     return count
+
+
+def _sizes(op: Op) -> list[Any]:
+    return [view(size) if isinstance(size, fx.Node) else size for size in op.argument("size")]
 
 
 def _spelled(gm: fx.GraphModule, op: Op, masks: dict[Op, tuple[Op, Op]]) -> Op:

@@ -106,7 +106,7 @@ def emit(
 
     from graphq.lowering.onnx.constants import hold_constants
     from graphq.lowering.onnx.element_types import set_types
-    from graphq.lowering.onnx.norms import split_norms
+    from graphq.lowering.onnx.norms import divide_by_roots, split_norms
     from graphq.lowering.onnx.opset import HIGHEST, LOWEST, check_opset, lower_opset
     from graphq.lowering.onnx.pads import fold_pads
     from graphq.lowering.onnx.zero_points import complete
@@ -141,6 +141,7 @@ def emit(
     lower_opset(model, may_be_empty, opset, (lowest, highest))
     if consumer is not None and consumer.splits_norms:
         split_norms(model)
+        divide_by_roots(model)
     common.RemoveUnusedNodesPass()(model)
     complete(model, held)
     fold_pads(model)

@@ -90,6 +90,25 @@ def test_rows_that_see_nothing_are_zeros_among_others() -> None:
     assert CASES["rows that see nothing"](Q)[~sees.expand(2, 4, 5)].abs().max() == 0
 
 
+class Heads(nn.Module):
+    """Heads of a row are put together again by a view, as what torch's kernel gives is laid out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = x.view(*x.shape[:2], 4, 8).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, q, q).transpose(1, 2).reshape(*x.shape[:2], -1)
+
+
+def test_views_of_what_it_gives() -> None:
+    x = Q.flatten(2)[:, :, :32]
+    gm = capture(Heads(), x)
+    wanted = run(gm, x)
+    *_, merged = (node for node in gm.graph.nodes if node.target is torch.ops.aten.reshape.default)
+    merged.target = torch.ops.aten.view.default  # as capture has it of sequences of any length
+    assert torch.equal(run(gm, x), wanted)
+    assert spell_attention(gm) == 1
+    assert (run(gm, x) - wanted).abs().max() <= 1e-6
+
+
 def test_golden() -> None:
     gm = capture(Attention(masked=hides_some, layers=2), Q.double())
     assert spell_attention(gm) == 2

@@ -315,4 +315,4 @@ def test_without_a_cache() -> None:
         found = made(ids, mask, positions)
         expected = gm(*random_inputs(gm, 2, 6))[0]
     assert len(found) == 1
-    assert torch.equal(found[0], expected)
+    assert (found[0] - expected).abs().max() <= 1e-6  # attention sums in another order

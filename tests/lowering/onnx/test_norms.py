@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import graphq
-from graphq.lowering.onnx.norms import split_norms
+from graphq.lowering.onnx.norms import divide_by_roots, split_norms
 from tests.lowering.onnx import sessions
 
 TEXT = """
@@ -65,6 +65,51 @@ def test_a_sum_that_the_graph_gives_stays() -> None:
     text = TEXT.replace("(float[1, 3, 4] z)", "(float[1, 3, 4] z, float[1, 3, 4] s)")
     body = CASES["one reader"][0]
     assert split_norms(ir.from_proto(onnx.parser.parse_model(text.replace("BODY", body)))) == 0
+
+
+ROOTS: dict[str, tuple[str, list[str]]] = {
+    "behind": ("s = Sqrt(x)\n r = Reciprocal(s)\n z = Mul(y, r)", ["Sqrt", "Div"]),
+    "in front": ("s = Sqrt(x)\n r = Reciprocal(s)\n z = Mul(r, y)", ["Sqrt", "Div"]),
+    "another reader": ("s = Sqrt(x)\n r = Reciprocal(s)\n m = Mul(r, y)\n z = Add(m, r)", ["Sqrt", "Reciprocal", "Mul", "Add"]),
+    "a square": ("s = Sqrt(x)\n r = Reciprocal(s)\n z = Mul(r, r)", ["Sqrt", "Reciprocal", "Mul"]),
+    "of no root": ("s = Exp(x)\n r = Reciprocal(s)\n z = Mul(y, r)", ["Exp", "Reciprocal", "Mul"]),
+    "a sum": ("s = Sqrt(x)\n r = Reciprocal(s)\n z = Add(y, r)", ["Sqrt", "Reciprocal", "Add"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROOTS)
+def test_which_products(name: str) -> None:
+    body, wanted = ROOTS[name]
+    model = ir.from_proto(onnx.parser.parse_model(TEXT.replace("BODY", body)))
+    feeds = {key: np.random.default_rng(0).uniform(0.5, 2, (1, 3, 4)).astype(np.float32) for key in "xy"}
+    feeds |= {key: np.ones(4, np.float32) for key in "wb"}
+    before = ir.to_proto(model).SerializeToString()
+    assert divide_by_roots(model) == wanted.count("Div")
+    assert [node.op_type for node in model.graph] == wanted
+    assert divide_by_roots(model) == 0
+    found: list[Any] = [
+        onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"]).run(None, feeds)[0]
+        for data in (before, ir.to_proto(model).SerializeToString())
+    ]
+    assert np.abs(found[0] / found[1] - 1).max() <= 1e-6
+
+
+class RMSNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(16) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+def test_a_norm_of_squares_is_one_op_in_onnx_runtime(tmp_path: Path) -> None:
+    model = RMSNorm().eval()
+    made = graphq.compile(model, {"graphq": 1, "rules": [{"match": "*", "float": True}]}, inputs=X)
+    made.emit("onnx", tmp_path / "onnx", profile="ort-cpu")
+    (found,), kinds = sessions.run(tmp_path / "onnx", X)
+    assert kinds == {"SimplifiedLayerNormalization": 1}
+    assert (found - model(X)).abs().max() <= 1e-6
 
 
 class Block(nn.Module):
