@@ -29,7 +29,7 @@ from graphq.lowering.onnx.form import onnx_form, with_bytes
 from graphq.lowering.onnx.names import check_names, name_nodes, name_outputs, restore_names
 from graphq.lowering.onnx.shapes import fix_sizes
 from graphq.lowering.onnx.spellings import spell
-from graphq.lowering.onnx.tensors import NAME, initializers
+from graphq.lowering.onnx.tensors import NAME, Initializers
 from graphq.lowering.onnx.torchlib import kept_translations
 from graphq.lowering.profiles import profile_named
 from graphq.runtime.onnx_session import OnnxSession
@@ -158,7 +158,7 @@ def emit(
         onnx.checker.check_model(str(directory / NAME), full_check=True)
         notes += genai.write(directory, prepared)
         spelled_for = {} if profile is None else {"profile": profile}
-        manifest.write(directory, prepared, "onnx", {**made_from, **spelled_for}, initializers(directory))
+        manifest.write(directory, prepared, "onnx", {**made_from, **spelled_for}, Initializers(directory))
     return tuple(notes)
 
 

@@ -1,8 +1,9 @@
 """The tensors that an ONNX file holds, as torch's, in the layout of the QDQ form whatever the file's spelling is."""
 
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, final
 
 import torch
 from torch import Tensor
@@ -13,28 +14,56 @@ from graphq.lowering.onnx.nbits import unpacked_codes, unpacked_zero_points
 NAME: Final = "model.onnx"
 
 
-def initializers(directory: Path) -> dict[str, Tensor]:
-    """The initializers of ``model.onnx`` by name: codes that are stored raised or packed are those of the QDQ form, and
-    weights that a MatMul reads without a Transpose the rows ``[out, in]``.
+@final
+class Initializers(Mapping[str, Tensor]):
+    """The initializers of ``model.onnx`` by name, each read when it is asked for, so that none but that one is in
+    memory: codes that are stored raised or packed are those of the QDQ form, and weights that a MatMul reads without a
+    Transpose the rows ``[out, in]``.
 
-    Raises ``TargetError`` for a file that is missing or damaged.
+    Raises ``TargetError`` for a file that is missing or damaged, and where a tensor is.
     """
-    import onnx_ir as ir
 
-    file = directory / NAME
-    if not file.is_file():
-        raise TargetError(f"{directory}: damaged or incomplete: {NAME} is missing")
+    def __init__(self, directory: Path) -> None:
+        import onnx_ir as ir
+
+        self.file = directory / NAME
+        if not self.file.is_file():
+            raise TargetError(f"{directory}: damaged or incomplete: {NAME} is missing")
+        with _naming(self.file):
+            graph = ir.load(self.file).graph
+            self._held: dict[str, Any] = {str(name): value for name, value in graph.initializers.items()}
+            self._restore = {name: restore for node in graph for name, restore in _spelled(node, self._held)}
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = self._held[name].const_value
+        with _naming(self.file):
+            tensor = _tensor(value)
+            if hasattr(value, "release"):  # the pages of the file that were read
+                value.release()
+            return self._restore[name](tensor) if name in self._restore else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+
+@contextlib.contextmanager
+def _naming(file: Path) -> Generator[None]:
+    """Inside, what protobuf, onnx_ir and numpy raise for damaged files is a ``TargetError`` that names the file."""
     try:
-        graph = ir.load(file).graph
-        held = {str(name): _tensor(value.const_value) for name, value in graph.initializers.items()}
-        for name, restore in {found[0]: found for node in graph for found in _spelled(node, held)}.values():
-            held[name] = restore(held[name])
-    except Exception as error:  # protobuf, onnx_ir and numpy raise many types for damaged files
+        yield
+    except Exception as error:
         raise TargetError(f"{file}: damaged: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from error
-    return held
 
 
-def _spelled(node: Any, held: dict[str, Tensor]) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
+def initializers(directory: Path) -> dict[str, Tensor]:
+    """All of ``Initializers``, in memory. Raises ``TargetError`` for a file that is missing or damaged."""
+    return dict(Initializers(directory))
+
+
+def _spelled(node: Any, held: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
     """The initializers that ``node`` reads in another layout than the QDQ form's, and what gives them that layout."""
     import onnx_ir as ir
 
@@ -47,7 +76,7 @@ def _spelled(node: Any, held: dict[str, Tensor]) -> Iterator[tuple[str, Callable
             scale: Any = node.inputs[2]
             while scale.producer() is not None:  # one of a row or of the whole weight, spread over blocks
                 scale = scale.producer().inputs[0]
-            shape = held[scale.name].shape
+            shape = list(held[scale.name].const_value.shape)
             if zero_point is not None:
                 yield (
                     str(zero_point.name),
@@ -66,7 +95,7 @@ def _spelled(node: Any, held: dict[str, Tensor]) -> Iterator[tuple[str, Callable
             pass
 
 
-def _of_shape(by_block: Tensor, shape: Sequence[int]) -> Tensor:
+def _of_shape(by_block: Tensor, shape: Sequence[object]) -> Tensor:
     """Zero points ``[N, blocks]`` as those of rows, or the one of the weight, where a scale of ``shape`` says so."""
     return by_block if len(shape) == 2 else by_block[:, 0].contiguous() if len(shape) == 1 else by_block[0, 0].clone()
 
