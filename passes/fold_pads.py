@@ -70,7 +70,7 @@ def _padding(reader: Op, op: Op, pad: list[int]) -> list[int] | None:
     """The padding of a convolution that reads ``op`` with what ``op`` adds; None where it cannot hold that."""
     if not isinstance(reader, Convolution) or reader.input != op or op in (reader.weight, reader.bias):
         return None
-    rank = -1 - cast(int, reader.input_axis)
+    rank = -1 - reader.input_axis
     front, behind = pad[::2], pad[1::2]
     if front != behind or min(pad) < 0 or any(front[rank:]):
         return None
