@@ -18,6 +18,7 @@ from graphq.observers.ranges import BELOW
 from graphq.spec.profile import LINEAR, Profile
 
 aten = torch.ops.aten
+_VIEWS: Final = (aten.view.default, aten._unsafe_view.default)
 
 
 @final
@@ -55,8 +56,15 @@ class Decompose(Pass):
                 edit.bypass(gm, op, made)
                 count += 1
         if count:
+            self._allow_layouts(gm)
             edit.drop_unused(gm)
         return count
+
+    def _allow_layouts(self, gm: fx.GraphModule) -> None:
+        """Views are reshapes: parts lay out what they give otherwise than the whole did, which a view may not stand."""
+        for op in ops_of(gm):
+            if op.node.target in _VIEWS:
+                edit.replace(gm, op, aten.reshape.default, *op.node.args, by=self.name)
 
 
 def _attention(gm: fx.GraphModule, op: Op, by: str) -> Op | None:

@@ -5,17 +5,17 @@ Salimans and Kingma, "Weight Normalization", arXiv 1602.07868; Miyato et al., "S
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, cast, final
 
 import torch
 from torch import Tensor, fx, nn
-from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import map_arg
 
 from graphq.ir import edit
+from graphq.ir.constants import computation_of, constants_of, evaluate
 from graphq.ir.layers import MADE_OF
 from graphq.ir.pipeline import Batches, Pass
 from graphq.ir.products import FORMS, is_moved, is_weight
@@ -72,10 +72,7 @@ class _Computations:
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self.gm = gm
-        self._constant = set[fx.Node]()
-        for node in gm.graph.nodes:
-            if node.op == "get_attr" or (_is_pure(node) and self._constant.issuperset(node.all_input_nodes)):
-                self._constant.add(node)
+        self._constant = constants_of(gm)
         self._first: Mapping[str, str] = same_tensors(gm)
         self._numbers: dict[tuple[str, ...], int] = {}
         self._number_of: dict[fx.Node, int] = {}
@@ -96,7 +93,7 @@ class _Computations:
         """Whether ``root`` is a tensor made of parameters, and has no more elements than all that it is made of."""
         if not isinstance(root.val, Tensor) or not self._weights(root):
             return False
-        return root.val.numel() <= sum(n.meta["val"].numel() for n in self._nodes(root) if n.op == "get_attr")
+        return root.val.numel() <= sum(n.meta["val"].numel() for n in computation_of(root.node) if n.op == "get_attr")
 
     def _root(self, op: Op, operand: Op) -> Op:
         """What computes an operand, behind what the readers of weights see through."""
@@ -106,20 +103,15 @@ class _Computations:
         if isinstance(op, Weighted) or operand.node not in self._constant:
             return operand
         is_matrix = isinstance(operand.val, Tensor) and operand.val.dim() == 2  # what raise-linear makes a layer of
-        return operand if is_matrix and not any(isinstance(view(n), Weighted) for n in self._nodes(operand)) else op
-
-    def _nodes(self, root: Op) -> list[fx.Node]:
-        """The nodes that ``root`` is computed by, in graph order."""
-        seen, pending = {root.node}, [root.node]
-        while pending:
-            new = [read for read in pending.pop().all_input_nodes if read not in seen]
-            seen.update(new)
-            pending += new
-        return sorted(seen)
+        return (
+            operand
+            if is_matrix and not any(isinstance(view(n), Weighted) for n in computation_of(operand.node))
+            else op
+        )
 
     def _weights(self, root: Op) -> list[Param]:
         """The parameters that ``root`` is computed from."""
-        read = (Param.of(node) for node in self._nodes(root))
+        read = (Param.of(node) for node in computation_of(root.node))
         return [param for param in read if param is not None and is_weight(self.gm, param)]
 
     def origin(self, root: Op) -> Param:
@@ -141,19 +133,19 @@ class _Computations:
 
     def _thirds(self, root: Op) -> tuple[int, ...]:
         """The thirds of the one tensor that ``root`` is cut from along its first axis; nothing where it is not."""
-        read = [node for node in self._nodes(root) if node.op == "get_attr"]
+        read = [node for node in computation_of(root.node) if node.op == "get_attr"]
         whole = view(read[0])
         size = int(whole.val.shape[0]) // 3
         if len(read) != 1 or size == 0 or whole.val.shape[0] != 3 * size:
             return ()
         rows = torch.arange(3 * size).view(-1, *[1] * (whole.val.dim() - 1)).expand(tuple(whole.val.shape))
-        made = self._run(root, lambda _: rows)
+        made = evaluate(root.node, lambda _: rows)
         first = made.flatten(1)[:, 0] if made.dim() > 1 else made
         return tuple(int(start) // size for start in first[::size]) if first.numel() % size == 0 else ()
 
     def number(self, node: fx.Node) -> int:
         """Equal for nodes that compute the same from the same tensors."""
-        for step in self._nodes(view(node)):
+        for step in computation_of(node):
             if step in self._number_of:
                 continue
             if step.op == "get_attr":
@@ -166,33 +158,16 @@ class _Computations:
 
     def value(self, root: Op) -> Tensor:
         """What ``root`` computes, as a parameter; what the graph knows of it, where the model has no data."""
-        tensors = [tensor_of(self.gm, str(n.target)) for n in self._nodes(root) if n.op == "get_attr"]
+        tensors = [tensor_of(self.gm, str(n.target)) for n in computation_of(root.node) if n.op == "get_attr"]
         if any(isinstance(tensor, FakeTensor) for tensor in tensors):
             return nn.Parameter(root.val, requires_grad=False)
-        made = self._run(root, lambda fqn: tensor_of(self.gm, fqn).detach())
+        made = evaluate(root.node, lambda fqn: tensor_of(self.gm, fqn).detach())
         return nn.Parameter(made, requires_grad=False) if made.is_floating_point() else made
-
-    def _run(self, root: Op, read: Callable[[str], Tensor]) -> Tensor:
-        values: dict[fx.Node, Any] = {}
-        with torch.no_grad():
-            for node in self._nodes(root):
-                if node.op == "get_attr":
-                    values[node] = read(str(node.target))
-                else:
-                    args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
-                    values[node] = cast(Any, node.target)(*args, **kwargs)
-        return cast(Tensor, values[root.node])
 
 
 def _record(gm: fx.GraphModule, name: str, origin: str) -> None:
     if name != origin:
         gm.meta[MADE_OF] = {**gm.meta.get(MADE_OF, {}), name: (origin,)}
-
-
-def _is_pure(node: fx.Node) -> bool:
-    if node.op != "call_function":
-        return False
-    return not isinstance(node.target, OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags
 
 
 def _is_cast(op: Op) -> bool:

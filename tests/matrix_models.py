@@ -173,6 +173,32 @@ def _whisper() -> nn.Module:
     return First(transformers.WhisperModel(config).get_encoder())
 
 
+class DETR(nn.Module):
+    """A detector: frozen batch norms in its backbone, queries that are parameters, heads for classes and boxes."""
+
+    def __init__(self) -> None:
+        import transformers
+
+        super().__init__()
+        backbone: dict[str, Any] = {"layer_type": "basic", "out_features": ["stage2"]}
+        backbone |= {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1]}
+        parts = ("encoder", "decoder")
+        options: dict[str, Any] = {"d_model": 32, "num_queries": 8, "num_labels": 5, "use_timm_backbone": False}
+        options |= {f"{part}_layers": 1 for part in parts} | {f"{part}_ffn_dim": 64 for part in parts}
+        options |= {f"{part}_attention_heads": 2 for part in parts}
+        config = transformers.DetrConfig(backbone_config=transformers.ResNetConfig(**backbone), **options)
+        self.detr = transformers.DetrForObjectDetection(config)
+        for name, tensor in (*self.detr.named_parameters(), *self.detr.named_buffers()):
+            if name.endswith("running_var"):
+                nn.init.uniform_(tensor, 0.5, 2.0)
+            elif name.endswith(("bias", "running_mean")):
+                nn.init.normal_(tensor, std=0.1)
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        found = self.detr(pixel_values)
+        return found.logits, found.pred_boxes
+
+
 _VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 _TEXT = _VIT | {"vocab_size": 100, "max_position_embeddings": 64}
 _DRAWN: Final[Mapping[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Tensor]]]]] = {
@@ -223,6 +249,7 @@ _DRAWN: Final[Mapping[str, tuple[Callable[[], nn.Module], Callable[[], dict[str,
         ),
         lambda: {"pixel_values": image(32)},
     ),
+    "detr": (DETR, lambda: {"pixel_values": image(32)}),
     "bert": (_from("BertModel", **_TEXT), _tokens),
     "distilbert": (
         _from(

@@ -100,7 +100,7 @@ class _Placer:
         self.units = units_of(gm, profile.fuses)
         self.order = {op: number for number, op in enumerate(ops_of(gm))}
         self.producer = {output: unit for unit in self.units for output in unit.outputs}
-        self.of_data = reading_data(gm)
+        self.of_data = reading_data(gm, or_layers=True)
         self.held = self._held()
         unmet = f"{profile.name}: wants scales that are powers of two; those chosen here are not"
         self.notes: dict[str, None] = {unmet: None} if profile.power_of_two else {}

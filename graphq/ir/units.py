@@ -88,12 +88,15 @@ def _is_part(op: Op) -> bool:
     return getattr(op.node.target, "__name__", "") == "getitem"
 
 
-def reading_data(gm: fx.GraphModule) -> set[fx.Node]:
-    """The nodes whose elements depend on those of an input; others are known once the sizes are."""
+def reading_data(gm: fx.GraphModule, or_layers: bool = False) -> set[fx.Node]:
+    """The nodes whose elements depend on those of an input; others are known once the sizes are. ``or_layers``: or on
+    a product with a layer's weight, which is not computed before the model runs.
+    """
     found = set[fx.Node]()
     for node in gm.graph.nodes:
         is_size = isinstance(effect(view(node)), ReadsShape)
-        if node.op == "placeholder" or (not is_size and any(read in found for read in node.all_input_nodes)):
+        is_first = node.op == "placeholder" or (or_layers and kind_of(view(node)) in WITH_WEIGHT)
+        if is_first or (not is_size and any(read in found for read in node.all_input_nodes)):
             found.add(node)
     return found
 

@@ -413,6 +413,34 @@ mul_1 -> all  grid 5: uint8/tensor  Mul.output
     )
 
 
+class Queries(nn.Module):
+    """What is looked for in x is a table, in front of which stands a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.table = nn.Linear(4, 4), nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        queries = self.linear(self.table).tanh()
+        return queries.softmax(-1) @ x.mT
+
+
+def test_what_layers_make_of_constants_is_computed_in_integers() -> None:
+    profile = table(Linear=layer(), Tanh=row(), Softmax=row(), MatMul=row(), Transpose=row("same"))
+    assert_expected_inline(
+        placed(profile, Queries(), torch.randn(2, 3, 4)),
+        """\
+x -> m_t  grid 0: uint8/tensor  x.value
+table -> linear  grid 1: uint8/tensor  table.value
+linear -> all  grid 2: uint8/tensor  linear.output
+tanh -> all  grid 3: uint8/tensor  Tanh.output
+softmax -> all  grid 4: uint8/tensor  Softmax.output
+m_t -> all  grid 0: uint8/tensor moved  Transpose.output
+matmul -> all  grid 5: uint8/tensor  MatMul.output
+""",
+    )
+
+
 def test_integers_are_no_operands() -> None:
     made = placed(table(Mul=row()), Conv(lambda m, y: y * (y > 0).long()), IMAGE)
     assert made == "\n"

@@ -83,6 +83,25 @@ def test_the_same_function(name: str) -> None:
     assert decompose(gm) == 0
 
 
+class Viewed(nn.Module):
+    """Heads side by side again, by a view: torch lays out what attention gives with the heads inside."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = x.view(x.shape[0], 5, 4, 8).transpose(1, 2)
+        made = F.scaled_dot_product_attention(heads, heads, heads, attn_mask=(x[:, None, :, :1] > -1).mT)
+        return made.transpose(1, 2).view(x.shape[0], 5, 32)
+
+
+def test_what_attention_lays_out_in_its_own_way() -> None:
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1))
+    gm = capture(Viewed(), x)
+    wanted = run(gm, x)
+    assert decompose(gm) == 1
+    assert (run(gm, x) - wanted).abs().max() <= 1e-6
+    assert targets(gm).count("aten.reshape") == 2
+    assert "aten.view" not in targets(gm)
+
+
 def test_golden() -> None:
     gm = capture(Attention(is_causal=True), Q)
     decompose(gm)

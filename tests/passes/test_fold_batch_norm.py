@@ -154,6 +154,106 @@ def test_reduced_precision_is_computed_in_float64() -> None:
     assert tensor_of(gm, "layer.bias").dtype == torch.bfloat16
 
 
+class Frozen(nn.Module):
+    """A batch norm that is written out, as torchvision's FrozenBatchNorm2d and transformers' detectors have it."""
+
+    def __init__(self, channels: int, axes: int) -> None:
+        super().__init__()
+        self.shape = (1, -1, *[1] * axes)
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias, mean, var = (tensor.reshape(self.shape) for tensor in self.buffers())
+        scale = weight * (var + 1e-5).rsqrt()
+        return x * scale + (bias - mean * scale)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("make", "axes", "shape"),
+    [
+        (lambda b: nn.Conv2d(4, 6, 3, bias=b), 2, (5, 4, 7, 6)),
+        (lambda b: nn.ConvTranspose1d(4, 6, 3, groups=2, bias=b), 1, (5, 4, 7)),
+        (lambda b: nn.Linear(4, 6, bias=b), 0, (5, 4)),
+    ],
+)
+def test_a_frozen_batch_norm_that_is_written_out(make: Any, axes: int, shape: tuple[int, ...], bias: bool) -> None:
+    gm = captured_of(Layer(make(bias), Frozen(6, axes)), torch.ones(shape))
+    assert_folds(gm, 2, torch.randn(shape))
+    assert list(gm.state_dict()) == ["layer.weight", "layer.bias"]
+    assert len(targets(gm)) == 1
+
+
+def test_frozen_golden() -> None:
+    gm = captured_of(Layer(nn.Conv2d(4, 6, 3, bias=False), Frozen(6, 2)), torch.ones(2, 4, 7, 6))
+    assert fold(gm) == 2
+    assert_expected_inline(
+        dump(gm),
+        """\
+%x: f32[batch, 4, 7, 6] = input
+%1: f32[batch, 6, 5, 4] = aten.conv2d(%x, @layer.weight, @layer.bias)
+return [%1]
+""",
+    )
+
+
+class Scaled(nn.Module):
+    """A linear whose output is scaled by channel, and then what else a use makes of it."""
+
+    def __init__(self, use: Any, bias: bool = True) -> None:
+        super().__init__()
+        self.use = use
+        self.linear = nn.Linear(4, 6, bias=bias)
+        self.gain = nn.Parameter(torch.rand(6) + 0.5)
+        self.one = nn.Parameter(torch.rand(1) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.use(self, x)
+
+
+@pytest.mark.parametrize(
+    ("use", "bias", "names"),
+    [
+        (lambda m, x: m.linear(x) * m.gain, True, ["linear.weight", "linear.bias"]),
+        (lambda m, x: m.gain * m.linear(x), False, ["linear.weight"]),  # which needs no bias
+        (lambda m, x: m.linear(x) + m.gain, True, ["linear.weight", "linear.bias"]),
+        (lambda m, x: m.gain[None] + m.linear(x), False, ["linear.weight", "linear.bias"]),
+        (lambda m, x: m.linear(x) * m.gain.exp(), True, ["linear.weight", "linear.bias"]),
+    ],
+)
+def test_a_scale_or_a_shift_of_channels(use: Any, bias: bool, names: list[str]) -> None:
+    gm = assert_folds(captured_of(Scaled(use, bias), torch.ones(2, 3, 4)), 1, torch.randn(5, 3, 4))
+    assert sorted(gm.state_dict()) == sorted(names)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda m, x: m.linear(x) * x[..., :1],
+        lambda m, x: m.linear(x) * m.one,  # one element for all channels
+        lambda m, x: m.linear(x[:, None]) * m.gain.view(6, 1, 1),  # another axis
+        lambda m, x: m.linear(x[:, 0]) * m.gain[None, None],  # more axes
+        lambda m, x: m.linear(x[:, :6]) * m.gain.outer(m.gain),  # each its own
+        lambda m, x: m.linear(x[:, :1]) * m.gain[:, None],  # along tokens
+        lambda m, x: torch.add(m.linear(x), m.gain, alpha=2),
+        lambda m, x: torch.add(m.gain, m.linear(x), alpha=2),
+        lambda m, x: m.linear(x) * torch.rand_like(m.gain),
+        lambda m, x: m.linear(x) * m.gain.double(),
+        lambda m, x: m.linear(x) * 2.0,
+        lambda m, x: (y := m.linear(x)) * m.gain + y,
+        lambda m, x: m.linear(x) * m.gain + m.linear.weight.sum(),
+        lambda m, x: (y := m.linear(x)) * y,
+        lambda m, x: m.linear(x).relu() * m.gain,
+    ],
+)
+def test_what_is_no_scale_or_shift_of_channels(use: Any) -> None:
+    gm = captured_of(Scaled(use), torch.ones(2, 6, 4))
+    before = dump(gm)
+    assert fold(gm) == 0
+    assert dump(gm) == before
+
+
 # -- near misses
 
 

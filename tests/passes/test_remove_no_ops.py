@@ -59,6 +59,41 @@ return [%4]
     assert_vals(gm, X)
 
 
+class Sum(nn.Module):
+    """A sum of what ``terms`` makes of x times 2."""
+
+    def __init__(self, terms: Any, alpha: int = 1) -> None:
+        super().__init__()
+        self.terms, self.alpha = terms, alpha
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.terms(x * 2)
+        return torch.add(a, b, alpha=self.alpha).sin()
+
+
+@pytest.mark.parametrize(
+    ("model", "count"),
+    [
+        (Sum(lambda x: (torch.zeros_like(x), x)), 2),  # the sum and its zeros
+        (Sum(lambda x: (x, torch.zeros_like(x))), 2),
+        (Sum(lambda x: (x, torch.zeros_like(x)), alpha=3), 2),
+        (Sum(lambda x: (torch.zeros_like(x), x), alpha=3), 0),
+        (Sum(lambda x: (x, torch.ones_like(x))), 0),
+        (Sum(lambda x: (x, torch.zeros(2, 1, 8))), 0),  # of more axes
+        (Sum(lambda x: (x[:1], torch.zeros_like(x))), 0),  # of more rows
+        (Sum(lambda x: (x, torch.zeros_like(x, dtype=torch.float64))), 0),
+        (Sum(lambda x: (x, 0.0)), 0),
+    ],
+)
+def test_sums_with_zeros(model: nn.Module, count: int) -> None:
+    gm = capture(model, torch.ones(2, 8))
+    before = run(gm, X)
+    assert remove(gm) == count
+    assert torch.equal(run(gm, X), before)
+    assert_vals(gm, X)
+    assert len([target for target in targets(gm) if "add" in target]) == (not count)
+
+
 DROPOUTS = [F.dropout, F.dropout2d, F.alpha_dropout, F.feature_alpha_dropout]
 
 
