@@ -16,6 +16,7 @@ from graphq.ir.biases import Biased, bias_of
 from graphq.ir.effect_table import effect
 from graphq.ir.effects import Normalizes
 from graphq.ir.layers import LAYER
+from graphq.ir.op_kinds import kind_of
 from graphq.ir.pipeline import Batches, Pass
 from graphq.ir.units import module_of, units_of
 from graphq.ir.views import ConvTranspose, Dequantize, Op, Param, Quantize, Weighted, view
@@ -34,7 +35,8 @@ class QuantizeBiases(Pass):
     known scales, is so.
 
     Where a weight's channel has scales so small that its bias does not fit, the channel's scale is as large as it has
-    to be, and its codes are rounded again; where others read the weight, too, the bias stays float. ``note`` is told.
+    to be, and its codes are rounded again; where others read the weight, too, the bias stays float. So are those of a
+    layer of codes that the consumer would multiply by less than its least multiplier. ``note`` is told.
     A bias that several layers add has codes for each.
     """
 
@@ -61,7 +63,11 @@ class QuantizeBiases(Pass):
         fqn = cast(Param, weight.scale).fqn
         s_w = tensor_of(gm, fqn)
         shape = _beside(s_w, b)
-        factor = (numerics.least_for_bias(b.double(), s_x) / s_w.double().view(shape)).clamp(min=1.0)
+        for_bias = numerics.least_for_bias(b.double(), s_x) / s_w.double().view(shape)
+        for_output = torch.zeros_like(for_bias)
+        if isinstance(op, Weighted) and (s_y := _output_step(gm, op)) is not None:
+            for_output = self.profile.least_multiplier * s_y / s_x / s_w.double().view(shape).expand_as(for_bias)
+        factor = for_bias.maximum(for_output).clamp(min=1.0)
         if s_w.numel() == 1:
             factor = factor.amax().view(shape)
         if bool((factor > 1).any()):
@@ -70,7 +76,13 @@ class QuantizeBiases(Pass):
                     f"{_name(op)}: its bias stays float: it needs larger scales of a weight that others read, too"
                 )
                 return 0
-            self._enlarge(gm, op, weight, factor)
+            self._enlarge(gm, weight, factor)
+            for many, why in (
+                (int((for_bias > 1).sum()), "as their biases need in int32"),
+                (int((for_output > 1).sum()), f"as {self.profile.name} has multipliers for, of its output"),
+            ):
+                if many:
+                    self._add_note(f"{_name(op)}: {many} of its {for_bias.numel()} channels have scales as large {why}")
             s_w = tensor_of(gm, fqn)
         scale = (s_x * s_w.double().view(shape)).float().clamp(min=torch.finfo(torch.float32).tiny)
         codes = torch.round(b.double() / scale.double()).clamp(-(2.0**31), 2.0**31 - 1).to(torch.int32)
@@ -85,7 +97,7 @@ class QuantizeBiases(Pass):
         edit.redirect(op, bias, made, by=self.name)
         return 1
 
-    def _enlarge(self, gm: fx.GraphModule, op: Op, weight: Dequantize, factor: Tensor) -> None:
+    def _enlarge(self, gm: fx.GraphModule, weight: Dequantize, factor: Tensor) -> None:
         """The weight's scales times ``factor``, by output channel, and its codes rounded again."""
         format, block = numerics.parse_format(weight.format), list(weight.block)
         codes, scale = (tensor_of(gm, cast(Param, part).fqn) for part in (weight.codes, weight.scale))
@@ -93,10 +105,6 @@ class QuantizeBiases(Pass):
         wider = Scales((scale.double() * factor.view(scale.shape)).to(scale.dtype))
         put_tensor(gm, cast(Param, weight.scale).fqn, wider.scale)
         put_tensor(gm, cast(Param, weight.codes).fqn, numerics.quantize(w, wider, format, block))
-        many, count = int((factor > 1).sum()), factor.numel()
-        self._add_note(
-            f"{_name(op)}: {many} of its {count} channels have scales as large as their biases need in int32"
-        )
 
     def _add_note(self, text: str) -> None:
         if self.note is not None:
@@ -105,6 +113,16 @@ class QuantizeBiases(Pass):
 
 def _name(op: Op) -> str:
     return str(op.node.meta.get(LAYER) or module_of(op))
+
+
+def _output_step(gm: fx.GraphModule, op: Op) -> Tensor | None:
+    """The scale of the grid that the output of a layer goes to, behind what is fused; None where it stays float."""
+    while len(op.users) == 1 and kind_of(op.users[0]) in ("Relu", "Clip"):
+        (op,) = op.users
+    (reader, *more) = op.users or [op]
+    if more or not isinstance(reader, Quantize) or not isinstance(reader.scale, Param):
+        return None
+    return tensor_of(gm, reader.scale.fqn).double().reshape(())
 
 
 def _beside(scale: Tensor, bias: Tensor) -> list[int]:

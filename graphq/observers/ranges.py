@@ -336,13 +336,17 @@ class GridObserver(Observer):
             self.ranges.absorb(later.ranges)
 
     def scales(self) -> Scales:
-        """The scale and zero point of the grid."""
+        """The scale and zero point of the grid. Of zeros alone it is that of [0, 1]: with a scale of 1 beside others of
+        1e-3 a consumer's multipliers for sums and products are out of range.
+        """
         fixed, format = self.grid.fixed, self.grid.quant.format
         assert isinstance(format, Int)
         if fixed is not None:
             zero_point = None if format.symmetric else torch.tensor(fixed.zero_point, dtype=code_dtype(format))
             return Scales(torch.tensor(fixed.scale), zero_point)
         low, high = self.ranges.extremes() if self.ranges.has_observed else (torch.zeros(()), torch.zeros(()))
+        if not self.hides and bool((low == 0) & (high == 0)):
+            high = torch.ones_like(high)
         return Scales(*from_extremes(low.clamp(max=0) - BELOW if self.hides else low, high, format))
 
 

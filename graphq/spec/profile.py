@@ -193,6 +193,8 @@ class Profile:
     whole_blocks: whether blocks of weights have to divide their axis.
     saturates: where products of uint8 and int8 do.
     splits_norms: whether a sum in front of a norm is faster where it is not fused with that.
+    least_multiplier: the least factor (scale of input times scale of weight by scale of output) that it multiplies sums
+        of products by; 0 where none is too small.
     """
 
     name: str
@@ -220,6 +222,7 @@ class Profile:
     whole_blocks: bool = False
     saturates: str = ""
     splits_norms: bool = False
+    least_multiplier: float = 0.0
 
     def activation(self) -> Quant:
         """The default of activations."""

@@ -229,6 +229,34 @@ def test_a_channel_of_zeros_and_one_of_tiny_weights_keep_their_biases(profile: s
     assert relative(y, wanted) <= 0.02  # a step of the last output
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_channel_of_a_multiplier_that_the_consumer_has_not(fused: bool) -> None:
+    """Its scale is as large as has to be; the others, and what a consumer of all multipliers gets, are as they were."""
+
+    class Uneven(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x).relu() if fused else self.conv(x)
+
+    model = seeded(Uneven())
+    model.conv.weight.data[1] *= 1e-7
+    model.conv.bias.data[1] = 0.0
+    made, plain = compiled(model, IMAGE, "qnn-htp"), compiled(model, IMAGE)
+    scale = {name: tensor_of(made.graph, f"conv.{name}_scale").double() for name in ("input", "weight")}
+    step = next(t for n, t in made.graph.state_dict().items() if n.endswith("output_scale")).double()
+    multipliers = (scale["input"] * scale["weight"].flatten() / step).tolist()
+    assert multipliers[1] == pytest.approx(2.0**-21, rel=1e-6)
+    before = tensor_of(plain.graph, "conv.weight_scale").flatten()
+    assert torch.equal(scale["weight"].flatten().float()[[0, 2]], before[[0, 2]])
+    assert (scale["input"] * before[1] / step) < 2.0**-22
+    told = "conv: 1 of its 3 channels have scales as large as qnn-htp has multipliers for, of its output"
+    assert told in made.report.notes
+    assert not [note for note in plain.report.notes if "multipliers" in note]
+
+
 def test_a_bias_that_needs_another_scale_of_a_weight_that_others_read_stays_float() -> None:
     class Both(nn.Module):
         def __init__(self) -> None:
