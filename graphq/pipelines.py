@@ -23,6 +23,7 @@ from graphq.passes.fold_weights import FoldWeights
 from graphq.passes.raise_grouped_linear import RaiseGroupedLinear
 from graphq.passes.raise_linear import RaiseLinear
 from graphq.passes.raise_recurrent import RaiseRecurrent
+from graphq.passes.raise_rms_norm import RaiseRmsNorm
 from graphq.passes.remove_no_ops import RemoveNoOps
 from graphq.passes.round_to_stored import RoundToStored
 from graphq.passes.split_gate_up import SplitGateUp
@@ -47,6 +48,12 @@ def canonical_passes() -> list[Pass]:
     ]
 
 
+def forms_for(profile: Profile) -> list[Pass]:
+    """What brings a graph into the ops that a consumer has: larger ones where it has those, or else their parts."""
+    has_norm = "RMSNormalization" in profile.ops
+    return [FoldBatchNorm(), *([RaiseRmsNorm()] if has_norm else []), Decompose(profile)]
+
+
 def passes_for(
     spec: Spec, layers: Mapping[str, Layer] | None = None, context: PassContext = _SILENT, blocks: bool = False
 ) -> list[Pass]:
@@ -54,7 +61,7 @@ def passes_for(
     profile = placed_for(spec)
     return [
         *canonical_passes(),
-        *([] if profile is None else [FoldBatchNorm(), Decompose(profile)]),
+        *([] if profile is None else forms_for(profile)),
         *preparations(spec, context),
         Annotate(spec, placed=profile is not None),
         RoundToStored(),
@@ -83,7 +90,7 @@ def placement_notes(gm: fx.GraphModule, spec: Spec) -> list[str]:
     if profile is None:
         return []
     copied = copy_graph(gm)
-    Pipeline([FoldBatchNorm(), Decompose(profile), Annotate(spec, placed=True)]).run(copied)
+    Pipeline([*forms_for(profile), Annotate(spec, placed=True)]).run(copied)
     found = place(copied, profile, spec.activations)
     return [*found.notes, *found.summary(profile.name)]
 

@@ -104,8 +104,8 @@ def widen(model: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     for name, tensor in model.named_parameters():
         if tensor.dim() > 1 and "embed" not in name:
-            fan_in = tensor[0].numel() or 1
-            tensor.data.normal_(std=fan_in**-0.5, generator=generator)
+            gain = 0.5 if tensor.dim() == 2 else 1.0  # what stands beside a residual stream is smaller than it
+            tensor.data.normal_(std=gain * tensor[0].numel() ** -0.5, generator=generator)
 
 
 def judge(name: str, activations: str, place: Path) -> list[str]:

@@ -13,9 +13,11 @@ from graphq.ir.effect_table import effect
 from graphq.ir.effects import Adds, Copies, Moves, ReadsShape
 from graphq.ir.op_kinds import kind_of
 from graphq.ir.pipeline import Batches, Pass
-from graphq.ir.views import Linear, Op, ops_of, view
+from graphq.ir.units import module_of
+from graphq.ir.views import Linear, Op, Param, ops_of, view
 from graphq.observers.ranges import BELOW
 from graphq.spec.profile import LINEAR, Profile
+from graphq.state import tensor_of
 
 aten = torch.ops.aten
 _VIEWS: Final = (aten.view.default, aten._unsafe_view.default)
@@ -28,9 +30,9 @@ class Decompose(Pass):
 
     Attention is softmax(query * scale @ key^T + mask) @ value (Vaswani et al., arXiv 1706.03762, equation 1), heads of
     grouped queries repeated; SiLU is x * sigmoid(x); a roll joins two slices; a norm of groups of one channel is one of
-    instances. An attention that drops at random stays. Where the consumer wants
-    linears as Gemm, and everything in integers, a linear of more or fewer axes than two multiplies rows, between two
-    reshapes: what is quantized is then what the Gemm reads and gives.
+    instances; a batch norm that no layer takes up scales and shifts channels. An attention that drops at random stays.
+    Where the consumer wants linears as Gemm, and everything in integers, a linear of more or fewer axes than two
+    multiplies rows, between two reshapes: what is quantized is then what the Gemm reads and gives.
     """
 
     profile: Profile
@@ -174,6 +176,24 @@ def _group_norm(gm: fx.GraphModule, op: Op, by: str) -> Op | None:
     )
 
 
+def _batch_norm(gm: fx.GraphModule, op: Op, by: str) -> Op | None:
+    """A factor and a shift for each channel, where all its numbers are held."""
+    x = _operand(op, "input")
+    parts = [_operand(op, name) for name in ("weight", "bias", "running_mean", "running_var")]
+    if x is None or op.argument("training") or any(not isinstance(part, Param) for part in parts):
+        return None
+    gain, bias, mean, var = (tensor_of(gm, part.fqn).detach().double() for part in parts if isinstance(part, Param))
+    factor = gain * (var + float(op.argument("eps"))).rsqrt()
+    path = edit.free_path(gm, module_of(op) or "norm", ("factor", "shift"))
+    shape = [-1, *[1] * (x.val.dim() - 2)]
+    held = [
+        edit.add_tensor(gm, op, f"{path}.{name}", value.view(shape).to(x.val.dtype), by=by, like=op)
+        for name, value in (("factor", factor), ("shift", bias - mean * factor))
+    ]
+    scaled = edit.insert(gm, op, aten.mul.Tensor, x, held[0], by=by, like=op)
+    return edit.insert(gm, op, aten.add.Tensor, scaled, held[1], by=by, like=op)
+
+
 def _rows(gm: fx.GraphModule, op: Op, by: str) -> Op:
     x = _operand(op, "input")
     assert x is not None
@@ -198,6 +218,7 @@ _DECOMPOSITIONS: Final[Mapping[str, tuple[tuple[str, ...], Callable[[fx.GraphMod
     "Attention": (("MatMul", "Mul", "Add", "Softmax"), _attention),
     "Silu": (("Sigmoid", "Mul"), _silu),
     "roll": (("Slice", "Concat"), _roll),
+    "BatchNormalization": (("Mul", "Add"), _batch_norm),
     "GroupNormalization": (("InstanceNormalization",), _group_norm),
 }
 PARTS: Final = {kind: parts for kind, (parts, _) in _DECOMPOSITIONS.items()}

@@ -20,7 +20,7 @@ from graphq.ir.effects import Copies, Moves, ReadsShape
 from graphq.ir.layers import LAYER, PLAN
 from graphq.ir.op_kinds import INPUT, kind_of
 from graphq.ir.units import WITH_WEIGHT, Unit, module_of, reading_data, units_of
-from graphq.ir.views import Op, Param, ops_of, view
+from graphq.ir.views import Op, Param, Weighted, ops_of, view
 from graphq.spec.activations import ActivationRule, rule_for
 from graphq.spec.formats import Format, Int
 from graphq.spec.plan import Plan
@@ -102,6 +102,7 @@ class _Placer:
         self.producer = {output: unit for unit in self.units for output in unit.outputs}
         self.of_data = reading_data(gm, or_layers=True)
         self.held = self._held()
+        self.of_integers = self._of_integers()
         unmet = f"{profile.name}: wants scales that are powers of two; those chosen here are not"
         self.notes: dict[str, None] = {unmet: None} if profile.power_of_two else {}
         self.why: dict[Unit, str] = {}
@@ -184,6 +185,15 @@ class _Placer:
                 found |= set(unit.outputs)
         return found
 
+    def _of_integers(self) -> set[fx.Node]:
+        """What is computed from inputs of integers alone, and looked up in no table: positions, say, and masks."""
+        floats = set[fx.Node]()
+        for node in self.gm.graph.nodes:
+            is_first = (node.op == "placeholder" and not _is_of_integers(node)) or isinstance(view(node), Weighted)
+            if is_first or any(read in floats for read in node.all_input_nodes):
+                floats.add(node)
+        return self.of_data - floats
+
     def _rule(self, unit: Unit) -> OpRule:
         return self.profile.ops[unit.kind]
 
@@ -219,7 +229,8 @@ class _Placer:
         return None
 
     def _active(self) -> list[Unit]:
-        """The units that run in integers. A unit that is dropped takes a reader from what it reads, and integers from
+        """The units that run in integers. What is made of integers for ops in float (positions, of which angles are
+        made) is more exact in float, too. A unit that is dropped takes a reader from what it reads, and integers from
         what reads it: these are looked at again, until nothing changes.
         """
         self.why = {unit: reason for unit in self.units if (reason := self._why_float(unit)) is not None}
@@ -232,10 +243,12 @@ class _Placer:
         pending = dict.fromkeys(active)
         while pending:
             unit, _ = pending.popitem()
-            if unit not in active or self._rule(unit).placed == "always":
+            if unit not in active:
                 continue
             placed = self._rule(unit).placed
             is_read = any(readers.get(output) for output in unit.outputs)
+            if placed == "always" and (is_read or unit.first.node not in self.of_integers):
+                continue
             if is_read and (placed == "through" or all(self._is_integer(x, active, firm) for _, x in unit.edges)):
                 continue
             del active[unit]

@@ -107,12 +107,13 @@ def emit(
     from graphq.lowering.onnx.constants import hold_constants
     from graphq.lowering.onnx.element_types import set_types
     from graphq.lowering.onnx.norms import divide_by_roots, split_norms
-    from graphq.lowering.onnx.opset import HIGHEST, LOWEST, check_opset, lower_opset
+    from graphq.lowering.onnx.opset import HIGHEST, LOWEST, RMS_NORM, check_opset, lower_opset
     from graphq.lowering.onnx.pads import fold_pads
     from graphq.lowering.onnx.zero_points import complete
 
     consumer = None if profile is None else profile_named(profile)
     lowest, highest = (LOWEST, HIGHEST) if consumer is None else consumer.opsets
+    whole = {"RMSNormalization"} & (set[str]() if consumer is None else consumer.ops.keys())  # which it has as one op
     if opset is not None:
         check_opset(opset)
         if not lowest <= opset <= highest:
@@ -138,6 +139,8 @@ def emit(
     held = spelled.state_dict().keys()
     _fold(model, {name for name in held if not name.startswith("constants.")})
     may_be_empty = {name for name, low, _ in source_of(prepared).ranges if not low}
+    if opset is None and any(one.op_type in whole for one in model.graph):
+        lowest = max(lowest, RMS_NORM)
     lower_opset(model, may_be_empty, opset, (lowest, highest))
     if consumer is not None and consumer.splits_norms:
         split_norms(model)

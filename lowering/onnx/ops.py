@@ -81,6 +81,8 @@ def _cast(x: Any, dtype: int | None) -> Any:
 
 _FLOAT: Final = 1
 _INT64: Final = 7
+_DOUBLE: Final = 11
+_DTYPES: Final = {1: torch.float32, 10: torch.float16, 11: torch.float64, 16: torch.bfloat16}
 
 
 FLOAT8: Final = {"float8_e4m3fn": 17, "float8_e5m2": 19}
@@ -289,9 +291,20 @@ def translations() -> dict[Any, Callable[..., Any]]:
     def gelu(x: Any, approximate: str = "none") -> Any:
         return op20.Gelu(x, approximate=approximate)
 
+    def rms_norm(x: Any, normalized_shape: Sequence[int], weight: Any = None, eps: float | None = None) -> Any:
+        """One op; of other types than float32, which the op computes in, its definition."""
+        epsilon = torch.finfo(_DTYPES[x.dtype]).eps if eps is None else eps
+        if x.dtype == _FLOAT and weight is not None and weight.dtype == _FLOAT:
+            return op23.RMSNormalization(x, weight, axis=-len(normalized_shape), epsilon=epsilon)
+        wide = x if x.dtype == _DOUBLE else op18.Cast(x, to=_FLOAT)
+        mean = op18.ReduceMean(op18.Mul(wide, wide), integers(*range(-len(normalized_shape), 0)), keepdims=1)
+        y = op18.Div(wide, op18.Sqrt(op18.Add(mean, op18.CastLike(constant(epsilon), wide))))
+        return op18.CastLike(y if weight is None else op18.Mul(y, op18.CastLike(weight, y)), x)
+
     return {
         torch.ops.aten.linear.default: linear,
         torch.ops.aten.gelu.default: gelu,
+        torch.ops.aten.rms_norm.default: rms_norm,
         ops.dequantize: dequantize,
         ops.quantize: quantize,
         ops.choose_scale: choose_scale,

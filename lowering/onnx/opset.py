@@ -30,6 +30,7 @@ _REDUCTIONS: Final = (
 )
 _LAYER_NORM: Final = 17
 _GELU: Final = 20
+RMS_NORM: Final = 23
 _AXES_AS_INPUT: Final = 18  # reductions take their axes as an attribute below
 _TYPES_SINCE: Final = {  # the first opset that takes an element type
     ir.DataType.INT4: 21,
@@ -92,6 +93,10 @@ def lower_opset(
         for node in list(model.graph):
             if node.op_type == "Gelu":
                 _define_gelu(model.graph, node)
+    if opset < RMS_NORM:
+        for node in list(model.graph):
+            if node.op_type == "RMSNormalization":
+                _define_rms_norm(model.graph, node)
     if opset < _LAYER_NORM:
         for node in list(model.graph):
             if _is_plain_layer_norm(node):
@@ -284,11 +289,29 @@ def _define_layer_norm(graph: ir.Graph, node: ir.Node) -> None:
     _put(graph, node, nodes, nodes[-1].outputs[0])
 
 
+def _define_rms_norm(graph: ir.Graph, node: ir.Node) -> None:
+    """As the op defines itself: x / sqrt(mean(x^2) + epsilon) * scale, which ONNX Runtime makes one op of again."""
+    x, scale = node.inputs
+    axes = list(range(node.attributes["axis"].as_int(), 0))
+    epsilon = _constant(graph, node, ir.tensor(node.attributes["epsilon"].as_float(), dtype=ir.DataType.FLOAT))
+    two = _constant(graph, node, ir.tensor(2.0, dtype=ir.DataType.FLOAT))
+    square = ir.node("Pow", [x, two])
+    over = _constant(graph, node, ir.tensor(axes, dtype=ir.DataType.INT64))
+    mean = ir.node("ReduceMean", [square.outputs[0], over], {"keepdims": 1})
+    shifted = ir.node("Add", [mean.outputs[0], epsilon])
+    root = ir.node("Sqrt", [shifted.outputs[0]])
+    normal = ir.node("Div", [x, root.outputs[0]])
+    scaled = ir.node("Mul", [normal.outputs[0], scale])
+    _put(graph, node, [square, mean, shifted, root, normal, scaled], scaled.outputs[0])
+
+
 def _fits(node: ir.Node, opset: int) -> bool:
     """Whether the op exists in this opset with the inputs, attributes and types that the node has."""
     if node.domain not in ("", "ai.onnx"):
         return True
     if (opset < _LAYER_NORM and _is_plain_layer_norm(node)) or (opset < _GELU and node.op_type == "Gelu"):
+        return True
+    if opset < RMS_NORM and node.op_type == "RMSNormalization":
         return True
     try:
         schema = defs.get_schema(node.op_type, opset, "")
