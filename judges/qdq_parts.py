@@ -21,9 +21,10 @@ class Part:
     scale: float
 
 
-def take_apart(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[Part]]:
+def take_apart(model: onnx.ModelProto, most_axes: int = 5) -> tuple[onnx.ModelProto, list[Part]]:
     """The model whose every QuantizeLinear of something computed gives an output of the graph, ``<tensor>.given``, and
-    whose readers read an input ``<tensor>`` in its place, both dequantized. Outputs of the model itself are gone.
+    whose readers read an input ``<tensor>.read`` in its place, both dequantized. Outputs of the model itself are gone.
+    Tensors of more axes than ``most_axes``, which a consumer may not quantize by themselves, stay inside.
 
     Shapes are those that inference finds, all of them integers. Scales are initializers.
     """
@@ -38,11 +39,11 @@ def take_apart(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[Part]]:
     parts: list[Part] = []
     for node in graph.node:
         x = node.input[0] if node.input else ""
-        if node.op_type != "QuantizeLinear" or x in inputs or x in held:
+        sizes = [dim.dim_value for dim in shapes[x].shape.dim] if x in shapes else []
+        if node.op_type != "QuantizeLinear" or x in inputs or x in held or len(sizes) > most_axes:
             nodes.append(node)
             continue
         (codes,), grid = node.output, list(node.input[1:])
-        sizes = [dim.dim_value for dim in shapes[x].shape.dim]
         nodes += [
             helper.make_node("QuantizeLinear", [x, *grid], [f"{codes}.codes"], name=f"{node.name}.cut"),
             helper.make_node("DequantizeLinear", [f"{codes}.codes", *grid], [codes + _OUT], name=f"{codes}.out"),

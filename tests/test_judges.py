@@ -108,3 +108,51 @@ def test_every_judge_is_heard(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     with pytest.raises(SystemExit, match="2"):
         judges.main(["four"], rows)
     assert "four is no judge; there are one, two, three" in capsys.readouterr().err
+
+
+def _parts() -> Any:
+    spec = importlib.util.spec_from_file_location("graphq_qdq_parts", ROOT / "judges" / "qdq_parts.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_model_taken_apart_gives_what_the_whole_does(tmp_path: Path) -> None:
+    """Each op fed what the whole has for it; a part that is wrong shows alone, by its own number of steps."""
+    import onnx
+    import onnxruntime
+    import torch
+    from torch import nn
+
+    import graphq
+
+    parts_of = _parts()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(64, 2)).eval()
+    x = torch.randn(1, 3, 6, 6)
+    compiled = graphq.compile(model, profile="qnn-htp", inputs=(x,), calibration=[x])
+    compiled.emit("onnx", tmp_path / "out", shapes={"batch": 1})
+    whole = onnx.load(str(tmp_path / "out" / "model.onnx"))
+    apart, parts = parts_of.take_apart(whole)
+    onnx.checker.check_model(apart, full_check=True)
+    assert [part.op for part in parts] == ["Conv+Relu", "Conv", "Reshape", "Gemm"]
+    given = {whole.graph.input[0].name: x.numpy()}
+    held = parts_of.activations(whole, parts, given)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(apart.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+    def steps(held: dict[str, Any]) -> list[float]:
+        found = session.run(None, parts_of.feeds(parts, held, given))
+        names = [one.name for one in session.get_outputs()]
+        return list(parts_of.steps(parts, held, dict(zip(names, found, strict=True))).values())
+
+    assert max(steps(held)) <= 1e-3
+    wrong = dict(held)
+    wrong[parts[-1].tensor] = held[parts[-1].tensor] + 3 * parts[-1].scale  # which nothing reads
+    assert [round(one) for one in steps(wrong)] == [0, 0, 0, 3]
+    fewer, _ = parts_of.take_apart(whole, most_axes=2)
+    assert len(fewer.graph.output) == 2

@@ -441,6 +441,35 @@ matmul -> all  grid 5: uint8/tensor  MatMul.output
     )
 
 
+class Rotated(nn.Module):
+    """x turned by angles that are made of positions, which are integers."""
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        angles = positions.to(x.dtype)[:, :, None] * 0.25
+        return x * angles.cos() + angles
+
+
+def test_what_is_made_of_integers_for_ops_in_float_stays_float() -> None:
+    """The angles, of which a cosine is taken, in float; not where something in integers reads them, too."""
+    x, positions = torch.randn(2, 3, 4), torch.arange(3).repeat(2, 1)
+    profile = table(Mul=row(), Add=row(), Unsqueeze=row("same"))
+    both = placed(profile, Rotated(), x, positions)
+    assert "mul -> all" in both
+
+    class Cosine(Rotated):
+        def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+            return x * (positions.to(x.dtype)[:, :, None] * 0.25).cos()
+
+    assert_expected_inline(
+        placed(profile, Cosine(), x, positions),
+        """\
+x -> mul_1  grid 0: uint8/tensor  x.value
+cos -> mul_1  grid 1: uint8/tensor  cos.output
+mul_1 -> all  grid 2: uint8/tensor  Mul.output
+""",
+    )
+
+
 def test_integers_are_no_operands() -> None:
     made = placed(table(Mul=row()), Conv(lambda m, y: y * (y > 0).long()), IMAGE)
     assert made == "\n"

@@ -296,3 +296,35 @@ def test_linears_multiply_rows_where_a_gemm_is_wanted() -> None:
     assert other_form(lambda m, x: m.linear(x[:, 0, 0]), GEMM) == []  # rows as they are
     assert other_form(lambda m, x: m.linear(x), replace(GEMM, linear="matmul")) == []
     assert other_form(lambda m, x: m.linear(x), replace(GEMM, whole=False)) == []
+
+
+class Normed(nn.Module):
+    """A batch norm that stands behind no layer, of a convolution's input."""
+
+    def __init__(self, affine: bool = True) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3, affine=affine)
+        if affine:
+            nn.init.normal_(self.norm.weight)
+            nn.init.normal_(self.norm.bias)
+        assert self.norm.running_mean is not None
+        assert self.norm.running_var is not None
+        nn.init.normal_(self.norm.running_mean)
+        nn.init.uniform_(self.norm.running_var, 0.5, 2.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x).sin()
+
+
+def test_a_batch_norm_scales_and_shifts() -> None:
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    gm = capture(Normed().double().eval(), x)
+    wanted = run(gm, x)
+    assert decompose(gm) == 1
+    assert targets(gm) == ["aten.mul.Tensor", "aten.add.Tensor", "aten.sin"]
+    assert sorted(gm.state_dict()) == ["norm.factor", "norm.shift"]
+    assert (run(gm, x) - wanted).abs().max() <= 1e-12
+    assert_vals(gm, x)
+    assert decompose(gm) == 0
+    assert decompose(capture(Normed(affine=False).double().eval(), x)) == 0  # which no consumer's table asks for
+    assert decompose(capture(Normed().double().eval(), x), table(**PARTS, BatchNormalization=WHOLE)) == 0

@@ -127,6 +127,19 @@ def test_layer_norms_are_defined(axis: int, bias: bool) -> None:
     assert np.abs(found - expected).max() <= 1e-6 * np.abs(expected).max()  # another order of sums
 
 
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_rms_norms_are_defined(axis: int) -> None:
+    size = "[4]" if axis == -1 else "[3,4]"
+    inputs = f"float[N,3,4] x, float{size} s"
+    given = model(f"y = RMSNormalization <axis = {axis}, epsilon = 0.01> (x, s)", 23, inputs)
+    made = lowered(given)
+    assert opset_of(made) == 13
+    assert [op for op in ops(made) if op != "Constant"] == ["Pow", "ReduceMean", "Add", "Sqrt", "Div", "Mul"]
+    scale = np.random.default_rng(1).standard_normal((4,) if axis == -1 else (3, 4)).astype(np.float32)
+    found, expected = (run(one, x=X, s=scale)[0] for one in (made, given))
+    assert np.abs(found - expected).max() <= 1e-6 * np.abs(expected).max()  # another order of sums
+
+
 def test_outputs_keep_their_names_and_shapes() -> None:
     given = model("k = Constant <value_float = 2.0> () y = CastLike (x, k)", outputs="float[N,3,4] y")
     made = lowered(given)
