@@ -54,8 +54,8 @@ JUDGES: Final = (
         "qnn-htp",
         ("onnxruntime-qnn==2.7.0",),
         "run_qnn_htp.py",
-        "Qualcomm's simulator takes static W8A8 models whole, in integers",
-        "0.6 GB, 10 minutes",
+        "Qualcomm's simulator takes static models of 8 and 16-bit activations whole, in integers, op by op right",
+        "0.6 GB, 20 minutes",
     ),
     Judge(
         "minilm",
