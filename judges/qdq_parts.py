@@ -88,7 +88,7 @@ def activations(model: onnx.ModelProto, parts: list[Part], given: dict[str, Any]
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(whole.SerializeToString(), options, providers=["CPUExecutionProvider"])
     names = [part.tensor + _OUT for part in parts]
-    found = session.run(names, {one.name: given[one.name] for one in session.get_inputs()})
+    found: Any = session.run(names, {one.name: given[one.name] for one in session.get_inputs()})
     return dict(zip((part.tensor for part in parts), found, strict=True))
 
 

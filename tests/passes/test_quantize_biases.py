@@ -241,7 +241,9 @@ def test_a_channel_of_a_multiplier_that_the_consumer_has_not(fused: bool) -> Non
         def forward(self, x: Tensor) -> Tensor:
             return self.conv(x).relu() if fused else self.conv(x)
 
-    model = seeded(Uneven())
+    model = Uneven()
+    seeded(model)
+    assert model.conv.bias is not None
     model.conv.weight.data[1] *= 1e-7
     model.conv.bias.data[1] = 0.0
     made, plain = compiled(model, IMAGE, "qnn-htp"), compiled(model, IMAGE)
