@@ -5,7 +5,6 @@ A grid is what a DequantizeLinear says of a tensor: the type of its codes, scale
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,24 +13,30 @@ from typing import Any, Final, final
 import numpy as np
 
 from graphq.errors import TargetError
+from graphq.linter.load import captured, default_opset, load
 
 DOMAINS: Final = ("", "ai.onnx", "com.microsoft")
 QUANTIZE: Final = "QuantizeLinear"
 DEQUANTIZE: Final = "DequantizeLinear"
 RUN_TIME_QUANTIZE: Final = "DynamicQuantizeLinear"
+_DEFAULTS: Final = 4  # the IR version from which on an initializer that is an input, too, is only its default
 _RESHAPING: Final = ("Transpose", "Reshape", "Identity", "Squeeze", "Unsqueeze", "Flatten", "Cast")
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Node:
-    """One node. Its name is that in the file, or that of its first output."""
+    """One node. Its name is that in the file, or that of its first output.
+
+    captured: the tensors around it that the graphs in it (of an If, a Loop) read.
+    """
 
     name: str
     kind: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     attributes: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    captured: tuple[str, ...] = ()
 
     def input(self, position: int) -> str | None:
         """The tensor at that position; None where it is left out."""
@@ -71,37 +76,36 @@ class TensorGrid:
 
 @final
 class Graph:
-    """The main graph of an ONNX file; what it calls is written out. Weights are read when they are asked for."""
+    """The main graph of an ONNX file; what it calls is written out. Weights are read when they are asked for.
 
-    def __init__(self, path: Path) -> None:
-        """Raises ``TargetError`` for what is no ONNX file."""
+    ``defaults``: the initializers that are inputs, too (from IR version 4 on), if these are not taken for constants.
+    """
+
+    def __init__(self, path: Path, checked: bool = True, overridable: bool = False) -> None:
+        """Raises ``TargetError`` for what is no ONNX file or, if it is ``checked``, for one that nothing could read.
+
+        overridable: whether initializers that are inputs, too, are the defaults of these, and no constants.
+        """
         import onnx
-        import onnx.inliner
 
         self.path = path
-        try:
-            model = onnx.load(str(path), load_external_data=False)
-        except OSError:
-            raise
-        except Exception as error:  # protobuf's own, which is not ours to import
-            raise TargetError(f"{path}: is no ONNX model") from error
-        if model.functions:
-            model = onnx.inliner.inline_local_functions(model)
-        with suppress(onnx.shape_inference.InferenceError, ValueError):  # ValueError: beyond 2 GiB
-            model = onnx.shape_inference.infer_shapes(model)  # what the file does not give stays unknown
+        model = load(path, checked)
         graph = model.graph
-        self.opset = next((i.version for i in model.opset_import if i.domain in ("", "ai.onnx")), 0)
+        self.opset = default_opset(model)
         self.nodes = tuple(
             Node(
                 n.name or next(filter(None, n.output), n.op_type),
                 n.op_type if n.domain in DOMAINS else f"{n.domain}.{n.op_type}",
                 tuple(n.input),
                 tuple(n.output),
-                {a.name: onnx.helper.get_attribute_value(a) for a in n.attribute},
+                {a.name: onnx.helper.get_attribute_value(a) for a in n.attribute if not a.ref_attr_name},
+                tuple(captured(n)),
             )
             for n in graph.node
         )
-        self._initializers = {i.name: i for i in graph.initializer}
+        inputs = {i.name for i in graph.input} if overridable and model.ir_version >= _DEFAULTS else set[str]()
+        self.defaults = tuple(i.name for i in graph.initializer if i.name in inputs)
+        self._initializers = {i.name: i for i in graph.initializer if i.name not in inputs}
         self._grids: dict[str, TensorGrid | None] = {}
         self.outputs = tuple(o.name for o in graph.output)
         values = [*graph.value_info, *graph.input, *graph.output]
@@ -115,15 +119,16 @@ class Graph:
             if v.type.tensor_type.HasField("shape")
         }
         self.shapes |= {i.name: tuple(i.dims) for i in graph.initializer}
-        self.inputs = tuple(i.name for i in graph.input if i.name not in self._initializers)
+        stored = {i.name for i in graph.initializer}
+        self.inputs = tuple(i.name for i in graph.input if i.name not in stored)
         self.producers = {output: node for node in self.nodes for output in node.outputs if output}
 
     @cached_property
     def readers(self) -> dict[str, tuple[Node, ...]]:
-        """Each tensor's readers, once for each time that they read it."""
+        """Each tensor's readers, once for each time that they read it; one with graphs inside once for all of these."""
         found: dict[str, list[Node]] = {}
         for node in self.nodes:
-            for name in filter(None, node.inputs):
+            for name in filter(None, (*node.inputs, *node.captured)):
                 found.setdefault(name, []).append(node)
         return {name: tuple(nodes) for name, nodes in found.items()}
 
@@ -149,21 +154,23 @@ class Graph:
             return None
         if tensor in self._initializers:
             stored = self._initializers[tensor]
-            if stored.data_location == onnx.TensorProto.EXTERNAL:
-                stored = onnx.TensorProto()
-                stored.CopyFrom(self._initializers[tensor])
-                try:
+            try:
+                if stored.data_location == onnx.TensorProto.EXTERNAL:
+                    stored = onnx.TensorProto()
+                    stored.CopyFrom(self._initializers[tensor])
                     onnx.external_data_helper.load_external_data_for_tensor(stored, str(self.path.parent))
-                except (OSError, onnx.checker.ValidationError) as error:
-                    raise TargetError(f"{self.path}: {tensor}: its data cannot be read: {error}") from error
-                stored.data_location = onnx.TensorProto.DEFAULT
-            return onnx.numpy_helper.to_array(stored)
+                    stored.data_location = onnx.TensorProto.DEFAULT
+                return onnx.numpy_helper.to_array(stored)
+            except (OSError, ValueError, TypeError, KeyError, onnx.checker.ValidationError) as error:
+                raise TargetError(f"{self.path}: {tensor}: its data cannot be read: {error}") from error
         node = self.producers.get(tensor)
         if node is None:
             return None
         if node.kind == "Constant":
-            value = next(iter(node.attributes.values()))
-            return onnx.numpy_helper.to_array(value) if isinstance(value, onnx.TensorProto) else np.asarray(value)
+            name, value = next(iter(node.attributes.items()))
+            if isinstance(value, onnx.TensorProto):
+                return onnx.numpy_helper.to_array(value)
+            return np.asarray(value, np.float32 if name.startswith("value_float") else None)
         return self.array(node.input(0)) if node.kind in ("Identity", "Reshape", "Squeeze", "Unsqueeze") else None
 
     def grid(self, tensor: str | None) -> TensorGrid | None:
@@ -186,6 +193,10 @@ class Graph:
         axis = int(node.attributes.get("axis", 1)) if spread else None
         if axis is not None and axis < 0 and rank is not None:
             axis += rank
+        if axis is not None and rank is not None and not 0 <= axis < rank:
+            raise TargetError(f"{self.path}: {node.name}: its axis is {axis}, and {codes} has {rank}")
+        if (scale is not None and not scale.size) or (zero_point is not None and not zero_point.size):
+            raise TargetError(f"{self.path}: {node.name}: its scale or zero point is empty")
         return TensorGrid(
             tensor,
             codes,

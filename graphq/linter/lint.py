@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+
 from graphq.errors import SpecError, TargetError
 from graphq.linter.graph import DEQUANTIZE, Graph, TensorGrid
 from graphq.linter.ops import ops_of
@@ -31,7 +33,7 @@ def lint(path: str | Path, profile: str | Profile, run: bool = False) -> LintRep
     file = Path(path) / _MODEL if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise TargetError(f"{file}: no such file")
-    graph = Graph(file)
+    graph = Graph(file, overridable=table.overridable)
     verdicts = {op: judge(graph, table, op) for op in ops_of(graph, table)}
     ran, observed = _observe(graph, table) if run else ({}, None)
     ops = tuple(
@@ -58,7 +60,7 @@ def lint(path: str | Path, profile: str | Profile, run: bool = False) -> LintRep
 
 
 def _model_problems(graph: Graph, profile: Profile) -> Iterator[Problem]:
-    low, high = profile.opsets
+    low, high = profile.reads or profile.opsets
     if not low <= graph.opset <= high:
         fix = f"write it in opset {low} to {high}"
         yield Problem("the model", f"{profile.name} reads opsets {low} to {high}, this is {graph.opset}", fix)
@@ -68,6 +70,14 @@ def _model_problems(graph: Graph, profile: Profile) -> Iterator[Problem]:
         kinds = ", ".join(sorted({grid.type for grid in refused}))
         reason = f"{profile.name} does not read {kinds} codes, and so not this file"
         yield Problem(refused[0].codes, reason, "store them in a wider type")
+    wrong = [grid for grid in read if grid.scale is not None and not np.all((grid.scale > 0) & np.isfinite(grid.scale))]
+    if wrong:
+        where = wrong[0].tensor + (f" and {len(wrong) - 1} more" if len(wrong) > 1 else "")
+        yield Problem(where, "its scale is no positive number", "quantize it with one that is")
+    if graph.defaults:
+        where = graph.defaults[0] + (f" and {len(graph.defaults) - 1} more" if len(graph.defaults) > 1 else "")
+        reason = f"it is an input, too, and so no constant to {profile.name}"
+        yield Problem(where, reason, "take it out of the graph's inputs")
     cut = [grid for grid in read if profile.whole_blocks and _has_short_block(graph, grid)]
     if cut:
         reason = f"{profile.name} does not read a last block that is shorter than {cut[0].block}, and so not this file"
@@ -93,6 +103,9 @@ def _notes(graph: Graph) -> Iterator[str]:
 
 
 def _observe(graph: Graph, profile: Profile) -> tuple[dict[str, Runs], str]:
+    for name in graph.inputs:
+        if graph.rank(name) is None:
+            raise TargetError(f"{graph.path}: run: the input {name} has no shape, and there is nothing to run it on")
     match profile.name.partition("+")[0]:  # the consumer without its options
         case "ort-cpu":
             from graphq.linter import onnx_runtime

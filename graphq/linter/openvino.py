@@ -6,18 +6,15 @@ activations are codes, and not its weight alone, is told by the type of what it 
 
 import dataclasses
 import json
-import os
-import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, final
 
-from graphq.errors import TargetError
+from graphq.errors import GraphqError, TargetError
 from graphq.linter.graph import DEQUANTIZE, QUANTIZE, Graph, Node
-from graphq.linter.onnx_runtime import random_array
+from graphq.linter.onnx_runtime import FREE_SIZES, apart, random_array
 from graphq.linter.ops import only_reader
 from graphq.linter.report import Runs
 
@@ -79,15 +76,10 @@ def observe(graph: Graph) -> tuple[dict[str, Runs], str]:
 
 def run_apart(path: Path) -> list[RunOp]:
     """``run_here`` in a process of its own: a file that makes OpenVINO divide by zero (2026.4.1 does) ends that one."""
-    command = [sys.executable, "-P", "-m", "graphq.linter.openvino", str(path)]  # -P: nothing from where it is called
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode:
-        said = (done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"])[-1]
-        if done.returncode < 0:
-            said = f"OpenVINO ended with {signal.Signals(-done.returncode).name} on it"
-        raise TargetError(f"{path}: OpenVINO cannot run it: {said}")
-    return [RunOp(tuple(names), *rest) for names, *rest in json.loads(done.stdout.splitlines()[-1])]
+    printed, problem = apart("graphq.linter.openvino", path)
+    if problem is not None:
+        raise TargetError(f"{path}: OpenVINO cannot run it: {problem}")
+    return [RunOp(tuple(names), *rest) for names, *rest in json.loads(printed.splitlines()[-1])]
 
 
 def run_here(path: Path) -> list[RunOp]:
@@ -97,11 +89,20 @@ def run_here(path: Path) -> list[RunOp]:
 
     core: Any = openvino.Core()
     compiled = core.compile_model(core.read_model(str(path)), "CPU", {"INFERENCE_NUM_THREADS": 1})
-    random, feeds = np.random.default_rng(0), []
-    for port in compiled.inputs:
-        shape = [d.get_length() if d.is_static else 2 for d in port.get_partial_shape()]
-        feeds.append(random_array(random, np.dtype(port.get_element_type().to_dtype()).name, shape))
-    compiled(feeds)
+    ports = [
+        (np.dtype(port.get_element_type().to_dtype()).name, [*port.get_partial_shape()]) for port in compiled.inputs
+    ]
+    for size in FREE_SIZES:
+        random = np.random.default_rng(0)
+        shapes = [[d.get_length() if d.is_static else size for d in shape] for _, shape in ports]
+        feeds = [random_array(random, name, shape) for (name, _), shape in zip(ports, shapes, strict=True)]
+        try:
+            compiled(feeds)
+        except RuntimeError:
+            if size == FREE_SIZES[-1]:
+                raise
+        else:
+            break
     return [_described(op) for op in compiled.get_runtime_model().get_ops()]
 
 
@@ -120,7 +121,7 @@ def _told_again(graph: Graph, ops: list[RunOp]) -> Iterator[tuple[str, Runs]]:
         for name in op.names if op.layer not in _NO_OPS else ():
             ran.setdefault(name, []).append(op)
     for node in graph.nodes:
-        if node.kind in (QUANTIZE, DEQUANTIZE):
+        if node.kind in (QUANTIZE, DEQUANTIZE) or not node.outputs:
             continue
         found = [op for name in _names(graph, node) for op in ran.get(name, ())]
         likely = [op for op in found if op.layer in _LAYERS.get(node.kind, (node.kind,))]
@@ -164,7 +165,7 @@ def _how(op: RunOp) -> Runs:
 if __name__ == "__main__":
     try:
         found = [dataclasses.astuple(op) for op in run_here(Path(sys.argv[1]))]
-    except RuntimeError as error:
+    except (RuntimeError, GraphqError, TypeError) as error:  # TypeError: of an input that is no tensor of numbers
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         sys.exit(lines[-1] if lines else "it gives no reason")
     print(json.dumps(found))  # noqa: T201

@@ -66,9 +66,10 @@ def ops_of(graph: Graph, profile: Profile) -> Iterator[Op]:
 
 def _computes(graph: Graph, node: Node) -> bool:
     """Whether a node computes with floats that are not known beforehand."""
-    if node.kind in _NO_OPS or all(output in graph.constants for output in node.outputs):
+    made = [output for output in node.outputs if output]
+    if node.kind in _NO_OPS or all(output in graph.constants for output in made):
         return False
-    return graph.types.get(node.outputs[0], 0) in _FLOATS
+    return graph.types.get(made[0], 0) in _FLOATS
 
 
 def first_op(graph: Graph, node: Node) -> Op:
@@ -80,7 +81,7 @@ def first_op(graph: Graph, node: Node) -> Op:
     positions = range(len(node.inputs)) if kind in _ALL_INPUTS else _DATA.get(kind, (0,))
     inputs = tuple(name for i in positions if (name := node.input(i)) is not None)
     weight, bias = (node.input(1), node.input(2)) if weighted else (None, None)
-    return Op((node,), kind, inputs, node.outputs, weight, bias)
+    return Op((node,), kind, inputs, tuple(filter(None, node.outputs)), weight, bias)
 
 
 def only_reader(graph: Graph, tensor: str) -> Node | None:

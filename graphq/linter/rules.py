@@ -162,6 +162,9 @@ class _Check:
                 return Problem(name, reason, self._retype(grid, allowed[0]))
             if self.profile.power_of_two and not _is_power_of_two(grid):
                 return Problem(name, "its scale is no power of two", "choose scales of powers of two")
+            if grid.scale is not None and self.profile.scales and grid.scale.dtype.name not in self.profile.scales:
+                reason = f"its scale is {grid.scale.dtype.name}, not {_any_of(self.profile.scales)}"
+                return Problem(name, reason, f"keep the activations in {self.profile.scales[0]}")
             if self.rule.zero_points == "zero" and not grid.symmetric:
                 return Problem(
                     name, "its zero point is not 0", f"quantize it to int8, or to {grid.type} with zero point 0"
@@ -172,9 +175,12 @@ class _Check:
 
     def _attribute(self) -> Problem | None:
         node = self.op.node
+        more = [name for name in node.outputs[self.rule.outputs :] if name] if self.rule.outputs is not None else []
+        if more:
+            return Problem(more[0], f"it is given beside {node.outputs[0]}", "leave it out")
         for name, values in self.rule.attributes.items():
             value: object = node.attributes.get(name, values[0])
-            value = value.decode() if isinstance(value, bytes) else value
+            value = value.decode(errors="replace") if isinstance(value, bytes) else value
             if value not in values:
                 return Problem(node.outputs[0], f"its {name} is {value}", f"make it {_any_of(list(map(str, values)))}")
         return None
@@ -184,7 +190,7 @@ class _Check:
         if not wanted or self.op.weight is None:
             return None
         name, grid = self.op.weight, self.graph.grid(self.op.weight)
-        if name not in self.graph.constants:
+        if name not in self.graph.constants and not (self.rule.run_time_weights and grid is not None):
             return Problem(name, "the weight is computed at run time", "fold it to a constant")
         allowed = list(dict.fromkeys(map(str, wanted)))
         if grid is None:
@@ -271,7 +277,11 @@ class _Check:
         low, high = code_range(grid.type)
         zero = 0 if grid.zero_point is None else int(grid.zero_point.reshape(-1)[0])
         scale = float(grid.scale.reshape(-1)[0])
-        least, most = self._bounds(clamp)
+        bounds = self._bounds(clamp)
+        if bounds is None:
+            reason = f"{clamp.kind} stays in front of it: its bounds are computed at run time"
+            return Problem(grid.tensor, reason, "fold them to constants")
+        least, most = bounds
         reach = ((low - zero) * scale, (high - zero) * scale)
         slack = scale * 1e-3  # of a step: float32's rounding of the scale
         if reach[0] >= least - slack and reach[1] <= most + slack:
@@ -280,9 +290,11 @@ class _Check:
         fix = f"zero point {low}" + (", and a range within the Clip's" if clamp.kind == "Clip" else "")
         return Problem(grid.tensor, reason, f"give it {fix}")
 
-    def _bounds(self, clamp: Node) -> tuple[float, float]:
+    def _bounds(self, clamp: Node) -> tuple[float, float] | None:
         if clamp.kind == "Relu":
             return 0.0, float("inf")
+        if any(name is not None and self.graph.array(name) is None for name in map(clamp.input, (1, 2))):
+            return None
         arrays = [self.graph.array(clamp.input(i)) for i in (1, 2)]
         given = [clamp.attributes.get(name) if a is None else a for name, a in zip(("min", "max"), arrays, strict=True)]
         least, most = (None if one is None else float(np.asarray(one).reshape(-1)[0]) for one in given)
@@ -364,6 +376,9 @@ def _weight_alone(graph: Graph, rule: WeightsAlone, op: Op, grids: Sequence[Tens
         return Problem(name, f"{said} its codes are {grid.type}", f"store it in {_any_of(rule.types)}")
     if op.node.attributes.get("transB") and not rule.gemm:
         return Problem(name, f"{said} it is Gemm's and transposed", "write a MatMul by a weight [in, out]")
+    shape = graph.shapes.get(name, ())
+    if shape and shape[output_axis(op, len(shape))] in range(1, rule.columns):
+        return Problem(name, f"{said} it has one column", "leave it in float")
     if grid.block is not None:
         least = f"{rule.smallest_block} or more" + (", a power of two" if rule.power_of_two else "")
         if grid.block < rule.smallest_block or (rule.power_of_two and grid.block & (grid.block - 1)):

@@ -93,6 +93,8 @@ def _bias(graph: Graph, profile: Profile, op: Op) -> Iterator[LintWarning]:
     if x.scale is None or weight.scale is None or out.scale is None:
         return
     products: np.ndarray[Any, Any] = (x.scale * weight.scale).reshape(-1).astype(np.float64)
+    if products.size not in (1, bias.size) or not np.all((products > 0) & np.isfinite(products)):
+        return
     codes = np.round(bias.reshape(-1) / products)
     error = np.abs(np.clip(codes, -_INT32, _INT32 - 1) * products - bias.reshape(-1))
     lost = np.flatnonzero(error > float(out.scale.reshape(-1)[0]) / 2)

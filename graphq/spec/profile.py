@@ -120,6 +120,8 @@ class OpRule:
     one_reader: whether the QuantizeLinear behind it has to be all that reads what it gives.
     retyped_alone: whether it takes the types of ``retypes`` where the consumer makes others of them, and only there.
     run_time_scales: whether its activations' scales may be computed at run time.
+    run_time_weights: whether the codes of its weight may be computed at run time.
+    outputs: how many of its outputs may be there; the second of a MaxPool are places.
     attributes: the values that these attributes have to have.
     float_constants: whether a constant operand may be in float.
     faults: what the consumer gets wrong of it.
@@ -141,6 +143,8 @@ class OpRule:
     one_reader: bool = False
     retyped_alone: bool = False
     run_time_scales: bool = False
+    run_time_weights: bool = False
+    outputs: int | None = None
     attributes: Mapping[str, tuple[object, ...]] = field(default_factory=dict[str, tuple[object, ...]])
     float_constants: bool = False
     faults: tuple[Fault, ...] = ()
@@ -152,7 +156,8 @@ class WeightsAlone:
     """The linears of float inputs whose weights a consumer multiplies with as they are stored.
 
     types: of the codes. gemm: whether Gemm's transposed weight may be such. smallest_block: of blocked scales, which
-    are powers of two where ``power_of_two``. dequantized: whether also where the input was quantized.
+    are powers of two where ``power_of_two``. dequantized: whether also where the input was quantized. columns: how many
+    outputs it must have.
     rounded: what becomes of the activations on the way, if something does; exact: how to have them in float.
     """
 
@@ -161,6 +166,7 @@ class WeightsAlone:
     smallest_block: int = 1
     power_of_two: bool = False
     dequantized: bool = True
+    columns: int = 1
     rounded: str = ""
     exact: str = ""
     because: str = ""
@@ -181,7 +187,8 @@ class Profile:
     linear_of_rows: the same of one with an input of two axes, where ``linear`` is ``matmul``.
     dynamic: how a linear with scales by token is spelled. weight_only: how one with a float input is.
     power_of_two: whether scales have to be powers of two. static: whether every dimension has to be an integer.
-    opsets: the lowest and the highest it reads. opset: the lowest that is written where none is asked for.
+    opsets: the lowest and the highest that files for it are written in. opset: the lowest that is written where none is
+        asked for. reads: those that it reads, where it is more.
     sources: where its rows are from.
     whole: whether an op in float is a fault, since it is refused or runs elsewhere.
     clamps: whether a Relu or Clip at the end of a fused chain runs in integers always, or only where the grid behind it
@@ -195,6 +202,8 @@ class Profile:
     splits_norms: whether a sum in front of a norm is faster where it is not fused with that.
     least_multiplier: the least factor (scale of input times scale of weight by scale of output) that it multiplies sums
         of products by; 0 where none is too small.
+    scales: the types of scales with which ops run in integers; any, where there is none.
+    overridable: whether initializers that are inputs, too, are no constants to it.
     """
 
     name: str
@@ -211,6 +220,7 @@ class Profile:
     static: bool = False
     opsets: tuple[int, int] = (13, 25)
     opset: int = 13
+    reads: tuple[int, int] | None = None
     sources: tuple[str, ...] = ()
     whole: bool = False
     clamps: Literal["always", "covered"] = "always"
@@ -223,6 +233,8 @@ class Profile:
     saturates: str = ""
     splits_norms: bool = False
     least_multiplier: float = 0.0
+    scales: tuple[str, ...] = ()
+    overridable: bool = False
 
     def activation(self) -> Quant:
         """The default of activations."""

@@ -110,9 +110,11 @@ OPENVINO: Final = Profile(
         types=("int4", "uint4", "int8", "uint8"),
         rounded="FullyConnected with a stored weight rounds the activations to int8 by group at run time",
         exact="for float activations compile with EXECUTION_MODE_HINT=ACCURACY or DYNAMIC_QUANTIZATION_GROUP_SIZE=0",
-        because="FullyConnected i8, u8, i4 or u4, on either layout",
+        because="FullyConnected i8, u8, i4 or u4, on either layout; with one column in float",
+        columns=2,
     ),
     refuses=("int2", "uint2"),
     whole_blocks=True,
     saturates="on x86 without VNNI (AVX2, and AVX-512 before 2019)",
+    reads=(10, 28),
 )

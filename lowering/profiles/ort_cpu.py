@@ -40,6 +40,7 @@ ORT_CPU: Final = Profile(
             also=_CONV_ALSO,
             one_reader=True,
             retyped_alone=True,
+            run_time_weights=True,
         ),
         "Linear": OpRule(
             _CONV,
@@ -96,6 +97,7 @@ ORT_CPU: Final = Profile(
             passes=True,
             lifts=True,
             one_reader=True,
+            outputs=1,
         ),
         "Resize": OpRule(
             _U8,
@@ -162,4 +164,7 @@ ORT_CPU: Final = Profile(
     opset=17,  # LayerNormalization as one op: no pass of its fuses the parts that stand for it below
     splits_norms=True,
     saturates="on x86 without VNNI (AVX2, and AVX-512 before 2019)",
+    reads=(10, 26),
+    scales=("float32",),
+    overridable=True,
 )

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from onnx import TensorProto, helper
 
 from tests.linter.cases import FLOAT, INT, S8, S8Z, U8, WEIGHT, Case, Made, case, conv, ints, linear, one, products
 from tests.qdq_models import QdqModel
@@ -102,6 +103,62 @@ def products_read_twice(grid: Any) -> Made:
     return m, [m.op("Erf", x), m.op("Erf", y), m.op("Sin", r), m.op("Cos", r)]
 
 
+def weight_of_run_time(kind: str, float_weight: bool = False) -> Made:
+    """A layer whose weight is an input, in codes or quantized at run time."""
+    m = QdqModel()
+    shapes: Any = {"Conv": ((1, 8, 8, 8), (16, 8, 3, 3)), "MatMul": ((4, 32), (32, 8)), "Gemm": ((4, 32), (32, 8))}[
+        kind
+    ]
+    x = m.qdq(m.input(*shapes[0]))
+    if float_weight:
+        w = m.qdq(m.input(*shapes[1]), "int8", 0)
+    else:
+        w = m.dq((m.input(*shapes[1], element=TensorProto.INT8), *m.grid("int8", 0, 0.01)))
+    return m, [m.qdq(m.op(kind, x, w))]
+
+
+def clip_of_run_time() -> Made:
+    m = QdqModel()
+    y = m.op("Conv", m.qdq(m.input(1, 8, 8, 8)), m.weight(16, 8, 3, 3, axis=0))
+    return m, [m.qdq(m.op("Clip", y, m.input()), "uint8", 0)]
+
+
+def pool_with_places() -> Made:
+    m = QdqModel()
+    m.op("MaxPool", m.qdq(m.input(1, 8, 8, 8)), outputs=2, kernel_shape=[2, 2], strides=[2, 2])
+    return m, [m.qdq("maxpool_y0")]
+
+
+def split_of_which_one_is_read() -> Made:
+    m = QdqModel()
+    m.op("Split", m.qdq(m.input(1, 8, 8, 8)), outputs=2, axis=1, num_outputs=2)
+    m.nodes[-1].output[0] = ""
+    return m, [m.qdq("split_y1")]
+
+
+def linear_of_one_column(element: str) -> Made:
+    m = QdqModel()
+    return m, [m.op("MatMul", m.input(4, 32), m.weight(32, 1, element=element, axis=1))]
+
+
+def half_precision() -> Made:
+    m = QdqModel()
+    step, zero = m.constant(np.float16(0.03)), m.codes("uint8", 128, "zero")
+    x = m.op("QuantizeLinear", m.input(4, 32, element=TensorProto.FLOAT16), step, zero)
+    w = m.codes("int8", m.random.integers(-127, 128, (32, 16)), "w")
+    scales, zeros = m.constant(np.full(16, 0.01, np.float16)), m.codes("int8", np.zeros(16), "zeros")
+    y = m.op("MatMul", m.op("DequantizeLinear", x, step, zero), m.op("DequantizeLinear", w, scales, zeros, axis=1))
+    return m, [m.op("Cast", y, to=TensorProto.FLOAT)]
+
+
+def scale_of_a_constant_node() -> Made:
+    m = QdqModel()
+    m.nodes.append(helper.make_node("Constant", [], ["step"], value_float=0.03))
+    zero = m.codes("uint8", 128, "zero")
+    x = m.op("DequantizeLinear", m.op("QuantizeLinear", m.input(4, 32), "step", zero), "step", zero)
+    return m, [m.op("MatMul", x, m.weight(32, 16, axis=1))]
+
+
 PASSED = ("Reshape", "Transpose", "Slice", "Squeeze", "Unsqueeze", "MaxPool")  # by ONNX Runtime, without a quantizer
 
 
@@ -159,6 +216,18 @@ MORE: dict[str, Case] = {
     "weight int4 input 24": case(linear, "matmul", FLOAT, None, x=None, out=None, w="int4", scales="input", block=24),
     "Split s8": case(one, "split", INT, INT, "Split", x=S8Z, out=S8Z, outputs=2, axis=1, num_outputs=2),
     "conv transpose per tensor": case(conv, "convtranspose", FLOAT, INT, x=("uint8", 0), kind="ConvTranspose", kernel=(8, 16, 2, 2), axis=None, strides=[2, 2]),
+    "conv weight of run time": case(weight_of_run_time, "conv", INT, FLOAT, "Conv"),
+    "conv weight quantized at run time": case(weight_of_run_time, "conv", INT, None, "Conv", True),
+    "matmul weight of run time": case(weight_of_run_time, "matmul", INT, FLOAT, "MatMul"),
+    "gemm weight of run time": case(weight_of_run_time, "gemm", INT, FLOAT, "Gemm"),
+    "conv clip of run time": case(clip_of_run_time, "conv", FLOAT, INT),
+    "MaxPool with places": case(pool_with_places, "maxpool", FLOAT, INT),
+    "Split of which one is read": case(split_of_which_one_is_read, "split", INT, INT),
+    "matmul in half precision": case(half_precision, "matmul", FLOAT, INT),
+    "matmul by a scale of a Constant": case(scale_of_a_constant_node, "matmul", INT, INT),
+    **{
+        f"weight {w} of one column": case(linear_of_one_column, "matmul", WEIGHT, FLOAT, w) for w in ("int8", "uint8", "int4")
+    },
     "AveragePool in front of a linear": case(in_front, "matmul", WEIGHT, INT, "AveragePool"),
     **{
         f"{kind} {word}s8 {where}": case(

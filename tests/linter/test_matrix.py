@@ -5,7 +5,7 @@ from pathlib import Path
 import onnx
 import pytest
 
-from graphq.linter import openvino
+from graphq.linter import onnx_runtime, openvino
 from graphq.linter.lint import lint
 from tests.linter.cases import CASES as FIRST
 from tests.linter.more_cases import MORE
@@ -18,6 +18,7 @@ NAMES = [pytest.param(name, marks=() if name in FIRST else pytest.mark.slow) for
 def _here(monkeypatch):
     """No process for each of these files, which are known not to end one."""
     monkeypatch.setattr(openvino, "run_apart", openvino.run_here)
+    monkeypatch.setattr(onnx_runtime, "run_apart", onnx_runtime.run_here)
 
 
 @pytest.mark.parametrize("name", NAMES)

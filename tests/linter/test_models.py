@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import graphq
-from graphq.linter import openvino
+from graphq.linter import onnx_runtime, openvino
 
 PROFILES = ("ort-cpu", "openvino")
 STATIC = {"graphq": 1, "weight": "int8/channel", "input": "uint8/tensor"}
@@ -70,6 +70,7 @@ def image() -> Tensor:
 @pytest.fixture(autouse=True)
 def _here(monkeypatch):
     monkeypatch.setattr(openvino, "run_apart", openvino.run_here)
+    monkeypatch.setattr(onnx_runtime, "run_apart", onnx_runtime.run_here)
 
 
 def agree(path: Path, profile: str, unseen: int = 0) -> Any:

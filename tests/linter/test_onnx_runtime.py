@@ -8,7 +8,7 @@ from onnx import TensorProto, helper
 import graphq
 from graphq.errors import TargetError
 from graphq.linter.graph import Graph
-from graphq.linter.onnx_runtime import free_size, observe, random_array
+from graphq.linter.onnx_runtime import free_size, observe, random_array, run_apart
 from tests.linter.cases import conv
 from tests.qdq_models import QdqModel
 
@@ -19,6 +19,7 @@ from tests.qdq_models import QdqModel
 )
 def test_a_dimension_that_is_a_sum_is_that_of_its_parts(name, size):
     assert free_size(name) == size
+    assert free_size("past + sequence", 16) == 32
 
 
 def test_inputs_are_seeded_and_of_their_type():
@@ -95,3 +96,61 @@ def test_what_left_no_trace_is_said(tmp_path, monkeypatch):
     report = graphq.lint(path, "ort-cpu", run=True)
     assert report.ok
     assert report.observation() == "0 of 0 ops ran in integers in ONNX Runtime 9; 1 left no trace in it"
+
+
+def test_sizes_that_are_free_are_tried_in_turn(tmp_path):
+    """Two rows are too few for a kernel of three, sixteen are enough; one that nothing fits says why of the first."""
+    m, outputs = conv(shape=(1, 8, "height", "width"))
+    assert graphq.lint(m.save(tmp_path / "m.onnx", *outputs), "ort-cpu", run=True).ok
+    m, outputs = conv(shape=(1, 8, "height", "width"), kernel=(16, 8, 300, 300))
+    with pytest.raises(TargetError, match=r"cannot run it: .*QLinearConv"):
+        graphq.lint(m.save(tmp_path / "m.onnx", *outputs), "ort-cpu", run=True)
+
+
+def test_nodes_without_names_leave_traces(tmp_path):
+    """In integers behind a change of layout, and in float in blocks of channels."""
+    m, outputs = conv()
+    y = m.op("Conv", m.input(1, 8, 8, 8), m.constant(np.ones((16, 8, 3, 3), np.float32)))
+    for node in m.nodes:
+        node.name = ""
+    report = graphq.lint(m.save(tmp_path / "m.onnx", *outputs, m.op("Relu", y)), "ort-cpu", run=True)
+    assert [(op.kind, op.runs, op.ran) for op in report.ops] == [
+        ("Conv", "integers", "integers"),
+        ("Conv", "float", "float"),
+    ]
+
+
+def test_inputs_that_are_no_tensors_of_numbers(tmp_path):
+    m = QdqModel()
+    text = m.input(2, element=TensorProto.STRING)
+    path = m.save(tmp_path / "m.onnx", m.op("Relu", m.qdq(m.input(4))), m.op("Identity", text))
+    model = onnx.load(path)
+    model.graph.output[1].type.tensor_type.elem_type = TensorProto.STRING
+    onnx.save(model, path)
+    for profile in ("ort-cpu", "openvino"):
+        assert graphq.lint(path, profile).ops
+        with pytest.raises(TargetError, match=r"m\.onnx: .* cannot run it: lint makes no inputs of "):
+            graphq.lint(path, profile, run=True)
+
+
+def test_an_input_without_a_shape(tmp_path):
+    m, outputs = conv()
+    path = m.save(tmp_path / "m.onnx", *outputs)
+    model = onnx.load(path)
+    model.graph.input[0].type.tensor_type.ClearField("shape")
+    onnx.save(model, path)
+    for profile in ("ort-cpu", "openvino"):
+        with pytest.raises(TargetError, match=r"m\.onnx: run: the input x has no shape"):
+            graphq.lint(path, profile, run=True)
+
+
+def test_a_file_that_ends_its_process(tmp_path):
+    """ONNX Runtime 1.31 aborts on a convolution of tensors without shapes that gets a scalar; graphq goes on."""
+    m, outputs = conv()
+    path = m.save(tmp_path / "m.onnx", *outputs)
+    model = onnx.load(path)
+    model.graph.input[0].type.tensor_type.ClearField("shape")
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    del model.graph.value_info[:]
+    onnx.save(model, path)
+    assert run_apart(path, tmp_path / "ran.onnx") == "its process ended with SIGABRT"
