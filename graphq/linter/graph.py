@@ -5,7 +5,7 @@ A grid is what a DequantizeLinear says of a tensor: the type of its codes, scale
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, final
@@ -78,13 +78,15 @@ class TensorGrid:
 class Graph:
     """The main graph of an ONNX file; what it calls is written out. Weights are read when they are asked for.
 
+    ``stripped``: of each tensor whose quantizers are left out, the name that it had behind them, and their type.
     ``defaults``: the initializers that are inputs, too (from IR version 4 on), if these are not taken for constants.
     """
 
-    def __init__(self, path: Path, checked: bool = True, overridable: bool = False) -> None:
+    def __init__(self, path: Path, checked: bool = True, overridable: bool = False, strips: Sequence[str] = ()) -> None:
         """Raises ``TargetError`` for what is no ONNX file or, if it is ``checked``, for one that nothing could read.
 
         overridable: whether initializers that are inputs, too, are the defaults of these, and no constants.
+        strips: the types of codes whose quantizers are left out, with what dequantizes them.
         """
         import onnx
 
@@ -122,6 +124,35 @@ class Graph:
         stored = {i.name for i in graph.initializer}
         self.inputs = tuple(i.name for i in graph.input if i.name not in stored)
         self.producers = {output: node for node in self.nodes for output in node.outputs if output}
+        self.stripped: dict[str, tuple[str, str]] = {}
+        if strips:
+            self._strip(strips)
+
+    def _strip(self, types: Sequence[str]) -> None:
+        """Take out the quantizers to these types, of one scale each, and what dequantizes their codes."""
+        passed: dict[str, str] = {}
+        for node in self.nodes:
+            maker = self.producers.get(node.inputs[0]) if node.kind == DEQUANTIZE else None
+            grid = self.grid(node.outputs[0]) if maker is not None and maker.kind == QUANTIZE else None
+            if maker is None or grid is None or grid.type not in types or grid.scale is None or grid.axis is not None:
+                continue
+            source = passed.get(maker.inputs[0], maker.inputs[0])
+            passed[node.outputs[0]] = source
+            self.stripped[source] = node.outputs[0], grid.type
+        kept = (node for node in self.nodes if not (node.kind == DEQUANTIZE and node.outputs[0] in passed))
+        self.nodes = tuple(
+            replace(
+                node,
+                inputs=tuple(passed.get(name, name) for name in node.inputs),
+                captured=tuple(passed.get(name, name) for name in node.captured),
+            )
+            for node in kept
+        )
+        read = {name for node in self.nodes for name in (*node.inputs, *node.captured)} | set(self.outputs)
+        self.nodes = tuple(node for node in self.nodes if node.kind != QUANTIZE or node.outputs[0] in read)
+        self.outputs = tuple(passed.get(name, name) for name in self.outputs)
+        self.producers = {output: node for node in self.nodes for output in node.outputs if output}
+        self._grids.clear()
 
     @cached_property
     def readers(self) -> dict[str, tuple[Node, ...]]:

@@ -33,9 +33,9 @@ def lint(path: str | Path, profile: str | Profile, run: bool = False) -> LintRep
     file = Path(path) / _MODEL if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise TargetError(f"{file}: no such file")
-    graph = Graph(file, overridable=table.overridable)
+    graph = Graph(file, overridable=table.overridable, strips=table.strips)
     verdicts = {op: judge(graph, table, op) for op in ops_of(graph, table)}
-    ran, observed = _observe(graph, table) if run else ({}, None)
+    ran, observed = _observe(Graph(file) if table.strips else graph, table) if run else ({}, None)
     ops = tuple(
         LintedOp(
             op.node.name,

@@ -36,9 +36,10 @@ def judge(graph: Graph, profile: Profile, op: Op) -> Verdict:
         problem = Problem(op.outputs[0], reason, "replace it, or keep it outside of what this consumer runs")
         return Verdict("float", profile.whole, problem if profile.whole else None)
     grids = [source_grid(graph, profile, name) for name in op.inputs]
-    if rule.lifts and not any(grids) and _lifted(graph, profile, op.outputs[0]):
+    if rule.lifts and not all(grids) and _lifted(graph, profile, rule, op.outputs[0]):
         return Verdict("integers", True)
-    if rule.placed != "always" and not profile.whole and not any(grids):
+    stripped = any(name in graph.stripped for name in op.inputs)
+    if rule.placed != "always" and not profile.whole and not any(grids) and not stripped:
         return Verdict("float", False)
     problem = _Check(graph, profile, op, rule).problem(grids)
     if problem is None:
@@ -51,13 +52,16 @@ def judge(graph: Graph, profile: Profile, op: Op) -> Verdict:
     return Verdict("float", True, problem if any(grids) else stored)
 
 
-def _lifted(graph: Graph, profile: Profile, tensor: str) -> bool:
-    """Whether the QuantizeLinear behind an op comes in front of it, between codes of one type."""
+def _lifted(graph: Graph, profile: Profile, rule: OpRule, tensor: str) -> bool:
+    """Whether the QuantizeLinear behind an op comes in front of it, between codes of one type that the op takes."""
     grid, reader = output_grid(graph, profile, tensor), only_reader(graph, tensor)
     if grid is None or reader is None:
         return False
+    element = effective_type(graph, profile, grid)
+    if not any(_is_of(element, grid, types.output) for types in (*rule.types, *rule.also)):
+        return False
     behind = reader.kind != QUANTIZE  # further behind: codes of the moved ones are on both sides
-    return behind or effective_type(graph, profile, grid) == profile.retypes.get(grid.type, grid.type)
+    return behind or element == profile.retypes.get(grid.type, grid.type)
 
 
 def source_grid(graph: Graph, profile: Profile, tensor: str) -> TensorGrid | None:
@@ -146,6 +150,10 @@ class _Check:
             if grid is None and self.rule.float_constants and name in self.graph.constants:
                 continue
             allowed = list(dict.fromkeys(str(types.input(i)) for types in left))
+            if grid is None and name in self.graph.stripped:
+                own, element = self.graph.stripped[name]
+                reason = f"it is {element}, which {self.profile.name} leaves in float, not {_any_of(allowed)}"
+                return Problem(own, reason, f"quantize it to {allowed[0]}")
             if grid is None and self.op.weight is not None and self.graph.grid(self.op.weight) is None:
                 return Problem(
                     name, "neither it nor the weight is quantized", f"quantize it to {allowed[0]}, and the weight"

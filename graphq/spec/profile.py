@@ -204,6 +204,7 @@ class Profile:
         of products by; 0 where none is too small.
     scales: the types of scales with which ops run in integers; any, where there is none.
     overridable: whether initializers that are inputs, too, are no constants to it.
+    strips: the types of codes whose quantizers it takes out, so that their tensors are in float.
     """
 
     name: str
@@ -235,6 +236,7 @@ class Profile:
     least_multiplier: float = 0.0
     scales: tuple[str, ...] = ()
     overridable: bool = False
+    strips: tuple[str, ...] = ()
 
     def activation(self) -> Quant:
         """The default of activations."""

@@ -1,7 +1,9 @@
 """Every QuantizeLinear and DequantizeLinear has a zero point that is an initializer: compilers of NPUs read no others.
 
 A zero point is of the codes' type and of the scale's shape, as the operators' specification has it; those of zeros are
-shared: ``zero_points.int8`` is a scalar, ``zero_points.int4.48x4`` one for each of 48 by 4 blocks.
+shared: ``zero_points.int8`` is a scalar, ``zero_points.int4.48x4`` one for each of 48 by 4 blocks. Two axes share none:
+OpenVINO 2026.4 computes in float all convolutions whose zero points a ConvTranspose reads, too, where the model also
+holds 16-bit tensors.
 """
 
 from collections.abc import Container, Iterator
@@ -41,7 +43,8 @@ def _hold(graph: ir.Graph, node: ir.Node, held: Container[str]) -> None:
             continue
         tensor = ir.convenience.get_const_tensor(value)
         if tensor is not None:
-            node.replace_input_with(i, initializer(graph, tensor, "scales" if i < 2 else "zero_points"))
+            made = initializer(graph, tensor, "scales" if i < 2 else "zero_points", _axis(node))
+            node.replace_input_with(i, made)
 
 
 def _zeros(graph: ir.Graph, node: ir.Node) -> ir.Value:
@@ -49,7 +52,11 @@ def _zeros(graph: ir.Graph, node: ir.Node) -> ir.Value:
     if codes is None or codes.dtype is None:
         raise PassError(f"onnx: {node.name}: the type of its codes is not known")
     zeros = torch.zeros(_shape(node, scale), dtype=torch.uint8).numpy().astype(codes.dtype.numpy())
-    return initializer(graph, ir.tensor(zeros, dtype=codes.dtype), "zero_points")
+    return initializer(graph, ir.tensor(zeros, dtype=codes.dtype), "zero_points", _axis(node))
+
+
+def _axis(node: ir.Node) -> int | None:
+    return node.attributes["axis"].as_int() if "axis" in node.attributes else None
 
 
 def _shape(node: ir.Node, scale: ir.Value | None) -> list[int]:
@@ -67,25 +74,30 @@ def _shape(node: ir.Node, scale: ir.Value | None) -> list[int]:
     return [-(-size // block) if i == axis else size for i, size in enumerate(sizes)] if block else [sizes[axis]]
 
 
-def initializer(graph: ir.Graph, tensor: ir.TensorProtocol, role: str) -> ir.Value:
-    """An initializer with these elements: the one that there is, or a new one, named after role, type and shape."""
+def initializer(graph: ir.Graph, tensor: ir.TensorProtocol, role: str, axis: int | None = None) -> ir.Value:
+    """An initializer with these elements: the one that there is, or a new one, named after role, type and shape.
+
+    One of several elements is shared by nodes that have them along the same axis.
+    """
     array = tensor.numpy()
     stem = name = ".".join(
         [role, tensor.dtype.name.lower(), *(["x".join(map(str, array.shape))] if array.shape else [])]
     )
     number = 0
-    while (held := graph.initializers.get(name)) is not None and not _is_same(held, tensor):
+    while (held := graph.initializers.get(name)) is not None and not _is_same(held, tensor, axis):
         number += 1
         name = f"{stem}_{number}"
     if held is None:
         held = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape))
         held.const_value = ir.tensor(array, dtype=tensor.dtype, name=name)
-        graph.register_initializer(held)
+        graph.registerinitializer(held)
     return held
 
 
-def _is_same(held: ir.Value, tensor: ir.TensorProtocol) -> bool:
+def _is_same(held: ir.Value, tensor: ir.TensorProtocol, axis: int | None) -> bool:
     known = held.const_value
     if known is None or (known.dtype, known.shape) != (tensor.dtype, tensor.shape):
+        return False
+    if tensor.shape.rank() and any(_axis(use.node) != axis for use in held.uses()):
         return False
     return known.tobytes() == tensor.tobytes()

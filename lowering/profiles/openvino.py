@@ -54,9 +54,10 @@ OPENVINO: Final = Profile(
             _U8,
             output="same",
             placed="through",
-            because="one grid for all operands",
+            because="one grid for all operands; a quantizer behind it comes in front of it",
             also=_S8,
             passes=True,
+            lifts=True,
             regrids=True,
             faults=(
                 Fault(
@@ -117,4 +118,5 @@ OPENVINO: Final = Profile(
     whole_blocks=True,
     saturates="on x86 without VNNI (AVX2, and AVX-512 before 2019)",
     reads=(10, 28),
+    strips=("uint16", "int16"),  # qdq_stripping.cpp, where all are on one grid on both sides
 )

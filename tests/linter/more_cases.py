@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto, helper
 
-from tests.linter.cases import FLOAT, INT, S8, S8Z, U8, WEIGHT, Case, Made, case, conv, ints, linear, one, products
+from tests.linter.cases import FLOAT, INT, S8, S8Z, U8, U16, WEIGHT, Case, Made, case, conv, ints, linear, one, products
 from tests.qdq_models import QdqModel
 
 _POOL = {"kernel_shape": [2, 2], "strides": [2, 2]}
@@ -73,10 +73,10 @@ def in_front(kind: str) -> Made:
     return m, [m.op("MatMul", _op(m, kind, m.qdq(m.input(1, 8, 8, 8))), m.weight(last, 16, axis=1))]
 
 
-def behind(kind: str) -> Made:
+def behind(kind: str, grid: Any = U8) -> Made:
     """The op between float and a quantizer."""
     m = QdqModel()
-    return m, [m.qdq(_op(m, kind, m.op("Erf", m.input(1, 8, 8, 8))))]
+    return m, [m.op("Erf", m.qdq(_op(m, kind, m.op("Erf", m.input(1, 8, 8, 8))), *grid))]
 
 
 def layer_s8(kind: str, weight: Sequence[int], axis: int | None, grid: Any) -> Made:
@@ -123,6 +123,31 @@ def clip_of_run_time() -> Made:
     return m, [m.qdq(m.op("Clip", y, m.input()), "uint8", 0)]
 
 
+def joined_in_16_bits(second: Any, out: Any) -> Made:
+    """Two convolutions on grids of 16 bits, or of these and others, joined in front of a convolution in 8."""
+    m = QdqModel()
+    x = m.qdq(m.input(1, 8, 8, 8))
+    parts = [
+        m.qdq(m.op("Conv", x, m.weight(16, 8, 1, 1, axis=0)), *grid, scale=1e-4 if grid == U16 else 0.03)
+        for grid in (U16, second)
+    ]
+    y = m.op("Concat", *parts, axis=1)
+    y = m.qdq(y, *out, scale=1e-4) if out else y
+    return m, [m.qdq(m.op("Conv", m.qdq(y), m.weight(8, 32, 1, 1, axis=0)))]
+
+
+def moved_in_16_bits(kind: str, grid: Any) -> Made:
+    m = QdqModel()
+    y = m.qdq(_op(m, kind, m.qdq(m.input(1, 8, 8, 8), *grid, scale=1e-4)), *grid, scale=1e-4)
+    return m, [m.op("Erf", y)]
+
+
+def joined_with_float() -> Made:
+    m = QdqModel()
+    x = m.input(1, 8, 8, 8)
+    return m, [m.qdq(m.op("Concat", m.qdq(x), m.op("Erf", x), axis=1))]
+
+
 def pool_with_places() -> Made:
     m = QdqModel()
     m.op("MaxPool", m.qdq(m.input(1, 8, 8, 8)), outputs=2, kernel_shape=[2, 2], strides=[2, 2])
@@ -160,6 +185,7 @@ def scale_of_a_constant_node() -> Made:
 
 
 PASSED = ("Reshape", "Transpose", "Slice", "Squeeze", "Unsqueeze", "MaxPool")  # by ONNX Runtime, without a quantizer
+MOVED = ("Reshape", "Transpose", "Slice", "Squeeze", "Unsqueeze", "Expand", "Gather", "Flatten", "Tile")  # of any type
 
 
 def _moves(kind: str) -> dict[str, Case]:
@@ -216,6 +242,18 @@ MORE: dict[str, Case] = {
     "weight int4 input 24": case(linear, "matmul", FLOAT, None, x=None, out=None, w="int4", scales="input", block=24),
     "Split s8": case(one, "split", INT, INT, "Split", x=S8Z, out=S8Z, outputs=2, axis=1, num_outputs=2),
     "conv transpose per tensor": case(conv, "convtranspose", FLOAT, INT, x=("uint8", 0), kind="ConvTranspose", kernel=(8, 16, 2, 2), axis=None, strides=[2, 2]),
+    "Concat behind float": case(behind, "concat", FLOAT, INT, "Concat"),
+    "Concat beside float": case(joined_with_float, "concat", FLOAT, INT),
+    "Concat u16 in front of conv": case(joined_in_16_bits, "concat", FLOAT, INT, U16, U16),
+    "Concat u16 to u8": case(joined_in_16_bits, "concat", FLOAT, INT, U16, None),
+    "Concat u16 and u8": case(joined_in_16_bits, "concat", FLOAT, INT, U8, None),
+    "conv behind Concat u16": case(joined_in_16_bits, "conv3", INT, INT, U16, U16),
+    **{
+        f"{kind} {name}": case(moved_in_16_bits, kind.lower(), INT if kind in MOVED else FLOAT, FLOAT, kind, grid)
+        for kind in MOVES
+        for name, grid in (("u16", U16), ("s16", ("int16", 5)))
+    },
+    **{f"{kind} u16 behind float": case(behind, kind.lower(), INT if kind in PASSED and kind != "MaxPool" else FLOAT, FLOAT, kind, U16) for kind in MOVES},
     "conv weight of run time": case(weight_of_run_time, "conv", INT, FLOAT, "Conv"),
     "conv weight quantized at run time": case(weight_of_run_time, "conv", INT, None, "Conv", True),
     "matmul weight of run time": case(weight_of_run_time, "matmul", INT, FLOAT, "MatMul"),

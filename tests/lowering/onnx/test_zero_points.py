@@ -145,3 +145,17 @@ def test_a_scale_of_unknown_shape() -> None:
     made = written("s = Mul (a, a) y = DequantizeLinear (x, s)", "int8[N,4] x, float[M] a")
     with pytest.raises(PassError, match=r"^onnx: .*: the shape of its scale is not known$"):
         complete(made)
+
+
+def test_those_of_two_axes_are_two(tmp_path: Path) -> None:
+    """As many zeros, for the outputs of a convolution (axis 0) and of a transposed one (axis 1)."""
+    layers = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3), nn.ConvTranspose2d(4, 4, 3))
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    rules = [{"match": "*", "weight": "int8/channel", "input": "uint8/tensor"}]
+    made = graphq.compile(layers, {"graphq": 1, "rules": rules}, inputs=x, calibration=[x])
+    held = {node.name: node.input[2] for node in quantizers(check(made, tmp_path / "a", None))}
+    assert [held[f"{i}.weight/DequantizeLinear"] for i in range(3)] == [
+        "zero_points.int8.4",
+        "zero_points.int8.4",
+        "zero_points.int8.4_1",
+    ]
