@@ -119,7 +119,7 @@ def test_the_rules_of_openvino(said):
         """\
 conv u8 weight | conv (Conv): dequantizelinear2_y: the weight is uint8/channel, not int8/channel or int8/tensor; quantize it to int8/channel
 conv weight with zero points | conv (Conv): dequantizelinear2_y: the weight is int8/channel, with zero points, not int8/channel or int8/tensor; quantize it to int8/channel
-conv u16 | conv (Conv): dequantizelinear_y: it is uint16, not uint8, int8 or int8/asym; quantize it to uint8
+conv u16 | conv (Conv): dequantizelinear_y: it is uint16, which openvino leaves in float, not uint8, int8 or int8/asym; quantize it to uint8
 conv transpose | convtranspose (ConvTranspose): dequantizelinear_y: its zero point is not 0; quantize it to int8, or to uint8 with zero point 0
 products | matmul (MatMul): dequantizelinear_y: its zero point is not 0; quantize it to int8, or to uint8 with zero point 0
 products s8 by u8 from 0 | matmul (MatMul): dequantizelinear2_y: it is uint8, not int8 like dequantizelinear_y; quantize it to int8
