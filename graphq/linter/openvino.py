@@ -155,8 +155,8 @@ def _plain(name: str) -> str:
 
 
 def _how(op: RunOp) -> Runs:
-    if op.layer in ("Subgraph", "Select") or op.precision not in _STORED:
-        return "float"  # a subgraph reads codes, and computes with floats; a Select's precision is its condition's
+    if op.layer in ("Subgraph", "Eltwise", "Select") or op.precision not in _STORED:
+        return "float"  # the first two read codes, and compute with floats; a Select's precision is its condition's
     if op.layer in ("FullyConnected", "MatMul"):
         return "integers" if op.reads in _CODES else "weights"
     return "integers"

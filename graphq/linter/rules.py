@@ -44,7 +44,8 @@ def judge(graph: Graph, profile: Profile, op: Op) -> Verdict:
     problem = _Check(graph, profile, op, rule).problem(grids)
     if problem is None:
         return Verdict("integers", True)
-    if graph.grid(op.weight) is None or profile.weights_alone is None or op.kind not in (LINEAR, GEMM):
+    bias = op.bias is not None and problem.tensor == op.bias
+    if bias or graph.grid(op.weight) is None or profile.weights_alone is None or op.kind not in (LINEAR, GEMM):
         return Verdict("float", True, problem)
     stored = _weight_alone(graph, profile.weights_alone, op, grids)
     if stored is None:
@@ -222,6 +223,8 @@ class _Check:
         checked = grid is not None and self.rule.bias == "int32" and self.rule.bias_checked
         if checked and bias_scale_is_off(self.graph, self.op, grids):
             return Problem(self.op.bias, "the bias's scale is not scale x times scale w", "requantize the bias")
+        if self.rule.bias_axes == "zero point" and self._has_wide_bias() and grids[0] and grids[0].symmetric:
+            return Problem(self.op.bias, "the bias has more axes than what it is added to", "shape the bias [N]")
         quantized = self._quantized_output() is not None
         if self.rule.bias_needed == "never" or (self.rule.bias_needed == "float output" and quantized):
             return None
@@ -237,6 +240,10 @@ class _Check:
         elif grid is not None:
             return Problem(self.op.bias, f"the bias is {grid.type}", "write the bias in float")
         return None
+
+    def _has_wide_bias(self) -> bool:
+        added, made = (self.graph.rank(name) for name in (self.op.bias or "", self.op.node.outputs[0]))
+        return self.op.node.kind == "MatMul" and added is not None and made is not None and added > made
 
     def _quantized_output(self) -> TensorGrid | None:
         found = [output_grid(self.graph, self.profile, name) for name in self.op.outputs]

@@ -113,6 +113,7 @@ class OpRule:
     also: further combinations that it takes in integers, and that nothing is quantized to on purpose.
     bias_needed: when a bias that is written otherwise takes it out of integers. bias_checked: whether an int32 bias
         with another scale than that of the products does; else it is added as if it had that.
+    bias_axes: how many a bias may have: ``any`` number, or only with a ``zero point`` more than what it is added to.
     zero_points: whether those of its activations have to be 0.
     passes: (``same``) whether codes go through it where its output is not quantized.
     lifts: (``same``) whether a QuantizeLinear behind it is moved in front of it.
@@ -136,6 +137,7 @@ class OpRule:
     also: tuple[OpTypes, ...] = ()
     bias_needed: BiasNeeded = "never"
     bias_checked: bool = True
+    bias_axes: Literal["any", "zero point"] = "any"
     zero_points: Literal["any", "zero"] = "any"
     passes: bool = False
     lifts: bool = False

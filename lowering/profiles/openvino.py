@@ -42,7 +42,13 @@ OPENVINO: Final = Profile(
         "ConvTranspose": OpRule(
             _WEIGHTED, output="optional", because="u8 deconvolution, where the zero point is 0", zero_points="zero"
         ),
-        "Linear": OpRule(_WEIGHTED, output="optional", because="u8 FullyConnected", also=_WEIGHTED_ALSO),
+        "Linear": OpRule(
+            _WEIGHTED,
+            output="optional",
+            because="u8 FullyConnected; float where activations with zero point 0 meet a bias of more axes",
+            also=_WEIGHTED_ALSO,
+            bias_axes="zero point",
+        ),
         "MatMul": OpRule(
             op_types("uint8 x int8 -> uint8", "int8 x int8 -> int8"),
             output="optional",

@@ -242,6 +242,13 @@ MORE: dict[str, Case] = {
     "weight int4 input 24": case(linear, "matmul", FLOAT, None, x=None, out=None, w="int4", scales="input", block=24),
     "Split s8": case(one, "split", INT, INT, "Split", x=S8Z, out=S8Z, outputs=2, axis=1, num_outputs=2),
     "conv transpose per tensor": case(conv, "convtranspose", FLOAT, INT, x=("uint8", 0), kind="ConvTranspose", kernel=(8, 16, 2, 2), axis=None, strides=[2, 2]),
+    **{
+        f"matmul {word} bias {bias}": case(
+            linear, "matmul", ort, FLOAT if bias == "[1, 1, N]" else INT, x=x, out=None, bias=shape
+        )
+        for word, x in (("u8 from 0", ("uint8", 0)), ("s8", S8))
+        for bias, shape, ort in (("[N]", (16,), FLOAT), ("[1, N]", (1, 16), FLOAT), ("[1, 1, N]", (1, 1, 16), INT))
+    },
     "Concat behind float": case(behind, "concat", FLOAT, INT, "Concat"),
     "Concat beside float": case(joined_with_float, "concat", FLOAT, INT),
     "Concat u16 in front of conv": case(joined_in_16_bits, "concat", FLOAT, INT, U16, U16),

@@ -57,7 +57,7 @@ def test_a_name_is_that_in_the_file():
     [
         (("Convolution", "u8", "u8"), "integers"), (("Convolution", "f32", "f32"), "float"), (("FullyConnected", "i8", "i8"), "integers"),
         (("FullyConnected", "i8", "f32"), "weights"), (("FullyConnected", "i4", "bf16"), "weights"), (("FullyConnected", "bf16", "bf16"), "float"),
-        (("Subgraph", "u8", "u8"), "float"), (("Select", "u8", "u8"), "float"), (("Pooling", "u8", "u8"), "integers"),
+        (("Subgraph", "u8", "u8"), "float"), (("Eltwise", "u8", "u8"), "float"), (("Select", "u8", "u8"), "float"), (("Pooling", "u8", "u8"), "integers"),
     ],
 )  # fmt: skip
 def test_how_an_op_ran(op, ran):
