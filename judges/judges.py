@@ -31,7 +31,7 @@ class Judge:
     script: in this folder; its exit status is the verdict. requirements: what pip installs for it, pinned. finds: what
     it judges, a phrase. takes: disk and time, when its environment is new. apart: its environment sees no packages but
     its own, for clients that need other versions of ours; its script runs in this project's Python, and is given the
-    client's.
+    client's. arguments: what else the script is given.
     """
 
     name: str
@@ -40,6 +40,7 @@ class Judge:
     finds: str
     takes: str
     apart: bool = False
+    arguments: tuple[str, ...] = ()
 
 
 JUDGES: Final = (
@@ -79,6 +80,30 @@ JUDGES: Final = (
         "1.3 GB, 3 minutes",
         apart=True,
     ),
+    Judge(
+        "iree",
+        ("iree-base-compiler[onnx]==3.13.0", "iree-base-runtime==3.13.0"),
+        "run_compilers.py",
+        "IREE compiles QDQ files for the CPU and gives the QDQ form's outputs",
+        "0.4 GB, 8 minutes",
+        arguments=("iree",),
+    ),
+    Judge(
+        "tvm",
+        ("apache-tvm==0.27.0.post1", "apache-tvm-ffi==0.1.15.post2"),
+        "run_compilers.py",
+        "TVM compiles QDQ files for the CPU and gives the QDQ form's outputs",
+        "0.4 GB, 8 minutes",
+        arguments=("tvm",),
+    ),
+    Judge(
+        "pnnx",
+        ("pnnx==20261020", "ncnn==1.0.20261020"),
+        "run_compilers.py",
+        "pnnx reads files of quantized weights and ncnn gives the QDQ form's outputs",
+        "0.2 GB, 2 minutes",
+        arguments=("pnnx",),
+    ),
 )
 
 
@@ -111,7 +136,7 @@ def verdict(judge: Judge, place: Path = PLACE, scripts: Path = ROOT / "judges") 
         python = environment(judge, place)
         script = str(scripts / judge.script)
         command = [sys.executable, script, str(python)] if judge.apart else [str(python), script]
-        status = subprocess.run(command, cwd=ROOT, check=False).returncode
+        status = subprocess.run([*command, *judge.arguments], cwd=ROOT, check=False).returncode
         said = "passed" if status == 0 else f"failed, exit status {status}"
     except (subprocess.CalledProcessError, OSError) as error:
         said = f"not installed: {error}"

@@ -55,6 +55,12 @@ def test_a_verdict(ours: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str])
     assert "ours: failed, exit status 7 (" in capfd.readouterr().out
 
 
+def test_a_script_is_given_its_arguments(ours: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "ours.py").write_text("import sys\nprint(sys.argv[1:], flush=True)")
+    assert judges.verdict(replace(ours, arguments=("one", "two")), tmp_path / "place", tmp_path)
+    assert capfd.readouterr().out.startswith("['one', 'two']\n")
+
+
 def test_an_environment_apart(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """It sees nothing of ours; the script, which runs in this Python, is given its own."""
     client = "import importlib.util as u; print([u.find_spec(n) is not None for n in ('graphq', 'torch')])"

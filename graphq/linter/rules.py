@@ -36,7 +36,8 @@ def judge(graph: Graph, profile: Profile, op: Op) -> Verdict:
         problem = Problem(op.outputs[0], reason, "replace it, or keep it outside of what this consumer runs")
         return Verdict("float", profile.whole, problem if profile.whole else None)
     grids = [source_grid(graph, profile, name) for name in op.inputs]
-    if rule.lifts and not all(grids) and _lifted(graph, profile, rule, op.outputs[0]):
+    alone = not rule.one_reader or only_reader(graph, op.inputs[0]) is not None
+    if rule.lifts and alone and not all(grids) and _lifted(graph, profile, rule, op.outputs[0]):
         return Verdict("integers", True)
     stripped = any(name in graph.stripped for name in op.inputs)
     if rule.placed != "always" and not profile.whole and not any(grids) and not stripped:

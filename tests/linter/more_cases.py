@@ -79,6 +79,13 @@ def behind(kind: str, grid: Any = U8) -> Made:
     return m, [m.op("Erf", m.qdq(_op(m, kind, m.op("Erf", m.input(1, 8, 8, 8))), *grid))]
 
 
+def behind_what_is_read_twice(kind: str) -> Made:
+    """The op between float that something else reads, too, and a quantizer."""
+    m = QdqModel()
+    x = m.op("Erf", m.input(1, 8, 8, 8))
+    return m, [m.op("Erf", m.qdq(_op(m, kind, x))), m.op("Sin", x)]
+
+
 def layer_s8(kind: str, weight: Sequence[int], axis: int | None, grid: Any) -> Made:
     """A layer of int8, whose tensors are read twice."""
     m = QdqModel()
@@ -249,6 +256,12 @@ MORE: dict[str, Case] = {
         for word, x in (("u8 from 0", ("uint8", 0)), ("s8", S8))
         for bias, shape, ort in (("[N]", (16,), FLOAT), ("[1, N]", (1, 16), FLOAT), ("[1, 1, N]", (1, 1, 16), INT))
     },
+    **{
+        f"{kind} behind float that is read twice": case(behind_what_is_read_twice, kind.lower(), FLOAT, FLOAT, kind)
+        for kind in PASSED
+        if kind != "Transpose"
+    },
+    "Concat behind float that is read twice": case(behind_what_is_read_twice, "concat", FLOAT, INT, "Concat"),
     "Concat behind float": case(behind, "concat", FLOAT, INT, "Concat"),
     "Concat beside float": case(joined_with_float, "concat", FLOAT, INT),
     "Concat u16 in front of conv": case(joined_in_16_bits, "concat", FLOAT, INT, U16, U16),
