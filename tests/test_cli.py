@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import graphq
 from graphq.cli import app
 from graphq.cli.printing import print_report
-from graphq.errors import GraphError, PassError, TargetError
+from graphq.errors import GraphError, PassError, SpecError, TargetError
 from graphq.spec.algorithms import ALGORITHMS
 from tests.checkpoints import save_checkpoint, text
 
@@ -281,6 +281,29 @@ def test_onnx_without_a_cache(model, spec, tmp_path):
     assert [i.name for i in written.graph.input] == inputs
     assert [[d.dim_value for d in i.type.tensor_type.shape.dim] for i in written.graph.input] == [[2, 5]] * 3
     assert [(found.domain, found.version) for found in written.opset_import] == [("", 21)]
+
+
+@pytest.mark.parametrize(
+    ("options", "captured"),
+    [
+        (["--shape", "batch=1", "--shape", "sequence=128"], {"batch": 1}),
+        (["--option", "shapes=batch=1"], {"batch": 1}),
+        (["--shape", "batch=2"], None),
+        (["--shape", "sequence=128"], None),
+        ([], None),
+    ],
+)
+def test_a_batch_of_one_is_one_from_the_start(options, captured, model, spec, tmp_path, monkeypatch):
+    """Some models take no other, and calibration has no other."""
+    found: dict[str, Any] = {}
+
+    def compile_(*given: Any, **named: Any) -> None:
+        found.update(named)
+        raise SpecError("that is all")
+
+    monkeypatch.setattr("graphq.compiler.compile", compile_)
+    graphq_("compile", model, "--spec", spec, "--target", "onnx", "--out", tmp_path / "o", *options, status=1)
+    assert found["shapes"] == captured
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
 """``compile``, ``explain`` and ``dump``: what is done with a model directory and a spec."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
@@ -92,7 +92,12 @@ def compile_(
     from graphq import compiler
 
     batches = calibration_text(model, calibration, samples, sequence_length, run)
-    made = compiler.compile(model, parsed, profile=profile, calibration=batches, algorithm=algorithm, seed=seed)
+    sizes = options.get("shapes")
+    # Calibration reads a window at a time, so that a batch of one can be fixed from the start; some take no other.
+    fixed = {"batch": 1} if isinstance(sizes, Mapping) and cast(Mapping[str, int], sizes).get("batch") == 1 else None
+    made = compiler.compile(
+        model, parsed, profile=profile, calibration=batches, algorithm=algorithm, seed=seed, shapes=fixed
+    )
     made.emit(target_name, out, **options)
     print_report(made.report, as_json)
     quantized = sum(layer.weight is not None or layer.input is not None for layer in made.report.layers)

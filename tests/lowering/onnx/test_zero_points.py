@@ -52,6 +52,7 @@ def check(made: Compiled, folder: Path, profile: str | None) -> onnx.ModelProto:
         else:  # the product of two levels
             assert held[zero_point].dims
     names = [node.name for node in model.graph.node]
+    assert all(node.op_type != "Constant" for node in model.graph.node)
     assert all(names)
     assert len({*names}) == len(names)
     assert graphq.verify(folder).ok
