@@ -20,6 +20,8 @@ QUANTIZE: Final = "QuantizeLinear"
 DEQUANTIZE: Final = "DequantizeLinear"
 RUN_TIME_QUANTIZE: Final = "DynamicQuantizeLinear"
 _DEFAULTS: Final = 4  # the IR version from which on an initializer that is an input, too, is only its default
+_QGEMM_OUTPUT: Final = 8  # the place of its output's zero point
+_UINT8: Final = 2
 _RESHAPING: Final = ("Transpose", "Reshape", "Identity", "Squeeze", "Unsqueeze", "Flatten", "Cast")
 
 
@@ -124,9 +126,21 @@ class Graph:
         stored = {i.name for i in graph.initializer}
         self.inputs = tuple(i.name for i in graph.input if i.name not in stored)
         self.producers = {output: node for node in self.nodes for output in node.outputs if output}
+        self._type_codes()
         self.stripped: dict[str, tuple[str, str]] = {}
         if strips:
             self._strip(strips)
+
+    def _type_codes(self) -> None:
+        """Give codes their type where inference has none: those of contributed ops, and behind what moves elements."""
+        for node in self.nodes:
+            for output in node.outputs[:1]:
+                if self.types.get(output) or not node.inputs:
+                    continue
+                if node.kind.startswith("QLinear") or (node.kind == "QGemm" and node.input(_QGEMM_OUTPUT) is not None):
+                    self.types[output] = _UINT8
+                elif node.kind in (*_RESHAPING, "Slice", "Split", "Gather", "MaxPool") and node.kind != "Cast":
+                    self.types[output] = self.types.get(node.inputs[0], 0)
 
     def _strip(self, types: Sequence[str]) -> None:
         """Take out the quantizers to these types, of one scale each, and what dequantizes their codes."""

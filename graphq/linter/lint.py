@@ -15,7 +15,7 @@ from graphq.linter.ops import ops_of
 from graphq.linter.report import LintedOp, LintReport, Problem, Runs
 from graphq.linter.rules import judge
 from graphq.linter.warnings import warnings_of
-from graphq.lowering.profiles import profile_named
+from graphq.lowering.profiles import PROFILES, profile_named
 from graphq.spec.profile import Profile
 
 _MODEL: Final = "model.onnx"
@@ -85,9 +85,13 @@ def _model_problems(graph: Graph, profile: Profile) -> Iterator[Problem]:
     unknown = graph.unknown_dimensions() if profile.static else ()
     if unknown:
         yield Problem(", ".join(unknown), f"{profile.name} wants every dimension an integer", "fix the shapes")
-    if not any(node.kind == DEQUANTIZE for node in graph.nodes) and not any(
-        n.kind in profile.operators for n in graph.nodes
-    ):
+    others = {kind for one in PROFILES.values() for kind in one.operators} - {*profile.operators}
+    strange = [node for node in graph.nodes if node.kind in others and node.kind.startswith(("QLinear", "QGemm"))]
+    if strange:
+        kinds = ", ".join(dict.fromkeys(node.kind for node in strange))
+        reason = f"{profile.name} has no {kinds}"
+        yield Problem(strange[0].name, reason, "write QuantizeLinear and DequantizeLinear around ops of ONNX")
+    if not any(node.kind in (DEQUANTIZE, *profile.operators, *others) for node in graph.nodes):
         yield Problem("the model", "nothing in it is quantized", "quantize it first")
 
 

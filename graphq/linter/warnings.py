@@ -8,9 +8,10 @@ from typing import Any, Final
 import numpy as np
 
 from graphq.linter.graph import DEQUANTIZE, QUANTIZE, Graph
+from graphq.linter.grids import output_grid, source_grid
 from graphq.linter.ops import Op, row
 from graphq.linter.report import LintWarning
-from graphq.linter.rules import Verdict, bias_scale_is_off, output_grid, source_grid
+from graphq.linter.rules import Verdict, bias_scale_is_off
 from graphq.spec.formats import Int
 from graphq.spec.profile import Profile
 

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import graphq
+from graphq.errors import TargetError
 from graphq.linter import onnx_runtime, openvino
 
 PROFILES = ("ort-cpu", "openvino")
+openvino_apart = openvino.run_apart
 STATIC = {"graphq": 1, "weight": "int8/channel", "input": "uint8/tensor"}
 SIGNED = {"graphq": 1, "weight": "int8/channel", "input": "int8/asym/tensor"}
 LLAMA = Path(__file__).parents[2] / "examples" / "models" / "stdlib-llama"
@@ -110,7 +112,7 @@ def exported(tmp_path_factory) -> dict[str, Path]:
     return found
 
 
-def quantized(path: Path, out: Path, signed: bool) -> Path:
+def quantized(path: Path, out: Path, signed: bool, form: str = "QDQ") -> Path:
     """By onnxruntime's ``quantize_static``, with all kinds of ops that it quantizes."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
@@ -125,8 +127,22 @@ def quantized(path: Path, out: Path, signed: bool) -> Path:
 
     activation = QuantType.QInt8 if signed else QuantType.QUInt8
     options: dict[str, Any] = {"per_channel": True, "activation_type": activation, "weight_type": QuantType.QInt8}
-    quantize_static(str(path), str(out), Reader(), quant_format=QuantFormat.QDQ, **options)
+    quantize_static(str(path), str(out), Reader(), quant_format=QuantFormat[form], **options)
     return out
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize(("model", "layers"), [("resnet", 9), ("vit", 34)])
+def test_quantize_static_by_operators(exported, model, layers, signed, tmp_path):
+    """QLinearConv, QLinearMatMul, ...: ONNX Runtime runs each as it is; no other consumer reads them."""
+    path = quantized(exported[model], tmp_path / "q.onnx", signed, "QOperator")
+    report = agree(path, "ort-cpu")
+    assert report.ok
+    assert len(report.counted) == sum(op.ran == "integers" for op in report.counted) >= layers
+    (problem,) = graphq.lint(path, "openvino").model
+    assert problem.reason.startswith("openvino has no QLinear")
+    with pytest.raises(TargetError, match="OpenVINO cannot run it"):
+        openvino_apart(path)
 
 
 QUANTIZE_STATIC = {

@@ -33,7 +33,6 @@ OPSETS: Final = {  # from which on a quantizer holds codes of a type
     TensorProto.FLOAT8E4M3FN: 19, TensorProto.FLOAT8E5M2: 19, TensorProto.FLOAT4E2M1: 23, TensorProto.INT2: 25,
 }  # fmt: skip
 WHOLE: Final = ("qnn-htp", "vitis-ai", "rknn", "generic-int8")
-UNSIGNED: Final = ("ort-cpu", "openvino", "qnn-htp", "generic-int8")
 
 
 @final
@@ -273,10 +272,10 @@ def operands_of_a_concat_share_a_grid(file: File) -> Iterator[object]:
 
 @check
 def no_tensor_is_quantized_twice_alike(file: File) -> Iterator[object]:
-    for readers in file.readers.values():
-        grids = [file.grid(node) for node in readers if node.op_type == Q]
-        if len({*grids}) < len(grids):
-            yield [node.name for node in readers if node.op_type == Q]
+    for name, readers in file.readers.items():
+        quantizers = [node for node in readers if node.op_type == Q and node.input[0] == name]
+        if len({file.grid(node) for node in quantizers}) < len(quantizers):
+            yield [node.name for node in quantizers]
 
 
 @check
@@ -291,8 +290,8 @@ def nothing_stands_between_what_is_fused(file: File) -> Iterator[object]:
 
 @check
 def zero_points_behind_a_relu_are_the_lowest_code(file: File) -> Iterator[object]:
-    """Of unsigned codes alone: symmetric ones have theirs in the middle, whatever is in front."""
-    for node in file.nodes if file.profile in UNSIGNED else ():
+    """ONNX Runtime leaves the Relu, and the layer in front of it, in float otherwise."""
+    for node in file.nodes if file.profile == "ort-cpu" else ():
         quantizer = file.quantizer(node.output[0]) if node.op_type == "Relu" else None
         if quantizer is not None and len(file.readers[node.output[0]]) == 1 and file.array(quantizer.input[2]).any():
             yield node.name

