@@ -85,13 +85,13 @@ def _model_problems(graph: Graph, profile: Profile) -> Iterator[Problem]:
     unknown = graph.unknown_dimensions() if profile.static else ()
     if unknown:
         yield Problem(", ".join(unknown), f"{profile.name} wants every dimension an integer", "fix the shapes")
-    others = {kind for one in PROFILES.values() for kind in one.operators} - {*profile.operators}
-    strange = [node for node in graph.nodes if node.kind in others and node.kind.startswith(("QLinear", "QGemm"))]
+    operators = {kind for one in PROFILES.values() for kind in one.operators if kind.startswith(("QLinear", "QGemm"))}
+    strange = [node for node in graph.nodes if node.kind in operators - {*profile.operators}]
     if strange:
         kinds = ", ".join(dict.fromkeys(node.kind for node in strange))
         reason = f"{profile.name} has no {kinds}"
         yield Problem(strange[0].name, reason, "write QuantizeLinear and DequantizeLinear around ops of ONNX")
-    if not any(node.kind in (DEQUANTIZE, *profile.operators, *others) for node in graph.nodes):
+    if not any(node.kind in (DEQUANTIZE, *profile.operators, *operators) for node in graph.nodes):
         yield Problem("the model", "nothing in it is quantized", "quantize it first")
 
 
