@@ -111,7 +111,7 @@ class Graph:
         self.defaults = tuple(i.name for i in graph.initializer if i.name in inputs)
         self._initializers = {i.name: i for i in graph.initializer if i.name not in inputs}
         self._grids: dict[str, TensorGrid | None] = {}
-        self.outputs = tuple(o.name for o in graph.output)
+        self.outputs: tuple[str, ...] = tuple(str(o.name) for o in graph.output)
         values = [*graph.value_info, *graph.input, *graph.output]
         self.types: dict[str, int] = {v.name: v.type.tensor_type.elem_type for v in values}
         self.types |= {i.name: i.data_type for i in graph.initializer}
@@ -140,7 +140,7 @@ class Graph:
                 if node.kind.startswith("QLinear") or (node.kind == "QGemm" and node.input(_QGEMM_OUTPUT) is not None):
                     self.types[output] = _UINT8
                 elif node.kind in (*_RESHAPING, "Slice", "Split", "Gather", "MaxPool") and node.kind != "Cast":
-                    self.types[output] = self.types.get(node.inputs[0], 0)
+                    self.types[output] = self.types.get(str(node.inputs[0]), 0)
 
     def _strip(self, types: Sequence[str]) -> None:
         """Take out the quantizers to these types, of one scale each, and what dequantizes their codes."""

@@ -124,6 +124,6 @@ def _misspelled(node: Any, opset: int) -> Iterator[str]:
         elif word == "inputs" and not all(held[:least]):
             yield f"{node.op_type} needs the first {least} of its inputs"
     for attribute in node.attribute:
-        known = schema.attributes.get(attribute.name)
+        known: Any = schema.attributes.get(attribute.name)
         if known is not None and attribute.type != int(known.type.value) and not attribute.ref_attr_name:
             yield f"its {attribute.name} is {onnx.AttributeProto.AttributeType.Name(attribute.type)}"

@@ -28,7 +28,7 @@ MOVES: Final = (
     "MaxPool",
     "Split",
 )
-OPSETS: Final = {  # from which on a quantizer holds codes of a type
+OPSETS: Final[dict[int, int]] = {  # from which on a quantizer holds codes of a type
     TensorProto.INT16: 21, TensorProto.UINT16: 21, TensorProto.INT4: 21, TensorProto.UINT4: 21,
     TensorProto.FLOAT8E4M3FN: 19, TensorProto.FLOAT8E5M2: 19, TensorProto.FLOAT4E2M1: 23, TensorProto.INT2: 25,
 }  # fmt: skip
@@ -170,7 +170,7 @@ def scales_are_as_many_as_their_axis_has(file: File) -> Iterator[object]:
         if sizes and (axis is None or of is None or not 0 <= axis < len(of)):
             yield node.name, axis
         elif sizes and of is not None:
-            wanted = [-(-n // block) if i == axis else n for i, n in enumerate(of)] if block else [of[axis]]
+            wanted = [-(-(n or 0) // block) if i == axis else n for i, n in enumerate(of)] if block else [of[axis]]
             if sizes != wanted:
                 yield node.name, sizes, wanted
 
@@ -212,7 +212,8 @@ def weights_are_codes(file: File) -> Iterator[object]:
 def signed_weights_are_symmetric_and_narrow(file: File) -> Iterator[object]:
     for node, dequantizer in file.weights():
         codes = file.array(dequantizer.input[0])
-        lowest = {TensorProto.INT8: -127, TensorProto.INT4: -8}.get(file.codes(dequantizer))
+        least: dict[int, int] = {TensorProto.INT8: -127, TensorProto.INT4: -8}
+        lowest = least.get(file.codes(dequantizer))
         if lowest is not None and (file.array(dequantizer.input[2]).any() or int(codes.min()) < lowest):
             yield node.name
 
