@@ -186,9 +186,9 @@ OURS = {
     ("resnet static", "openvino"): "7 of 7",
     ("resnet weights", "ort-cpu"): "0 of 7",
     ("resnet weights", "openvino"): "0 of 7, 1 w",
-    ("vit static", "ort-cpu"): "0 of 13",
+    ("vit static", "ort-cpu"): "0 of 14",
     ("vit static", "openvino"): "12 of 14",
-    ("vit weights", "ort-cpu"): "0 of 13",
+    ("vit weights", "ort-cpu"): "0 of 14",
     ("vit weights", "openvino"): "0 of 14, 12 w",
 }
 
