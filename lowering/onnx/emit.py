@@ -152,7 +152,6 @@ def emit(
     common.RemoveUnusedNodesPass()(model)
     if source_of(prepared).fixed:
         common.ShapeInferencePass()(model)  # of the values that were made on the way here
-    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)  # compilers read no others
     name_outputs(model, source_of(prepared))
     name_nodes(model)
     common.ClearMetadataAndDocStringPass()(model)  # the exporter's traces hold the source's paths
