@@ -90,7 +90,7 @@ def initializer(graph: ir.Graph, tensor: ir.TensorProtocol, role: str, axis: int
     if held is None:
         held = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape))
         held.const_value = ir.tensor(array, dtype=tensor.dtype, name=name)
-        graph.registerinitializer(held)
+        graph.register_initializer(held)
     return held
 
 
@@ -98,6 +98,6 @@ def _is_same(held: ir.Value, tensor: ir.TensorProtocol, axis: int | None) -> boo
     known = held.const_value
     if known is None or (known.dtype, known.shape) != (tensor.dtype, tensor.shape):
         return False
-    if tensor.shape.rank() and any(_axis(use.node) != axis for use in held.uses()):
+    if tensor.shape.rank() and axis is not None and any(_axis(use.node) != axis for use in held.uses()):
         return False
     return known.tobytes() == tensor.tobytes()
