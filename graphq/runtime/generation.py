@@ -1,6 +1,7 @@
 """``generate`` for a captured causal language model: a thin transformers model around the graph."""
 
 import json
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -14,16 +15,19 @@ from graphq.errors import GraphqError
 from graphq.runtime.calls import cached, pairs_of
 from graphq.runtime.key_value_cache import hold, refusal
 
+Run = Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
+
 
 class _Generator(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     _is_stateful = False
     graph: fx.GraphModule
     captured: Source
+    run: Run
 
-    def __init__(self, config: Any, graph: fx.GraphModule, source: Source) -> None:
+    def __init__(self, config: Any, graph: fx.GraphModule, run: Run, source: Source) -> None:
         super().__init__(config)
-        self.__dict__ |= {"graph": graph, "captured": source}  # no submodule: transformers must not touch its tensors
+        self.__dict__ |= {"graph": graph, "run": run, "captured": source}  # no submodule: transformers must not touch its tensors
 
     @property
     def device(self) -> torch.device:
@@ -55,7 +59,7 @@ class _Generator(PreTrainedModel, GenerationMixin):
             )
         given |= cached(past)
         batch = complete(self.captured, {k: v for k, v in given.items() if v is not None})
-        outputs: dict[str, Tensor] = dict(zip(self.captured.outputs, self.graph(*batch), strict=True))
+        outputs: dict[str, Tensor] = dict(zip(self.captured.outputs, self.run(batch), strict=True))
         # Without a cache generate gives all tokens again each time, which a cache handed back would double.
         if use_cache is not False:
             hold(past, pairs_of(outputs))
@@ -64,9 +68,9 @@ class _Generator(PreTrainedModel, GenerationMixin):
         )
 
 
-def generator(graph: fx.GraphModule, source: Source, config: Any) -> PreTrainedModel:
-    """A transformers model whose forward is ``graph``, with the source's configuration."""
-    made = _Generator(config, graph, source)
+def generator(graph: fx.GraphModule, run: Run, source: Source, config: Any) -> PreTrainedModel:
+    """A transformers model whose forward is ``run``, that of ``graph``, with the source's configuration."""
+    made = _Generator(config, graph, run, source)
     if source.generation_config is not None:
         made.generation_config = GenerationConfig.from_dict(json.loads(source.generation_config))
     return made.eval()

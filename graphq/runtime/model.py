@@ -1,8 +1,8 @@
 """A compiled model as it is deployed: packed weights, the source's calling convention, generation for causal LMs."""
 
 import copy
-import linecache
 import traceback
+from collections.abc import Sequence
 from typing import Any, Final, Self, cast, final
 
 import torch
@@ -14,6 +14,7 @@ from graphq.runtime.calls import Outputs, call
 from graphq.runtime.configuration import configuration
 from graphq.runtime.modules import QuantizedModule
 from graphq.runtime.pickling import NotPickled
+from graphq.runtime.program import Program, line_of
 
 _OUT_OF_MEMORY: Final = "can't allocate memory"  # as torch's allocator for the CPU says
 
@@ -33,11 +34,12 @@ class CompiledModel(NotPickled, nn.Module):
     graph: fx.GraphModule
     _generator: Any
     _config: Any
+    _program: Program | None
 
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__()
         # Its tensors and modules are the graph's own, so that their names are the layers' and ``to`` moves both.
-        self.__dict__ |= {"graph": graph, "_generator": None, "_config": None} | {
+        self.__dict__ |= {"graph": graph, "_generator": None, "_config": None, "_program": None} | {
             kind: graph.__dict__[kind] for kind in ("_parameters", "_buffers", "_modules")
         }
         self.train(graph.training)
@@ -78,11 +80,20 @@ class CompiledModel(NotPickled, nn.Module):
     def forward(self, *args: object, **kwargs: object) -> Outputs:
         """See ``graphq.runtime.calls.call``."""
         try:
-            return call(self.source, lambda batch: cast(tuple[Tensor, ...], self.graph(*batch)), args, kwargs)
+            return call(self.source, self._run, args, kwargs)
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, MemoryError) or _OUT_OF_MEMORY in str(error):
                 raise GraphqError(f"{_line_of(error)}: needs more memory than there is") from error
             raise
+
+    def _run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The flat outputs for all flat inputs."""
+        if torch.compiler.is_compiling():
+            return cast(tuple[Tensor, ...], self.graph(*inputs))
+        program = self._program
+        if program is None or not program.is_of(self.graph):
+            program = self.__dict__["_program"] = Program(self.graph, self.source)
+        return program(*inputs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """``transformers``' ``generate`` on this model: greedy, sampling, beams, left padding, with the KV cache.
@@ -121,12 +132,11 @@ class CompiledModel(NotPickled, nn.Module):
         if self._generator is None:
             from graphq.runtime.generation import generator
 
-            self.__dict__["_generator"] = generator(self.graph, self.source, self.config)
+            self.__dict__["_generator"] = generator(self.graph, self._run, self.source, self.config)
         return self._generator
 
 
 def _line_of(error: BaseException) -> str:
-    """The line of a graph's code that an error comes from."""
+    """The node of a graph that an error comes from."""
     frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
-    lines = [linecache.getline(name, line) for name, line in frames if name.startswith("<eval_with_key>")]
-    return lines[-1].partition(";")[0].strip() if lines else "the call"
+    return next((text for file, line in reversed(frames) if (text := line_of(file, line))), "the call")

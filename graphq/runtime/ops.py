@@ -5,7 +5,7 @@ Schemas are explicit: jaxtyping's import hook rewrites annotations, from which t
 ``global_scale`` in ``graphq.numerics.scales``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -305,3 +305,11 @@ grouped_linear = torch.ops.graphq.grouped_linear.default
 recurrence = torch.ops.graphq.recurrence.default
 select_rows = torch.ops.graphq.select_rows.default
 max_pool2d = torch.ops.graphq.max_pool2d.default
+REFERENCES: Final[Mapping[object, Callable[..., Any]]] = {  # what the ops call, without the dispatcher between
+    dequantize: _dequantize,
+    quantize: _quantize,
+    choose_scale: _choose_scale,
+    choose_global_scale: _choose_global_scale,
+    grouped_linear: _grouped_linear,
+    select_rows: _select_rows,
+}

@@ -13,6 +13,7 @@ Text forms, which ``parse_format`` and ``str`` take to each other:
 
 import re
 from dataclasses import dataclass
+from functools import cache
 from typing import Final, Literal, assert_never, final, get_args
 
 from graphq.errors import SpecError
@@ -218,6 +219,7 @@ NAMED_FORMATS: Final[dict[str, Format]] = {  # all but signed integers
 }
 
 
+@cache
 def find_format(text: str) -> Format | None:
     """The format whose ``str`` is ``text``, None if it is the text of none. Raises ``SpecError`` for ``int9``."""
     if text.removesuffix("/asym") in ("uint8", "uint16"):  # which they are anyhow

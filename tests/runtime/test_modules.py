@@ -160,6 +160,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     if request.param == "kernel" and not has_integer_kernel():
         pytest.skip("oneDNN has no exact int8 product on this machine")
     monkeypatch.setattr(modules, "has_integer_kernel", lambda: request.param == "kernel")
+    monkeypatch.setattr(modules, "has_row_kernel", lambda device: False)
     return str(request.param)
 
 
@@ -185,6 +186,31 @@ def test_both_ways_give_the_same_bits() -> None:
         assert torch.equal(
             modules._integer_product(case.q, case.codes, packed), modules._integer_product(case.q, case.codes, None)
         )
+
+
+ROWS = [{"batch": ()}, {"batch": (1,)}, {"batch": (1, 1)}, {"batch": (1,), "bias": False}, {"batch": (1,), "k": 37, "n": 3}]
+
+
+@pytest.mark.parametrize("arguments", ROWS)
+def test_a_single_row_needs_no_second_copy_of_the_weight(
+    arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not modules.has_row_kernel(torch.device("cpu")):
+        pytest.skip("torch has no exact product of one row of int8 codes on this machine")
+    case = Case(**arguments)
+    found = case.run()
+    assert case.module._graphq_prepared is None
+    monkeypatch.setattr(modules, "has_row_kernel", lambda device: False)
+    assert torch.equal(found, case.run())
+    assert case.module._graphq_prepared is not None
+
+
+@pytest.mark.parametrize("arguments", [{"batch": (2,)}, {"batch": (0,)}, {"batch": (1, 0)}, {"batch": (), "k": 0}])
+def test_what_is_no_single_row(arguments: dict[str, Any]) -> None:
+    case = Case(**arguments)
+    found = case.run()
+    assert found.shape == case.expected().shape
+    assert (found - case.expected()).abs().sum() <= 1e-5 * case.expected().abs().sum()
 
 
 def test_sums_up_to_2_to_the_24_are_exact_where_those_of_raised_inputs_are(path: str) -> None:
