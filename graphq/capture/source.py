@@ -5,6 +5,7 @@ A ``Source`` is frozen data in ``gm.meta["graphq.source"]``; it survives ``deepc
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Final, Literal, final
 
 import torch
@@ -90,17 +91,27 @@ class Source:
         total = " + ".join(str(fixed.get(part, part)) for part in (PAST, SEQUENCE))
         return tuple(fixed.get(d, total if d == TOTAL else d) if isinstance(d, str) else d for d in shape)
 
-    @property
+    @cached_property
+    def bounds(self) -> dict[str, tuple[int, int]]:
+        """The smallest and largest size of each named dimension."""
+        return {name: (low, high) for name, low, high in self.ranges}
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Those of the inputs, in order."""
+        return tuple(i.name for i in self.inputs)
+
+    @cached_property
     def pasts(self) -> frozenset[str]:
         """The inputs that are caches."""
         return frozenset(pair.past for pair in self.caches)
 
-    @property
+    @cached_property
     def presents(self) -> frozenset[str]:
         """The outputs that are caches."""
         return frozenset(pair.present for pair in self.caches)
 
-    @property
+    @cached_property
     def is_causal_lm(self) -> bool:
         """Whether the graph takes ``input_ids`` and returns next-token ``logits``."""
         return self.outputs[:1] == ("logits",) and [i.name for i in self.inputs[:1]] == ["input_ids"]

@@ -27,11 +27,18 @@ def complete(source: Source, batch: object, where: str = "inputs") -> tuple[Tens
     """
     given = _by_name(source, batch, where)
     sizes: dict[str, int] = {}
+    alike: dict[object, torch.Size] = {}  # layers' caches are: one look at each is enough
     for wanted in source.inputs:
-        if wanted.name in given:
-            given[wanted.name] = _fit(wanted, given[wanted.name], sizes, where)
-            if problem := out_of_range(source, wanted, given[wanted.name].shape):
-                raise SpecError(f"{where}: {problem}")
+        value = given.get(wanted.name)
+        if value is None:
+            continue
+        kind = (wanted.shape, wanted.dtype)
+        if kind in alike and not value.is_nested and _same(value, wanted.dtype, alike[kind]):
+            continue
+        given[wanted.name] = _fit(wanted, value, sizes, where)
+        alike[kind] = value.shape
+        if problem := out_of_range(source, wanted, value.shape):
+            raise SpecError(f"{where}: {problem}")
     sizes.setdefault(PAST, source.fixed.get(PAST, 0))
     if SEQUENCE in sizes and TOTAL in sizes and sizes[TOTAL] != sizes[SEQUENCE] + sizes[PAST]:
         raise SpecError(
@@ -55,8 +62,12 @@ def complete(source: Source, batch: object, where: str = "inputs") -> tuple[Tens
     return tuple(complete)
 
 
+def _same(x: Tensor, dtype: torch.dtype, shape: torch.Size) -> bool:
+    return x.dtype == dtype and x.shape == shape and x.layout == torch.strided
+
+
 def _by_name(source: Source, batch: object, where: str) -> dict[str, Tensor]:
-    names = [wanted.name for wanted in source.inputs]
+    names = source.names
     if isinstance(batch, Tensor):
         items: list[tuple[Any, Any]] = [(names[0], batch)]
     elif isinstance(batch, Mapping):
@@ -71,11 +82,12 @@ def _by_name(source: Source, batch: object, where: str) -> dict[str, Tensor]:
         raise SpecError(
             f"{where}: a {type(batch).__name__} is not a batch; give a tensor, a tuple or a dict of tensors"
         )
-    items = [one for name, value in items for one in (_parts(name, value) if name not in names else [(name, value)])]
+    known = frozenset(names)
+    items = [one for name, value in items for one in (_parts(name, value) if name not in known else [(name, value)])]
     if not items:
         raise SpecError(f"{where}: empty; the model takes {', '.join(names)}")
     for name, value in items:
-        if name not in names:
+        if name not in known:
             raise SpecError(f"{where}: the model has no input {name}; it takes {', '.join(names)}")
         if not isinstance(value, Tensor):
             raise SpecError(f"{where}: {name} is a {type(value).__name__}, not a tensor")
@@ -106,9 +118,8 @@ def out_of_range(source: Source, wanted: TensorInput, shape: Sequence[int]) -> s
 
     A size of 0 does not where the range begins at 1: many graphs run on an empty batch.
     """
-    ranges = {name: (low, high) for name, low, high in source.ranges}
     for name, size in zip(wanted.shape, shape, strict=True):
-        low, high = ranges.get(str(name), (0, MAX_SIZE))
+        low, high = source.bounds.get(str(name), (0, MAX_SIZE))
         if high < MAX_SIZE and low == high != size:
             return f"{wanted.name} has shape {tuple(shape)}; {name} is {low} in this graph"
         if size > high and high < MAX_SIZE:
@@ -136,11 +147,8 @@ def _fit(wanted: TensorInput, value: Tensor, sizes: dict[str, int], where: str) 
 
 def _check_caches(source: Source, given: Mapping[str, Tensor], sizes: Mapping[str, int], where: str) -> None:
     """Raises ``SpecError`` for a part of the caches, in which zeros would be taken for what tokens left."""
-    missing = [
-        wanted.name
-        for wanted in source.inputs
-        if wanted.name in source.pasts - given.keys() and not (wanted.is_cache and sizes[PAST] == 0)
-    ]
+    absent = source.pasts - given.keys()
+    missing = [i.name for i in source.inputs if i.name in absent and not (i.is_cache and sizes[PAST] == 0)]
     if missing and source.pasts & given.keys():
         raise SpecError(f"{where}: the cache lacks {', '.join(missing)}; give all of it, or none")
 

@@ -149,7 +149,7 @@ def call(
     past: Any = None
     if is_transformers(source):
         switches = {name: given.pop(name) for name in ("use_cache", "return_dict") if given.get(name) is not None}
-        past = given.pop(_PAST, None) if _PAST not in (i.name for i in source.inputs) else None
+        past = given.pop(_PAST, None) if _PAST not in source.names else None
         tensors = cached(past)
         for name in tensors.keys() & given.keys():
             raise TypeError(f"forward() got {name} twice, by its name and in {_PAST}")
@@ -249,16 +249,17 @@ def _no_cache(given: str) -> TypeError:
 
 def _by_name(source: Source, args: Sequence[object], kwargs: Mapping[str, object]) -> dict[str, object]:
     """Arguments of a call by the names of the captured inputs; those that ask for nothing are left out."""
-    names = [i.name for i in source.inputs]
+    names = source.names
     places = arguments(names, args)
     if len(args) > len(places):
         raise TypeError(f"forward() takes {len(places)} inputs, {len(args)} were given: {', '.join(places)}")
     batch = dict(zip(places, args, strict=False))
+    known = frozenset(names)
     for name, value in kwargs.items():
         asks = value is not None and not (isinstance(value, int) and not value)
         if not asks and is_transformers(source):
             continue
-        if name not in names and not any(one.startswith(f"{name}.") for one in names):
+        if name not in known and not any(one.startswith(f"{name}.") for one in names):
             raise TypeError(f"forward() was captured without the argument {name}; it takes {', '.join(names)}")
         if name in batch:
             raise TypeError(f"forward() got {name} twice, by position and by name")

@@ -27,7 +27,8 @@ class _Generator(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: Any, graph: fx.GraphModule, run: Run, source: Source) -> None:
         super().__init__(config)
-        self.__dict__ |= {"graph": graph, "run": run, "captured": source}  # no submodule: transformers must not touch its tensors
+        # No submodule: transformers must not touch its tensors.
+        self.__dict__ |= {"graph": graph, "run": run, "captured": source}
 
     @property
     def device(self) -> torch.device:

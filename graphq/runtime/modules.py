@@ -20,6 +20,7 @@ from graphq.numerics import Scales
 from graphq.spec.formats import Format, code_bits, has_global_scale, is_asymmetric
 
 _onednn: Any = torch.ops.onednn
+_row_product: Any = cast(Any, torch)._int_mm
 _SCALES: Final = ("weight_scale", "weight_zero_point", "weight_global_scale")
 _BITS: Final = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -185,14 +186,15 @@ class Int8Linear(QuantizedModule):
 
     def forward(self, q: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
         """``q``: int8 codes ``[..., K]``; ``scale``, ``zero_point``: ``[..., 1]``, for each token, or single ones."""
-        it, held = self.graphq_form, cast(dict[str, Tensor], self._buffers)
+        it = self.graphq_form
+        held: dict[str, Any] = self._buffers
         weight, weight_scale = held["weight"], held["weight_scale"]
         if q.dtype != torch.int8 or q.shape[-1:] != weight.shape[1:]:  # which the kernel takes for granted
             raise PassError(f"codes {q.dtype}{list(q.shape)} for a weight int8{list(weight.shape)}")
         if zero_point is None and it.symmetric and q.shape[:-1].numel() == 1 and has_row_kernel(weight.device):
-            sums = torch._int_mm(q.reshape(1, -1), weight.t()).view(*q.shape[:-1], -1)
-            y = sums * scale * weight_scale.flatten()
-            return (y + held["bias"] if it.bias else y).to(it.dtype)
+            y = (_row_product(q.reshape(1, -1), weight.t()) * scale).mul_(weight_scale.flatten())
+            y = (y + held["bias"] if it.bias else y).view(*q.shape[:-1], -1)
+            return y if y.dtype == it.dtype else y.to(it.dtype)
         prepared = self._graphq_prepared
         if prepared is None or not prepared.is_of(weight):
             row_sums = weight.sum(1, dtype=torch.int32).to(torch.float32)
@@ -293,7 +295,7 @@ def has_row_kernel(device: torch.device) -> bool:
     q, w = torch.full((1, 64), 127, dtype=torch.int8), torch.full((16, 64), 127, dtype=torch.int8)
     w[1::2] = -128
     try:
-        return bool((torch._int_mm(q, w.t()) == (q.double() @ w.double().t())).all())
+        return bool((_row_product(q, w.t()) == (q.double() @ w.double().t())).all())
     except (RuntimeError, NotImplementedError, AttributeError):
         return False
 

@@ -50,7 +50,7 @@ _ALIKE: Final[Mapping[object, Callable[..., Any]]] = {  # the same op by the sam
     aten.scaled_dot_product_attention.default: F.scaled_dot_product_attention,
     aten.select.int: torch.select,
     aten.sigmoid.default: torch.sigmoid,
-    aten.silu.default: cast(Any, torch._C)._nn.silu,
+    aten.silu.default: cast(Any, torch)._C._nn.silu,
     aten.sin.default: torch.sin,
     aten.sub.Tensor: torch.sub,
     aten.tanh.default: torch.tanh,
@@ -90,7 +90,7 @@ class Program:
         self.appended = {} if source is None else appended(graph, source)
         self.code, constants = _Writer(graph, self.appended).written()
         name = _FILE.format(next(_numbers))
-        exec(compile(self.code, name, "exec"), constants)
+        exec(compile(self.code, name, "exec"), constants)  # noqa: S102 - of names that are its own
         self._run: Callable[..., tuple[Tensor, ...]] = constants["run"]
         linecache.cache[name] = (len(self.code), None, self.code.splitlines(keepends=True), name)
         weakref.finalize(self, linecache.cache.pop, name, None)
@@ -170,7 +170,7 @@ class _Writer:
             return
         if node in self.made:
             return
-        made = [node] if node not in self.quantized else self.quantized[node]
+        made = self.quantized.get(node, [node])
         self.made.update(made)
         names = ", ".join(self.names[n] for n in made)
         self.lines.append(f"{names} = {self.expression(node)}  # {node.name}: {node.target}".replace("\n", " "))
@@ -247,7 +247,7 @@ def _quantized(graph: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:
     """The nodes that choose scales which ``quantizer`` gives together with codes: the nodes of both."""
     found: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.graph.find_nodes(op="call_function", target=ops.choose_scale):
-        if node.kwargs or len(node.args) != 3 or quantizer(*cast(Any, node.args[1:])) is None:
+        if node.kwargs or len(node.args) != 3 or quantizer(*node.args[1:]) is None:
             continue
         x, format, block = node.args
         scales = list(node.users)

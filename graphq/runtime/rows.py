@@ -20,10 +20,12 @@ def quantizer(format: str, block: Sequence[int]) -> Quantizer | None:
     it = parse_format(format)
     if not isinstance(it, Int) or not (it.symmetric and it.signed and it.bits <= 8 and it.divisor == "max"):
         return None
-    if not block or any(b != -1 for b in block) and list(block) != [1] * (len(block) - 1) + [-1]:
+    per_token, whole = [1] * (len(block) - 1) + [-1], [-1] * len(block)
+    if not block or list(block) not in (per_token, whole):
         return None
     axes = [axis for axis, b in enumerate(block) if b == -1]
-    largest = float(numerics.code_range(it)[1])
+    # A tensor without axes, of which torch makes none at each call; it leaves the dtype of what it divides alone.
+    largest = torch.tensor(float(numerics.code_range(it)[1]))
     block = list(block)
 
     def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,6 +37,6 @@ def quantizer(format: str, block: Sequence[int]) -> Quantizer | None:
         # What is 0 has scale 1, which the smallest number does not change.
         scale = torch.div(extreme, largest).clamp_(min=torch.finfo(x.dtype).tiny).add_(extreme.logical_not())
         # No quotient is beyond ``largest`` by more than it is rounded by, so that none is clamped.
-        return scale, torch.div(x, scale).round_().to(torch.int8)
+        return scale, torch.div(x, scale).round_().char()
 
     return quantized

@@ -9,8 +9,11 @@ from torch import Tensor, fx, nn
 from graphq.ir import edit
 from graphq.ir.views import Cast, Dequantize, Linear, Op, Param, TransposedLinear, Weighted, ops_of
 from graphq.lowering.stored import hold_stored, stored
+from graphq.lowering.torch.fuse_attention import fuse_attention
 from graphq.lowering.torch.fuse_conv import FuseConv
 from graphq.lowering.torch.fuse_linear import FuseLinear
+from graphq.lowering.torch.fuse_rotary import fuse_rotary
+from graphq.lowering.torch.merge_equal import merge_equal
 from graphq.lowering.torch.move_codes import MoveCodes
 from graphq.numerics import Scales
 from graphq.runtime.layers import INT8
@@ -40,6 +43,9 @@ def pack(gm: fx.GraphModule) -> fx.GraphModule:
     for op in ops_of(packed):
         if isinstance(op, Dequantize) and isinstance(op.codes, Param) and (rows := _row_axes(op)) is not None:
             _packed_weight(packed, op, rows, first, held)
+    merge_equal(packed)
+    fuse_attention(packed)
+    fuse_rotary(packed)
     edit.drop_unused(packed)
     hold_stored(packed)
     packed.graph.lint()

@@ -188,7 +188,13 @@ def test_both_ways_give_the_same_bits() -> None:
         )
 
 
-ROWS = [{"batch": ()}, {"batch": (1,)}, {"batch": (1, 1)}, {"batch": (1,), "bias": False}, {"batch": (1,), "k": 37, "n": 3}]
+ROWS = [
+    {"batch": ()},
+    {"batch": (1,)},
+    {"batch": (1, 1)},
+    {"batch": (1,), "bias": False},
+    {"batch": (1,), "k": 37, "n": 3},
+]
 
 
 @pytest.mark.parametrize("arguments", ROWS)

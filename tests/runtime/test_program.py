@@ -4,6 +4,7 @@ import copy
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +14,6 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import graphq
-from graphq.capture.hugging_face import capture_pretrained
 from graphq.capture.source import source_of
 from graphq.data.batches import complete
 from graphq.errors import GraphqError
@@ -36,7 +36,9 @@ def packed_mlp() -> fx.GraphModule:
 
 
 def test_golden() -> None:
-    assert_expected_inline(Program(packed_mlp()).code, """\
+    assert_expected_inline(
+        Program(packed_mlp()).code,
+        """\
 def run(root, append, v0):
     m1 = root._modules['up']
     m2 = root._modules['down']
@@ -51,7 +53,8 @@ def run(root, append, v0):
     v9 = m2(v8, v7, None)  # down: down
     del v7, v8
     return (v9, )
-""")
+""",
+    )
 
 
 def inputs_of(gm: fx.GraphModule, batch: int = 2, sequence: int = 3, past: int = 4) -> tuple[Tensor, ...]:
@@ -66,7 +69,9 @@ def inputs_of(gm: fx.GraphModule, batch: int = 2, sequence: int = 3, past: int =
     return complete(source_of(gm), given)
 
 
-@pytest.mark.parametrize("family", [f if f != "deepseek" else pytest.param(f, marks=pytest.mark.slow) for f in DECODERS])
+@pytest.mark.parametrize(
+    "family", [f if f != "deepseek" else pytest.param(f, marks=pytest.mark.slow) for f in DECODERS]
+)
 def test_gives_what_the_graph_gives(family: str) -> None:
     gm = models._captured(family)
     for batch in (inputs_of(gm), inputs_of(gm, 1, 1)):
@@ -75,8 +80,15 @@ def test_gives_what_the_graph_gives(family: str) -> None:
                 assert torch.equal(ours, its)
 
 
-@pytest.mark.parametrize("spec", ["w8a8", "w4a16", "nvfp4"])
-def test_gives_what_the_packed_graph_gives(spec: str) -> None:
+@pytest.mark.parametrize(
+    "spec",
+    [
+        W8A8,
+        {"graphq": 1, "weight": "int4/g32"},
+        {"graphq": 1, "weight": "int4/g32", "input": "int8/asym/token/dynamic"},
+    ],
+)
+def test_gives_what_the_packed_graph_gives(spec: dict[str, Any]) -> None:
     gm = pack(compile_captured("llama", spec).graph)
     for batch in (inputs_of(gm), inputs_of(gm, 1, 1)):
         with torch.no_grad():
@@ -149,7 +161,7 @@ def test_numbers_are_left_to_the_schema() -> None:
     """Python's interface takes a number as the first factor of no product; the schema makes a tensor of it."""
     gm = capture(MLP(), X)
     size = gm.graph.find_nodes(op="placeholder")[0]
-    output = gm.graph.output_node()
+    output: Any = gm.graph.output_node()
     with gm.graph.inserting_before(output):
         rows = gm.graph.call_function(aten.sym_size.int, (size, 0))
         product = gm.graph.call_function(aten.mul.Tensor, (rows, output.args[0][0]))
@@ -167,7 +179,9 @@ def model_of(gm: fx.GraphModule) -> CompiledModel:
 
 
 def test_tensors_are_those_of_the_module_now() -> None:
-    model = graphq.compile(MLP().eval(), {"graphq": 1, "rules": [{"match": "up", "weight": "int8/channel"}]}, inputs=X).module
+    model = graphq.compile(
+        MLP().eval(), {"graphq": 1, "rules": [{"match": "up", "weight": "int8/channel"}]}, inputs=X
+    ).module
     first = model(X)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.load_state_dict({name: t * 2 if t.is_floating_point() else t for name, t in state.items()})
@@ -185,7 +199,7 @@ def test_hooks_and_other_modules_are_seen() -> None:
     model = model_of(packed_mlp())
     first = model(X)
     calls: list[int] = []
-    handle = model.graph.up.register_forward_hook(lambda *_: calls.append(1))
+    handle = model.get_submodule("up").register_forward_hook(lambda *_: calls.append(1))
     assert torch.equal(model(X), first)
     assert calls == [1]
     handle.remove()
@@ -205,7 +219,7 @@ def test_a_changed_graph_has_a_program_of_its_own() -> None:
     made = model._program
     assert torch.equal(model(X), first)
     assert model._program is made
-    output = model.graph.graph.output_node()
+    output: Any = model.graph.graph.output_node()
     with model.graph.graph.inserting_before(output):
         output.args = ((model.graph.graph.call_function(aten.neg.default, (output.args[0][0],)),),)
     model.graph.recompile()
@@ -215,11 +229,13 @@ def test_a_changed_graph_has_a_program_of_its_own() -> None:
 
 def test_an_error_names_its_node() -> None:
     gm = packed_mlp()
-    output = gm.graph.output_node()
+    output: Any = gm.graph.output_node()
     with gm.graph.inserting_before(output):
         output.args = ((gm.graph.call_function(aten.new_zeros.default, (output.args[0][0], [1 << 58])),),)
     gm.recompile()
-    with pytest.raises(GraphqError, match=r"^new_zeros_default: aten.new_zeros.default: needs more memory than there is$"):
+    with pytest.raises(
+        GraphqError, match=r"^new_zeros_default: aten.new_zeros.default: needs more memory than there is$"
+    ):
         model_of(gm)(X)
 
 
@@ -259,3 +275,42 @@ def counted(call: Callable[[], object]) -> tuple[Counter[str], int]:
         finally:
             sys.setprofile(None)
     return names, functions
+
+
+def test_a_step_calls_no_more_than_it_must() -> None:
+    """Each layer of a step costs so many ops and calls of Python functions, the rest of the model so many."""
+    costs: list[tuple[Counter[str], int]] = []
+    for layers in (1, 2):
+        model, batch = step("w8a8", layers)
+        costs.append(counted(partial(model._run, batch)))
+    each = costs[1][0] - costs[0][0]
+    assert_expected_inline(
+        "\n".join(f"{count} {name}" for name, count in sorted(each.items(), key=lambda one: (-one[1], one[0]))),
+        """\
+16 mul.Tensor
+10 view.default
+8 div.Tensor
+8 reshape.default
+8 to.dtype
+7 _int_mm.default
+7 flatten.using_ints
+7 mul_.Tensor
+7 t.default
+6 add.Tensor
+4 abs.default
+4 add_.Tensor
+4 amax.default
+4 clamp_.default
+4 logical_not.default
+4 round_.default
+4 transpose.int
+2 cat.default
+2 mean.dim
+2 pow.Tensor_Scalar
+2 roll.default
+2 rsqrt.default
+1 scaled_dot_product_attention.default
+1 silu.default""",
+    )
+    # Of 7 linears, two functions of torch and one of ours each; of 4 quantizers; of 2 caches.
+    assert costs[1][1] - costs[0][1] <= 7 * 3 + 4 + 4
