@@ -131,7 +131,7 @@ def is_transformers(source: Source) -> bool:
 
 def call(
     source: Source,
-    run: Callable[[tuple[Tensor, ...]], Iterable[Tensor]],
+    run: Callable[..., Iterable[Tensor]],
     args: Sequence[object],
     kwargs: Mapping[str, object],
 ) -> Outputs:
@@ -139,10 +139,11 @@ def call(
 
     A model of transformers also takes ``past_key_values`` (a ``DynamicCache``, which then holds the present keys and
     values, as after a call of transformers; or a pair of tensors for each layer, which stay), ``use_cache=False`` (the
-    outputs hold no cache), ``return_dict=False`` (they are a tuple) and any argument that asks for nothing: None, False
-    or 0. Raises ``TypeError`` for an argument that was not captured or is of a wrong type, ``SpecError`` for a wrong
-    shape, a cache of another kind, one in which a layer is missing, and an empty batch of which the graph can make
-    nothing.
+    outputs hold no cache), ``return_dict=False`` (they are a tuple), ``cache="static"`` with ``max_length`` in a first
+    call (the outputs hold a ``StaticCache``) and any argument that asks for nothing: None, False or 0. ``run`` takes
+    ``append`` by name where a cache has its own way to append to it. Raises ``TypeError`` for an argument that was not
+    captured or is of a wrong type, ``SpecError`` for a wrong shape, a cache of another kind, one in which a layer is
+    missing, one that is full, and an empty batch of which the graph can make nothing.
     """
     given = dict(kwargs)
     switches: dict[str, object] = {}
@@ -150,6 +151,7 @@ def call(
     if is_transformers(source):
         switches = {name: given.pop(name) for name in ("use_cache", "return_dict") if given.get(name) is not None}
         past = given.pop(_PAST, None) if _PAST not in source.names else None
+        past = _static_cache(source, given, past)
         tensors = cached(past)
         for name in tensors.keys() & given.keys():
             raise TypeError(f"forward() got {name} twice, by its name and in {_PAST}")
@@ -158,7 +160,7 @@ def call(
             raise TypeError(f"forward() was captured without a cache; it takes neither {_PAST} nor use_cache=True")
     batch = complete(source, _by_name(source, args, given))
     try:
-        outputs = tuple(run(batch))
+        outputs = tuple(run(batch, append=past.append) if _is_cache(past) and hasattr(past, "append") else run(batch))
     except Exception as error:  # whatever the ops say
         if problem := _below_range(source, batch):
             raise SpecError(f"inputs: {problem}") from error
@@ -176,6 +178,26 @@ def call(
         named = {name: x for name, x in named.items() if name not in source.presents}
     made = ModelOutput(named, past if uses_cache and _is_cache(past) else None)
     return made if switches.get("return_dict", True) else made.to_tuple()
+
+
+def _static_cache(source: Source, given: dict[str, object], past: object) -> Any:
+    """The cache that a call is to have: ``past``, or the one that its arguments, taken out of ``given``, ask for."""
+    if "cache" in source.names or given.get("cache") is None:
+        return past
+    kind, length = given.pop("cache"), given.pop("max_length", None)
+    if kind == "dynamic":
+        return past
+    if kind != "static":
+        raise TypeError(f"forward(): cache is {kind!r}; it can be 'dynamic' or 'static'")
+    if not isinstance(length, int) or length < 1:
+        raise TypeError(f"forward(): cache='static' needs max_length, a number of tokens; {length!r} is none")
+    if past is not None:
+        raise TypeError(f"forward() got a cache twice, as cache='static' and as {_PAST}")
+    if not source.pasts:
+        raise TypeError("forward() was captured without a cache; it takes no cache='static'")
+    from graphq.runtime.key_value_cache import StaticCache
+
+    return StaticCache(length)
 
 
 def _as_returned(source: Source, outputs: tuple[Tensor, ...]) -> Outputs:

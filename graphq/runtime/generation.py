@@ -1,8 +1,8 @@
 """``generate`` for a captured causal language model: a thin transformers model around the graph."""
 
 import json
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, fx
@@ -11,11 +11,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from graphq.capture.source import Source
 from graphq.data.batches import complete
-from graphq.errors import GraphqError
+from graphq.errors import GraphqError, SpecError
 from graphq.runtime.calls import cached, pairs_of
-from graphq.runtime.key_value_cache import hold, refusal
+from graphq.runtime.key_value_cache import StaticCache, hold, refusal
 
-Run = Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
+Run = Callable[..., tuple[Tensor, ...]]
+
+_LONGEST: Final = 20  # transformers' default
 
 
 class _Generator(PreTrainedModel, GenerationMixin):
@@ -60,13 +62,28 @@ class _Generator(PreTrainedModel, GenerationMixin):
             )
         given |= cached(past)
         batch = complete(self.captured, {k: v for k, v in given.items() if v is not None})
-        outputs: dict[str, Tensor] = dict(zip(self.captured.outputs, self.run(batch), strict=True))
+        made = self.run(batch, append=past.append) if isinstance(past, StaticCache) else self.run(batch)
+        outputs: dict[str, Tensor] = dict(zip(self.captured.outputs, made, strict=True))
         # Without a cache generate gives all tokens again each time, which a cache handed back would double.
         if use_cache is not False:
             hold(past, pairs_of(outputs))
         return CausalLMOutputWithPast(
             logits=cast(Any, outputs["logits"]), past_key_values=None if use_cache is False else past
         )
+
+
+def static_cache(kind: str, config: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> StaticCache:
+    """Room for the longest text that ``generate`` may give, called so. Raises ``SpecError`` for another ``kind``."""
+    if kind != "static":
+        raise SpecError(f"generate: cache is {kind!r}; it can be 'dynamic' or 'static'")
+    config = kwargs.get("generation_config") or config
+    prompt = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
+    start = prompt.shape[-1] if isinstance(prompt, Tensor) else 1  # without a prompt, one token begins the text
+    new, longest = kwargs.get("max_new_tokens"), kwargs.get("max_length")
+    if new is None and longest is not None:
+        return StaticCache(max(longest, start))
+    # Without either, transformers takes the configuration's; its default length is one of new tokens.
+    return StaticCache(start + (new or config.max_new_tokens or config.max_length or _LONGEST))
 
 
 def generator(graph: fx.GraphModule, run: Run, source: Source, config: Any) -> PreTrainedModel:

@@ -3,18 +3,18 @@
 import copy
 import traceback
 from collections.abc import Sequence
-from typing import Any, Final, Self, cast, final
+from typing import Any, Final, Literal, Self, cast, final
 
 import torch
 from torch import Tensor, fx, nn
 
 from graphq.capture.source import Source, source_of
-from graphq.errors import GraphqError
+from graphq.errors import GraphqError, SpecError
 from graphq.runtime.calls import Outputs, call
 from graphq.runtime.configuration import configuration
 from graphq.runtime.modules import QuantizedModule
 from graphq.runtime.pickling import NotPickled
-from graphq.runtime.program import Program, line_of
+from graphq.runtime.program import Append, Program, concatenated, line_of
 
 _OUT_OF_MEMORY: Final = "can't allocate memory"  # as torch's allocator for the CPU says
 
@@ -86,22 +86,32 @@ class CompiledModel(NotPickled, nn.Module):
                 raise GraphqError(f"{_line_of(error)}: needs more memory than there is") from error
             raise
 
-    def _run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The flat outputs for all flat inputs."""
+    def _run(self, inputs: Sequence[Tensor], append: Append = concatenated) -> tuple[Tensor, ...]:
+        """The flat outputs for all flat inputs. Raises ``SpecError`` for another ``append`` to caches that do more."""
         if torch.compiler.is_compiling():
             return cast(tuple[Tensor, ...], self.graph(*inputs))
         program = self._program
         if program is None or not program.is_of(self.graph):
             program = self.__dict__["_program"] = Program(self.graph, self.source)
-        return program(*inputs)
+        if append is not concatenated and len(program.appended) < len(self.source.caches):
+            raise SpecError("cache: this model does more with its cache than to append to it; give a DynamicCache()")
+        return program(*inputs, append=append)
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, cache: Literal["dynamic", "static"] = "dynamic", **kwargs: Any) -> Any:
         """``transformers``' ``generate`` on this model: greedy, sampling, beams, left padding, with the KV cache.
+
+        ``cache``: ``"static"`` has memory for the longest text that may come out (``max_length``, or the prompt and
+        ``max_new_tokens``) from the start, and copies nothing at a step; the tokens are the same.
 
         Raises ``GraphqError`` for models that are not causal language models with a cache. Needs transformers.
         """
+        model = self._transformers_model()
+        if cache != "dynamic":
+            from graphq.runtime.generation import static_cache
+
+            kwargs = {"past_key_values": static_cache(cache, model.generation_config, args, kwargs), **kwargs}
         with torch.inference_mode():
-            return self._transformers_model().generate(*args, **kwargs)
+            return model.generate(*args, **kwargs)
 
     @property
     def generation_config(self) -> Any:
