@@ -93,7 +93,8 @@ def check_tensors(gm: fx.GraphModule, resolved: Mapping[str, Resolved]) -> None:
         if any(isinstance(plan := resolved[fqn].decision, Plan) and plan.weight is not None for fqn in site.fqns)
     }
     for fqn in dict.fromkeys(op.fqn for op in ops_of(gm) if isinstance(op, Param)):
-        tensor = tensor_of(gm, fqn).detach()
+        held = tensor_of(gm, fqn)
+        tensor = held.detach()
         if fqn in planned and tensor.dtype not in QUANTIZABLE:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in QUANTIZABLE)
             raise GraphError(f"{planned[fqn].fqns[0]}: the weight is {tensor.dtype}; graphq quantizes {names}")
@@ -101,5 +102,5 @@ def check_tensors(gm: fx.GraphModule, resolved: Mapping[str, Resolved]) -> None:
             check_finite(tensor, planned[fqn])
             continue
         numbers = tensor.float() if tensor.itemsize == 1 else tensor  # torch has no isfinite of float8
-        if isinstance(tensor_of(gm, fqn), nn.Parameter) and not torch.isfinite(numbers).all():
+        if isinstance(held, nn.Parameter) and not torch.isfinite(numbers).all():
             raise GraphError(f"{fqn}: the tensor holds NaN or Inf")

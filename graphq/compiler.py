@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Literal, cast, final
@@ -15,8 +15,9 @@ from graphq.capture import hugging_face
 from graphq.capture.adapters import without_adapters
 from graphq.capture.modules import capture_module, unwrapped
 from graphq.capture.source import record_stored, source_of, stored_dtype
+from graphq.capture.unread import read_all
 from graphq.checks import asks_for_nothing, check_calibration, check_tensors, none_quantized, refusals
-from graphq.data.batches import complete_all, first_batches
+from graphq.data.batches import complete_all, first_batches, with_progress
 from graphq.errors import GraphError, SpecError
 from graphq.files import check_place
 from graphq.frontends import load_spec
@@ -26,18 +27,19 @@ from graphq.ir.pipeline import Batches, Pipeline
 from graphq.ir.unnamed import unnamed
 from graphq.lowering.profiles import default_spec, profile_named
 from graphq.lowering.targets import check_options, options_of, target_named
-from graphq.lowering.torch.pack import pack
+from graphq.lowering.torch.pack import copy_graph, pack
 from graphq.passes.annotate import decide
 from graphq.passes.calibrate import Calibrate
 from graphq.passes.quantize_weights import QuantizeWeights
+from graphq.passes.remove_no_ops import RemoveNoOps
 from graphq.pipelines import canonical_passes, passes_for, placed_for, placement_notes, unmatched_activations
-from graphq.report import Difference, Report, algorithm_text, difference, make_report, spec_settings
+from graphq.report import Difference, PhaseTimer, Report, algorithm_text, difference, make_report, spec_settings
 from graphq.runtime.calls import Outputs
 from graphq.runtime.model import CompiledModel
 from graphq.runtime.pickling import NotPickled
 from graphq.spec.algorithms import ALGORITHMS
 from graphq.spec.rules import Spec
-from graphq.state import put_tensor, tensor_of
+from graphq.state import copy_tensors, storage_of, unread_of
 
 _NOTHING: Final = "NOTHING IS QUANTIZED: all rules of the spec keep layers float"
 _OF_ITS_MODULE: Final = (
@@ -97,8 +99,11 @@ class Compiled(NotPickled):
             "seed": self.seed,
             "report": self.report.to_json(),
         }
+        timer = PhaseTimer()
         notes = target_named(target).emit(self.graph, Path(path), made_from, **options)
-        self.report = dataclasses.replace(self.report, notes=tuple(dict.fromkeys((*self.report.notes, *notes))))
+        timer.end(f"emit {target}")
+        notes = tuple(dict.fromkeys((*self.report.notes, *notes)))
+        self.report = dataclasses.replace(self.report, notes=notes, phases=(*self.report.phases, *timer.phases))
 
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Write the torch artifact, which ``graphq.load`` reads."""
@@ -124,11 +129,25 @@ def capture(
     ``shapes`` fixes dimensions by name, such as ``{"batch": 1}``.
     Without ``dtype``, what stays float of a 16-bit directory is stored in its own dtype.
     """
+    return _captured(model, inputs, dtype, weights, cache, mask, shapes)
+
+
+def _captured(
+    model: nn.Module | str | os.PathLike[str],
+    inputs: Inputs | None,
+    dtype: torch.dtype | None,
+    weights: bool,
+    cache: bool,
+    mask: str | None,
+    shapes: Mapping[str, int] | None,
+    unread: bool = False,
+) -> fx.GraphModule:
+    """``capture``; ``unread``: parameters of a directory may stay in their files, if no pass so far needs them."""
     if dtype is not None and not (isinstance(cast(object, dtype), torch.dtype) and dtype.is_floating_point):
         raise SpecError(f"dtype: {dtype!r} is not a floating-point dtype of torch, such as torch.bfloat16")
     is_directory = isinstance(model, str | os.PathLike)
     if is_directory:
-        gm = hugging_face.capture_directory(Path(model), dtype or torch.float32, weights, cache, shapes)
+        gm = hugging_face.capture_directory(Path(model), dtype or torch.float32, weights, cache, shapes, unread)
     elif not isinstance(cast(object, model), nn.Module):
         raise GraphError(f"model: a {type(model).__name__} is neither a module nor the path of a model directory")
     else:
@@ -148,7 +167,12 @@ def capture(
     found = source_of(gm).mask
     if mask is not None and mask != found:
         raise SpecError(f"mask: {mask}: " + (f"this model's mask is {found}" if found else "this model takes no mask"))
-    Pipeline(canonical_passes()).run(gm)
+    tried = copy_graph(gm) if unread_of(gm) else gm
+    counts = Pipeline(canonical_passes()).run(tried)
+    if tried is not gm and any(count for name, count in counts.items() if name != RemoveNoOps.name):
+        read_all(gm)  # a pass makes parameters of others
+        Pipeline(canonical_passes()).run(tried := gm)
+    gm = tried
     if is_directory and dtype is None:
         record_stored(gm)
     return gm
@@ -193,6 +217,7 @@ def compile(  # noqa: A001
 
     The caller's model is never changed unless ``consume`` is true. Raises ``SpecError`` and ``GraphError``.
     """
+    timer = PhaseTimer()
     parsed = _spec_for(spec, profile, dialect)
     if algorithm is not None:
         if algorithm != "rtn":
@@ -205,10 +230,12 @@ def compile(  # noqa: A001
         raise SpecError(f"matmul_precision: {matmul_precision!r} is neither highest nor medium")
     if problems := refusals(parsed):
         raise SpecError(problems)
-    gm = capture(model, inputs, dtype, cache=cache, mask=mask, shapes=shapes)
+    unread = calibration is None and not parsed.algorithms and placed_for(parsed) is None  # nothing needs all weights
+    gm = _captured(model, inputs, dtype, True, cache, mask, shapes, unread)
+    timer.end("capture")
     widths = _stored_bits(gm)
     is_callers = isinstance(model, nn.Module) and not consume
-    shared = {_storage(tensor) for tensor in gm.state_dict(keep_vars=True).values()} if is_callers else set[int]()
+    shared = {storage_of(tensor) for tensor in gm.state_dict(keep_vars=True).values()} if is_callers else set[int]()
     resolved, notes = decide(gm, parsed)
     found = {fqn: one.layer for fqn, one in resolved.items()}
     problems, kept_nothing = unmatched_activations(gm, parsed)
@@ -227,16 +254,20 @@ def compile(  # noqa: A001
         torch.manual_seed(seed)
         batches: Batches | None = None
         if calibration is not None:
-            batches = _progress(first_batches(complete_all(source, calibration), parsed.run), calibration)
+            batches = with_progress(first_batches(complete_all(source, calibration), parsed.run), calibration)
         by_blocks = any(ALGORITHMS[a.name].needs_data for a in parsed.algorithms)
         if batches is not None and (by_blocks or placed_for(parsed) is not None):
             batches = list(batches)  # several walks over the blocks, and over the whole graph, read them
         context = PassContext(sqnr.__setitem__, pass_notes.append, seed)
-        Pipeline(passes_for(parsed, found, context, by_blocks)).run(gm, batches)
-    _copy_tensors(gm, shared)
-    all_notes = [*source.notes, *notes, *kept_nothing, *dict.fromkeys(pass_notes)]
-    report = make_report(resolved, all_notes, source.dtype.itemsize * 8, sqnr, spec_settings(parsed), widths, others)
-    return Compiled(gm, parsed, report, seed)
+        passes = passes_for(parsed, found, context, by_blocks)
+        timer.end("plan")
+        Pipeline(passes, after=lambda step, _: timer.end(step.name)).run(gm, batches)
+        read_all(gm)
+    copy_tensors(gm, shared)
+    told = [*source.notes, *notes, *kept_nothing, *dict.fromkeys(pass_notes)]
+    report = make_report(resolved, told, source.dtype.itemsize * 8, sqnr, spec_settings(parsed), widths, others)
+    timer.end("finish")
+    return Compiled(gm, parsed, dataclasses.replace(report, phases=timer.phases), seed)
 
 
 def _spec_for(
@@ -251,19 +282,6 @@ def _spec_for(
     return default_spec(profile_named(profile))
 
 
-def _progress(batches: Iterator[tuple[Tensor, ...]], given: Iterable[object]) -> Iterator[tuple[Tensor, ...]]:
-    """The same batches, with a bar on the standard error while they are used, if that is a terminal."""
-    import sys
-
-    if not sys.stderr.isatty():
-        return batches
-    from rich.console import Console
-    from rich.progress import track
-
-    total = len(cast(Any, given)) if hasattr(given, "__len__") else None
-    return iter(track(batches, "calibrating", total=total, console=Console(stderr=True), transient=True))
-
-
 @contextmanager
 def _precision(matmul_precision: str) -> Generator[None]:
     """Float32 products are computed so while it lasts."""
@@ -273,23 +291,6 @@ def _precision(matmul_precision: str) -> Generator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
-
-
-def _copy_tensors(gm: fx.GraphModule, shared: set[int]) -> None:
-    """The tensors of ``gm`` in the storages ``shared``, which belong to the caller's model, are copies."""
-    copies: dict[tuple[object, ...], Tensor] = {}  # tied tensors stay one; parts of one storage stay apart
-    for name in gm.state_dict(keep_vars=True):
-        tensor = tensor_of(gm, name)
-        if _storage(tensor) in shared:
-            place = (_storage(tensor), tensor.storage_offset(), tensor.shape, tensor.stride())
-            if place not in copies:
-                copies[place] = tensor.detach().clone()
-            own = copies[place]
-            put_tensor(gm, name, nn.Parameter(own, requires_grad=False) if isinstance(tensor, nn.Parameter) else own)
 
 
 def explain(
@@ -340,10 +341,10 @@ def _modules(gm: fx.GraphModule) -> set[str]:
 
 def _stored_bits(gm: fx.GraphModule) -> dict[str, int]:
     """The width in which the weight of each layer that could be named is stored, should it stay float."""
-    source = source_of(gm)
+    source, held = source_of(gm), gm.state_dict(keep_vars=True)
     found: dict[str, int] = {}
     for site in sites(gm):
-        dtype = stored_dtype(source, site.param.fqn, tensor_of(gm, site.param.fqn))
+        dtype = stored_dtype(source, site.param.fqn, held[site.param.fqn])
         found |= dict.fromkeys(site.fqns, dtype.itemsize * 8)
     return found
 

@@ -3,6 +3,8 @@
 import dataclasses
 import math
 import re
+import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
@@ -101,17 +103,65 @@ def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 @final
 @dataclass(frozen=True)
+class Phase:
+    """A part of a compile: how long it took, and the most memory that the process had held by its end, as far as the
+    system tells.
+    """
+
+    name: str
+    seconds: float
+    peak_nbytes: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: ``phase``, ``seconds``, ``peak_bytes``."""
+        return {"phase": self.name, "seconds": round(self.seconds, 3), "peak_bytes": self.peak_nbytes}
+
+
+@final
+class PhaseTimer:
+    """The phases of a compile so far; those of one name are one."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, Phase] = {}
+        self._start = time.perf_counter()
+
+    def end(self, name: str) -> None:
+        """What has passed since the last end belongs to this phase."""
+        now = time.perf_counter()
+        before = self._found[name].seconds if name in self._found else 0.0
+        self._found[name] = Phase(name, before + now - self._start, peak_nbytes())
+        self._start = now
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        return tuple(self._found.values())
+
+
+def peak_nbytes() -> int | None:
+    """The most memory that this process has held so far, files that it read included; None where nothing tells."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return found if sys.platform == "darwin" else found << 10
+
+
+@final
+@dataclass(frozen=True)
 class Report:
     """All layers that a rule can name, in graph order, and what else the user should know.
 
     ``settings``: what the spec says beside its rules, by name. ``parameters``: those that are multiplied with an
-    activation and are no layer that a rule can name; they stay float.
+    activation and are no layer that a rule can name; they stay float. ``phases``: what the compile took, and each
+    artifact since; no part of what is compared or written.
     """
 
     layers: tuple[LayerReport, ...]
     notes: tuple[str, ...] = ()
     settings: Mapping[str, str] = field(default_factory=dict[str, str])
     parameters: tuple[LayerReport, ...] = ()
+    phases: tuple[Phase, ...] = field(default=(), compare=False)
 
     def to_json(self) -> list[dict[str, Any]]:
         """One object for each layer, then one for each of the ``parameters``, whose ``kind`` is ``parameter``."""
@@ -137,6 +187,17 @@ class Report:
         ]
         kept = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
         return [tuple(row[i] for i in kept) for row in rows]
+
+    def phase_lines(self) -> list[str]:
+        """The phases as lines of text, the sum first; what takes less than a hundredth of it is left out."""
+        total = sum(phase.seconds for phase in self.phases)
+        shown = [Phase("in all", total, max((p.peak_nbytes or 0 for p in self.phases), default=0) or None)]
+        shown += [phase for phase in self.phases if phase.seconds >= total / 100]
+        rows = [
+            (p.name, f"{p.seconds:.1f} s", "" if p.peak_nbytes is None else f"{p.peak_nbytes / 1e9:.2f} GB at most")
+            for p in shown
+        ]
+        return _aligned(rows)
 
     def __str__(self) -> str:
         return "\n".join([*_aligned(self.table()), *(f"note: {note}" for note in self.notes)])

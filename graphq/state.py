@@ -1,8 +1,13 @@
 """Tensors of a module by their state-dict key, and the inputs of the graph that reads them."""
 
+import ctypes
 from collections.abc import Mapping
+from typing import Any, Final
 
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+UNREAD: Final = "graphq.unread"  # of a graph: what reads the parameters that are still in their files, by name
 
 
 def put_input(graph: fx.Graph, name: str) -> fx.Node:
@@ -17,12 +22,28 @@ def put_input(graph: fx.Graph, name: str) -> fx.Node:
 
 
 def tensor_of(module: nn.Module, fqn: str) -> Tensor:
-    """The parameter or buffer of this name. Raises ``AttributeError`` if there is none."""
+    """The parameter or buffer of this name; one that is still in its file is read. Raises ``AttributeError`` if there
+    is none.
+    """
+    found = held_tensor(module, fqn)
+    unread = unread_of(module)
+    if unread and fqn in unread and isinstance(found, FakeTensor):
+        return nn.Parameter(unread[fqn](), requires_grad=False)
+    return found
+
+
+def held_tensor(module: nn.Module, fqn: str) -> Tensor:
+    """``tensor_of``, but for a parameter that is still in its file the fake tensor that stands for it."""
     path, _, name = fqn.rpartition(".")
     found = getattr(module.get_submodule(path), name)
     if not isinstance(found, Tensor):
         raise AttributeError(f"{fqn} is a {type(found).__name__}, not a tensor")
     return found
+
+
+def unread_of(module: nn.Module) -> Mapping[str, Any]:
+    """What reads the parameters of a graph that are still in their files."""
+    return getattr(module, "meta", {}).get(UNREAD, {}) if isinstance(module, fx.GraphModule) else {}
 
 
 def put_tensor(module: nn.Module, fqn: str, tensor: Tensor) -> None:
@@ -43,7 +64,7 @@ def put_tensor(module: nn.Module, fqn: str, tensor: Tensor) -> None:
 
 def remove_tensor(module: nn.Module, fqn: str) -> None:
     """``module`` holds no tensor of this name any more. Raises ``AttributeError`` if there was none."""
-    tensor_of(module, fqn)
+    held_tensor(module, fqn)
     path, _, name = fqn.rpartition(".")
     delattr(module.get_submodule(path), name)
 
@@ -78,6 +99,26 @@ def ties(module: nn.Module) -> dict[str, tuple[str, ...]]:
     return {name: tuple(other for other in found if other != name) for found in tied for name in found}
 
 
+def release_freed() -> None:
+    """What was freed is the system's again, where the C library is glibc's.
+
+    It keeps freed memory for itself as long as anything that was allocated later is held: of a model whose weights are
+    rounded one after the other, as floats all of them.
+    """
+    if _TRIM is not None:
+        _TRIM(0)
+
+
+def _trim() -> Any:
+    try:
+        return ctypes.CDLL("libc.so.6").malloc_trim
+    except (OSError, AttributeError):
+        return None
+
+
+_TRIM: Final = _trim()
+
+
 def location(tensor: Tensor) -> tuple[int, int]:
     """The storage that a tensor lies in, and where it begins there."""
     # Storages' own addresses: those of their data are all 0 on fake tensors.
@@ -87,3 +128,21 @@ def location(tensor: Tensor) -> tuple[int, int]:
 def nbytes(tensor: Tensor) -> int:
     """The size of a tensor's elements in bytes."""
     return tensor.numel() * tensor.dtype.itemsize
+
+
+def storage_of(tensor: Tensor) -> int:
+    """What is equal for tensors that lie in one storage."""
+    return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
+
+
+def copy_tensors(gm: fx.GraphModule, shared: set[int]) -> None:
+    """The tensors of ``gm`` in the storages ``shared``, which belong to the caller's model, are copies."""
+    copies: dict[tuple[object, ...], Tensor] = {}  # tied tensors stay one; parts of one storage stay apart
+    for name in gm.state_dict(keep_vars=True):
+        tensor = tensor_of(gm, name)
+        if storage_of(tensor) in shared:
+            place = (storage_of(tensor), tensor.storage_offset(), tensor.shape, tensor.stride())
+            if place not in copies:
+                copies[place] = tensor.detach().clone()
+            own = copies[place]
+            put_tensor(gm, name, nn.Parameter(own, requires_grad=False) if isinstance(tensor, nn.Parameter) else own)

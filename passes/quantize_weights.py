@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import ClassVar, Final, final
 
 import torch
 from torch import Tensor, fx
@@ -25,7 +25,7 @@ from graphq.passes.observe import observer_on, weight_observer_on
 from graphq.spec.formats import Int, Nvfp4
 from graphq.spec.plan import input_quants, weight_quants
 from graphq.spec.quant import Ofmr, PerChannel, PerTensor, Quant
-from graphq.state import remove_tensor, same_tensors, tensor_of
+from graphq.state import nbytes, release_freed, remove_tensor, same_tensors, tensor_of
 
 
 @final
@@ -40,6 +40,9 @@ class QuantizedWeight:
 
 def _dataless(gm: fx.GraphModule) -> str | None:
     return None if edit.has_data(gm) else "the model was captured without its weights"
+
+
+_AT_A_TIME: Final = 1 << 28  # bytes of float weights
 
 
 with_weights = Invariant("weights", _dataless)
@@ -67,6 +70,7 @@ class QuantizeWeights(Pass):
         tied = {*first, *first.values()}
         # The codes of those that others are tied to, and what they were made of.
         held: dict[tuple[object, ...], tuple[tuple[WeightPart, ...], list[QuantizedWeight | None]]] = {}
+        freed = 0
         for layer in planned_weights(gm, self.only):
             fqn = layer.site.param.fqn
             key = (first.get(fqn, fqn), *((part.quant, tuple(part.block)) for part in layer.parts))
@@ -77,8 +81,13 @@ class QuantizeWeights(Pass):
                     held.setdefault(key, (layer.parts, made))
             replace_weight(gm, layer, made, self.name, self.record)
             count += 1
+            freed += sum(nbytes(part.w) for part in layer.parts)
+            if freed > _AT_A_TIME:
+                freed = 0
+                release_freed()
         if count:
             edit.drop_unused(gm)
+            release_freed()
         return count
 
 

@@ -245,7 +245,8 @@ def read_config(path: Path) -> "PreTrainedConfig":
     return config
 
 
-def _model_class(path: Path, config: "PreTrainedConfig") -> type["PreTrainedModel"]:
+def model_class(path: Path, config: "PreTrainedConfig") -> type["PreTrainedModel"]:
+    """The class that the configuration names first of those transformers has. Raises ``GraphError`` if none is."""
     import transformers
 
     names = config.architectures or []
@@ -269,10 +270,10 @@ def _load(path: Path, dtype: torch.dtype) -> tuple["PreTrainedModel", list[str]]
     Raises ``GraphError`` for tensors that the files lack or hold in another shape.
     """
     config = read_config(path)
-    cls = _model_class(path, config)
+    cls = model_class(path, config)
     check_weight_files(path)
     try:
-        with _silent_transformers():
+        with silent_transformers():
             loaded: Any = cls.from_pretrained(
                 path,
                 dtype=dtype,
@@ -329,7 +330,8 @@ def check_weight_files(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _silent_transformers() -> Generator[None]:
+def silent_transformers() -> Generator[None]:
+    """Nothing but errors is logged by transformers, and no progress shown, while it lasts."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()
@@ -350,26 +352,28 @@ def capture_directory(
     weights: bool = True,
     cache: bool = True,
     shapes: Mapping[str, int] | None = None,
+    unread: bool = False,
 ) -> fx.GraphModule:
     """The graph of the model in a directory; its source dtype is the one its configuration records.
 
     ``weights=False`` reads the configuration alone: parameters are fake tensors on the CPU, the graph is the same.
+    ``unread``: where it can be, parameters stay in their files until they are used (``graphq.capture.unread``).
     """
     config = read_config(path)
     recorded: Any = getattr(config, "dtype", None)  # before a model made from it overwrites it
     notes = adapters.adapter_note(path)
-    if weights:
+    from graphq.capture.unread import capture_unread
+
+    gm = capture_unread(path, dtype, cache, shapes) if weights and unread else None
+    if gm is None and weights:
         model, unused = _load(path, dtype)
         adapters.without_adapters(model)  # which transformers puts into a model where peft is installed
         gm = capture_pretrained(model, cache, shapes)
         if unused:
             count = f"{len(unused)} tensor{'s' * (len(unused) > 1)} of the checkpoint"
-            notes = (
-                *notes,
-                f"{count} that {type(model).__name__} does not use: {_first(unused)}",
-            )
-    else:
-        gm = capture_config(config, _model_class(path, config), dtype, cache, shapes)
+            notes = (*notes, f"{count} that {type(model).__name__} does not use: {_first(unused)}")
+    elif gm is None:
+        gm = capture_config(config, model_class(path, config), dtype, cache, shapes)
     source: Source = gm.meta[KEY]
     gm.meta[KEY] = replace(
         source,
@@ -390,6 +394,6 @@ def capture_config(
     """The graph of a model that exists only as a configuration; its parameters are fake tensors on the CPU."""
     from transformers.initialization import no_init_weights
 
-    with lean_export(), FakeTensorMode(allow_non_fake_inputs=True), _silent_transformers(), no_init_weights():
+    with lean_export(), FakeTensorMode(allow_non_fake_inputs=True), silent_transformers(), no_init_weights():
         model = cast(Any, cls)._from_config(config, dtype=dtype).eval()
         return capture_pretrained(model, cache, shapes)

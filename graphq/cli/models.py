@@ -100,6 +100,8 @@ def compile_(
     )
     made.emit(target_name, out, **options)
     print_report(made.report, as_json)
+    for line in made.report.phase_lines():
+        typer.echo(line, err=True)
     quantized = sum(layer.weight is not None or layer.input is not None for layer in made.report.layers)
     typer.echo(f"{out}: {target_name} artifact, {quantized} of {len(made.report.layers)} layers quantized", err=True)
 

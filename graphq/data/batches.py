@@ -238,3 +238,16 @@ def _read(batches: Iterable[object], where: str) -> Iterator[object]:
             raise SpecError(f"{where}: batch {number} cannot be read: {type(error).__name__}: {first}") from error
         yield batch
         number += 1
+
+
+def with_progress(batches: Iterator[tuple[Tensor, ...]], given: Iterable[object]) -> Iterator[tuple[Tensor, ...]]:
+    """The same batches, with a bar on the standard error while they are used, if that is a terminal."""
+    import sys
+
+    if not sys.stderr.isatty():
+        return batches
+    from rich.console import Console
+    from rich.progress import track
+
+    total = len(cast(Any, given)) if hasattr(given, "__len__") else None
+    return iter(track(batches, "calibrating", total=total, console=Console(stderr=True), transient=True))

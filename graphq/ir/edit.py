@@ -16,7 +16,7 @@ from graphq.capture.source import KEY, source_of
 from graphq.errors import PassError
 from graphq.ir.layers import BY, LAYER, PLAN
 from graphq.ir.views import Op, view
-from graphq.state import put_tensor, remove_tensor, tensor_of
+from graphq.state import put_tensor, remove_tensor, tensor_of, unread_of
 
 
 def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode:
@@ -29,8 +29,10 @@ def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode:
 
 
 def has_data(gm: fx.GraphModule) -> bool:
-    """Whether the parameters hold numbers; they do not where a model was captured without its weights."""
-    return not any(isinstance(t, FakeTensor) for t in gm.state_dict(keep_vars=True).values())
+    """Whether there are numbers for the parameters; not so where a model was captured without its weights."""
+    unread = unread_of(gm)
+    held = gm.state_dict(keep_vars=True).items()
+    return not any(isinstance(tensor, FakeTensor) and name not in unread for name, tensor in held)
 
 
 def has_tensor(gm: fx.GraphModule, fqn: str) -> bool:

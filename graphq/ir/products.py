@@ -15,7 +15,7 @@ from graphq.ir.effect_table import effect
 from graphq.ir.effects import ReadsShape
 from graphq.ir.layers import weight_param
 from graphq.ir.views import Cast, Op, Param, Weighted, ops_of, view
-from graphq.state import tensor_of
+from graphq.state import held_tensor
 
 aten = torch.ops.aten
 _MOVES: Final = frozenset(
@@ -167,7 +167,7 @@ def _same(a: Any, b: Any) -> bool:
 
 def is_weight(gm: fx.GraphModule, param: Param) -> bool:
     """Whether it is a parameter of real numbers, and no buffer."""
-    tensor = tensor_of(gm, param.fqn)
+    tensor = held_tensor(gm, param.fqn)
     return isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
 
 

@@ -22,7 +22,7 @@ from graphq.lowering.torch.pack import pack
 from graphq.runtime.graph_json import graph_from_json, graph_to_json, refusal
 from graphq.runtime.model import CompiledModel
 from graphq.runtime.modules import QuantizedModule, codes_of, format_of, scales_of
-from graphq.state import first_names
+from graphq.state import first_names, nbytes
 
 _GRAPH: Final = "graph.json"
 _WEIGHTS: Final = "model.safetensors"
@@ -51,13 +51,18 @@ def emit(
     with whole_directory(path, overwrite, manifest.sources(gm)) as directory:
         held = packed.state_dict(keep_vars=True)
         same = first_names(held)
-        tensors = {name: t.detach().cpu().contiguous().clone() for name, t in held.items() if name not in same}
+        tensors = {name: _alone(t.detach().cpu().contiguous()) for name, t in held.items() if name not in same}
         others = {name: str(held[name].dtype).removeprefix("torch.") for name in same if _differs(held, name, same)}
         data = graph_to_json(packed) | {"same": same, "read_as": others}
         (directory / _GRAPH).write_text(json.dumps(data, allow_nan=False))
         save_file(tensors, directory / _WEIGHTS)
         manifest.write(directory, gm, "torch", made_from, packed.state_dict())
     return ()
+
+
+def _alone(x: Tensor) -> Tensor:
+    """The tensor, which fills its storage: safetensors writes no parts of one."""
+    return x if x.untyped_storage().nbytes() == nbytes(x) else x.clone()
 
 
 def _differs(held: Mapping[str, Tensor], name: str, same: Mapping[str, str]) -> bool:
