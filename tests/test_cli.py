@@ -1,6 +1,7 @@
 """The command line: what is printed where, exit statuses, and that artifacts come out and go in."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -166,7 +167,13 @@ def test_explain_in_a_terminal(model, spec, monkeypatch):
 def test_compile_writes_an_artifact_and_prints_the_report(model, spec, tmp_path):
     out = tmp_path / "out"
     result = graphq_("compile", model, "--spec", spec, "--target", "torch", "--out", out, "--json")
-    report = json.loads(result.stdout)
+    rows = json.loads(result.stdout)
+    report = [row for row in rows if row["kind"] != "phase"]
+    phases = [row["phase"] for row in rows if row["kind"] == "phase"]
+    assert [phases[0], *phases[-2:]] == ["capture", "finish", "emit torch"]
+    assert "quantize-weights" in phases
+    assert all(row["seconds"] >= 0 and row["peak_bytes"] > 1e8 for row in rows if row["kind"] == "phase")
+    assert re.search(r"(?m)^in all +\d+\.\d s  \d+\.\d\d GB at most$", result.stderr)
     assert [bool(layer["weight"]) for layer in report] == [False, *[True] * 7, False]
     assert all(layer["sqnr_db"] > 10 for layer in report if layer["weight"])
     assert result.stderr.splitlines()[-1] == f"{out}: torch artifact, 7 of 9 layers quantized"

@@ -1,5 +1,6 @@
 """The report: one object and one row a layer, with sizes worked out by hand."""
 
+import dataclasses
 import json
 from typing import Any
 
@@ -7,7 +8,17 @@ import pytest
 import torch
 
 import graphq
-from graphq.report import Report, difference, make_report, quant_json, spec_settings, stored_nbytes
+from graphq.report import (
+    Phase,
+    PhaseTimer,
+    Report,
+    difference,
+    make_report,
+    peak_nbytes,
+    quant_json,
+    spec_settings,
+    stored_nbytes,
+)
 from graphq.spec.match import Exact, Layer, Name, Unnamed
 from graphq.spec.plan import KeepFloat, Plan
 from graphq.spec.quant import parse_quant
@@ -209,3 +220,54 @@ def test_infinite_numbers_of_a_configuration_are_written_as_transformers_does(tm
     assert json.loads((tmp_path / "a" / "config.json").read_text())["limit"] == [0.0, {"__float__": "Infinity"}]
     assert LlamaConfig.from_pretrained(tmp_path / "a").limit == [0.0, float("inf")]  # type: ignore[attr-defined]
     assert made.generate(torch.ones(1, 2, dtype=torch.int64), max_new_tokens=1).shape == (1, 3)
+
+
+# -- what a compile took
+
+
+def test_phases_of_one_name_are_one(monkeypatch):
+    clock = iter([10.0, 11.0, 13.5, 14.0, 20.0])
+    monkeypatch.setattr("graphq.report.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("graphq.report.peak_nbytes", lambda: 3_000_000_000)
+    timer = PhaseTimer()
+    for name in ("capture", "round", "capture", "round"):
+        timer.end(name)
+    assert timer.phases == (Phase("capture", 1.5, 3_000_000_000), Phase("round", 8.5, 3_000_000_000))
+
+
+def test_phases_as_text_and_data():
+    phases = (Phase("capture", 1.5, 2_345_000_000), Phase("nothing", 0.01, None), Phase("round", 8.49, None))
+    found = dataclasses.replace(report(), phases=phases)
+    assert found.phase_lines() == [
+        "in all   10.0 s  2.35 GB at most",
+        "capture  1.5 s   2.35 GB at most",
+        "round    8.5 s",
+    ]
+    assert phases[0].to_json() == {"phase": "capture", "seconds": 1.5, "peak_bytes": 2_345_000_000}
+    assert json.loads(json.dumps(phases[2].to_json()))["peak_bytes"] is None
+
+
+def test_phases_are_no_part_of_what_is_compared_or_written():
+    plain, timed = report(), dataclasses.replace(report(), phases=(Phase("capture", 1.5, None),))
+    assert plain == timed
+    assert plain.to_json() == timed.to_json()
+    assert str(plain) == str(timed)
+    assert plain.phase_lines() == ["in all  0.0 s"]
+
+
+def test_the_peak_is_that_of_the_process():
+    before = peak_nbytes()
+    assert before is not None
+    held = torch.ones(1 << 28, dtype=torch.uint8).add_(1)
+    after = peak_nbytes()
+    assert after is not None
+    assert held.numel() // 2 <= after < 1 << 38
+    assert after >= before
+
+
+def test_a_compile_tells_its_phases():
+    made = graphq.compile(torch.nn.Linear(8, 8), {"graphq": 1, "weight": "int8/channel"}, inputs=torch.ones(2, 8))
+    names = [phase.name for phase in made.report.phases]
+    assert names[:2] == ["capture", "plan"]
+    assert {"annotate", "quantize-weights"} < set(names)
+    assert names[-1] == "finish"

@@ -23,6 +23,9 @@ from graphq.ir.pipeline import Batches, Pass, Pipeline
 from graphq.ir.views import Linear, ops_of
 from graphq.lowering.profiles import GENERIC_INT8
 from graphq.lowering.profiles.ort_cpu import ORT_CPU
+from graphq.lowering.torch.fuse_attention import fuse_attention
+from graphq.lowering.torch.fuse_rotary import fuse_rotary
+from graphq.lowering.torch.merge_equal import merge_equal
 from graphq.passes.annotate import Annotate
 from graphq.passes.awq import AWQ
 from graphq.passes.blockwise import Blockwise
@@ -35,6 +38,7 @@ from graphq.passes.observe import Observe
 from graphq.passes.observe_means import ObserveMeans
 from graphq.passes.place_quantizers import PlaceQuantizers
 from graphq.passes.quantize_biases import QuantizeBiases
+from graphq.passes.quantize_weights import QuantizeWeights
 from graphq.passes.raise_linear import RaiseLinear
 from graphq.passes.raise_recurrent import RaiseRecurrent
 from graphq.passes.remove_no_ops import RemoveNoOps
@@ -44,6 +48,7 @@ from graphq.passes.round_to_stored import RoundToStored
 from graphq.passes.smooth_quant import SmoothQuant
 from graphq.passes.split_gate_up import SplitGateUp
 from graphq.passes.untie import Untie
+from graphq.runtime.program import Program
 from tests.decoder import RMS
 from tests.graphs import plan, spec
 from tests.models import capture
@@ -167,6 +172,9 @@ WORK: dict[str, Callable[[fx.GraphModule], Any]] = {
     "observe-means": ObserveMeans().run,
     "blockwise": Blockwise((Same(),)).run,
     "pipeline": Pipeline([Untie()]).run,
+    "quantize-weights": QuantizeWeights().run,
+    "what torch modules are packed by": lambda gm: (merge_equal(gm), fuse_attention(gm), fuse_rotary(gm)),
+    "a program": lambda gm: Program(gm),
     "place": lambda gm: place(gm, GENERIC_INT8),
     "place, dropping ops one after the other": lambda gm: place(gm, ORT_CPU),
 }
@@ -175,7 +183,7 @@ WORK: dict[str, Callable[[fx.GraphModule], Any]] = {
 # They run the graph, or work on one layer after the other, and every whole compile does.
 NOT_COUNTED = {
     *("auto-round", "calibrate", "correct-bias", "fold-batch-norm", "gptq", "quantize-activations"),
-    *("quantize-weights", "raise-grouped-linear", "stop-observing"),
+    *("raise-grouped-linear", "stop-observing"),
 }
 
 
