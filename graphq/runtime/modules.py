@@ -186,15 +186,15 @@ class Int8Linear(QuantizedModule):
 
     def forward(self, q: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
         """``q``: int8 codes ``[..., K]``; ``scale``, ``zero_point``: ``[..., 1]``, for each token, or single ones."""
-        it = self.graphq_form
+        form = self.graphq_form
         held: dict[str, Any] = self._buffers
         weight, weight_scale = held["weight"], held["weight_scale"]
         if q.dtype != torch.int8 or q.shape[-1:] != weight.shape[1:]:  # which the kernel takes for granted
             raise PassError(f"codes {q.dtype}{list(q.shape)} for a weight int8{list(weight.shape)}")
-        if zero_point is None and it.symmetric and q.shape[:-1].numel() == 1 and has_row_kernel(weight.device):
+        if zero_point is None and form.symmetric and q.shape[:-1].numel() == 1 and has_row_kernel(weight.device):
             y = (_row_product(q.reshape(1, -1), weight.t()) * scale).mul_(weight_scale.flatten())
-            y = (y + held["bias"] if it.bias else y).view(*q.shape[:-1], -1)
-            return y if y.dtype == it.dtype else y.to(it.dtype)
+            y = (y + held["bias"] if form.bias else y).view(*q.shape[:-1], -1)
+            return y if y.dtype == form.dtype else y.to(form.dtype)
         prepared = self._graphq_prepared
         if prepared is None or not prepared.is_of(weight):
             row_sums = weight.sum(1, dtype=torch.int32).to(torch.float32)
@@ -202,13 +202,13 @@ class Int8Linear(QuantizedModule):
         sums = _integer_product(q, weight, prepared.packed)
         if zero_point is not None:
             sums = sums - zero_point.to(torch.float32) * prepared.row_sums
-        if not it.symmetric:
+        if not form.symmetric:
             totals = q.sum(-1, keepdim=True, dtype=torch.int32).to(torch.float32)
             if zero_point is not None:
-                totals = totals - zero_point.to(torch.float32) * it.shape[1]
+                totals = totals - zero_point.to(torch.float32) * form.shape[1]
             sums = sums - totals * held["weight_zero_point"].flatten().to(torch.float32)
         y = sums * scale * weight_scale.flatten()
-        return (y + held["bias"] if it.bias else y).to(it.dtype)
+        return (y + held["bias"] if form.bias else y).to(form.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_graphq_prepared": None}  # prepacked tensors cannot be copied
