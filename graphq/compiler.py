@@ -15,7 +15,7 @@ from graphq.capture import hugging_face
 from graphq.capture.adapters import without_adapters
 from graphq.capture.modules import capture_module, unwrapped
 from graphq.capture.source import record_stored, source_of, stored_dtype
-from graphq.capture.unread import read_all
+from graphq.capture.unread import capture_unread, read_all
 from graphq.checks import asks_for_nothing, check_calibration, check_tensors, none_quantized, refusals
 from graphq.data.batches import complete_all, first_batches, with_progress
 from graphq.errors import GraphError, SpecError
@@ -147,7 +147,8 @@ def _captured(
         raise SpecError(f"dtype: {dtype!r} is not a floating-point dtype of torch, such as torch.bfloat16")
     is_directory = isinstance(model, str | os.PathLike)
     if is_directory:
-        gm = hugging_face.capture_directory(Path(model), dtype or torch.float32, weights, cache, shapes, unread)
+        reader = capture_unread if unread else None
+        gm = hugging_face.capture_directory(Path(model), dtype or torch.float32, weights, cache, shapes, reader)
     elif not isinstance(cast(object, model), nn.Module):
         raise GraphError(f"model: a {type(model).__name__} is neither a module nor the path of a model directory")
     else:

@@ -9,7 +9,7 @@ the inputs of their own kind.
 import contextlib
 import inspect
 import json
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -29,6 +29,7 @@ from graphq.files import MANIFEST
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+Unread = Callable[[Path, torch.dtype, bool, Mapping[str, int] | None], fx.GraphModule | None]
 # Different sizes of at least 2, so that no two dimensions are taken for one and none for a constant.
 _SAMPLE: Final = {BATCH: 2, SEQUENCE: 3, PAST: 5}
 
@@ -352,19 +353,17 @@ def capture_directory(
     weights: bool = True,
     cache: bool = True,
     shapes: Mapping[str, int] | None = None,
-    unread: bool = False,
+    unread: "Unread | None" = None,
 ) -> fx.GraphModule:
     """The graph of the model in a directory; its source dtype is the one its configuration records.
 
     ``weights=False`` reads the configuration alone: parameters are fake tensors on the CPU, the graph is the same.
-    ``unread``: where it can be, parameters stay in their files until they are used (``graphq.capture.unread``).
+    ``unread``: what captures it where parameters can stay in their files until they are used (``capture.unread``).
     """
     config = read_config(path)
     recorded: Any = getattr(config, "dtype", None)  # before a model made from it overwrites it
     notes = adapters.adapter_note(path)
-    from graphq.capture.unread import capture_unread
-
-    gm = capture_unread(path, dtype, cache, shapes) if weights and unread else None
+    gm = unread(path, dtype, cache, shapes) if weights and unread is not None else None
     if gm is None and weights:
         model, unused = _load(path, dtype)
         adapters.without_adapters(model)  # which transformers puts into a model where peft is installed

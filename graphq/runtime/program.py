@@ -7,6 +7,7 @@ Modules and tensors are still found by their names at each call, so that ``to``,
 they do elsewhere.
 """
 
+import keyword
 import linecache
 import operator
 import weakref
@@ -173,13 +174,16 @@ class _Writer:
         made = self.quantized.get(node, [node])
         self.made.update(made)
         names = ", ".join(self.names[n] for n in made)
-        self.lines.append(f"{names} = {self.expression(node)}  # {node.name}: {node.target}".replace("\n", " "))
+        # A file's own words stand in quotes, or in a comment that nothing in them can end.
+        comment = "".join(c if c.isprintable() else " " for c in f"{node.name}: {node.target}")
+        self.lines.append(f"{names} = {self.expression(node)}  # {comment}")
 
     def expression(self, node: fx.Node) -> str:
         """What a node computes."""
         if node.op == "get_attr":
             path, _, name = str(node.target).rpartition(".")
-            return f"{self.module(path)}.{name}" if name.isidentifier() else f"getattr({self.module(path)}, {name!r})"
+            is_plain = name.isidentifier() and name.isascii() and not keyword.iskeyword(name)
+            return f"{self.module(path)}.{name}" if is_plain else f"getattr({self.module(path)}, {name!r})"
         if node.op == "call_module":
             return f"{self.module(str(node.target))}({self.arguments(node.args, node.kwargs)})"
         assert node.op == "call_function", "captured graphs have no others"

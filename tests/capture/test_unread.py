@@ -51,7 +51,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def loaded(folder: Path, spec: Any, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Compiled:
     """As it was compiled when transformers loaded it."""
     with monkeypatch.context() as patch:
-        patch.setattr(unread, "capture_unread", lambda *_: None)
+        patch.setattr("graphq.compiler.capture_unread", lambda *_: None)
         return graphq.compile(folder, spec, **options)
 
 
