@@ -147,8 +147,8 @@ def _captured(
         raise SpecError(f"dtype: {dtype!r} is not a floating-point dtype of torch, such as torch.bfloat16")
     is_directory = isinstance(model, str | os.PathLike)
     if is_directory:
-        reader = capture_unread if unread else None
-        gm = hugging_face.capture_directory(Path(model), dtype or torch.float32, weights, cache, shapes, reader)
+        own = capture_unread if unread else None
+        gm = hugging_face.capture_directory(Path(model), dtype or torch.float32, weights, cache, shapes, own)
     elif not isinstance(cast(object, model), nn.Module):
         raise GraphError(f"model: a {type(model).__name__} is neither a module nor the path of a model directory")
     else:
@@ -235,8 +235,8 @@ def compile(  # noqa: A001
     gm = _captured(model, inputs, dtype, True, cache, mask, shapes, unread)
     timer.end("capture")
     widths = _stored_bits(gm)
-    is_callers = isinstance(model, nn.Module) and not consume
-    shared = {storage_of(tensor) for tensor in gm.state_dict(keep_vars=True).values()} if is_callers else set[int]()
+    held = gm.state_dict(keep_vars=True).values() if isinstance(model, nn.Module) and not consume else ()
+    shared = {storage_of(tensor) for tensor in held}
     resolved, notes = decide(gm, parsed)
     found = {fqn: one.layer for fqn, one in resolved.items()}
     problems, kept_nothing = unmatched_activations(gm, parsed)
@@ -248,8 +248,7 @@ def compile(  # noqa: A001
     if consume and isinstance(model, nn.Module):
         for parameter in model.parameters():  # now that nothing is left to refuse before the work begins
             parameter.data = torch.empty(0, dtype=parameter.dtype)
-    source = source_of(gm)
-    sqnr: dict[str, float] = {}
+    source, sqnr = source_of(gm), dict[str, float]()
     pass_notes = [_NOTHING] if asks_for_nothing(parsed) else []
     with torch.random.fork_rng(devices=[]), torch.no_grad(), _precision(matmul_precision):
         torch.manual_seed(seed)
@@ -260,8 +259,8 @@ def compile(  # noqa: A001
         if batches is not None and (by_blocks or placed_for(parsed) is not None):
             batches = list(batches)  # several walks over the blocks, and over the whole graph, read them
         context = PassContext(sqnr.__setitem__, pass_notes.append, seed)
-        passes = passes_for(parsed, found, context, by_blocks)
         timer.end("plan")
+        passes = passes_for(parsed, found, context, by_blocks)
         Pipeline(passes, after=lambda step, _: timer.end(step.name)).run(gm, batches)
         read_all(gm)
     copy_tensors(gm, shared)
