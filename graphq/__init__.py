@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 from graphq.errors import GraphError, GraphqError, PassError, SpecError, TargetError
 
 if TYPE_CHECKING:
-    from graphq.compiler import Compiled, compare, compile, explain  # noqa: A004
+    from graphq.compiler import Compiled, compile  # noqa: A004
     from graphq.data import evaluate
+    from graphq.explanation import compare, explain
     from graphq.frontends import convert_spec, load_spec, write_spec
     from graphq.in_place.quantizer import convert, in_place_report, quantize
     from graphq.ir.text import dump
@@ -22,9 +23,9 @@ _HOMES = {
     "decode": "graphq.numerics.codec",
     "encode": "graphq.numerics.codec",
     "fake_quantize": "graphq.numerics.codec",
-    "compare": "graphq.compiler",
+    "compare": "graphq.explanation",
     "compile": "graphq.compiler",
-    "explain": "graphq.compiler",
+    "explain": "graphq.explanation",
     "convert_spec": "graphq.frontends",
     "load_spec": "graphq.frontends",
     "write_spec": "graphq.frontends",

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, assert_never, final
 
+from graphq.data.masks import MaskedBatch
 from graphq.ir.pipeline import Pass
 from graphq.passes.auto_round import AutoRound
 from graphq.passes.awq import AWQ
@@ -12,6 +13,7 @@ from graphq.passes.blockwise import Blockwise
 from graphq.passes.calibrate import Calibrate
 from graphq.passes.correct_bias import CorrectBias
 from graphq.passes.equalize import Equalize
+from graphq.passes.fall_back import FallBack
 from graphq.passes.fold_batch_norm import FoldBatchNorm
 from graphq.passes.fold_norms import FoldNorms
 from graphq.passes.gptq import GPTQ
@@ -27,6 +29,7 @@ from graphq.passes.round_to_stored import RoundToStored
 from graphq.passes.smooth_quant import SmoothQuant
 from graphq.passes.stop_observing import StopObserving
 from graphq.passes.untie import Untie
+from graphq.report import ActivationsReport
 from graphq.spec.algorithms import ALGORITHMS, Stage
 from graphq.spec.folds import EVERYWHERE, Folds
 from graphq.spec.match import Layer, nearest_layer, unmatched_hint
@@ -39,13 +42,15 @@ Layers = frozenset[str] | None  # by FQN; None for all
 @final
 @dataclass(frozen=True)
 class PassContext:
-    """Whom passes tell: ``record`` each layer's error, ``note`` what the report should say; and the seed of what they
-    draw.
+    """Whom passes tell: ``record`` each layer's error, ``note`` what the report should say, ``placed`` what runs in
+    which types; the seed of what they draw; and what is ``wanted``, the float model's outputs.
     """
 
     record: Callable[[str, float], None] | None = None
     note: Callable[[str], None] | None = None
     seed: int = 0
+    placed: Callable[[ActivationsReport], None] | None = None
+    wanted: Sequence[MaskedBatch] | None = None
 
 
 @final
@@ -164,7 +169,10 @@ def quantization(
     if blocks:  # what several parts share was left to the whole
         passes += _last_walk([], correcting, context)
     if profile is not None:
-        placing = PlaceQuantizers(profile, spec.activations, context.note)
+        placing: Pass = PlaceQuantizers(profile, spec.activations, context.note, placed=context.placed)
+        if spec.fallback is not None:
+            wanted, note, placed = context.wanted, context.note, context.placed
+            placing = FallBack(profile, spec.activations, spec.fallback, wanted, note, placed)
         passes += [placing, Calibrate(context.note), QuantizeActivations(context.note)]
         passes.append(QuantizeBiases(profile, context.note))
     return passes

@@ -25,23 +25,35 @@ from graphq.frontends.native import print_spec
 from graphq.ir.layers import sites
 from graphq.ir.pipeline import Batches, Pipeline
 from graphq.ir.unnamed import unnamed
-from graphq.lowering.profiles import default_spec, profile_named
+from graphq.lowering.profiles import default_spec, for_its_profile, profile_named
 from graphq.lowering.targets import check_options, options_of, target_named
 from graphq.lowering.torch.pack import copy_graph, pack
 from graphq.passes.annotate import decide
-from graphq.passes.calibrate import Calibrate
-from graphq.passes.quantize_weights import QuantizeWeights
+from graphq.passes.fall_back import reference_outputs
 from graphq.passes.remove_no_ops import RemoveNoOps
-from graphq.pipelines import canonical_passes, passes_for, placed_for, placement_notes, unmatched_activations
-from graphq.report import Difference, PhaseTimer, Report, algorithm_text, difference, make_report, spec_settings
+from graphq.phases import PhaseTimer
+from graphq.pipelines import (
+    canonical_passes,
+    fallback_problems,
+    passes_for,
+    placed_for,
+    unmatched_activations,
+)
+from graphq.report import (
+    ActivationsReport,
+    Report,
+    make_report,
+    spec_settings,
+)
 from graphq.runtime.calls import Outputs
 from graphq.runtime.model import CompiledModel
 from graphq.runtime.pickling import NotPickled
 from graphq.spec.algorithms import ALGORITHMS
+from graphq.spec.fallback import Fallback, fallback_of
 from graphq.spec.rules import Spec
 from graphq.state import copy_tensors, storage_of, unread_of
 
-_NOTHING: Final = "NOTHING IS QUANTIZED: all rules of the spec keep layers float"
+NOTHING_QUANTIZED: Final = "NOTHING IS QUANTIZED: all rules of the spec keep layers float"
 _OF_ITS_MODULE: Final = (
     "can_generate", "config", "device", "dtype", "eval", "generate", "generation_config", "input_modalities",
     "output_modalities", "tie_weights", "to",
@@ -93,12 +105,14 @@ class Compiled(NotPickled):
         check_options(target, options)
         files = source_of(self.graph).files
         check_place(path, options.get("overwrite", False), [files] if files is not None else [])
-        made_from = {
+        made_from: dict[str, Any] = {
             "spec": print_spec(self.spec),
             "algorithm": "+".join(a.name for a in self.spec.algorithms) or "rtn",
             "seed": self.seed,
-            "report": self.report.to_json(),
+            "report": self.report.rows(),
         }
+        if self.report.activations is not None:
+            made_from["activations"] = self.report.activations.to_json()
         timer = PhaseTimer()
         notes = target_named(target).emit(self.graph, Path(path), made_from, **options)
         timer.end(f"emit {target}")
@@ -184,6 +198,7 @@ def compile(  # noqa: A001
     spec: Spec | Mapping[str, Any] | str | os.PathLike[str] | None = None,
     *,
     profile: str | None = None,
+    fallback: Fallback | Mapping[str, Any] | None = None,
     inputs: Inputs | None = None,
     calibration: Iterable[object] | None = None,
     algorithm: str | None = None,
@@ -205,6 +220,7 @@ def compile(  # noqa: A001
     profile: the name of what the artifact is for, such as ``ort-cpu``: quantizers stand where that runs ops in
         integers, over the whole graph where the spec has static activations (``graphq.lowering.profiles``). Without a
         spec, every linear and convolution, and every tensor that it wants so, has the profile's types.
+    fallback: how far to take ops out of eight bits, such as ``{"max_ops": 3, "min_sqnr": 30}``, instead of the spec's.
     calibration: batches (each a tensor, a tuple or a dict) for activations with static scales, and for algorithms. Of
         more batches than the spec asks for, the first are taken.
     mask: which of ``inputs`` is the mask of tokens, ``[batch, tokens]``, 1 where a token counts and 0 where it is
@@ -219,29 +235,31 @@ def compile(  # noqa: A001
     The caller's model is never changed unless ``consume`` is true. Raises ``SpecError`` and ``GraphError``.
     """
     timer = PhaseTimer()
-    parsed = _spec_for(spec, profile, dialect)
+    parsed = spec_for(spec, profile, dialect)
     if algorithm is not None:
         if algorithm != "rtn":
             raise SpecError(f"algorithm: {algorithm!r} is not rtn; other algorithms stand in the spec")
         parsed = dataclasses.replace(parsed, algorithms=())
+    if fallback is not None:
+        parsed = dataclasses.replace(parsed, fallback=fallback_of(fallback))
     seed = (parsed.run.seed or 0) if seed is None else seed
     if not isinstance(cast(object, seed), int) or not -(1 << 63) <= seed < 1 << 64:
         raise SpecError(f"seed: {seed} is not an integer from -2^63 to 2^64 - 1")
     if matmul_precision not in ("highest", "medium"):
         raise SpecError(f"matmul_precision: {matmul_precision!r} is neither highest nor medium")
-    if problems := refusals(parsed):
+    if problems := [*refusals(parsed), *fallback_problems(parsed)]:
         raise SpecError(problems)
     unread = calibration is None and not parsed.algorithms and placed_for(parsed) is None  # nothing needs all weights
     gm = _captured(model, inputs, dtype, True, cache, mask, shapes, unread)
     timer.end("capture")
-    widths = _stored_bits(gm)
+    widths = stored_bits(gm)
     held = gm.state_dict(keep_vars=True).values() if isinstance(model, nn.Module) and not consume else ()
     shared = {storage_of(tensor) for tensor in held}
     resolved, notes = decide(gm, parsed)
     found = {fqn: one.layer for fqn, one in resolved.items()}
     problems, kept_nothing = unmatched_activations(gm, parsed)
     others = unnamed(gm)
-    if problems := [*problems, *unmatched(parsed, found, _modules(gm))] or none_quantized(parsed, resolved, others):
+    if problems := [*problems, *unmatched(parsed, found, modules_of(gm))] or none_quantized(parsed, resolved, others):
         raise SpecError(problems)
     check_calibration(parsed, resolved, calibration)
     check_tensors(gm, resolved)
@@ -249,7 +267,8 @@ def compile(  # noqa: A001
         for parameter in model.parameters():  # now that nothing is left to refuse before the work begins
             parameter.data = torch.empty(0, dtype=parameter.dtype)
     source, sqnr = source_of(gm), dict[str, float]()
-    pass_notes = [_NOTHING] if asks_for_nothing(parsed) else []
+    placed: list[ActivationsReport] = []
+    pass_notes = [NOTHING_QUANTIZED] if asks_for_nothing(parsed) else []
     with torch.random.fork_rng(devices=[]), torch.no_grad(), _precision(matmul_precision):
         torch.manual_seed(seed)
         batches: Batches | None = None
@@ -258,25 +277,27 @@ def compile(  # noqa: A001
         by_blocks = any(ALGORITHMS[a.name].needs_data for a in parsed.algorithms)
         if batches is not None and (by_blocks or placed_for(parsed) is not None):
             batches = list(batches)  # several walks over the blocks, and over the whole graph, read them
-        context = PassContext(sqnr.__setitem__, pass_notes.append, seed)
+        wanted = reference_outputs(gm, batches) if parsed.fallback and batches is not None else None
+        context = PassContext(sqnr.__setitem__, pass_notes.append, seed, placed.append, wanted)
         timer.end("plan")
         passes = passes_for(parsed, found, context, by_blocks)
         Pipeline(passes, after=lambda step, _: timer.end(step.name)).run(gm, batches)
         read_all(gm)
     copy_tensors(gm, shared)
-    told = [*source.notes, *notes, *kept_nothing, *dict.fromkeys(pass_notes)]
-    report = make_report(resolved, told, source.dtype.itemsize * 8, sqnr, spec_settings(parsed), widths, others)
+    all_notes = [*source.notes, *notes, *kept_nothing, *dict.fromkeys(pass_notes)]
+    bits, between = source.dtype.itemsize * 8, placed[-1] if placed else None
+    report = make_report(resolved, all_notes, bits, sqnr, spec_settings(parsed), widths, others, between)
     timer.end("finish")
     return Compiled(gm, parsed, dataclasses.replace(report, phases=timer.phases), seed)
 
 
-def _spec_for(
+def spec_for(
     spec: Spec | Mapping[str, Any] | str | os.PathLike[str] | None, profile: str | None, dialect: str | None
 ) -> Spec:
     """The spec, for this profile if one is given; without a spec the profile's own."""
     if spec is not None:
         parsed = load_spec(cast(Any, spec), dialect)
-        return parsed if profile is None else dataclasses.replace(parsed, profile=profile)
+        return for_its_profile(parsed if profile is None else dataclasses.replace(parsed, profile=profile))
     if profile is None:
         raise SpecError("spec: none given; give one, or a profile, such as ort-cpu")
     return default_spec(profile_named(profile))
@@ -293,53 +314,12 @@ def _precision(matmul_precision: str) -> Generator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def explain(
-    model: nn.Module | str | os.PathLike[str],
-    spec: Spec | Mapping[str, Any] | str | os.PathLike[str] | None = None,
-    *,
-    profile: str | None = None,
-    inputs: Inputs | None = None,
-    dialect: str | None = None,
-    cache: bool = True,
-    mask: str | None = None,
-    shapes: Mapping[str, int] | None = None,
-) -> Report:
-    """What ``compile``, given the same, would do with each layer, and by which rule. Reads no weights of a directory.
-
-    Each parameter of two or more axes that is multiplied with an activation and is no layer has its reason. What
-    ``compile`` would refuse is a note that says so. ``profile``: as ``compile`` takes it; notes say how many tensors
-    are quantized then, and which ops run in integers.
-    """
-    parsed = _spec_for(spec, profile, dialect)
-    return _explained(capture(model, inputs, weights=False, cache=cache, mask=mask, shapes=shapes), parsed)
-
-
-def compare(
-    model: nn.Module | str | os.PathLike[str],
-    spec: Spec | Mapping[str, Any] | str | os.PathLike[str],
-    other: Spec | Mapping[str, Any] | str | os.PathLike[str],
-    *,
-    inputs: Inputs | None = None,
-    dialect: str | None = None,
-    cache: bool = True,
-    mask: str | None = None,
-    shapes: Mapping[str, int] | None = None,
-) -> Difference:
-    """What would change for each layer of ``model`` with ``other`` in place of ``spec``. Reads no weights.
-
-    ``dialect`` names that of ``spec`` where it cannot be recognised; that of ``other`` is recognised.
-    """
-    before, after = load_spec(cast(Any, spec), dialect), load_spec(cast(Any, other))
-    gm = capture(model, inputs, weights=False, cache=cache, mask=mask, shapes=shapes)
-    return difference(_explained(gm, before), _explained(gm, after))
-
-
-def _modules(gm: fx.GraphModule) -> set[str]:
+def modules_of(gm: fx.GraphModule) -> set[str]:
     """The modules of the source that have tensors of their own."""
     return {name.rpartition(".")[0] for name in gm.state_dict(keep_vars=True)}
 
 
-def _stored_bits(gm: fx.GraphModule) -> dict[str, int]:
+def stored_bits(gm: fx.GraphModule) -> dict[str, int]:
     """The width in which the weight of each layer that could be named is stored, should it stay float."""
     source, held = source_of(gm), gm.state_dict(keep_vars=True)
     found: dict[str, int] = {}
@@ -347,53 +327,3 @@ def _stored_bits(gm: fx.GraphModule) -> dict[str, int]:
         dtype = stored_dtype(source, site.param.fqn, held[site.param.fqn])
         found |= dict.fromkeys(site.fqns, dtype.itemsize * 8)
     return found
-
-
-def _explained(gm: fx.GraphModule, spec: Spec) -> Report:
-    resolved, notes = decide(gm, spec)
-    source = source_of(gm)
-    without_layers, kept_nothing = unmatched_activations(gm, spec)
-    without_layers += unmatched(spec, {fqn: found.layer for fqn, found in resolved.items()}, _modules(gm))
-    asked = [f"dialect: {spec.dialect}"]
-    asked += [f"{f'{a.source}: ' if a.source else ''}algorithm {algorithm_text(a)}" for a in spec.algorithms]
-    asked += [f"cache: {spec.cache}"] if spec.cache else []
-    others = unnamed(gm)
-    nothing = none_quantized(spec, resolved, others)[:1]  # the table has the rest
-    refused = [f"compile refuses: {problem}" for problem in (*nothing, *refusals(spec), *without_layers)]
-    loud = [_NOTHING] if asks_for_nothing(spec) else []
-    bits = source.dtype.itemsize * 8
-    lines = [*loud, *source.notes, *notes, *kept_nothing, *placement_notes(gm, spec), *asked, *refused]
-    return make_report(
-        resolved, lines, bits, settings=spec_settings(spec), stored_bits=_stored_bits(gm), unnamed=others
-    )
-
-
-def graph_after(
-    model: str | os.PathLike[str],
-    spec: Spec | Mapping[str, Any] | str | os.PathLike[str],
-    after: str | None = None,
-    *,
-    calibration: Iterable[object] | None = None,
-    dialect: str | None = None,
-) -> fx.GraphModule:
-    """The graph of a model directory right after the pass named ``after`` (None: the last).
-
-    The weights are loaded where a pass up to there needs them. Raises what ``compile`` raises; algorithms are ignored.
-    """
-    parsed = dataclasses.replace(load_spec(cast(Any, spec), dialect), algorithms=())
-    passes = passes_for(parsed)
-    names = [step.name for step in passes]
-    if after is None:
-        after = names[-1]
-    if after not in names:
-        raise SpecError(f"{after}: no such pass; there are {', '.join(names)}")
-    passes = passes[: names.index(after) + 1]
-    needed = any(isinstance(step, Calibrate | QuantizeWeights) for step in passes)
-    gm = hugging_face.capture_directory(Path(model), weights=needed)
-    source = source_of(gm)
-    if needed:
-        Pipeline(canonical_passes()).run(gm)
-        check_calibration(parsed, decide(gm, parsed)[0], calibration)
-    with torch.no_grad():
-        Pipeline(passes).run(gm, complete_all(source, calibration) if calibration is not None else None)
-    return gm

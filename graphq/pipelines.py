@@ -8,13 +8,13 @@ from torch import fx
 
 from graphq.algorithms import PassContext, preparations, quantization
 from graphq.errors import SpecError
+from graphq.ir.edit import copy_graph
 from graphq.ir.grids import place
 from graphq.ir.op_kinds import kind_of
 from graphq.ir.pipeline import Pass, Pipeline
 from graphq.ir.units import module_of
 from graphq.ir.views import ops_of
 from graphq.lowering.profiles import profile_named
-from graphq.lowering.torch.pack import copy_graph
 from graphq.passes.annotate import Annotate
 from graphq.passes.decompose import PARTS, Decompose
 from graphq.passes.fold_batch_norm import FoldBatchNorm
@@ -27,6 +27,7 @@ from graphq.passes.raise_rms_norm import RaiseRmsNorm
 from graphq.passes.remove_no_ops import RemoveNoOps
 from graphq.passes.round_to_stored import RoundToStored
 from graphq.passes.split_gate_up import SplitGateUp
+from graphq.report import ActivationsReport, activations_report
 from graphq.spec.match import Layer
 from graphq.spec.plan import Plan
 from graphq.spec.profile import Profile
@@ -81,18 +82,29 @@ def placed_for(spec: Spec) -> Profile | None:
     return profile_named(spec.profile or "generic-int8") if given or (static and spec.profile) else None
 
 
-def placement_notes(gm: fx.GraphModule, spec: Spec) -> list[str]:
+def placement(gm: fx.GraphModule, spec: Spec) -> tuple[list[str], ActivationsReport | None]:
     """What the report says of the tensors between layers; ``gm``, which may have no weights, is left alone."""
     try:
         profile = placed_for(spec)
     except SpecError:  # no such profile, which compile refuses
-        return []
+        return [], None
     if profile is None:
-        return []
+        return [], None
     copied = copy_graph(gm)
     Pipeline([*forms_for(profile), Annotate(spec, placed=True)]).run(copied)
     found = place(copied, profile, spec.activations)
-    return [*found.notes, *found.summary(profile.name)]
+    later = [f"fallback: {spec.fallback}: which ops fall back is found on calibration data"] if spec.fallback else []
+    return [*found.notes, *found.summary(profile.name), *later], activations_report(found, profile.name)
+
+
+def fallback_problems(spec: Spec) -> list[str]:
+    """A line where a fallback is asked for and nothing is placed that could fall back."""
+    try:
+        if spec.fallback is None or placed_for(spec) is not None:
+            return []
+    except SpecError:  # no such profile, which compile refuses
+        return []
+    return ["fallback: the spec quantizes no activations with static scales between ops; give activations or a profile"]
 
 
 def unmatched_activations(gm: fx.GraphModule, spec: Spec) -> tuple[list[str], list[str]]:

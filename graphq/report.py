@@ -3,14 +3,13 @@
 import dataclasses
 import math
 import re
-import sys
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, final
 
 from graphq import numerics, packing
+from graphq.ir.grids import Placement
+from graphq.phases import Phase
 from graphq.spec.folds import EVERYWHERE
 from graphq.spec.formats import Format, Int, code_bits, element_name, is_asymmetric
 from graphq.spec.match import Layer, Unnamed
@@ -81,7 +80,7 @@ class LayerReport:
             "shape": list(self.layer.shape),
             "bytes": self.nbytes,
             "float_bytes": self.float_nbytes,
-            "sqnr_db": self.sqnr_db if self.sqnr_db is not None and math.isfinite(self.sqnr_db) else None,
+            "sqnr_db": None if self.sqnr_db is None else _finite(self.sqnr_db),
         }
 
     @property
@@ -104,53 +103,89 @@ def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 @final
 @dataclass(frozen=True)
-class Phase:
-    """A part of a compile: how long it took, and the most memory that the process had held by its end, as far as the
-    system tells.
+class OpReport:
+    """An op that computes floats from data, or a chain that runs as one, by the name of its layer or its module.
+
+    ``types``: those that it runs in, such as ``uint8 x int8/channel -> uint8``; empty: in float, for this ``reason``.
     """
 
     name: str
-    seconds: float
-    peak_nbytes: int | None
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data: ``phase``, ``seconds``, ``peak_bytes``."""
-        return {"phase": self.name, "seconds": round(self.seconds, 3), "peak_bytes": self.peak_nbytes}
+    kind: str
+    types: str
+    reason: str = ""
 
 
 @final
-class PhaseTimer:
-    """The phases of a compile so far; those of one name are one."""
+@dataclass(frozen=True)
+class FallbackReport:
+    """What a fallback did, and how good that is.
 
-    def __init__(self) -> None:
-        self._found: dict[str, Phase] = {}
-        self._start = time.perf_counter()
+    ops: the name of each op that it took out of eight bits, and what it runs in: ``uint16`` or ``float``. before,
+    after: the signal to quantization noise ratio of the worst output against the float model, in decibels, on
+    ``batches`` calibration batches; weights: with weights rounded alone. tried: how many ops had fallen back in each
+    trial, with its ratio. floor: what was asked for.
+    """
 
-    def end(self, name: str) -> None:
-        """What has passed since the last end belongs to this phase."""
-        now = time.perf_counter()
-        before = self._found[name].seconds if name in self._found else 0.0
-        self._found[name] = Phase(name, before + now - self._start, peak_nbytes())
-        self._start = now
+    ops: tuple[tuple[str, str], ...]
+    before: float
+    after: float
+    weights: float
+    batches: int
+    tried: tuple[tuple[int, float], ...]
+    floor: float | None = None
 
     @property
-    def phases(self) -> tuple[Phase, ...]:
-        return tuple(self._found.values())
+    def is_met(self) -> bool:
+        """Whether what was asked for is reached, if anything was."""
+        return self.floor is None or self.after >= self.floor
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; ratios are null where nothing differs."""
+        return {
+            "ops": [{"op": name, "type": instead} for name, instead in self.ops],
+            "sqnr_db": {name: _finite(getattr(self, name)) for name in ("before", "after", "weights")},
+            "batches": self.batches,
+            "tried": [{"ops": count, "sqnr_db": _finite(ratio)} for count, ratio in self.tried],
+            "min_sqnr": self.floor,
+            "met": self.is_met,
+        }
 
 
-def peak_nbytes() -> int | None:
-    """The most memory that this process has held so far, files that it read included; None where nothing tells."""
-    try:  # Linux's resource usage begins with what the process was forked from held
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:"))
-    except (OSError, StopIteration):
-        pass
-    try:
-        import resource
-    except ImportError:
-        return None
-    found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return found if sys.platform == "darwin" else found << 10
+@final
+@dataclass(frozen=True)
+class ActivationsReport:
+    """What a profile made of the tensors between layers: the ops in integers and in float, and how many tensors have
+    which type.
+    """
+
+    profile: str
+    ops: tuple[OpReport, ...]
+    tensors: Mapping[str, int]
+    fallback: FallbackReport | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: ``profile``, ``ops`` (``types`` null: in float), ``tensors`` by type, ``fallback`` (null: none
+        was asked for).
+        """
+        return {
+            "profile": self.profile,
+            "ops": [
+                {"op": op.name, "kind": op.kind, "types": op.types or None, "reason": op.reason} for op in self.ops
+            ],
+            "tensors": dict(self.tensors),
+            "fallback": None if self.fallback is None else self.fallback.to_json(),
+        }
+
+
+def activations_report(found: Placement, profile: str) -> ActivationsReport:
+    """What a placement for a profile says of each op."""
+    ops = [OpReport(unit.name, unit.kind, str(types)) for unit, types in found.integer]
+    ops += [OpReport(unit.name, unit.kind, "", reason) for unit, reason in found.why_float.items()]
+    return ActivationsReport(profile, tuple(ops), found.tensors())
+
+
+def _finite(ratio: float) -> float | None:
+    return ratio if math.isfinite(ratio) else None
 
 
 @final
@@ -159,17 +194,24 @@ class Report:
     """All layers that a rule can name, in graph order, and what else the user should know.
 
     ``settings``: what the spec says beside its rules, by name. ``parameters``: those that are multiplied with an
-    activation and are no layer that a rule can name; they stay float. ``phases``: what the compile took, and each
-    artifact since; no part of what is compared or written.
+    activation and are no layer that a rule can name; they stay float. ``activations``: what became of the tensors
+    between layers, where quantizers were placed by a profile. ``phases``: what the compile took, and each artifact
+    since; no part of what is compared or written.
     """
 
     layers: tuple[LayerReport, ...]
     notes: tuple[str, ...] = ()
     settings: Mapping[str, str] = field(default_factory=dict[str, str])
     parameters: tuple[LayerReport, ...] = ()
+    activations: ActivationsReport | None = None
     phases: tuple[Phase, ...] = field(default=(), compare=False)
 
-    def to_json(self) -> list[dict[str, Any]]:
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: ``layers``, and ``activations``, null where a profile placed nothing."""
+        activations = None if self.activations is None else self.activations.to_json()
+        return {"layers": self.rows(), "activations": activations}
+
+    def rows(self) -> list[dict[str, Any]]:
         """One object for each layer, then one for each of the ``parameters``, whose ``kind`` is ``parameter``."""
         dialect = self.settings.get("dialect", "")
         rows = [layer.to_json() for layer in self.layers]
@@ -223,6 +265,7 @@ def make_report(
     settings: Mapping[str, str] | None = None,
     stored_bits: Mapping[str, int] | None = None,
     unnamed: Iterable[Unnamed] = (),
+    activations: ActivationsReport | None = None,
 ) -> Report:
     """The report on decisions, and on weights that no rule can name; ``float_bits`` is the width of the source's dtype,
     ``sqnr`` what was measured.
@@ -252,7 +295,7 @@ def make_report(
     for other in unnamed:
         size = math.prod(other.layer.shape) * float_bits // 8
         parameters.append(LayerReport(other.layer, None, None, "", "", other.reason, size, size))
-    return Report(tuple(layers), tuple(notes), settings or {}, tuple(parameters))
+    return Report(tuple(layers), tuple(notes), settings or {}, tuple(parameters), activations)
 
 
 def spec_settings(spec: Spec) -> dict[str, str]:
@@ -266,6 +309,7 @@ def spec_settings(spec: Spec) -> dict[str, str]:
     }
     found |= {"profile": spec.profile} if spec.profile else {}
     found |= {"activations": "; ".join(map(str, spec.activations))} if spec.activations else {}
+    found |= {"fallback": str(spec.fallback)} if spec.fallback else {}
     run = {name: value for name, value in dataclasses.asdict(spec.run).items() if value not in ("", None)}
     return found | {name: str(value) for name, value in run.items()}
 

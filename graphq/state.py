@@ -1,7 +1,7 @@
 """Tensors of a module by their state-dict key, and the inputs of the graph that reads them."""
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any, Final
 
 from torch import Tensor, fx, nn
@@ -135,9 +135,9 @@ def storage_of(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
 
 
-def copy_tensors(gm: fx.GraphModule, shared: set[int]) -> None:
-    """The tensors of ``gm`` in the storages ``shared``, which belong to the caller's model, are copies."""
-    copies: dict[tuple[object, ...], Tensor] = {}  # tied tensors stay one; parts of one storage stay apart
+def copy_tensors(gm: nn.Module, shared: Container[int]) -> None:
+    """The tensors of ``gm`` in the storages ``shared`` are copies; tied ones stay one."""
+    copies: dict[tuple[object, ...], Tensor] = {}  # parts of one storage stay apart
     for name in gm.state_dict(keep_vars=True):
         tensor = tensor_of(gm, name)
         if storage_of(tensor) in shared:

@@ -18,6 +18,7 @@ from graphq.ir.pipeline import Batches, Pass
 from graphq.ir.row_masks import row_mask
 from graphq.ir.validity import ValidityRun
 from graphq.ir.validity_rules import place_of, validity_of
+from graphq.observers.ranges import GridObserver
 from graphq.passes.observe import observers
 
 Reached = dict[str, dict[str, None]]  # by the op that masked tokens come through, the layers whose input they reach
@@ -54,7 +55,14 @@ class Calibrate(Pass):
                     count += 1
         if count == 0:
             raise SpecError("calibration: no batches; static scales need at least one")
-        unseen = dict.fromkeys(layer for _, seen in watching if not seen.has_observed for layer in seen.layers)
+        of_grids = [one for _, one in watching if isinstance(one, GridObserver) and not one.moved]
+        grids = {one.grid.number for one in of_grids if one.has_observed}
+        unseen = dict.fromkeys(
+            layer
+            for _, seen in watching
+            if not seen.has_observed and not (isinstance(seen, GridObserver) and seen.grid.number in grids)
+            for layer in seen.layers
+        )  # an empty cache has the range of what is written into it
         if unseen:
             problem = "calibration: no data reached {}; calibrate with data that uses it"
             raise SpecError([problem.format(layer) for layer in unseen])

@@ -125,7 +125,7 @@ def is_true_throughout(op: Op) -> bool:
 
 def _least(op: Op | None) -> float | None:
     """What no element of a tensor of integers is below, where that is known."""
-    if op is None or op.val.dtype.is_floating_point:
+    if op is None or op.val.dtype not in (torch.int32, torch.int64):  # narrower ones may overflow
         return None
     if op.node.target is aten.arange.default:
         return 0.0

@@ -13,10 +13,11 @@ import torch
 from torch import fx
 
 from graphq.ir import edit
-from graphq.ir.grids import Placement, Quantizer, place
+from graphq.ir.grids import NOTHING, Placement, Quantizer, Raised, place
 from graphq.ir.pipeline import Batches, Pass
 from graphq.ir.views import Op, view
 from graphq.observers.ranges import GridObserver
+from graphq.report import ActivationsReport, activations_report
 from graphq.spec.activations import ActivationRule
 from graphq.spec.profile import Profile
 
@@ -36,55 +37,63 @@ _WITH_TENSOR: Final = {
 @dataclass(frozen=True)
 class PlaceQuantizers(Pass):
     """Every tensor that ``profile`` wants quantized is read through an observer; numbers that ops in integers add or
-    multiply by are tensors. ``rules``: see ``graphq.ir.grids.place``. ``note`` is told what could not be had.
+    multiply by are tensors. ``rules``, ``raised``: see ``graphq.ir.grids.place``. ``note`` is told what could not be
+    had, ``placed`` what runs in which types.
     """
 
     profile: Profile
     rules: tuple[ActivationRule, ...] = ()
     note: Callable[[str], None] | None = None
+    raised: Raised = NOTHING
+    placed: Callable[[ActivationsReport], None] | None = None
     name: ClassVar[str] = "place-quantizers"
 
     def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
-        found = place(gm, self.profile, self.rules)
-        changes = self._name_numbers(gm, found)
+        found = place(gm, self.profile, self.rules, self.raised)
+        changes = name_numbers(gm, found, self.name)
         if changes:
-            found = place(gm, self.profile, self.rules)
+            found = place(gm, self.profile, self.rules, self.raised)
         for note in (*found.notes, *found.summary(self.profile.name)):
             if self.note is not None:
                 self.note(note)
-        self._observe(gm, found)
-        return changes + len(found.quantizers)
+        if self.placed is not None:
+            self.placed(activations_report(found, self.profile.name))
+        return changes + put_observers(gm, found, self.name)
 
-    def _observe(self, gm: fx.GraphModule, found: Placement) -> None:
-        free = (path for i in count() if not edit.has_tensor(gm, path := f"observers.{i}"))
-        everywhere: dict[Op, Op] = {}
-        for one in found.quantizers:
-            x = everywhere[one.x] if one.again else one.x
-            observer = GridObserver(one.grid, one.name, one.role, one.moved)
-            readers = [user for user in x.users if one.readers is None or user in one.readers]
-            made = edit.add_observer(gm, x, next(free), observer, self.name, like=_like(one))
-            for reader in readers:
-                edit.redirect(reader, x, made, by=self.name)
-            if one.readers is None:
-                everywhere[one.x] = made
 
-    def _name_numbers(self, gm: fx.GraphModule, found: Placement) -> int:
-        """Python numbers that ops in integers compute with become tensors, which can be quantized."""
-        changes = 0
-        for op in (op for unit, _ in found.integer for op in unit.ops):
-            if op.node.target not in _WITH_TENSOR:
-                continue
-            given = op.argument("other")
-            if isinstance(given, fx.Node):
-                continue
-            path = next(p for i in count() if not edit.has_tensor(gm, p := f"numbers.{i}"))
-            number = torch.tensor(float(given), dtype=op.val.dtype)
-            held = edit.add_tensor(gm, op, path, number, by=self.name, like=op)
-            x = op.argument("self")
-            operands = (held, view(x)) if op.node.target is aten.rsub.Scalar else (view(x), held)
-            edit.replace(gm, op, _WITH_TENSOR[cast(Any, op.node.target)], *operands, by=self.name)
-            changes += 1
-        return changes
+def put_observers(gm: fx.GraphModule, found: Placement, by: str) -> int:
+    """Where quantizers will stand, tensors are read through observers of their grids; how many there are."""
+    free = (path for i in count() if not edit.has_tensor(gm, path := f"observers.{i}"))
+    everywhere: dict[Op, Op] = {}
+    for one in found.quantizers:
+        x = everywhere[one.x] if one.again else one.x
+        observer = GridObserver(one.grid, one.name, one.role, one.moved)
+        readers = [user for user in x.users if one.readers is None or user in one.readers]
+        made = edit.add_observer(gm, x, next(free), observer, by, like=_like(one))
+        for reader in readers:
+            edit.redirect(reader, x, made, by=by)
+        if one.readers is None:
+            everywhere[one.x] = made
+    return len(found.quantizers)
+
+
+def name_numbers(gm: fx.GraphModule, found: Placement, by: str) -> int:
+    """Python numbers that ops in integers compute with are tensors, which can be quantized; how many became such."""
+    changes = 0
+    for op in (op for unit, _ in found.integer for op in unit.ops):
+        if op.node.target not in _WITH_TENSOR:
+            continue
+        given = op.argument("other")
+        if isinstance(given, fx.Node):
+            continue
+        path = next(p for i in count() if not edit.has_tensor(gm, p := f"numbers.{i}"))
+        number = torch.tensor(float(given), dtype=op.val.dtype)
+        held = edit.add_tensor(gm, op, path, number, by=by, like=op)
+        x = op.argument("self")
+        operands = (held, view(x)) if op.node.target is aten.rsub.Scalar else (view(x), held)
+        edit.replace(gm, op, _WITH_TENSOR[cast(Any, op.node.target)], *operands, by=by)
+        changes += 1
+    return changes
 
 
 def _like(one: Quantizer) -> Op:

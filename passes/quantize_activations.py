@@ -1,14 +1,13 @@
 """Activations through ``graphq::quantize`` and ``graphq::dequantize``, with scales from observers or from run time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from torch import fx
+from torch import Tensor, fx
 
 from graphq import numerics
 from graphq.ir import edit
-from graphq.ir.edit import free_path
 from graphq.ir.layers import LAYER, layer_path
 from graphq.ir.pipeline import Batches, Invariant, Pass
 from graphq.ir.views import Op, Param, Weighted, view
@@ -80,11 +79,8 @@ class QuantizeActivations(Pass):
     def _quantize_grids(self, gm: fx.GraphModule) -> int:
         """What is read through the observer of a grid is read quantized and dequantized on it."""
         found = [(op, one) for op, one in observers(gm) if isinstance(one, GridObserver)]
-        grids: dict[int, GridObserver] = {}
-        for _, one in found:
-            if (whole := grids.setdefault(one.grid.number, one)) is not one:
-                whole.merge(one)
-        held: dict[int, tuple[Op, Op | None]] = {}
+        grids = scales_of_grids(gm)
+        held: dict[int, tuple[Op | None, ...]] = {}
         for op, one in found:
             x, quant = view(op.node.all_input_nodes[0]), one.grid.quant
             scales = grids[one.grid.number].scales()
@@ -95,8 +91,8 @@ class QuantizeActivations(Pass):
                 made = self._hold_constant(gm, x, quant, scales, op)
             else:
                 if one.grid.number not in held:
-                    held[one.grid.number] = self._hold_grid(gm, op, one, scales)
-                level = (*held[one.grid.number], None, str(quant.format), block)  # in graph order: read here, too
+                    held[one.grid.number] = self._hold(gm, op, one.layers[0], one.role, scales, op)
+                level = (*held[one.grid.number], str(quant.format), block)  # in graph order: read here, too
                 codes = edit.insert(gm, op, ops.quantize, x, *level, by=self.name, like=op)
                 made = edit.insert(gm, op, ops.dequantize, codes, *level, x.val.dtype, by=self.name, like=op)
             edit.bypass(gm, op, made)
@@ -115,18 +111,12 @@ class QuantizeActivations(Pass):
         if not quant.dynamic:
             observer = observer_on(gm, x, quant)
             assert observer is not None, "calibrated"
-            fixed, zero, _ = observer.scales()
             self._note_one_value(observer)
-            names = ("input_scale", "input_zero_point", "input_global_scale")
-            path = free_path(gm, str(reader.node.meta[LAYER]), names)
-            name = "input_global_scale" if has_global_scale(quant.format) else "input_scale"
-            held = edit.add_tensor(gm, after, f"{path}.{name}", fixed, by=self.name, like=reader)
-            if has_global_scale(quant.format):
-                global_scale = held
-            else:
-                scale = held
-            if zero is not None:
-                zero_point = edit.add_tensor(gm, after, f"{path}.input_zero_point", zero, by=self.name, like=reader)
+            found = observer.scales()
+            if has_global_scale(quant.format):  # the only one that is fixed
+                found = (None, None, found.scale)
+            layer = str(reader.node.meta[LAYER])
+            scale, zero_point, global_scale = self._hold(gm, after, layer, "input", found, reader)
         elif has_global_scale(quant.format):
             global_scale = edit.insert(gm, after, ops.choose_global_scale, x, by=self.name, like=reader)
         if scale is None:
@@ -138,14 +128,17 @@ class QuantizeActivations(Pass):
         codes = edit.insert(gm, after, ops.quantize, x, *level, by=self.name, like=reader)
         return edit.insert(gm, after, ops.dequantize, codes, *level, x.val.dtype, by=self.name, like=reader)
 
-    def _hold_grid(self, gm: fx.GraphModule, op: Op, one: GridObserver, scales: Scales) -> tuple[Op, Op | None]:
-        """The grid's scale and zero point, under the name of the first tensor that is on it."""
-        names = (f"{one.role}_scale", f"{one.role}_zero_point")
-        path = edit.free_path(gm, one.layers[0], names)
-        scale = edit.add_tensor(gm, op, f"{path}.{names[0]}", scales.scale, by=self.name, like=op)
-        if scales.zero_point is None:
-            return scale, None
-        return scale, edit.add_tensor(gm, op, f"{path}.{names[1]}", scales.zero_point, by=self.name, like=op)
+    def _hold(
+        self, gm: fx.GraphModule, before: Op, owner: str, role: str, scales: Iterable[Tensor | None], like: Op
+    ) -> tuple[Op | None, Op | None, Op | None]:
+        """Scale, zero point and global scale of an activation, those that there are, under the name of whose it is."""
+        names = [f"{role}_{part}" for part in ("scale", "zero_point", "global_scale")]
+        path = edit.free_path(gm, owner, names)
+        scale, zero_point, global_scale = (
+            None if part is None else edit.add_tensor(gm, before, f"{path}.{name}", part, by=self.name, like=like)
+            for name, part in zip(names, scales, strict=True)
+        )
+        return scale, zero_point, global_scale
 
     def _hold_constant(self, gm: fx.GraphModule, x: Param, quant: Quant, scales: Scales, like: Op) -> Op:
         """A constant as codes, and the op that reads them."""
@@ -170,3 +163,12 @@ class QuantizeActivations(Pass):
             seen = "only zeros" if only == 0 else f"nothing but {only:g}"
             unknown = f"from which no range of {observer.quant} follows"
             self.note(f"{layer}: calibration saw {seen} in its {observer.role}, {unknown}")
+
+
+def scales_of_grids(gm: fx.GraphModule) -> dict[int, GridObserver]:
+    """By the number of each grid, one of its observers, which has taken in what all of them saw."""
+    found: dict[int, GridObserver] = {}
+    for _, one in observers(gm):
+        if isinstance(one, GridObserver) and (whole := found.setdefault(one.grid.number, one)) is not one:
+            whole.merge(one)
+    return found

@@ -72,10 +72,12 @@ class QuantizeBiases(Pass):
             factor = factor.amax().view(shape)
         if bool((factor > 1).any()):
             if len(weight.users) > 1 or len(cast(Param, weight.scale).users) > 1 or weight.zero_point is not None:
-                self._add_note(
-                    f"{_name(op)}: its bias stays float: it needs larger scales of a weight that others read, too"
-                )
+                why = "that others read, too" if weight.zero_point is None else "with a zero point"
+                self._add_note(f"{_name(op)}: its bias stays float: it needs larger scales of a weight {why}")
                 return 0
+            format = numerics.parse_format(weight.format)
+            if isinstance(format, Int) and format.power_of_two:
+                factor = numerics.power_of_two_above(factor)
             self._enlarge(gm, weight, factor)
             for many, why in (
                 (int((for_bias > 1).sum()), "as their biases need in int32"),
@@ -85,16 +87,20 @@ class QuantizeBiases(Pass):
                     self._add_note(f"{_name(op)}: {many} of its {for_bias.numel()} channels have scales as large {why}")
             s_w = tensor_of(gm, fqn)
         scale = (s_x * s_w.double().view(shape)).float().clamp(min=torch.finfo(torch.float32).tiny)
-        codes = torch.round(b.double() / scale.double()).clamp(-(2.0**31), 2.0**31 - 1).to(torch.int32)
-        if len(bias.users) == 1 and len(gm.graph.find_nodes(op="get_attr", target=bias.fqn)) == 1:
-            remove_tensor(gm, bias.fqn)
+        codes = torch.round(b.double() / scale.double()).to(torch.int32)  # which the factor makes room for
+        is_only = len(bias.users) == 1 and len(gm.graph.find_nodes(op="get_attr", target=bias.fqn)) == 1
+        if is_only:
+            remove_tensor(gm, bias.fqn)  # whose name is free now
         path = edit.free_path(gm, bias.fqn.removesuffix(".bias"), ("bias", "bias_scale"))
         held = edit.add_tensor(gm, op, f"{path}.bias", codes, by=self.name, like=op)
         scales = edit.add_tensor(gm, op, f"{path}.bias_scale", scale, by=self.name, like=op)
         block = [1 if size > 1 else -1 for size in shape]
         arguments = (held, scales, None, None, str(BIAS), block, b.dtype)
         made = edit.insert(gm, op, Dequantize.target, *arguments, by=self.name, like=op)
-        edit.redirect(op, bias, made, by=self.name)
+        if is_only:
+            edit.bypass(gm, bias, made)
+        else:
+            edit.redirect(op, bias, made, by=self.name)
         return 1
 
     def _enlarge(self, gm: fx.GraphModule, weight: Dequantize, factor: Tensor) -> None:
@@ -158,5 +164,6 @@ def _is_by_channel(weight: Op | None, op: Op) -> bool:
     if not isinstance(op, Weighted):  # a gain has the shape of its bias
         return all(b == -1 for b in weight.block) or (len(weight.block) == 1 and weight.block[0] == 1)
     if isinstance(op, ConvTranspose) and weight.block[0] > 0:  # by groups: scales stand as its channels do
-        return weight.block[1] == 1 and all(b == -1 for b in weight.block[2:])
+        is_whole = weight.block[0] * op.groups == weight.val.shape[0]
+        return is_whole and weight.block[1] == 1 and all(b == -1 for b in weight.block[2:])
     return all(b == -1 or (b == 1 and axis == op.out_axis) for axis, b in enumerate(weight.block))

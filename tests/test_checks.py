@@ -95,7 +95,7 @@ def test_a_model_without_layers_names_its_weights() -> None:
     )
     explained = graphq.explain(Heads(), {"graphq": 1, "rules": [lenient]}, inputs=X)
     assert explained.layers == ()
-    assert [(row["layer"], row["kind"], row["bytes"]) for row in explained.to_json()] == [
+    assert [(row["layer"], row["kind"], row["bytes"]) for row in explained.rows()] == [
         ("q", "parameter", 256),
         ("o", "parameter", 256),
     ]

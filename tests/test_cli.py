@@ -105,7 +105,7 @@ def test_explain_reads_the_configuration_alone(model, spec, tmp_path):
     bare = tmp_path / "bare"
     shutil.copytree(model, bare, ignore=shutil.ignore_patterns("*.safetensors", "tokenizer*"))
     result = graphq_("explain", bare, "--spec", spec, "--json")
-    found = json.loads(result.stdout)
+    found = json.loads(result.stdout)["layers"]
     assert [layer["layer"] for layer in found] == [
         "model.embed_tokens",
         *(f"model.layers.0.self_attn.{p}_proj" for p in "qkvo"),
@@ -136,7 +136,7 @@ def test_explain_says_what_compile_refuses(model, spec):
     assert graphq_("explain", model, "--spec", spec).stdout.splitlines()[-2:] == refused
     shown = graphq_("explain", model, "--spec", spec, "--json")
     assert shown.stderr.splitlines()[-2:] == refused
-    assert isinstance(json.loads(shown.stdout), list)
+    assert json.loads(shown.stdout)["activations"] is None
     command = ("compile", model, "--spec", spec, "--target", "torch", "--out", spec.parent / "o")
     stderr = graphq_(*command, status=1).stderr
     assert stderr.splitlines() == [line.removeprefix("note: compile refuses: ") for line in refused]
@@ -167,12 +167,12 @@ def test_explain_in_a_terminal(model, spec, monkeypatch):
 def test_compile_writes_an_artifact_and_prints_the_report(model, spec, tmp_path):
     out = tmp_path / "out"
     result = graphq_("compile", model, "--spec", spec, "--target", "torch", "--out", out, "--json")
-    rows = json.loads(result.stdout)
-    report = [row for row in rows if row["kind"] != "phase"]
-    phases = [row["phase"] for row in rows if row["kind"] == "phase"]
+    given = json.loads(result.stdout)
+    report, rows = given["layers"], given["phases"]
+    phases = [row["phase"] for row in rows]
     assert [phases[0], *phases[-2:]] == ["capture", "finish", "emit torch"]
     assert "quantize-weights" in phases
-    assert all(row["seconds"] >= 0 and row["peak_bytes"] > 1e8 for row in rows if row["kind"] == "phase")
+    assert all(row["seconds"] >= 0 and row["peak_bytes"] > 1e8 for row in rows)
     assert re.search(r"(?m)^in all +\d+\.\d s  \d+\.\d\d GB at most$", result.stderr)
     assert [bool(layer["weight"]) for layer in report] == [False, *[True] * 7, False]
     assert all(layer["sqnr_db"] > 10 for layer in report if layer["weight"])
@@ -470,7 +470,7 @@ def test_errors_and_exit_statuses(monkeypatch, error, status, message):
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("graphq.compiler.explain", fail)
+    monkeypatch.setattr("graphq.explanation.explain", fail)
     result = graphq_("explain", "m", "--spec", "w4a16", status=status)
     assert (result.stdout, result.stderr) == ("", message)
     if status == 1:

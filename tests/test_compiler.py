@@ -392,7 +392,7 @@ def test_explain_says_what_compile_does() -> None:
     spec = {**W8, "algorithms": ["awq"]}
     explained = graphq.explain(model, spec, inputs=x)
     compiled = graphq.compile(model, spec, inputs=x, algorithm="rtn").report
-    assert [{**row, "sqnr_db": None} for row in compiled.to_json()] == explained.to_json()
+    assert [{**row, "sqnr_db": None} for row in compiled.rows()] == explained.rows()
     assert "algorithms[0]: algorithm awq" in explained.notes
 
 
@@ -527,7 +527,7 @@ def test_a_causal_language_model_from_its_directory(tmp_path: Path) -> None:
     explained = graphq.explain(tmp_path / "model", tmp_path / "spec.yaml")
     compiled = graphq.compile(tmp_path / "model", tmp_path / "spec.yaml")
     assert isinstance(compiled, Compiled)
-    assert [{**row, "sqnr_db": None} for row in compiled.report.to_json()] == explained.to_json()
+    assert [{**row, "sqnr_db": None} for row in compiled.report.rows()] == explained.rows()
     q_proj = next(r for r in compiled.report.layers if r.layer.fqn == "model.layers.0.self_attn.q_proj")
     assert q_proj.float_nbytes == 64 * 64 * 2  # of the source, which is bfloat16
     assert source_of(compiled.graph).dtype == torch.bfloat16

@@ -23,7 +23,7 @@ HEAVY = ("compressed_tensors", "networkx", "onnx", "onnx_ir", "onnxruntime", "on
 # the public API.
 LAYERS = (
     ("graphq.errors",),
-    ("graphq.files", "graphq.state"),
+    ("graphq.files", "graphq.phases", "graphq.state"),
     ("graphq.spec",),
     ("graphq.frontends", "graphq.numerics", "graphq.packing", "graphq.capture"),
     ("graphq.data",),
@@ -34,7 +34,7 @@ LAYERS = (
     ("graphq.algorithms", "graphq.lowering"),
     ("graphq.checks",),
     ("graphq.compiler", "graphq.in_place"),
-    ("graphq.verifier", "graphq.linter"),
+    ("graphq.explanation", "graphq.verifier", "graphq.linter"),
     ("graphq",),
     ("graphq.cli",),
 )

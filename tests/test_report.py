@@ -8,13 +8,14 @@ import pytest
 import torch
 
 import graphq
+from graphq.phases import Phase, PhaseTimer, peak_nbytes
 from graphq.report import (
-    Phase,
-    PhaseTimer,
+    ActivationsReport,
+    FallbackReport,
+    OpReport,
     Report,
     difference,
     make_report,
-    peak_nbytes,
     quant_json,
     spec_settings,
     stored_nbytes,
@@ -81,7 +82,7 @@ def test_bytes_of_a_stored_weight(layer, quant, nbytes):
 
 
 def test_json():
-    first, second, third = json.loads(json.dumps(report().to_json()))
+    first, second, third = json.loads(json.dumps(report().to_json()))["layers"]
     assert first == {
         "layer": "blocks.0.up",
         "weight": quant_json(parse_quant("int4/asym/g4")),
@@ -111,7 +112,7 @@ def test_parameters_that_are_no_layers():
     other = Unnamed(Layer("blocks.0.q", "linear", (2, 8, 4), block=0), "multiplied by aten.bmm; no rule can name it")
     found = make_report({"conv": Resolved(CONV, KEPT.decision, KEPT)}, [], 16, unnamed=[other])
     assert [one.layer.fqn for one in found.layers] == ["conv"]
-    first, second = found.to_json()
+    first, second = found.rows()
     assert (first["kind"], second["kind"]) == ("conv2d", "parameter")
     assert second == first | {
         "layer": "blocks.0.q",
@@ -126,6 +127,36 @@ def test_parameters_that_are_no_layers():
         "blocks.0.q  float   float           128    multiplied by aten.bmm; no rule can name it"
     ]
     assert difference(found, found).same == 1
+
+
+def test_what_runs_between_layers():
+    """Each op with its types, or with a reason; ratios that are infinite are null."""
+    ops = (OpReport("fc", "Linear", "uint8 x int8/channel -> uint8"), OpReport("Softmax", "Softmax", "", "a reason"))
+    fallback = FallbackReport((("fc", "uint16"),), 20.0, float("inf"), 50.5, 2, ((0, 20.0), (1, float("inf"))), 60)
+    found = make_report({}, [], 16, activations=ActivationsReport("qnn-htp", ops, {"uint8/tensor": 3}, fallback))
+    data = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert data == {
+        "layers": [],
+        "activations": {
+            "profile": "qnn-htp",
+            "ops": [
+                {"op": "fc", "kind": "Linear", "types": "uint8 x int8/channel -> uint8", "reason": ""},
+                {"op": "Softmax", "kind": "Softmax", "types": None, "reason": "a reason"},
+            ],
+            "tensors": {"uint8/tensor": 3},
+            "fallback": {
+                "ops": [{"op": "fc", "type": "uint16"}],
+                "sqnr_db": {"before": 20.0, "after": None, "weights": 50.5},
+                "batches": 2,
+                "tried": [{"ops": 0, "sqnr_db": 20.0}, {"ops": 1, "sqnr_db": None}],
+                "min_sqnr": 60,
+                "met": True,
+            },
+        },
+    }
+    assert not dataclasses.replace(fallback, after=59.9).is_met
+    assert dataclasses.replace(fallback, after=0.0, floor=None).is_met
+    assert ActivationsReport("ort-cpu", (), {}).to_json()["fallback"] is None
 
 
 def test_difference():
@@ -197,7 +228,7 @@ def test_json_without_infinite_numbers(target, tmp_path):
         second.weight.copy_(torch.eye(8) * 127)
     spec = {"graphq": 1, "rules": [{"match": "*", "weight": "int8/channel"}]}
     made = graphq.compile(model, spec, inputs=torch.ones(2, 8))
-    assert [row["sqnr_db"] for row in made.report.to_json()] == [None, None]
+    assert [row["sqnr_db"] for row in made.report.rows()] == [None, None]
     made.emit(target, tmp_path / "a")
 
     def refuse(word):

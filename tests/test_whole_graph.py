@@ -1,5 +1,6 @@
 """Models compiled for a profile: what explain, the report, the artifact and the command line say of it."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import graphq
 from graphq.artifacts.inspect import inspect
 from graphq.cli import app
 from graphq.errors import SpecError
+from graphq.frontends import print_spec
 from graphq.lowering.profiles import PROFILES
 from graphq.report import Report
 from graphq.spec.rules import Spec
+from tests.checkpoints import save_checkpoint, text
 from tests.models import tiny
 
 IMAGE = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(1))
@@ -61,6 +64,33 @@ def test_the_report_says_what_runs_in_integers_and_what_in_float() -> None:
     ]
     assert notes_of(graphq.explain(Net(), profile="ort-cpu", inputs=IMAGE), "ort-cpu") == told
     assert made.report.settings["profile"] == "ort-cpu"
+
+
+def test_the_report_has_each_op() -> None:
+    """In graph order those in integers, with their types, then those in float, with their reason; a rule by its name."""
+    torch.manual_seed(0)
+    spec = activations({"quant": "uint8/tensor"}, {"float": True, "op": ["Softmax", "ReduceMean"]}, profile="qnn-htp")
+    made = graphq.compile(Net(), spec, inputs=IMAGE, calibration=[IMAGE]).report
+    data = made.to_json()["activations"]
+    assert data == graphq.explain(Net(), spec, inputs=IMAGE).to_json()["activations"]
+    weighted = "uint8 x int8/channel -> uint8"
+    rule = "a rule keeps it float: Softmax|ReduceMean: float (activations[1])"
+    assert [(op["op"], op["kind"], op["types"] or op["reason"]) for op in data["ops"]] == [
+        ("a", "Conv", weighted),
+        ("b", "Conv", weighted),
+        ("Add", "Add", "uint8 -> uint8"),
+        ("Relu", "Relu", "uint8 -> uint8"),
+        ("Relu", "Relu", "uint8 -> uint8"),
+        ("Mul", "Mul", "uint8 -> uint8"),
+        ("Add", "Add", "uint8 -> uint8"),
+        ("head", "Linear", weighted),
+        ("Neg", "Neg", "qnn-htp has no row for it"),
+        ("ReduceMean", "ReduceMean", rule),
+        ("Softmax", "Softmax", rule),
+    ]
+    assert (data["profile"], data["fallback"]) == ("qnn-htp", None)
+    assert sum(data["tensors"].values()) == 11
+    assert graphq.compile(Net(), "w8a16", inputs=IMAGE).report.to_json()["activations"] is None
 
 
 def test_without_weights_the_same_is_said(tmp_path: Path) -> None:
@@ -160,9 +190,60 @@ def test_the_artifact_says_its_profile(tmp_path: Path) -> None:
     made = graphq.compile(Net(), profile="ort-cpu", inputs=IMAGE, calibration=iter([IMAGE, IMAGE]))
     assert isinstance(made.spec, Spec)
     made.save(tmp_path / "torch")
-    assert "profile: ort-cpu" in inspect(tmp_path / "torch").spec
+    found = inspect(tmp_path / "torch")
+    assert "profile: ort-cpu" in found.spec
+    assert made.report.activations is not None
+    assert found.to_json()["activations"] == made.report.activations.to_json()
+    assert "\nops        3 of 11 in integers, for ort-cpu\n" in str(found)
     again = graphq.load(tmp_path / "torch")
     found, wanted = again(IMAGE), made(IMAGE)
     assert isinstance(found, Tensor)
     assert isinstance(wanted, Tensor)
     assert torch.equal(found, wanted)
+
+
+def test_all_scales_are_powers_of_two_for_a_profile_that_wants_them(tmp_path: Path) -> None:
+    """Of weights, activations, constants and biases, from the profile's own spec and from one that does not say so."""
+    torch.manual_seed(0)
+    model = Net()
+    given = activations({"quant": "int8/tensor"})
+    given["rules"][0] |= {"weight": "int8/tensor", "input": "int8/tensor"}
+    for spec in (None, given):
+        made = graphq.compile(model, spec, profile="vitis-ai", inputs=IMAGE, calibration=[IMAGE])
+        scales = {name: t for name, t in made.graph.state_dict().items() if name.endswith("_scale")}
+        assert len(scales) >= 12
+        assert {name for name, t in scales.items() if not (torch.frexp(t)[0] == 0.5).all()} == set()
+        s_x, s_w, bias = (float(scales[f"a.{name}_scale"]) for name in ("input", "weight", "bias"))
+        assert bias == s_x * s_w
+        made.graph.recompile()
+        assert (made.graph(IMAGE)[0] - model(IMAGE)).abs().max() <= 0.1
+        assert not [note for note in made.report.notes if "chosen here" in note]
+        told = [note for note in made.report.notes if "are powers of two" in note]
+        assert told == ([] if spec is None else ["vitis-ai: scales are powers of two: int8/tensor is int8/pow2/tensor"])
+        place = tmp_path / str(spec is None)
+        made.emit("onnx", place, shapes={"batch": 2}, opset=17)
+        assert not [finding for finding in graphq.lint(place, "vitis-ai").findings if "power" in str(finding)]
+    assert "weight: int8/pow2/tensor" in print_spec(made.spec)
+
+
+def test_a_fallback_on_the_command_line(tmp_path: Path) -> None:
+    """From an option, instead of the spec's; its report in JSON, and in the artifact."""
+    save_checkpoint(tmp_path / "model")
+    (tmp_path / "text").write_text(text(40))
+    (tmp_path / "spec.yaml").write_text(
+        "graphq: 1\nweight: int8/channel\ninput: uint8/tensor\nprofile: qnn-htp\nfallback: {min_sqnr: 200}\n"
+    )
+    command = ["compile", tmp_path / "model", "--spec", tmp_path / "spec.yaml", "--target", "torch", "--samples", "2"]
+    command += ["--calibration", tmp_path / "text", "--sequence-length", "8", "--out", tmp_path / "out", "--json"]
+    run = CliRunner().invoke(app, [*map(str, command), "--fallback", "max_ops=2"])
+    assert run.exit_code == 0, run.output
+    fallback = json.loads(run.stdout)["activations"]["fallback"]
+    assert len(fallback["ops"]) == 2
+    assert fallback["min_sqnr"] is None
+    assert "fallback:\n  max_ops: 2\n" in inspect(tmp_path / "out").spec
+    found = inspect(tmp_path / "out").activations
+    assert found is not None
+    assert found["fallback"] == fallback
+    wrong = CliRunner().invoke(app, [*map(str, command), "--overwrite", "--fallback", "ops=2"])
+    assert wrong.exit_code == 1
+    assert wrong.stderr.strip() == "fallback: ops: no such key; there are max_ops, min_sqnr"

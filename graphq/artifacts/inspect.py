@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Any, Final, cast, final
 
 from graphq.artifacts import manifest
 from graphq.artifacts.fields import entry, is_size, is_text, is_text_or_null
@@ -55,6 +55,7 @@ class Inspection:
     algorithm: str
     seed: int
     layers: tuple[ArtifactLayer, ...]
+    activations: dict[str, Any] | None
     files: tuple[ArtifactFile, ...]
 
     @property
@@ -88,8 +89,17 @@ class Inspection:
                 }
                 for layer in self.layers
             ],
+            "activations": self.activations,
             "files": {file.name: {"bytes": file.nbytes, "sha256": file.sha256} for file in self.files},
         }
+
+    def _ops_in_integers(self) -> list[tuple[str, str]]:
+        """A fact on the ops between layers, where a profile placed quantizers."""
+        if self.activations is None:
+            return []
+        ops = self.activations["ops"]
+        count = sum(op["types"] is not None for op in ops)
+        return [("ops", f"{count} of {len(ops)} in integers, for {self.activations['profile']}")]
 
     def __str__(self) -> str:
         quantized = [layer for layer in self.layers if (layer.weight, layer.input) != ("float", "float")]
@@ -112,6 +122,7 @@ class Inspection:
             *([("sizes", ", ".join(sizes))] if sizes else []),
             ("algorithm", f"{self.algorithm}, seed {self.seed}"),
             ("layers", f"{len(quantized)} of {len(self.layers)} quantized"),
+            *self._ops_in_integers(),
             ("bytes", str(self.nbytes)),
         ]
         files = [("file", "bytes", "sha256")]
@@ -148,6 +159,7 @@ def inspect(path: str | Path) -> Inspection:
             algorithm=entry(described, "algorithm", is_text, "text"),
             seed=seed,
             layers=tuple(map(_layer, report)),
+            activations=_activations(described.get("activations")),
             files=tuple(
                 ArtifactFile(name, (directory / name).stat().st_size if (directory / name).is_file() else None, sha256)
                 for name, sha256 in sorted(manifest.listed_files(directory, described).items())
@@ -166,6 +178,23 @@ def _layer(data: object) -> ArtifactLayer:
         raise ValueError(f"report: {error}") from error
     rule = " ".join(part for part in (texts["source"], f"({texts['rule']})" if texts["rule"] else "") if part)
     return ArtifactLayer(texts["layer"], weight, activation, rule, nbytes, texts["reason"])
+
+
+def _activations(data: object) -> dict[str, Any] | None:
+    """What became of the tensors between layers; null, or missing, where no profile placed anything."""
+    if data is None:
+        return None
+    try:
+        entry(data, "profile", is_text, "text")
+        entry(data, "tensors", lambda value: isinstance(value, dict), "counts by type")
+        entry(data, "fallback", lambda value: value is None or isinstance(value, dict), "a fallback or null")
+        for op in entry(data, "ops", lambda value: isinstance(value, list), "a list of ops"):
+            for key in ("op", "kind", "reason"):
+                entry(op, key, is_text, "text")
+            entry(op, "types", is_text_or_null, "text or null")
+    except ValueError as error:
+        raise ValueError(f"activations: {error}") from error
+    return cast(dict[str, Any], data)
 
 
 def _plan(data: object, key: str) -> str:

@@ -22,8 +22,14 @@ Profile = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="What the artifact is for, such as ort-cpu, openvino, qnn-htp or torch-cpu."),
 ]
+Fallback = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=VALUE", help="Ops to take out of 8 bits, repeatable: max_ops=3 of them, or until min_sqnr=30 dB."
+    ),
+]
 Dialect = Annotated[str | None, typer.Option(help="The spec's dialect, where it cannot be recognised, such as llmc.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON: a list with one object for each layer.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON: the layers, and the ops between them.")]
 Calibration = Annotated[
     Path | None, typer.Option(metavar="FILE|DIR", help="Text to calibrate on: a file, or all files in a directory.")
 ]

@@ -11,6 +11,7 @@ from graphq.cli.arguments import (
     Calibration,
     Debug,
     Dialect,
+    Fallback,
     Json,
     Model,
     NamedModel,
@@ -35,6 +36,7 @@ def compile_(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where to write the artifact, a directory.")],
     spec: OptionalSpec = None,
     profile: Profile = None,
+    fallback: Fallback = None,
     model: NamedModel = None,
     target: Annotated[
         str | None, typer.Option(metavar="NAME", help="What to write, torch or onnx; default: what the spec names.")
@@ -70,6 +72,7 @@ def compile_(
     from graphq.files import check_place
     from graphq.frontends import load_spec
     from graphq.lowering.targets import TARGETS, read_options
+    from graphq.spec.fallback import parse_fallback
     from graphq.spec.rules import Run
 
     if target is not None and target not in TARGETS:
@@ -96,7 +99,14 @@ def compile_(
     # Calibration reads a window at a time, so that a batch of one can be fixed from the start; some take no other.
     fixed = {"batch": 1} if isinstance(sizes, Mapping) and cast(Mapping[str, int], sizes).get("batch") == 1 else None
     made = compiler.compile(
-        model, parsed, profile=profile, calibration=batches, algorithm=algorithm, seed=seed, shapes=fixed
+        model,
+        parsed,
+        profile=profile,
+        fallback=parse_fallback(fallback or ()),
+        calibration=batches,
+        algorithm=algorithm,
+        seed=seed,
+        shapes=fixed,
     )
     made.emit(target_name, out, **options)
     print_report(made.report, as_json)
@@ -124,7 +134,7 @@ def explain(
     parsed = load_spec(spec, dialect)
     other = None if diff is None else load_spec(diff)
     model = model_directory(model, parsed.run)
-    from graphq.compiler import compare, explain
+    from graphq.explanation import compare, explain
 
     if other is None:
         print_report(explain(model, parsed, profile=profile), as_json)
@@ -147,7 +157,7 @@ def dump(
     debug: Debug = False,
 ) -> None:
     """Print the graph, one line a node. Reads weights only where a pass needs them."""
-    from graphq.compiler import graph_after
+    from graphq.explanation import graph_after
     from graphq.frontends import load_spec
     from graphq.ir.text import dump
 

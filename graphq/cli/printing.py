@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 def print_report(report: "Report", as_json: bool) -> None:
     """``report`` stands on the standard output; its notes, for which the JSON has no place, on the standard error.
 
-    In JSON, what a compile took stands behind the layers, in objects whose ``kind`` is ``phase``.
+    In JSON, what a compile took stands under ``phases``.
     """
     if as_json:
-        phases = [{"layer": None, "kind": "phase", **phase.to_json()} for phase in report.phases]
-        typer.echo(json.dumps([*report.to_json(), *phases], indent=1, allow_nan=False))
+        phases = [phase.to_json() for phase in report.phases]
+        typer.echo(json.dumps(report.to_json() | ({"phases": phases} if phases else {}), indent=1, allow_nan=False))
         for note in report.notes:
             typer.echo(f"note: {note}", err=True)
     elif sys.stdout.isatty():

@@ -102,6 +102,7 @@ def _check_activations(spec: Spec, dialect: str) -> None:
         return
     problems = [f"{dialect} cannot say activations; leave them out"] if spec.activations else []
     problems += [f"{dialect} cannot say profile: {spec.profile}; leave it out"] if spec.profile else []
+    problems += [f"{dialect} cannot say fallback; leave it out"] if spec.fallback else []
     for rule in spec.rules:
         if isinstance(rule.decision, Plan) and rule.decision.output is not None:
             problems.append(

@@ -234,10 +234,11 @@ def _format(quant: Quant, own: Conventions) -> tuple[Format, str]:
     """The tool's own format, and how it rounds."""
     match quant.format:
         case Int(symmetric=True) as format:
-            return dataclasses.replace(format, divisor=own.divisor), f"{own.tool} {_DIVISORS[own.divisor]}"
+            exact = dataclasses.replace(format, divisor=own.divisor, power_of_two=False)
+            return exact, f"{own.tool} {_DIVISORS[own.divisor]}"
         case Int() as format:
             how = "quotient and zero point together" if own.joint else "the quotient, then adds the zero point"
-            return dataclasses.replace(format, joint=own.joint), f"{own.tool} rounds {how}"
+            return dataclasses.replace(format, joint=own.joint, power_of_two=False), f"{own.tool} rounds {how}"
         case Mx(element) as format if element in own.exponents:
             rule = own.exponents[element]
             return Mx(element, rule), f"{own.tool} finds shared exponents by the rule {rule}"

@@ -1,13 +1,14 @@
 """The native YAML form, in both directions: ``parse`` inverts ``print_spec``. docs/specs.md has the grammar."""
 
 import dataclasses
-from typing import Final, TypeVar, assert_never, final
+from typing import Final, TypeVar, assert_never, cast, final
 
 import yaml
 
 from graphq.frontends.document import Document, Plain, Section, nearest, show
 from graphq.spec.activations import ActivationRule
 from graphq.spec.constraint import Constraint, parse_constraint
+from graphq.spec.fallback import Fallback
 from graphq.spec.folds import EVERYWHERE, SUBGRAPHS, Folds, kinds_among
 from graphq.spec.match import Blocks, Glob, Match, parse_match
 from graphq.spec.plan import Decision, KeepFloat, Plan
@@ -19,8 +20,8 @@ VERSION: Final = 1
 KEPT_BY_RULE: Final = "a rule keeps it float"
 _RUN_TEXTS: Final = ("model", "target", "calibration")
 _KEYS: Final = (
-    *("graphq", "weight", "input", "output", "rules", "activations", "profile", "algorithms", "pipeline", "prefix"),
-    *("cache", "run"),
+    *("graphq", "weight", "input", "output", "rules", "activations", "profile", "fallback", "algorithms"),
+    *("pipeline", "prefix", "cache", "run"),
 )
 _ORDERS: Final[tuple[Order, ...]] = ("sequential", "independent")
 _PREFIXES: Final[tuple[Prefix, ...]] = ("quantized", "float")
@@ -62,9 +63,20 @@ def parse(document: Document) -> Spec:
     prefix = _one_of(top, "prefix", _PREFIXES)
     activations = _read_activations(document, top)
     profile = top.text("profile") or ""
+    fallback = _read_fallback(top)
     run = _read_run(top)
     document.finish()
-    return Spec(tuple(rules), tuple(filter(None, algorithms)), cache, pipeline, prefix, run, activations, profile)
+    made = tuple(filter(None, algorithms))
+    return Spec(tuple(rules), made, cache, pipeline, prefix, run, activations, profile, fallback)
+
+
+def _read_fallback(top: Section) -> Fallback | None:
+    section = top.section("fallback")
+    if section is None:
+        return None
+    section.only(("max_ops", "min_sqnr"))
+    values = {name: value for name, value in section.values.items() if name in ("max_ops", "min_sqnr")}
+    return top.made(lambda: Fallback(**cast(dict[str, int], values)), "fallback")
 
 
 def _read_activations(document: Document, top: Section) -> tuple[ActivationRule, ...]:
@@ -284,6 +296,8 @@ def print_spec(spec: Spec) -> str:
         top["activations"] = [_activation_rule(rule) for rule in spec.activations]
     if spec.profile:
         top["profile"] = spec.profile
+    if spec.fallback is not None:
+        top["fallback"] = dict(spec.fallback.given())
     if spec.cache is not None:
         top["cache"] = str(spec.cache)
     run = {name: value for name, value in dataclasses.asdict(spec.run).items() if value not in ("", None)}

@@ -16,7 +16,7 @@ from graphq.capture.source import KEY, source_of
 from graphq.errors import PassError
 from graphq.ir.layers import BY, LAYER, PLAN
 from graphq.ir.views import Op, view
-from graphq.state import put_tensor, remove_tensor, tensor_of, unread_of
+from graphq.state import put_input, put_tensor, remove_tensor, tensor_of, unread_of
 
 
 def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode:
@@ -263,3 +263,21 @@ def free_path(gm: fx.GraphModule, layer: str, names: Sequence[str]) -> str:
     return next(
         path for path in chain((first,), further) if not any(has_tensor(gm, f"{path}.{name}") for name in names)
     )
+
+
+def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """A graph and a module tree of their own that share their tensors with ``gm``."""
+    root = nn.Module()
+    for name, tensor in [*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False)]:
+        put_tensor(root, name, tensor)
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            copied[node] = put_input(graph, node.name)
+        else:
+            copied[node] = graph.node_copy(node, copied.__getitem__)
+        copied[node].meta = dict(node.meta)
+    made = fx.GraphModule(root, graph)
+    made.meta = dict(gm.meta)
+    return made

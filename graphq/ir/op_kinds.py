@@ -123,6 +123,16 @@ def kind_of(op: Op) -> str:
     return name.split(".")[1] if name.startswith("aten.") else name
 
 
+def gives_no_negatives(op: Op) -> bool:
+    """Whether no element that an op gives is below 0, whatever it reads."""
+    kind = kind_of(op)
+    if kind == "Clip" and op.node.target is not aten.relu6.default:
+        name = "min_val" if op.node.target is aten.hardtanh.default else "min"
+        least = op.argument(name) if name in {argument.name for argument in op.schema()} else None
+        return isinstance(least, int | float) and least >= 0
+    return kind in ("Relu", "Clip", "Sigmoid", "HardSigmoid", "Softmax")
+
+
 def is_float(op: Op) -> bool:
     """Whether an op gives one tensor of floating-point numbers."""
     return isinstance(op.val, Tensor) and op.val.is_floating_point()

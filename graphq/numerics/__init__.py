@@ -2,7 +2,7 @@
 
 from graphq.numerics.blocks import activation_block, block_extremes, expand_scale, scale_shape, weight_block
 from graphq.numerics.codes import dequantize, fake_quantize, quantize
-from graphq.numerics.error import sqnr_db
+from graphq.numerics.error import decibels, sqnr_db
 from graphq.numerics.scales import (
     Scales,
     at_least,
@@ -13,6 +13,7 @@ from graphq.numerics.scales import (
     full_scale,
     least_for_bias,
     nvfp4_global_scale,
+    power_of_two_above,
     scale_dtype,
     scale_from_extremes,
     scales_of_zeros,
@@ -28,6 +29,7 @@ __all__ = [
     "choose_scale",
     "code_dtype",
     "code_range",
+    "decibels",
     "dequantize",
     "empty_scales",
     "expand_scale",
@@ -36,6 +38,7 @@ __all__ = [
     "least_for_bias",
     "nvfp4_global_scale",
     "parse_format",
+    "power_of_two_above",
     "quantize",
     "scale_dtype",
     "scale_from_extremes",

@@ -17,6 +17,7 @@ from graphq.numerics.scales import Scales, choose_scale, code_range, computed, s
 from graphq.spec.formats import Float, Format, Int
 from graphq.spec.quant import Entropy, Histogram, Hqq, MinMax, MovingAverage, Mse, Ofmr, Percentile, RangeMethod, Ssz
 
+_HALVES: Final = [2.0**-step for step in range(5)]  # the scales that AMD Quark's PowerOfTwoMethod.MinMSE tries
 _SEARCH: Final = Mse(norm=2.0, grid=20, shrink=0.6, patience=20)  # 1, 0.95, ... 0.45
 
 
@@ -68,7 +69,7 @@ def mse_extremes(
     """Each block's extremes, shrunk to where sum importance |w - w_q|^norm is least; of equal ones the widest.
 
     As llm-compressor's ``memoryless_mse`` observer: candidates 1 - i / grid, given up for all blocks when no block was
-    improved ``patience`` times in turn.
+    improved ``patience`` times in turn. Of scales that are powers of two, the extremes and four halvings of them.
     """
 
     def power(e: Tensor) -> Tensor:
@@ -80,8 +81,10 @@ def mse_extremes(
     best = torch.full(low.shape, torch.inf, dtype=w.dtype, device=w.device)
     best_low, best_high = low.clone(), high.clone()
     waited = 0
-    for step in range(int(method.shrink * method.grid)):
-        share = 1 - step / method.grid
+    shares = [1 - step / method.grid for step in range(int(method.shrink * method.grid))]
+    if isinstance(format, Int) and format.power_of_two:  # halving the range alone gives another scale
+        shares = _HALVES
+    for share in shares:
         tried_low, tried_high = low * share, high * share
         scales = Scales(*scale_from_extremes(tried_low, tried_high, format))
         error = _error(w, scales, format, block, power)

@@ -108,7 +108,8 @@ def scale_from_extremes(
             scale = extreme / _divisor(low, high, format)
             return torch.where(scale < BY_SIGN_SMALLEST, 1.0, scale), None
         case Int():
-            return _divisible(extreme / _divisor(low, high, format), extreme), None
+            scale = _divisible(extreme / _divisor(low, high, format), extreme)
+            return (power_of_two_above(scale) if format.power_of_two else scale), None
         case Float():
             return _divisible(_float_scale(extreme, format), extreme), None
         case Mx():
@@ -141,6 +142,8 @@ def _asymmetric(low: Tensor, high: Tensor, format: Int) -> tuple[Tensor, Tensor]
     steps = highest - lowest
     span = high - low
     scale = _divisible(torch.where(span.isinf(), high / steps - low / steps, span / steps), span)
+    if format.power_of_two:
+        scale = power_of_two_above(scale)
     zero_point = torch.round(lowest - low / scale).clamp(lowest, highest)
     return scale, zero_point.to(code_dtype(format))
 
@@ -151,11 +154,17 @@ def _float_scale(extreme: Tensor, format: Float) -> Tensor:
     scale = extreme / full_scale(format)
     if format.scale != "pow2":
         return scale
-    scale = scale.clamp(min=torch.finfo(scale.dtype).tiny)  # where it is 0 it has no exponent
-    fraction, exponent = torch.frexp(scale)  # fraction from 0.5 to 1: a power of two is 0.5 x 2^exponent
+    return power_of_two_above(scale.clamp(min=torch.finfo(scale.dtype).tiny))  # where it is 0 it has no exponent
+
+
+def power_of_two_above(scale: Tensor) -> Tensor:
+    """The smallest power of two that is not below each ``scale``, which is positive, with the gradient of ``scale``
+    itself; the largest that there is where none is so large. NaN and infinity stay.
+    """
+    fraction, exponent = torch.frexp(scale.detach())  # fraction from 0.5 to 1: a power of two is 0.5 x 2^exponent
     largest = math.frexp(torch.finfo(scale.dtype).max)[1] - 1
-    exact = torch.ldexp(torch.ones_like(scale), (exponent - (fraction == 0.5).int()).clamp(max=largest))
-    return torch.where(scale.isfinite(), exact, scale)
+    exact = torch.ldexp(torch.ones_like(fraction), (exponent - (fraction == 0.5).int()).clamp(max=largest))
+    return torch.where(scale.isfinite(), exact + (scale - scale.detach()), scale)
 
 
 def nvfp4_global_scale(amax: Tensor) -> Tensor:
@@ -242,6 +251,9 @@ def scales_of_zeros(
         chosen = torch.full_like(chosen, _HALF_ZEROS)
     if least is not None:
         finest = (least * (_LARGEST_BIAS / _STEPS_OF_BIAS)).to(chosen.dtype)
+        if isinstance(format, Int) and format.power_of_two:
+            above = power_of_two_above(finest.clamp(min=torch.finfo(finest.dtype).tiny))
+            finest = torch.where(finest > 0, torch.where(above > finest, above / 2, above), finest)
         chosen = torch.where(finest > 0, torch.minimum(chosen, finest), chosen)
     return scales._replace(scale=torch.where(dead, chosen, scales.scale))
 
@@ -258,6 +270,8 @@ def least_for_bias(bias: Tensor, input_scale: Tensor) -> Tensor:
 def at_least(scales: Scales, least: Tensor, format: Int) -> Scales:
     """``scales`` none of which is below ``least``, zero points moved so that 0 and the ranges stay."""
     scale = torch.maximum(scales.scale, least.to(scales.scale.dtype))
+    if format.power_of_two:
+        scale = power_of_two_above(scale)
     zero_point = scales.zero_point
     if zero_point is not None:
         lowest, highest = code_range(format)

@@ -15,7 +15,10 @@ from graphq.spec.formats import Nvfp4, has_global_scale, is_asymmetric
 from graphq.spec.plan import Plan
 from graphq.spec.quant import PerChannel, PerTensor, PerToken, Quant
 
-INT8: Final = ("int8", "int8/asym", "int8/asym/joint", "int8/half", "int8/by_sign")
+INT8: Final = (
+    *("int8", "int8/asym", "int8/asym/joint", "int8/half", "int8/by_sign"),
+    *("int8/pow2", "int8/asym/pow2", "int8/asym/joint/pow2"),
+)
 
 
 @final

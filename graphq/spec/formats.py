@@ -2,7 +2,8 @@
 
 Text forms, which ``parse_format`` and ``str`` take to each other:
 
-- ``int<bits>[/asym[/joint]|/half|/by_sign]``, ``uint8``, ``uint16`` ``[/joint]``: integers;
+- ``int<bits>[/asym[/joint]|/half|/by_sign]``, ``uint8``, ``uint16`` ``[/joint]``: integers; but for ``/half`` and
+  ``/by_sign`` each ``[/pow2]``;
 - ``float8_e4m3fn``, ``float8_e5m2``, ``float6_e2m3``, ``float6_e3m2``, ``float4_e2m1``, ``float4_e1m2``, each
   ``[/pow2]``, and ``hifloat8[/to15|/unit|/pow2]``: floating-point numbers with a scale;
 - ``mxfp8_e4m3``, ``mxfp8_e5m2``, ``mxfp6_e2m3``, ``mxfp6_e3m2``, ``mxfp4``, ``mxint8``, each ``[/<exponent rule>]``:
@@ -42,7 +43,8 @@ class Int:
     ``max``, and 1 where that is below 2^-23.
     Unsigned codes, of 8 or 16 bits, go from 0 to 2^bits-1 and are asymmetric. ``joint``: the zero point is added before
     rounding, round(x / scale + zero_point), as AMCT, msModelSlim and compressed-tensors do; ONNX adds it afterwards,
-    and so does graphq. The two differ for halves where the zero point is odd.
+    and so does graphq. The two differ for halves where the zero point is odd. ``power_of_two``: a scale is the smallest
+    power of two that is not below the one that the range gives, so that nothing in the range is clipped.
     """
 
     bits: int
@@ -50,6 +52,7 @@ class Int:
     divisor: Divisor = "max"
     signed: bool = True
     joint: bool = False
+    power_of_two: bool = False
 
     def __post_init__(self) -> None:
         if type(self.bits) is not int or self.bits not in (*INT_BITS, BIAS_BITS):  # bool is an int too
@@ -64,19 +67,24 @@ class Int:
             raise SpecError("bits: 32 are those of a bias, whose codes are signed and symmetric")
         if self.joint and self.symmetric:
             raise SpecError("joint: says how a zero point is added; this format is symmetric")
+        if type(self.power_of_two) is not bool:
+            raise SpecError(f"power_of_two: {self.power_of_two!r} is not true or false")
+        if self.power_of_two and (self.divisor != "max" or self.bits == BIAS_BITS):
+            rule = f"{self.divisor} is" if self.divisor != "max" else "those of a bias are"
+            raise SpecError(f"pow2: scales are powers of two; {rule} a rule for others")
         if not self.signed and (self.symmetric or self.bits not in (8, 16)):
             raise SpecError(f"unsigned: uint{self.bits} is not one of uint8 and uint16, which are asymmetric")
 
     def __str__(self) -> str:
-        if not self.signed:
-            return f"uint{self.bits}" + ("/joint" if self.joint else "")
-        parts = [f"int{self.bits}"]
-        if not self.symmetric:
+        parts = [f"{'' if self.signed else 'u'}int{self.bits}"]
+        if self.signed and not self.symmetric:
             parts.append("asym")
         if self.joint:
             parts.append("joint")
         if self.divisor != "max":
             parts.append(self.divisor)
+        if self.power_of_two:
+            parts.append("pow2")
         return "/".join(parts)
 
 
@@ -203,11 +211,37 @@ def has_global_scale(format: Format) -> bool:
     return isinstance(format, Nvfp4 | TwoLevel)
 
 
-_INT: Final = re.compile(r"int(?P<bits>\d{1,3})(?P<asym>/asym)?(?P<joint>/joint)?(/(?P<divisor>half|by_sign))?")
+def codes_of(format: Format) -> Format:
+    """The format of the same codes with no rule of its own for scales, as profiles' tables name it."""
+    return Int(format.bits, format.symmetric, signed=format.signed) if isinstance(format, Int) else format
+
+
+def same_codes(one: Format, other: Format) -> bool:
+    """Whether codes of one mean the same as those of the other, given scale and zero point."""
+    return codes_of(one) == codes_of(other)
+
+
+def with_codes(format: Format, codes: Format) -> Format:
+    """The codes of ``codes``, with scales that are powers of two where those of ``format`` are; ``format`` itself where
+    it has these codes.
+    """
+    if same_codes(format, codes) or not isinstance(format, Int) or not isinstance(codes, Int):
+        return format if same_codes(format, codes) else codes
+    return Int(codes.bits, codes.symmetric, signed=codes.signed, power_of_two=format.power_of_two)
+
+
+_INT: Final = re.compile(
+    r"int(?P<bits>\d{1,3})(?P<asym>/asym)?(?P<joint>/joint)?(/(?P<divisor>half|by_sign))?(?P<pow2>/pow2)?"
+)
 NAMED_FORMATS: Final[dict[str, Format]] = {  # all but signed integers
     str(format): format
     for format in (
-        *(Int(bits, symmetric=False, signed=False, joint=joint) for bits in (8, 16) for joint in (False, True)),
+        *(
+            Int(bits, symmetric=False, signed=False, joint=joint, power_of_two=power_of_two)
+            for bits in (8, 16)
+            for joint in (False, True)
+            for power_of_two in (False, True)
+        ),
         *(Float(layout, scale) for layout in get_args(FloatLayout) for scale in ("max", "pow2")),
         Float("hifloat8", "to15"),
         Float("hifloat8", "unit"),
@@ -222,8 +256,8 @@ NAMED_FORMATS: Final[dict[str, Format]] = {  # all but signed integers
 @cache
 def find_format(text: str) -> Format | None:
     """The format whose ``str`` is ``text``, None if it is the text of none. Raises ``SpecError`` for ``int9``."""
-    if text.removesuffix("/asym") in ("uint8", "uint16"):  # which they are anyhow
-        text = text.removesuffix("/asym")
+    if text.startswith(("uint8/asym", "uint16/asym")):  # which they are anyhow
+        text = text.replace("/asym", "", 1)
     if text in NAMED_FORMATS:
         return NAMED_FORMATS[text]
     found = _INT.fullmatch(text)
@@ -234,7 +268,8 @@ def find_format(text: str) -> Format | None:
         divisor = "half"
     elif found["divisor"] == "by_sign":
         divisor = "by_sign"
-    return Int(int(found["bits"]), not found["asym"], divisor, joint=bool(found["joint"]))
+    joint, power_of_two = bool(found["joint"]), bool(found["pow2"])
+    return Int(int(found["bits"]), not found["asym"], divisor, joint=joint, power_of_two=power_of_two)
 
 
 def parse_format(text: str) -> Format:
@@ -242,5 +277,7 @@ def parse_format(text: str) -> Format:
     found = find_format(text)
     if found is None:
         names = ", ".join(name for name in NAMED_FORMATS if "/" not in name or "/over_" in name)
-        raise SpecError(f"{text!r} is not a format; write int<bits>[/asym[/joint]|/half|/by_sign], or one of {names}")
+        raise SpecError(
+            f"{text!r} is not a format; write int<bits>[/asym[/joint]|/half|/by_sign][/pow2], or one of {names}"
+        )
     return found

@@ -12,13 +12,14 @@ from typing import Final, Literal, final
 
 from graphq.errors import SpecError
 from graphq.spec.formats import Format, Int, parse_format
-from graphq.spec.quant import PerTensor, Quant, parse_quant
+from graphq.spec.quant import MinMax, PerTensor, Quant, RangeMethod, parse_quant, powers_of_two
 
 Output = Literal["required", "optional", "same"]
 Placed = Literal["always", "through", "between", "never"]
 Bias = Literal["int32", "float"]
 BiasNeeded = Literal["never", "float output", "always"]
 LINEAR: Final = "Linear"
+_EXTREMES: Final = MinMax()
 GEMM: Final = "Gemm"  # a linear's other row, where its spelling as Gemm has rules of its own
 
 
@@ -114,17 +115,19 @@ class OpRule:
     bias_needed: when a bias that is written otherwise takes it out of integers. bias_checked: whether an int32 bias
         with another scale than that of the products does; else it is added as if it had that.
     bias_axes: how many a bias may have: ``any`` number, or only with a ``zero point`` more than what it is added to.
-    zero_points: whether those of its activations have to be 0.
+    zero_points: whether those of its activations have to be 0: placed where something in them may be negative, these
+        are of symmetric types.
     passes: (``same``) whether codes go through it where its output is not quantized.
     lifts: (``same``) whether a QuantizeLinear behind it is moved in front of it.
     regrids: (``same``) whether it takes an output on another grid all the same, in integers.
-    one_reader: whether the QuantizeLinear behind it has to be all that reads what it gives.
+    one_reader: whether the QuantizeLinear behind it has to be all that reads what it gives, as it is placed for every
+        op whose output is not ``optional``.
     retyped_alone: whether it takes the types of ``retypes`` where the consumer makes others of them, and only there.
     run_time_scales: whether its activations' scales may be computed at run time.
     run_time_weights: whether the codes of its weight may be computed at run time.
     outputs: how many of its outputs may be there; the second of a MaxPool are places.
     attributes: the values that these attributes have to have.
-    float_constants: whether a constant operand may be in float.
+    float_constants: whether a constant operand may be in float; placed ones are quantized.
     faults: what the consumer gets wrong of it.
     """
 
@@ -188,7 +191,9 @@ class Profile:
     linear: whether a linear is ``gemm`` (weight ``[N, K]``, transposed) or ``matmul`` (``[K, N]``) and an Add.
     linear_of_rows: the same of one with an input of two axes, where ``linear`` is ``matmul``.
     dynamic: how a linear with scales by token is spelled. weight_only: how one with a float input is.
-    power_of_two: whether scales have to be powers of two. static: whether every dimension has to be an integer.
+    power_of_two: whether scales have to be powers of two. range: where the ranges of activations come from where a spec
+        does not say it.
+    static: whether every dimension has to be an integer.
     opsets: the lowest and the highest that files for it are written in. opset: the lowest that is written where none is
         asked for. reads: those that it reads, where it is more.
     sources: where its rows are from.
@@ -220,6 +225,7 @@ class Profile:
     dynamic: Dynamic = "none"
     weight_only: WeightOnly = "dequantize"
     power_of_two: bool = False
+    range: RangeMethod = _EXTREMES
     static: bool = False
     opsets: tuple[int, int] = (13, 25)
     opset: int = 13
@@ -242,7 +248,11 @@ class Profile:
 
     def activation(self) -> Quant:
         """The default of activations."""
-        return Quant(self.activations[0], PerTensor())
+        return self.own(Quant(self.activations[0], PerTensor(), method=self.range))
+
+    def own(self, quant: Quant) -> Quant:
+        """``quant`` as the consumer takes it: with scales that are powers of two where these have to be."""
+        return powers_of_two(quant) if self.power_of_two else quant
 
 
 def int_activations(*formats: str) -> tuple[Format, ...]:

@@ -8,7 +8,7 @@ Formats that come with a granularity, the mx formats and nvfp4, are written with
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal, assert_never, final, get_args
 
 from graphq.errors import SpecError
@@ -49,8 +49,10 @@ __all__ = [  # with the range methods, which a Quant is made of
     "RangeMethod",
     "Ssz",
     "granularity_name",
+    "has_powers_of_two",
     "own_granularity",
     "parse_quant",
+    "powers_of_two",
 ]
 
 MAX_GROUP_SIZE: Final = MAX_SIZE
@@ -145,7 +147,7 @@ class Quant:
         if self.arithmetic not in get_args(Arithmetic):
             raise SpecError(f"arithmetic: {self.arithmetic!r} is not one of {', '.join(get_args(Arithmetic))}")
         if self.arithmetic == "source":
-            if not isinstance(self.format, Int) or not self.format.symmetric or self.format.divisor != "max":
+            if not isinstance(self.format, Int) or self.format != Int(self.format.bits):
                 raise SpecError(f"{self}: source is the arithmetic of symmetric integers, such as int8; leave it out")
             if self.dynamic or not isinstance(self.method, MinMax | Ssz):
                 raise SpecError(f"{self}: source is the arithmetic of weights by min-max or ssz; leave it out")
@@ -169,8 +171,11 @@ class Quant:
             raise SpecError(f"{self}: {self.format} takes its scales from the extremes; leave out {self.method}")
         if isinstance(self.method, Ssz) and not (isinstance(self.format, Int) and self.format.symmetric):
             raise SpecError(f"{self}: ssz fits the scales of symmetric integers")
-        if isinstance(self.method, Hqq) and isinstance(self.format, Float) and self.format.scale == "pow2":
-            raise SpecError(f"{self}: hqq fits scales that may be any number; those of {self.format} are powers of two")
+        if isinstance(self.method, Hqq | Ssz) and has_powers_of_two(self.format):
+            name = "hqq" if isinstance(self.method, Hqq) else "ssz"
+            raise SpecError(
+                f"{self}: {name} fits scales that may be any number; those of {self.format} are powers of two"
+            )
         if isinstance(self.format, Float) and self.format.scale == "unit":
             raise SpecError(f"{self}: the scale of {self.format} is 1; leave out {self.method}")
         if isinstance(self.method, Ofmr) and isinstance(self.format, Int) and not self.format.symmetric:
@@ -192,6 +197,33 @@ class Quant:
         if self.arithmetic != "float32":
             parts.append(self.arithmetic)
         return "/".join(parts)
+
+
+def has_powers_of_two(format: Format) -> bool:
+    """Whether the format's own rule for scales gives powers of two."""
+    match format:
+        case Int():
+            return format.power_of_two
+        case Float():
+            return format.scale == "pow2"
+        case Mx():
+            return True
+        case Nvfp4() | TwoLevel():
+            return False
+        case _:
+            assert_never(format)
+
+
+def powers_of_two(quant: Quant) -> Quant:
+    """The same with scales that are powers of two, of integers; another rule for their scales is left out.
+
+    Raises ``SpecError`` for methods that fit scales which may be any number.
+    """
+    format = quant.format
+    if not isinstance(format, Int) or format.power_of_two:
+        return quant
+    exact = replace(format, divisor="max", power_of_two=True)
+    return replace(quant, format=exact, arithmetic="float32")
 
 
 def own_granularity(format: Format) -> PerGroup | None:

@@ -12,6 +12,7 @@ from typing import Final, Literal, final
 from graphq.errors import SpecError
 from graphq.spec.activations import ActivationRule
 from graphq.spec.constraint import Constraint, broken
+from graphq.spec.fallback import Fallback
 from graphq.spec.folds import EVERYWHERE, Folds
 from graphq.spec.match import Exact, Layer, Match, Unnamed, unmatched_hint, unnamed_hint
 from graphq.spec.plan import Decision, KeepFloat, Plan
@@ -109,7 +110,8 @@ class Spec:
     as they are by then, ``quantized``, or as they were, ``float``. ``dialect``: the one it was read from.
     ``run``: what it says about the run itself. ``notes``: what the frontend read and has no use for, for the report.
     ``activations``: rules for the tensors between layers; ``profile``: the name of what the artifact is for, which says
-    where quantizers stand (``graphq.ir.grids``). With neither, the inputs of layers alone are quantized.
+    where quantizers stand (``graphq.ir.grids``). With neither, the inputs of layers alone are quantized. ``fallback``:
+    how far a search may go that takes ops out of eight bits.
     """
 
     rules: tuple[Rule, ...]
@@ -120,6 +122,7 @@ class Spec:
     run: Run = Run()
     activations: tuple[ActivationRule, ...] = ()
     profile: str = ""
+    fallback: Fallback | None = None
     dialect: str = field(default="native", compare=False)
     notes: tuple[str, ...] = field(default=(), compare=False)
 

@@ -13,13 +13,13 @@ from torch import Tensor, fx, nn
 
 from graphq.capture.source import KEY, PAST, SEQUENCE, TOTAL, source_of
 from graphq.ir import edit
+from graphq.ir.edit import copy_graph
 from graphq.ir.views import Dequantize, GroupedLinear, Input, Op, Param, Quantize, TransposedLinear, ops_of, view
 from graphq.lowering.onnx.attention import spell_attention
 from graphq.lowering.onnx.bags import spell_bags
 from graphq.lowering.onnx.recurrence import spell_recurrences
 from graphq.lowering.onnx.trace_ops import expert_linears
 from graphq.lowering.stored import hold_stored
-from graphq.lowering.torch.pack import copy_graph
 from graphq.state import put_tensor, same_tensors, tensor_of
 
 _BY: Final = "onnx-form"

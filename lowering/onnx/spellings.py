@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, fx
 
 from graphq.ir import edit
+from graphq.ir.edit import copy_graph
 from graphq.ir.views import ChooseScale, Dequantize, Linear, Op, Param, Quantize, TransposedLinear, ops_of, view
 from graphq.lowering.legalize import where
 from graphq.lowering.onnx.form import OnnxBlock, onnx_block, set_tensor
 from graphq.lowering.onnx.nbits import BLOCKS, packed_codes, packed_zero_points
 from graphq.lowering.onnx.trace_ops import integer_matmul, nbits_matmul
-from graphq.lowering.torch.pack import copy_graph
 from graphq.numerics import parse_format
 from graphq.spec.formats import Int
 from graphq.spec.profile import Profile

@@ -17,6 +17,7 @@ from graphq.spec.formats import Int
 from graphq.spec.match import Kind, LayerKind
 from graphq.spec.plan import Plan
 from graphq.spec.profile import Profile
+from graphq.spec.quant import Quant
 from graphq.spec.rules import Rule, Spec
 
 PROFILES: Final[Mapping[str, Profile]] = {
@@ -45,6 +46,42 @@ def profile_named(name: str) -> Profile:
 
 
 _KINDS: Final = tuple(kind for kind in get_args(LayerKind) if kind not in ("embedding", "expert", "recurrent"))
+
+
+def for_its_profile(spec: Spec) -> Spec:
+    """The spec with scales that are powers of two where its profile wants these, and a note of what became of what.
+
+    Raises ``SpecError``, with the place, for a method that fits scales which may be any number.
+    """
+    profile = PROFILES.get(spec.profile.partition("+")[0])  # what there is not is refused later
+    if profile is None or not profile.power_of_two:
+        return spec
+    problems: list[str] = []
+    made: dict[str, str] = {}
+
+    def own(quant: Quant | None, source: str) -> Quant | None:
+        try:
+            changed = None if quant is None else profile.own(quant)
+        except SpecError as error:
+            problems.append((f"{source}: " if source else "") + f"{profile.name} wants powers of two: {error}")
+            return quant
+        if changed != quant:
+            made[str(quant)] = str(changed)
+        return changed
+
+    def own_plan(rule: Rule) -> Rule:
+        plan = rule.decision
+        if not isinstance(plan, Plan):
+            return rule
+        weight, given, output = (own(quant, rule.source) for quant in (plan.weight, plan.input, plan.output))
+        return replace(rule, decision=replace(plan, weight=weight, input=given, output=output))
+
+    rules = tuple(map(own_plan, spec.rules))
+    activations = tuple(replace(rule, quant=own(rule.quant, rule.source)) for rule in spec.activations)
+    if problems:
+        raise SpecError(problems)
+    notes = [f"{profile.name}: scales are powers of two: {before} is {after}" for before, after in made.items()]
+    return replace(spec, rules=rules, activations=activations, notes=(*spec.notes, *notes))
 
 
 def default_spec(profile: Profile) -> Spec:

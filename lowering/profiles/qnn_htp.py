@@ -6,11 +6,10 @@ bias: a MatMul and an Add take a second requantization.
 
 from typing import Final
 
-from graphq.spec.profile import FixedGrid, OpRule, Profile, int_activations, op_types, same_types
+from graphq.lowering.profiles.whole_graph import ANY, FORMATS, FUSES, OPS
+from graphq.spec.profile import OpRule, Profile, int_activations, op_types
 from graphq.spec.quant import parse_quant
 
-_FORMATS: Final = ("uint8", "uint16")
-_ANY: Final = same_types(_FORMATS)
 _WEIGHTED: Final = op_types(
     "uint8 x int8/channel -> uint8",
     "uint8 x int8/tensor -> uint8",
@@ -19,25 +18,16 @@ _WEIGHTED: Final = op_types(
     "uint16 x int4/channel -> uint16",
 )
 _PAIRS: Final = op_types("uint8 x uint8 -> uint8", "uint16 x uint8 -> uint16")
-_UNIT: Final = {"uint8": FixedGrid(1 / 256, 0), "uint16": FixedGrid(1 / 65536, 0)}
 _NORM: Final = op_types("uint8 x uint8/tensor -> uint8", "uint16 x uint8/tensor -> uint16")
-
-_OWN: Final = (
-    *("Add", "Sub", "Mul", "Div", "Concat", "AveragePool", "GlobalAveragePool", "ReduceMean", "Pad"),
-    *("Gelu", "HardSwish", "HardSigmoid", "LeakyRelu", "PRelu", "Elu", "Relu", "Clip", "Sqrt", "Exp", "Pow", "Neg"),
-    *("GridSample", "Resize"),
-)
-_SAME: Final = (
-    *("Reshape", "Transpose", "Slice", "Split", "Squeeze", "Unsqueeze", "Expand", "Tile", "Gather", "MaxPool"),
-    *("DepthToSpace", "SpaceToDepth", "Embedding"),
-)
 
 QNN_HTP: Final = Profile(
     name="qnn-htp",
     consumer="Qualcomm QNN's Hexagon Tensor Processor, through onnxruntime-qnn",
-    activations=int_activations(*_FORMATS),
+    activations=int_activations(*FORMATS),
     weight=parse_quant("int8/channel"),
     ops={
+        **OPS,
+        "Neg": OpRule(ANY),
         **{kind: OpRule(_WEIGHTED, bias="int32") for kind in ("Conv", "ConvTranspose", "Linear")},
         "MatMul": OpRule(
             _PAIRS,
@@ -53,13 +43,8 @@ QNN_HTP: Final = Profile(
         ),
         "InstanceNormalization": OpRule(_NORM, bias="int32"),
         # No BatchNormalization: what it makes of gain and variance is rounded to 8 bits, up to 9 % off beside 16.
-        **{kind: OpRule(_ANY) for kind in _OWN},
-        **{kind: OpRule(_ANY, output="same") for kind in _SAME},
-        "Softmax": OpRule(_ANY, grids=_UNIT),
-        "Sigmoid": OpRule(_ANY, grids=_UNIT),
-        "Tanh": OpRule(_ANY, grids={"uint8": FixedGrid(1 / 128, 128), "uint16": FixedGrid(1 / 32768, 32768)}),
     },
-    fuses=(("Conv", "Relu"), ("Conv", "Clip"), ("ConvTranspose", "Relu"), ("Linear", "Relu"), ("Add", "Relu")),
+    fuses=FUSES,
     static=True,
     opsets=(20, 25),  # LayerNormalization and Gelu as ops of their own
     sources=(

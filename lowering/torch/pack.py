@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from typing import Final, cast
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from graphq.ir import edit
+from graphq.ir.edit import copy_graph
 from graphq.ir.views import Cast, Dequantize, Linear, Op, Param, TransposedLinear, Weighted, ops_of
 from graphq.lowering.stored import hold_stored, stored
 from graphq.lowering.torch.fuse_attention import fuse_attention
@@ -19,7 +20,7 @@ from graphq.numerics import Scales
 from graphq.runtime.layers import INT8
 from graphq.runtime.modules import Int8Linear, PackedWeight, hold_linear, hold_weight
 from graphq.spec.formats import code_bits, parse_format
-from graphq.state import put_input, put_tensor, same_tensors, tensor_of
+from graphq.state import same_tensors, tensor_of
 
 _PASSED: Final = (torch.ops.aten.cat.default, torch.ops.aten.index_select.default, Cast.target)
 
@@ -51,24 +52,6 @@ def pack(gm: fx.GraphModule) -> fx.GraphModule:
     packed.graph.lint()
     packed.recompile()
     return packed
-
-
-def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
-    """A graph and a module tree of their own that share their tensors with ``gm``."""
-    root = nn.Module()
-    for name, tensor in [*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False)]:
-        put_tensor(root, name, tensor)
-    graph = fx.Graph()
-    copied: dict[fx.Node, fx.Node] = {}
-    for node in gm.graph.nodes:
-        if node.op == "placeholder":
-            copied[node] = put_input(graph, node.name)
-        else:
-            copied[node] = graph.node_copy(node, copied.__getitem__)
-        copied[node].meta = dict(node.meta)
-    made = fx.GraphModule(root, graph)
-    made.meta = dict(gm.meta)
-    return made
 
 
 def _is_int8(op: Op, weight: Op) -> bool:

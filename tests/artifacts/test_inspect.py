@@ -15,6 +15,7 @@ from graphq.cli import app
 from graphq.errors import TargetError
 from tests.models import MLP
 
+PLACED: dict[str, Any] = {"profile": "ort-cpu", "ops": [], "tensors": {}, "fallback": None}
 SPEC = {"graphq": 1, "rules": [{"match": "up", "weight": "int8/channel", "input": "int8/asym/tensor"}]}
 
 
@@ -90,6 +91,7 @@ def test_the_json(artifacts: Path, target: str) -> None:
         "algorithm": "rtn",
         "seed": 0,
         "bytes": sum(file["bytes"] for file in files.values()),
+        "activations": None,
         "files": files,
     }
     assert [(layer["layer"], layer["weight"], layer["input"]) for layer in found["layers"]] == [
@@ -121,6 +123,22 @@ def test_no_weights_are_needed(artifacts: Path, tmp_path: Path) -> None:
         (lambda d: d["report"][0].update(bytes=True), "damaged: report: bytes: True is not a size"),
         (lambda d: d["report"][0].update(bytes=2**63), "damaged: report: bytes: 9223372036854775808 is not a size"),
         (lambda d: d["report"][0].update(bytes=math.inf), "damaged: Infinity is not a finite number"),
+        (lambda d: d.update(activations=3), "damaged: activations: profile: 3 holds no entries"),
+        (lambda d: d.update(activations=PLACED | {"profile": 3}), "damaged: activations: profile: 3 is not text"),
+        (
+            lambda d: d.update(activations=PLACED | {"tensors": 3}),
+            "damaged: activations: tensors: 3 is not counts by type",
+        ),
+        (lambda d: d.update(activations=PLACED | {"ops": {}}), "damaged: activations: ops: {} is not a list of ops"),
+        (lambda d: d.update(activations=PLACED | {"ops": [3]}), "damaged: activations: op: 3 holds no entries"),
+        (
+            lambda d: d.update(activations=PLACED | {"ops": [{"op": "a", "kind": "b", "reason": "", "types": 3}]}),
+            "damaged: activations: types: 3 is not text or null",
+        ),
+        (
+            lambda d: d.update(activations=PLACED | {"fallback": []}),
+            "damaged: activations: fallback: [] is not a fallback or null",
+        ),
         (lambda d: d.update(seed=math.nan), "damaged: NaN is not a finite number"),
         (lambda d: d.update(seed=-math.inf), "damaged: -Infinity is not a finite number"),
         (lambda d: d.update(seed=None), "damaged: seed: None is not a seed"),

@@ -566,9 +566,11 @@ _0_weight -> layer_norm  grid 3: uint8/tensor  0.weight.value
     )
 
 
-def test_powers_of_two_that_a_table_wants_are_told_to_be_missing() -> None:
-    gm = graph(nn.Sequential(nn.Linear(4, 4)), ROWS)
-    profile = table(Linear=layer())
-    told = "test: wants scales that are powers of two; those chosen here are not"
-    assert told not in place(gm, profile).notes
-    assert told in place(gm, replace(profile, power_of_two=True)).notes
+def test_grids_have_powers_of_two_where_a_table_wants_them() -> None:
+    profile = table(Linear=layer(), LayerNormalization=OpRule(op_types("uint8 x uint8/tensor -> uint8")))
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    wanted = place(graph(model, ROWS), replace(profile, power_of_two=True))
+    assert {str(one.grid.quant) for one in wanted.quantizers} == {"uint8/pow2/tensor"}
+    assert {str(one.grid.quant) for one in place(graph(model, ROWS), profile).quantizers} == {"uint8/tensor"}
+    assert len(wanted.quantizers) == 4
+    assert not wanted.notes

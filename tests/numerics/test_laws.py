@@ -19,7 +19,13 @@ from tests.numerics.tables import MINIFLOATS
 FORMATS: list[Format] = [
     *(Int(bits, symmetric) for bits in (2, 3, 4, 5, 6, 7, 8, 16) for symmetric in (True, False)),
     *(Int(bits, divisor=divisor) for bits in (4, 8) for divisor in ("half", "by_sign")),
-    *(Int(bits, symmetric=False, signed=False, joint=joint) for bits in (8, 16) for joint in (False, True)),
+    *(
+        Int(bits, symmetric=False, signed=False, joint=joint, power_of_two=power_of_two)
+        for bits in (8, 16)
+        for joint in (False, True)
+        for power_of_two in (False, True)
+    ),
+    *(Int(bits, symmetric, power_of_two=True) for bits in (4, 8) for symmetric in (True, False)),
     *(Int(bits, symmetric=False, joint=True) for bits in (4, 8)),
     *(Float(layout, scale) for layout in get_args(FloatLayout) for scale in ("max", "pow2")),
     Float("hifloat8", "to15"),

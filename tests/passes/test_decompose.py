@@ -83,6 +83,18 @@ def test_the_same_function(name: str) -> None:
     assert decompose(gm) == 0
 
 
+def test_heads_are_repeated_as_often_as_it_takes() -> None:
+    q = torch.randn(2, 6, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    gm = capture(Attention(kv=3, enable_gqa=True), q)
+    wanted = run(gm, q)
+    assert decompose(gm) == 1
+    assert (run(gm, q) - wanted).abs().max() <= 1e-12
+    assert targets(gm).count("aten.repeat_interleave.self_int") == 2
+    alike = capture(Attention(enable_gqa=True), Q)
+    decompose(alike)
+    assert "aten.repeat_interleave.self_int" not in targets(alike)
+
+
 class Viewed(nn.Module):
     """Heads side by side again, by a view: torch lays out what attention gives with the heads inside."""
 
@@ -207,6 +219,11 @@ def whole(mask: Tensor, q: Tensor) -> Tensor:
         (True, lambda q: whole(rows(q) >= 0, q)),
         (True, lambda q: whole(rows(q, 2) >= 2, q)),
         (True, lambda q: whole(rows(q) >= -1, q)),
+        (True, lambda q: whole(torch.add(rows(q), 2, alpha=3) >= 6, q)),
+        (False, lambda q: whole(torch.add(rows(q), 2, alpha=-3) >= 2, q)),
+        (False, lambda q: whole(rows(q) + rows(q) >= 0, q)),
+        (False, lambda q: whole(rows(q).to(torch.int8) >= 0, q)),  # which may have become negative
+        (False, lambda q: torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).to(q.dtype)),  # numbers, to be added
         (True, lambda q: torch.ones(q.shape[2], q.shape[2], dtype=torch.bool)),
         (True, lambda q: whole(rows(q) >= 0, q) & torch.ones(q.shape[2], dtype=torch.bool)),
         (False, lambda q: whole(rows(q) >= 1, q)),
@@ -254,6 +271,7 @@ class Calls(nn.Module):
     def __init__(self, f: Any, groups: int = 4) -> None:
         super().__init__()
         self.f = f
+        self.plain = nn.GroupNorm(4, 4, affine=False)
         self.norm, self.linear = nn.GroupNorm(groups, 4), nn.Linear(8, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -283,6 +301,7 @@ def test_a_roll_is_two_slices_joined() -> None:
 def test_groups_of_one_channel_are_instances() -> None:
     assert other_form(lambda m, x: m.norm(x), NORMS) == ["aten.instance_norm"]
     assert other_form(lambda m, x: m.norm(x), NORMS, groups=2) == []
+    assert other_form(lambda m, x: m.plain(x), NORMS) == []  # which ONNX's norm of instances has to have a gain for
     assert other_form(lambda m, x: m.norm(x), table(GroupNormalization=WHOLE, InstanceNormalization=WHOLE)) == []
 
 

@@ -1,5 +1,7 @@
 """Observers where quantizers will stand, and the QDQ form that they become: for all readers, for some, and again."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ import graphq
 from graphq.capture.source import source_of
 from graphq.ir.pipeline import Pipeline
 from graphq.ir.text import dump
+from graphq.ir.units import module_of
 from graphq.ir.views import Dequantize, Param, Quantize, ops_of
 from graphq.lowering.profiles import PROFILES
 from graphq.observers.ranges import GridObserver
@@ -152,6 +155,81 @@ def test_numbers_of_a_division_and_of_scalars() -> None:
     wanted = (X + 2) / 4 - 1
     assert (run(gm, X) - wanted).abs().max() <= 0.01 * wanted.abs().max()
     assert_vals(gm, X)
+
+
+@pytest.mark.parametrize(
+    ("target", "wanted"),
+    [
+        (torch.ops.aten.add.Scalar, lambda x: x + 0.5),
+        (torch.ops.aten.sub.Scalar, lambda x: x - 0.5),
+        (torch.ops.aten.rsub.Scalar, lambda x: 0.5 - x),
+        (torch.ops.aten.mul.Scalar, lambda x: x * 0.5),
+        (torch.ops.aten.div.Scalar, lambda x: x / 0.5),
+        (torch.ops.aten.add.Tensor, lambda x: x + 0.5),
+        (torch.ops.aten.div.Tensor, lambda x: x / 0.5),
+    ],
+)
+def test_every_op_with_a_number(target: Any, wanted: Any) -> None:
+    class Number(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.sin() + 0
+
+    gm = capture(Number(), X)
+    (op,) = (op for op in ops_of(gm) if "add" in str(op.node.target))
+    op.node.target, op.node.args = target, (op.node.args[0], 0.5)
+    gm.recompile()
+    gm = quantized(gm, table(Add=EVERY_OP, Sub=EVERY_OP, Mul=EVERY_OP, Div=EVERY_OP), X)
+    assert tensor_of(gm, "numbers.0.weight").dtype == torch.uint8
+    assert (run(gm, X) - wanted(X.sin())).abs().max() <= 0.02
+    assert_vals(gm, X)
+
+
+def test_each_border_reads_the_tensor_itself() -> None:
+    """Two pools of 8 bits read what is in 16: neither reads what was rounded for the other."""
+
+    class Pools(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x.exp()[:, None, :, None]
+            a, b = (nn.functional.max_pool2d(y, (1, 1)).sin(), nn.functional.max_pool2d(y, (3, 1)).cos())
+            return a + b
+
+    gm = capture(Pools(), X)
+    ops = {"Exp": OpRule(op_types("uint16 -> uint16")), "MaxPool": OpRule(op_types("uint8 -> uint8"), "same")}
+    place(gm, table(Unsqueeze=MOVES, **ops))
+    found = {op.node: one for op, one in observers(gm)}
+    pools = [node for node in gm.graph.nodes if "max_pool" in str(node.target)]
+    before = [pool.args[0] for pool in pools]
+    assert all(node in found for node in before)
+    assert before[0] is not before[1]
+    assert before[0].args[0] is before[1].args[0]
+    assert [str(found[node].grid.quant) for node in (*before, before[0].args[0])] == [  # type: ignore[union-attr]
+        *("uint8/tensor", "uint8/tensor", "uint16/tensor")
+    ]
+
+
+def test_observers_belong_to_who_gives_or_alone_reads_a_tensor() -> None:
+    """So that names and the report tell whose it is; what only moves elements sees nothing of its own."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x.sin()).reshape(-1, 2, 2).flatten(1))
+
+    gm = capture(Two(), X)
+    place(gm, PROFILES["generic-int8"])
+    found = {op.node.all_input_nodes[0].name: (module_of(op), one) for op, one in observers(gm)}
+    assert {name: (module, one.role) for name, (module, one) in found.items()} == {
+        "sin": ("a", "input"),
+        "linear": ("a", "output"),
+        "reshape": ("", "output"),
+        "flatten": ("", "input"),  # for all that read it
+        "linear_1": ("b", "output"),
+    }
+    moved = {name for name, (_, one) in found.items() if isinstance(one, GridObserver) and one.moved}
+    assert moved == {"reshape", "flatten"}
 
 
 def test_a_border_is_quantized_again() -> None:

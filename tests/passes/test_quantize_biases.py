@@ -1,5 +1,6 @@
 """Biases as int32 at the scale of the products: exact to half a step of it, and never saturated or lost."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -88,31 +89,45 @@ def test_a_second_run_changes_nothing() -> None:
     assert Pipeline([QuantizeBiases(PROFILES["generic-int8"])], strict=True).run(made.graph) == {"quantize-biases": 0}
 
 
+class Behind(nn.Module):
+    """A layer behind a ReLU, whose output every reader has quantized, in integers or not."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.fc = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(F.relu(x))
+
+
+LINEAR, UP = (X, lambda: nn.Linear(4, 2)), (IMAGE, lambda: nn.ConvTranspose2d(4, 4, 2))
+
+
 @pytest.mark.parametrize(
-    ("why", "model", "profile", "spec"),
+    ("why", "layer", "profile", "weight", "given"),
     [
-        ("the profile wants it float", Layer(), "openvino", None),
-        (
-            "a dynamic scale is not known",
-            Layer(),
-            "generic-int8",
-            {"weight": "int8/channel", "input": "int8/token/dynamic"},
-        ),
-        ("a float input has no scale", Layer(), "generic-int8", {"weight": "int8/channel"}),
-        ("a group has a scale of its own", Layer(), "generic-int8", {"weight": "int8/g2", "input": "uint8/tensor"}),
-        (
-            "a group of a transposed weight has a scale of its own",
-            Transposed(),
-            "generic-int8",
-            {"weight": "int8/g2", "input": "uint8/tensor"},
-        ),
-        ("there is no bias", Layer(bias=False), "generic-int8", None),
+        ("nothing", LINEAR, "generic-int8", "int8/channel", "uint8/tensor"),
+        ("the profile wants it float", LINEAR, "openvino", "int8/channel", "uint8/tensor"),
+        ("a dynamic scale is not known", LINEAR, "generic-int8", "int8/channel", "int8/tensor/dynamic"),
+        ("a token's scale is not known", LINEAR, "generic-int8", "int8/channel", "int8/token/dynamic"),
+        ("a weight in float has no scale", LINEAR, "generic-int8", None, "uint8/tensor"),
+        ("codes of floats are no integers", LINEAR, "generic-int8", "float8_e4m3fn/channel", "uint8/tensor"),
+        ("a group has a scale of its own", LINEAR, "generic-int8", "int8/g2", "uint8/tensor"),
+        ("an element has a scale of its own", LINEAR, "generic-int8", "int8/g1", "uint8/tensor"),
+        ("a group of a transposed weight has one", (X, Transposed), "generic-int8", "int8/g2", "uint8/tensor"),
+        ("an element of a transposed weight has one", (X, Transposed), "generic-int8", "int8/g1", "uint8/tensor"),
+        ("a group of inputs has one", UP, "generic-int8", "int8/g2", "uint8/tensor"),
+        ("there is no bias", (X, lambda: nn.Linear(4, 2, bias=False)), "generic-int8", "int8/channel", "uint8/tensor"),
     ],
 )
-def test_a_bias_that_stays_float(why: str, model: nn.Module, profile: str, spec: Any) -> None:
-    given = spec and {"graphq": 1, "rules": [{"match": "*", **spec}]}
-    made = compiled(seeded(model), X, profile, given)
-    assert not [name for name, t in made.graph.state_dict().items() if t.dtype == torch.int32], why
+def test_a_bias_that_stays_float(why: str, layer: Any, profile: str, weight: str | None, given: str) -> None:
+    """Each differs in one thing from the first, whose bias is int32."""
+    x, make = layer
+    plan = {"input": given} | ({} if weight is None else {"weight": weight})
+    spec = {"graphq": 1, "rules": [{"match": "*", **plan}], "activations": "uint8/tensor"}
+    made = compiled(seeded(Behind(make())), x, profile, spec)
+    found = [name for name, t in made.graph.state_dict().items() if t.dtype == torch.int32]
+    assert bool(found) == (why == "nothing"), why
 
 
 class Norm(nn.Module):
@@ -218,6 +233,7 @@ def test_a_channel_of_zeros_and_one_of_tiny_weights_keep_their_biases(profile: s
     back = codes.double() * scale.double()
     assert (back - model.conv.bias.detach().double()).abs().max() <= 1e-3  # type: ignore[union-attr]
     assert int(codes.abs().max()) <= 2**30
+    assert float(scale.min()) >= torch.finfo(torch.float32).tiny
     assert "conv: 2 of its 6 channels have scales as large as their biases need in int32" in made.report.notes
     made.graph.recompile()
     with torch.no_grad():
@@ -275,3 +291,81 @@ def test_a_bias_that_needs_another_scale_of_a_weight_that_others_read_stays_floa
     made = compiled(model, X)
     assert tensor_of(made.graph, "bias").dtype == torch.float32
     assert any("its bias stays float: it needs larger scales" in note for note in made.report.notes)
+
+
+@pytest.mark.parametrize(("weight", "profile"), [("int8/tensor", "generic-int8"), ("int8/tensor", "vitis-ai")])
+def test_one_scale_for_all_channels_is_as_large_as_the_largest_bias_needs(weight: str, profile: str) -> None:
+    model = seeded(Layer())
+    with torch.no_grad():
+        tensor_of(model, "fc.weight").mul_(1e-10)
+        tensor_of(model, "fc.bias").copy_(torch.tensor([0.5, -7.0]))
+    spec = {"graphq": 1, "rules": [{"match": "*", "weight": weight, "input": "int8/tensor"}]}
+    made = compiled(model, X, profile, spec)
+    s_w, scale = (tensor_of(made.graph, f"fc.{name}_scale") for name in ("weight", "bias"))
+    assert s_w.numel() == scale.numel() == 1
+    back = tensor_of(made.graph, "fc.bias").double() * scale.double()
+    assert (back - tensor_of(model, "fc.bias").detach().double()).abs().max() <= float(scale) / 2 * 1.001
+    assert 2**28 < int(tensor_of(made.graph, "fc.bias").abs().max()) <= 2**30
+    assert "fc: 1 of its 1 channels have scales as large as their biases need in int32" in made.report.notes
+    if profile == "vitis-ai":
+        assert all(math.frexp(float(s))[0] == 0.5 for s in (*s_w.flatten(), *scale.flatten()))
+    assert_vals(made.graph, X)
+
+
+def test_codes_are_rounded_again_at_the_larger_scale() -> None:
+    """So that weights come back as near as that scale allows, and are not those of the smaller one times it."""
+    model = seeded(Layer())
+    with torch.no_grad():
+        tensor_of(model, "fc.weight").mul_(1e-8)
+        tensor_of(model, "fc.bias").copy_(torch.tensor([3.0, 0.0]))
+    made = compiled(model, X)
+    w, s_w = tensor_of(made.graph, "fc.weight"), tensor_of(made.graph, "fc.weight_scale")
+    error = (w * s_w - tensor_of(model, "fc.weight").detach()).abs()
+    assert (error <= s_w / 2 * 1.02).all()
+    assert float(s_w[1]) < 1e-9 < float(s_w[0])  # the second channel's is what its weights need
+
+
+def test_a_tiny_gain_of_a_norm_leaves_the_bias_float() -> None:
+    """Its codes have a zero point, which another scale would move."""
+    model = Norm([4])
+    model.norm.weight.data.fill_(1e-12)
+    model.norm.bias.data.fill_(5.0)
+    spec = {"graphq": 1, "rules": [{"match": "*", "float": True}], "activations": "uint8/tensor"}
+    made = compiled(model, X, "qnn-htp", spec)
+    assert tensor_of(made.graph, "norm.bias").dtype == torch.float32
+    assert "norm: its bias stays float: it needs larger scales of a weight with a zero point" in made.report.notes
+
+
+def test_names_that_the_model_has_are_left_to_it() -> None:
+    class Named(Layer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc.register_buffer("bias_scale", torch.ones(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x) * self.fc.bias_scale
+
+    made = compiled(seeded(Named()), X)
+    held = {name for name, t in made.graph.state_dict().items() if t.dtype == torch.int32}
+    assert len(held) == 1
+    assert "fc.bias" not in held
+    assert_vals(made.graph, X)
+
+
+def test_a_bias_that_is_read_at_two_nodes_is_gone_when_both_are_quantized() -> None:
+    made = compiled(seeded(Shared()), X, "ort-cpu")  # where biases of linears are in float
+    gm = made.graph
+    (read,) = gm.graph.find_nodes(op="get_attr", target="b")
+    first, second = read.users
+    with gm.graph.inserting_before(second):
+        again = gm.graph.get_attr("b")
+    again.meta = dict(read.meta)
+    second.replace_input_with(read, again)
+    gm.recompile()
+    before = gm(X)[0]
+    assert Pipeline([QuantizeBiases(PROFILES["generic-int8"])], strict=True).run(gm) == {"quantize-biases": 2}
+    assert not gm.graph.find_nodes(op="get_attr", target="b")
+    assert "b" not in gm.state_dict()
+    assert first.args[2] is not second.args[2]
+    assert (gm(X)[0] - before).abs().max() <= 1e-3
+    assert_vals(gm, X)

@@ -242,7 +242,7 @@ def _write_format(quant: Quant) -> dict[str, Plain]:
     match quant.format:
         case Int(bits, True, "half") if bits <= 8:
             return {"num_bits": bits, "type": "int", "symmetric": True}
-        case Int(bits, False, joint=True, signed=True) if bits <= 8:
+        case Int(bits, False, joint=True, signed=True, power_of_two=False) if bits <= 8:
             return {"num_bits": bits, "type": "int", "symmetric": False}
         case Float("float8_e4m3fn", "max") | Mx("float8_e4m3fn", "even"):
             return {"num_bits": 8, "type": "float", "symmetric": True}

@@ -117,7 +117,7 @@ def _read_float(section: Section, kind: Kind | None) -> Float | None:
 def write_format(format: Format) -> dict[str, Plain] | str:
     """The keys that ``read_format`` reads the format from; or why there are none."""
     match format:
-        case Int(bits, symmetric, "max", signed=True, joint=False):
+        case Int(bits, symmetric, "max", signed=True, joint=False, power_of_two=False):
             return {"bit": bits, "symmetric": symmetric}
         case Float(layout, "max"):
             for word, (known, _) in _FLOATS.items():

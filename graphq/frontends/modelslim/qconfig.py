@@ -291,7 +291,7 @@ def side_of(quant: Quant, role: Role) -> Side:
             raise wrong
     symmetric, step = True, None
     match quant.format:
-        case Int(bits, symmetric):
+        case Int(bits, symmetric, power_of_two=False):
             dtype = f"int{bits}"
         case Float():
             dtype = "fp8_e4m3"
@@ -299,7 +299,7 @@ def side_of(quant: Quant, role: Role) -> Side:
             dtype, scope, size = ("mxfp8" if quant.format.element == "float8_e4m3fn" else "mxfp4"), "per_block", None
         case TwoLevel():
             dtype = "int4"
-        case Nvfp4():
+        case Int() | Nvfp4():
             raise wrong
         case _:
             assert_never(quant.format)

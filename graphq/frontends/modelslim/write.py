@@ -242,7 +242,9 @@ def _cache(cache: Quant | None, problems: list[str]) -> list[Plain]:
     match cache:
         case None:
             return []
-        case Quant(Int(8, symmetric, "max", True) as format, PerChannel(), False) if format.joint is not symmetric:
+        case Quant(Int(8, symmetric, "max", True, power_of_two=False) as format, PerChannel(), False) if (
+            format.joint is not symmetric
+        ):
             qconfig: Plain = {"scope": "per_channel", "dtype": "int8", "symmetric": symmetric, "method": "minmax"}
             return [{"type": "dynamic_cache", "qconfig": qconfig, "include": ["*"]}]
         case _:

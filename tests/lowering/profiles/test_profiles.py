@@ -6,10 +6,15 @@ import onnx
 import pytest
 
 from graphq.errors import SpecError
-from graphq.lowering.profiles import PROFILES, profile_named
-from graphq.spec.formats import Int, parse_format
+from graphq.ir.integer_units import takes_weight
+from graphq.lowering.profiles import PROFILES, for_its_profile, profile_named
+from graphq.spec.activations import ActivationRule
+from graphq.spec.formats import Int, codes_of, parse_format
+from graphq.spec.match import parse_match
+from graphq.spec.plan import KeepFloat, Plan
 from graphq.spec.profile import GEMM, LINEAR, OpTypes
-from graphq.spec.quant import PerGroup, parse_quant
+from graphq.spec.quant import PerGroup, has_powers_of_two, parse_quant
+from graphq.spec.rules import Rule, Spec
 
 ONNX_KINDS = {schema.name for schema in onnx.defs.get_all_schemas_with_history() if not schema.domain}
 ROWS = [(p.name, kind) for p in PROFILES.values() for kind in p.ops]
@@ -39,9 +44,12 @@ def test_a_table_is_whole(name):
     for kind in ("Conv", LINEAR):
         rule = profile.ops[kind]
         assert profile.activations[0] == rule.types[0].inputs[0], "the default is what is placed first"
-        assert profile.weight == rule.types[0].weight
+        assert rule.types[0].weight is not None
+        assert takes_weight(rule.types[0].weight, profile.weight)
+        assert has_powers_of_two(profile.weight.format) == profile.power_of_two
     assert all(isinstance(one, Int) for one in profile.activations)
-    assert profile.activation().format == profile.activations[0]
+    assert codes_of(profile.activation().format) == profile.activations[0]
+    assert has_powers_of_two(profile.activation().format) == profile.power_of_two
     for source, made in profile.retypes.items():
         assert isinstance(parse_format(source), Int)
         assert parse_format(made) in profile.activations
@@ -161,6 +169,41 @@ def test_vitis_ai():
     assert profile.static
     assert profile.opsets[1] == 17
     assert not any(types.weight == parse_quant("int8/channel") for types in profile.ops["Conv"].types)
+    assert str(profile.weight) == "int8/pow2/tensor/mse0.2:100:2:5"
+    assert str(profile.activation()) == "int8/pow2/tensor/histogram"
+
+
+def test_a_spec_for_a_profile_that_wants_powers_of_two():
+    plan = Plan(parse_quant("int8/half/tensor"), parse_quant("int8/tensor"), parse_quant("uint8/tensor/mse"))
+    spec = Spec(
+        (Rule(parse_match("a"), plan, "rules[0]"), Rule(parse_match("b"), KeepFloat("so"))),
+        activations=(ActivationRule(parse_quant("int8/tensor")), ActivationRule(None, ("Add",))),
+        profile="vitis-ai",
+        notes=("a note",),
+    )
+    made = for_its_profile(spec)
+    assert (
+        str(made.rules[0].decision) == "weight int8/pow2/tensor, input int8/pow2/tensor, output uint8/pow2/tensor/mse"
+    )
+    assert made.rules[1] == spec.rules[1]
+    assert [str(rule) for rule in made.activations] == ["all: int8/pow2/tensor", "Add: float"]
+    assert made.notes == (
+        "a note",
+        "vitis-ai: scales are powers of two: int8/half/tensor is int8/pow2/tensor",
+        "vitis-ai: scales are powers of two: int8/tensor is int8/pow2/tensor",
+        "vitis-ai: scales are powers of two: uint8/tensor/mse is uint8/pow2/tensor/mse",
+    )
+    assert for_its_profile(made) is made or for_its_profile(made).notes == made.notes
+    assert for_its_profile(dataclasses.replace(spec, profile="qnn-htp")).rules == spec.rules
+    fitted = Rule(parse_match("a"), Plan(parse_quant("int8/channel/ssz")), "rules[0]")
+    with pytest.raises(SpecError) as raised:
+        for_its_profile(Spec((fitted, fitted), profile="vitis-ai"))
+    assert raised.value.problems == 2 * (
+        (
+            "rules[0]: vitis-ai wants powers of two: int8/pow2/channel/ssz: ssz fits scales that may be any number; those of"
+            " int8/pow2 are powers of two"
+        ),
+    )
 
 
 def test_rknn():

@@ -9,9 +9,9 @@ from torch import Tensor, fx, nn
 
 from graphq import numerics
 from graphq.capture.modules import capture_module
+from graphq.ir.edit import copy_graph
 from graphq.ir.pipeline import Pass
 from graphq.ir.text import dump
-from graphq.lowering.torch.pack import copy_graph
 from graphq.numerics import Scales
 from graphq.runtime import ops
 from tests.graphs import assert_vals

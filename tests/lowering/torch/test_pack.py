@@ -11,9 +11,10 @@ from torch import Tensor, fx, nn
 
 import graphq
 from graphq.capture.modules import capture_module
+from graphq.ir.edit import copy_graph
 from graphq.ir.pipeline import Pipeline
 from graphq.ir.text import dump
-from graphq.lowering.torch.pack import copy_graph, pack
+from graphq.lowering.torch.pack import pack
 from graphq.passes.quantize_activations import QuantizeActivations
 from graphq.passes.quantize_weights import QuantizeWeights
 from graphq.runtime.modules import PackedWeight, QuantizedModule, codes_of
