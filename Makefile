@@ -21,8 +21,8 @@ help: ## this list
 
 venv: $(STAMP) ## an environment with graphq and its tests' tools in $(VENV), made anew when its versions change [Python 3.11 and the network; 1.7 GB, 5 minutes; every target below makes it first]
 
-# Built without isolation, so that the pinned setuptools builds graphq.
-$(STAMP): pyproject.toml constraints.txt
+# Built without isolation, so that the pinned setuptools builds graphq, kernels included where there is a C++ compiler.
+$(STAMP): pyproject.toml constraints.txt $(wildcard graphq/runtime/kernels/native/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "graphq needs Python 3.11: make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv --clear $(VENV)
 	$(INSTALL) setuptools

@@ -77,9 +77,10 @@ class Compiled(NotPickled):
 
     @property
     def module(self) -> CompiledModel:
-        """The packed torch module."""
+        """The packed torch module. When it is made, ``report`` learns what computes its layers on this machine."""
         if self._packed is None:
             self._packed = CompiledModel(pack(self.graph)).eval()
+            self.report = dataclasses.replace(self.report, kernels=self._packed.kernels)
         return self._packed
 
     def __call__(self, *args: object, **kwargs: object) -> Outputs:

@@ -195,8 +195,9 @@ class Report:
 
     ``settings``: what the spec says beside its rules, by name. ``parameters``: those that are multiplied with an
     activation and are no layer that a rule can name; they stay float. ``activations``: what became of the tensors
-    between layers, where quantizers were placed by a profile. ``phases``: what the compile took, and each artifact
-    since; no part of what is compared or written.
+    between layers, where quantizers were placed by a profile. ``kernels``: what computes a layer of the packed torch
+    module on this machine, and why it is not something faster; known when that module has been made. ``phases``: what
+    the compile took, and each artifact since; no part of what is compared or written.
     """
 
     layers: tuple[LayerReport, ...]
@@ -204,6 +205,7 @@ class Report:
     settings: Mapping[str, str] = field(default_factory=dict[str, str])
     parameters: tuple[LayerReport, ...] = ()
     activations: ActivationsReport | None = None
+    kernels: Mapping[str, str] = field(default_factory=dict[str, str])
     phases: tuple[Phase, ...] = field(default=(), compare=False)
 
     def to_json(self) -> dict[str, Any]:
@@ -220,7 +222,7 @@ class Report:
 
     def table(self) -> list[tuple[str, ...]]:
         """Layers and parameters as rows of text, a header first; a column in which nothing stands is left out."""
-        rows = [("layer", "weight", "input", "rule", "bytes", "SQNR dB", "why float")]
+        rows = [("layer", "weight", "input", "rule", "bytes", "SQNR dB", "why float", "kernel")]
         rows += [
             (
                 found.layer.fqn,
@@ -230,6 +232,7 @@ class Report:
                 str(found.nbytes),
                 "" if found.sqnr_db is None else f"{found.sqnr_db:.1f}",
                 found.reason,
+                self.kernels.get(found.layer.fqn, ""),
             )
             for found in (*self.layers, *self.parameters)
         ]

@@ -102,7 +102,7 @@ def test_a_compiled_model_does_not_follow_the_source(name: str) -> None:
         for tensor in model.state_dict().values():
             tensor.fill_(3)
     assert torch.equal(output(compiled, x), before)
-    assert torch.equal(compiled.graph(x)[0], before)
+    assert (compiled.graph(x)[0] - before).abs().max() <= 1e-5 * before.abs().max()
 
 
 def test_tensors_that_are_no_parameters_are_copied_too() -> None:

@@ -1,6 +1,7 @@
 """The project's own rules: who imports whom, what an import may load, what a file may hold, what a wheel contains."""
 
 import ast
+import os
 import pkgutil
 import re
 import shutil
@@ -366,18 +367,31 @@ def test_every_package_is_installed() -> None:
     assert sorted(PROJECT["tool"]["setuptools"]["packages"]) == sorted(folders)
 
 
-def test_a_wheel_holds_every_module_once(tmp_path: Path) -> None:
-    ignored = shutil.ignore_patterns("__pycache__")
+def wheel_of(folder: Path, **environment: str) -> list[str]:
+    """The names in the wheel that is built of a copy of the sources in ``folder``."""
+    ignored = shutil.ignore_patterns("__pycache__", "*.so")
     for name in ("graphq", "passes", "lowering"):
-        shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=ignored)
+        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=ignored)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path)
+        shutil.copy(ROOT / name, folder)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", "dist", "."]
-    subprocess.run(command, cwd=tmp_path, check=True)
-    (wheel,) = (tmp_path / "dist").iterdir()
-    names = zipfile.ZipFile(wheel).namelist()
+    subprocess.run(command, cwd=folder, check=True, env=os.environ | environment)
+    (wheel,) = (folder / "dist").iterdir()
+    return zipfile.ZipFile(wheel).namelist()
+
+
+def test_a_wheel_holds_every_module_once_where_there_is_no_compiler(tmp_path: Path) -> None:
+    names = wheel_of(tmp_path, CC="false", CXX="false")
     assert "graphq/runtime/allowed_ops.txt" in names
+    assert "graphq/runtime/kernels/native/engine.h" in names
+    assert not [name for name in names if name.endswith(".so")]
     held = [name for name in names if name.endswith(".py")]
     assert sorted(held) == sorted(
         f"graphq/{path.relative_to(ROOT)}".replace("graphq/graphq", "graphq") for path in source_files()
     )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no compiler")
+def test_a_wheel_holds_the_kernels_where_there_is_one(tmp_path: Path) -> None:
+    assert [name for name in wheel_of(tmp_path) if name.startswith("graphq/runtime/kernels/_native.")]

@@ -22,6 +22,7 @@ from graphq.runtime.allowed_ops import OVERLOADS
 from graphq.runtime.arguments import check_arguments
 from graphq.runtime.checked_ops import SUBSTITUTES
 from graphq.runtime.fused_layers import FusedLayer
+from graphq.runtime.linear import PackedLinear
 from graphq.runtime.modules import Int8Linear, PackedWeight, QuantizedModule, settings_of
 from graphq.state import put_input, put_tensor
 
@@ -57,13 +58,18 @@ _GRAPHQ: Final = {
         graphq_ops.dequantize,
         graphq_ops.choose_scale,
         graphq_ops.choose_global_scale,
+        graphq_ops.quantize_dynamic,
         graphq_ops.recurrence,
         graphq_ops.max_pool2d,
     )
 }
 _GRAPHQ_MOE: Final = {str(op): op for op in (graphq_ops.grouped_linear, graphq_ops.select_rows)}
-_MODULES: Final = {"PackedWeight": PackedWeight, "Int8Linear": Int8Linear, "FusedLayer": FusedLayer}
-_TAKES: Final = {PackedWeight: 0, Int8Linear: 3, FusedLayer: 9}  # arguments of a call
+_MODULES: Final = {
+    "PackedWeight": PackedWeight,
+    "PackedLinear": PackedLinear,
+    "Int8Linear": Int8Linear,
+    "FusedLayer": FusedLayer,
+}
 _DTYPES: Final = re.compile(r"b?float(64|32|16)|float8_e\w+|u?int(64|32|16|8)|bool|complex(128|64)")
 _INT64: Final = 1 << 63
 _DAMAGE: Final = (
@@ -215,7 +221,7 @@ def _build(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> fx.GraphMo
             case "call_module":
                 if entry["target"] not in data["modules"]:
                     raise TargetError(f"graph.json: {entry['target']} is not one of its modules")
-                if kwargs or len(args) != _TAKES[cast(Any, type(root.get_submodule(entry["target"])))]:
+                if kwargs or not _fits(args, root.get_submodule(entry["target"])):
                     raise TargetError(f"graph.json: {name}: its arguments are not those of {entry['target']}")
                 node = graph.create_node("call_module", entry["target"], args, kwargs, name=name)
             case "call_function":
@@ -242,6 +248,17 @@ def _describe(x: Tensor) -> str:
     return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
 
 
+def _fits(args: tuple[Any, ...], module: nn.Module) -> bool:
+    """Whether a packed module is called with these: nothing, an input, or codes, their scales and zero points."""
+    if isinstance(module, FusedLayer):
+        return len(args) == 9
+    takes_codes = isinstance(module, Int8Linear) or (isinstance(module, PackedLinear) and module.takes_codes)
+    wanted = 3 if takes_codes else int(isinstance(module, PackedLinear))
+    if len(args) == 3 and args[2] is None:
+        args, wanted = args[:2], wanted - 1
+    return len(args) == wanted and all(isinstance(a, fx.Node) for a in args)
+
+
 def _check_settings(path: str, module: QuantizedModule) -> None:
     """Raises ``TargetError`` for settings that fit no weight, whatever tensors there are; a fused layer does itself."""
     settings = settings_of(module)
@@ -255,6 +272,8 @@ def _check_settings(path: str, module: QuantizedModule) -> None:
     row_axes, block = settings["row_axes"], settings["block"]
     if len(set(row_axes)) != len(row_axes) or not set(row_axes) <= set(range(len(shape))):
         raise TargetError(f"graph.json: {path}: row_axes: {row_axes} are not axes of {shape}")
+    if isinstance(module, PackedLinear) and (len(shape) != 2 or len(row_axes) != 1):
+        raise TargetError(f"graph.json: {path}: shape: {shape} is not that of a linear")
     if len(block) != len(shape) or not all(b == -1 or b > 0 for b in block):
         raise TargetError(f"graph.json: {path}: block: {block} does not divide {shape}")
 

@@ -12,6 +12,7 @@ from graphq.capture.source import Source, source_of
 from graphq.errors import GraphqError, SpecError
 from graphq.runtime.calls import Outputs, call
 from graphq.runtime.configuration import configuration
+from graphq.runtime.linear import kernel_of
 from graphq.runtime.modules import QuantizedModule
 from graphq.runtime.pickling import NotPickled
 from graphq.runtime.program import Append, Program, concatenated, line_of
@@ -51,6 +52,11 @@ class CompiledModel(NotPickled, nn.Module):
     def source(self) -> Source:
         """What capture recorded of the source."""
         return source_of(self.graph)
+
+    @property
+    def kernels(self) -> dict[str, str]:
+        """For each layer with packed codes what computes it on this machine, and why it is not something faster."""
+        return {path: kernel_of(m) for path, m in self.named_modules() if isinstance(m, QuantizedModule)}
 
     @property
     def config(self) -> Any:

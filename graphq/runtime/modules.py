@@ -9,7 +9,7 @@ from abc import ABC
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Final, Self, cast, final
+from typing import Any, Final, Self, TypeVar, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from graphq import numerics, packing
 from graphq.errors import PassError
 from graphq.numerics import Scales
-from graphq.spec.formats import Format, code_bits, has_global_scale, is_asymmetric
+from graphq.runtime import kernels
+from graphq.runtime.kernels import Product
+from graphq.spec.formats import Format, Int, code_bits, has_global_scale, is_asymmetric
 
 _onednn: Any = torch.ops.onednn
 _row_product: Any = cast(Any, torch)._int_mm
@@ -70,7 +72,6 @@ class _Packing:
     dtype: torch.dtype
 
 
-@final
 class PackedWeight(QuantizedModule):
     """A weight in packed codes; calling it gives the dequantized weight.
 
@@ -96,8 +97,20 @@ class PackedWeight(QuantizedModule):
         _register(self, numerics.empty_scales(shape, block, parsed, row_axes[:-1], dtype))
 
     def forward(self) -> Tensor:
-        form = self.graphq_form
-        return numerics.dequantize(codes_of(self), scales_of(self), form.format, form.block).to(form.dtype)
+        return dequantized(self)
+
+    def packed(self) -> Tensor:
+        """The packed codes, ``uint8[rows, bytes]``."""
+        return self.weight
+
+
+def dequantized(module: PackedWeight) -> Tensor:
+    """The weight in its float shape and dtype."""
+    form = module.graphq_form
+    return numerics.dequantize(codes_of(module), scales_of(module), form.format, form.block).to(form.dtype)
+
+
+_W = TypeVar("_W", bound=PackedWeight)
 
 
 def _register(module: nn.Module, scales: Scales) -> None:
@@ -106,7 +119,7 @@ def _register(module: nn.Module, scales: Scales) -> None:
             module.register_buffer(name, tensor)
 
 
-def hold_weight(module: PackedWeight, codes: Tensor, scales: Scales) -> PackedWeight:
+def hold_weight(module: _W, codes: Tensor, scales: Scales) -> _W:
     """``module`` with these codes, packed; the scales are kept as they are. Raises ``PassError`` for other shapes."""
     form, held = module.graphq_form, scales_of(module)
     if list(codes.shape) != form.shape:
@@ -114,7 +127,8 @@ def hold_weight(module: PackedWeight, codes: Tensor, scales: Scales) -> PackedWe
     _expect("a scale", scales.scale, held.scale)
     _expect("a zero point", scales.zero_point, held.zero_point)
     _expect("a global scale", scales.global_scale, held.global_scale)
-    module.weight = packing.pack(codes.permute(form.rows_first).reshape(-1, form.columns), form.bits)
+    rows = math.prod(form.shape[a] for a in form.settings["row_axes"])
+    module.weight = packing.pack(codes.permute(form.rows_first).reshape(rows, form.columns), form.bits)
     _register(module, scales)
     return module
 
@@ -122,10 +136,14 @@ def hold_weight(module: PackedWeight, codes: Tensor, scales: Scales) -> PackedWe
 @final
 @dataclass(frozen=True)
 class _Prepared:
-    """What an integer linear computes from its codes before the first product. ``row_sums``: exact up to K = 2^17."""
+    """What an integer linear computes from its codes before the first product: tiles, or else what oneDNN takes.
+
+    ``row_sums``: exact up to K = 2^17.
+    """
 
     codes: Tensor
     version: int | None
+    product: Product | None
     packed: Tensor | None
     row_sums: Tensor
 
@@ -191,14 +209,28 @@ class Int8Linear(QuantizedModule):
         weight, weight_scale = held["weight"], held["weight_scale"]
         if q.dtype != torch.int8 or q.shape[-1:] != weight.shape[1:]:  # which the kernel takes for granted
             raise PassError(f"codes {q.dtype}{list(q.shape)} for a weight int8{list(weight.shape)}")
-        if zero_point is None and form.symmetric and q.shape[:-1].numel() == 1 and has_row_kernel(weight.device):
+        prepared, is_traced = self._graphq_prepared, type(q) is not Tensor or torch.compiler.is_compiling()
+        is_tiled = prepared is not None and prepared.product is not None
+        if (
+            not is_tiled
+            and zero_point is None
+            and form.symmetric
+            and q.shape[:-1].numel() == 1
+            and has_row_kernel(weight.device)
+            and kernels.integer_kernel(weight) is None
+        ):
             y = (_row_product(q.reshape(1, -1), weight.t()) * scale).mul_(weight_scale.flatten())
             y = (y + held["bias"] if form.bias else y).view(*q.shape[:-1], -1)
             return y if y.dtype == form.dtype else y.to(form.dtype)
-        prepared = self._graphq_prepared
-        if prepared is None or not prepared.is_of(weight):
+        if prepared is None or not prepared.is_of(weight) or (is_traced and is_tiled):
             row_sums = weight.sum(1, dtype=torch.int32).to(torch.float32)
-            prepared = self._graphq_prepared = _Prepared(weight, tensor_version(weight), _prepack(weight), row_sums)
+            product = None if is_traced else _tiled(self)
+            packed = None if is_traced or product is not None else _prepack(weight)
+            prepared = _Prepared(weight, tensor_version(weight), product, packed, row_sums)
+            if not is_traced:  # a graph holds ops on its own tensors
+                self._graphq_prepared = prepared
+        if prepared.product is not None:
+            return prepared.product(q, form.dtype, scale, zero_point)
         sums = _integer_product(q, weight, prepared.packed)
         if zero_point is not None:
             sums = sums - zero_point.to(torch.float32) * prepared.row_sums
@@ -254,7 +286,7 @@ def codes_of(module: QuantizedModule) -> Tensor:
     if not isinstance(module, PackedWeight):
         return module.weight.t() if module.graphq_form.transposed else module.weight
     form = module.graphq_form
-    flat = packing.unpack(module.weight, form.bits, form.columns, numerics.code_dtype(form.format))
+    flat = packing.unpack(module.packed(), form.bits, form.columns, numerics.code_dtype(form.format))
     moved = flat.reshape([form.shape[a] for a in form.rows_first])
     return moved.permute([form.rows_first.index(a) for a in range(len(form.shape))])
 
@@ -266,6 +298,21 @@ def scales_of(module: QuantizedModule) -> Scales:
     zero_point = module.get_buffer("weight_zero_point") if has_zero_point else None
     upper = module.get_buffer("weight_global_scale") if format is not None and has_global_scale(format) else None
     return Scales(module.weight_scale, zero_point, upper)
+
+
+def _tiled(module: Int8Linear) -> Product | None:
+    """The product with the weight in tiles, where that is at least as fast as oneDNN's: without AMX."""
+    weight, is_symmetric = module.weight, module.graphq_form.symmetric
+    kernel = kernels.integer_kernel(weight)
+    if kernel is None:
+        return None
+    format, block = Int(8, symmetric=is_symmetric), [1 if module.weight_scale.numel() > 1 else -1, -1]
+    scale, zero_point, _ = (None if part is None else part.reshape(-1, 1) for part in scales_of(module))
+    assert scale is not None
+    rows = kernels.rows_of(
+        weight.contiguous().view(torch.uint8), Scales(scale, zero_point), format, block, weight.shape, 0
+    )
+    return Product(kernel, kernels.tile(rows), rows, _bias_of(module), kernels.group_sums(rows))
 
 
 def _prepack(weight: Tensor) -> Tensor | None:

@@ -14,6 +14,8 @@ from torch import Tensor
 from graphq import numerics
 from graphq.errors import PassError
 from graphq.numerics import Format, Scales
+from graphq.runtime.kernels import quantized_rows
+from graphq.spec import formats
 from graphq.spec.formats import has_global_scale
 
 _library = torch.library.Library("graphq", "DEF")  # held for the process: its ops vanish with it
@@ -28,6 +30,9 @@ _library.define(
     "choose_scale(Tensor x, str format, int[] block, Tensor? global_scale=None) -> (Tensor scale, Tensor zero_point)"
 )
 _library.define("choose_global_scale(Tensor x) -> Tensor")
+_library.define(
+    "quantize_dynamic(Tensor x, str format, int[] block) -> (Tensor codes, Tensor scale, Tensor zero_point)"
+)
 _library.define("grouped_linear(Tensor x, Tensor weight, Tensor offsets) -> Tensor")
 _library.define(
     "recurrence(Tensor gates, Tensor weight, Tensor? bias, Tensor hidden, Tensor? cell, str kind, bool reverse)"
@@ -118,6 +123,21 @@ def _choose_global_scale(x: Tensor) -> Tensor:
 
 def _choose_global_scale_fake(x: Tensor) -> Tensor:
     return x.new_empty([1] * x.dim(), dtype=torch.float32)
+
+
+def _quantize_dynamic(x: Tensor, format: str, block: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """``choose_scale`` and ``quantize`` by it, of formats with one level of scales."""
+    found = quantized_rows(x, format, block)
+    if found is not None:
+        return found
+    scale, zero_point = _choose_scale(x, format, block)
+    is_asymmetric = formats.is_asymmetric(numerics.parse_format(format))
+    return _quantize(x, scale, zero_point if is_asymmetric else None, None, format, block), scale, zero_point
+
+
+def _quantize_dynamic_fake(x: Tensor, format: str, block: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    codes = torch.empty_like(x, dtype=numerics.code_dtype(_format(format, None)), memory_format=torch.contiguous_format)
+    return codes, *_choose_scale_fake(x, format, block)
 
 
 def _bounds(offsets: Tensor, experts: int, rows: int) -> list[tuple[int, int]]:
@@ -264,6 +284,7 @@ for _name, _reference, _fake in (
     ("quantize", _quantize, _quantize_fake),
     ("choose_scale", _choose_scale, _choose_scale_fake),
     ("choose_global_scale", _choose_global_scale, _choose_global_scale_fake),
+    ("quantize_dynamic", _quantize_dynamic, _quantize_dynamic_fake),
     ("grouped_linear", _grouped_linear, _grouped_linear_fake),
     ("recurrence", _recurrence, _recurrence_fake),
     ("select_rows", _select_rows, _select_rows_fake),
@@ -301,6 +322,7 @@ dequantize = torch.ops.graphq.dequantize.default
 quantize = torch.ops.graphq.quantize.default
 choose_scale = torch.ops.graphq.choose_scale.default
 choose_global_scale = torch.ops.graphq.choose_global_scale.default
+quantize_dynamic = torch.ops.graphq.quantize_dynamic.default
 grouped_linear = torch.ops.graphq.grouped_linear.default
 recurrence = torch.ops.graphq.recurrence.default
 select_rows = torch.ops.graphq.select_rows.default
@@ -308,6 +330,7 @@ max_pool2d = torch.ops.graphq.max_pool2d.default
 REFERENCES: Final[Mapping[object, Callable[..., Any]]] = {  # what the ops call, without the dispatcher between
     dequantize: _dequantize,
     quantize: _quantize,
+    quantize_dynamic: _quantize_dynamic,
     choose_scale: _choose_scale,
     choose_global_scale: _choose_global_scale,
     grouped_linear: _grouped_linear,

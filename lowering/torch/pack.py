@@ -13,11 +13,14 @@ from graphq.lowering.stored import hold_stored, stored
 from graphq.lowering.torch.fuse_attention import fuse_attention
 from graphq.lowering.torch.fuse_conv import FuseConv
 from graphq.lowering.torch.fuse_linear import FuseLinear
+from graphq.lowering.torch.fuse_quantization import fuse_quantization
 from graphq.lowering.torch.fuse_rotary import fuse_rotary
 from graphq.lowering.torch.merge_equal import merge_equal
 from graphq.lowering.torch.move_codes import MoveCodes
 from graphq.numerics import Scales
+from graphq.runtime.kernels import is_integer
 from graphq.runtime.layers import INT8
+from graphq.runtime.linear import PackedLinear
 from graphq.runtime.modules import Int8Linear, PackedWeight, hold_linear, hold_weight
 from graphq.spec.formats import code_bits, parse_format
 from graphq.state import same_tensors, tensor_of
@@ -42,9 +45,15 @@ def pack(gm: fx.GraphModule) -> fx.GraphModule:
     first = same_tensors(packed)
     held: dict[object, Tensor] = {}
     for op in ops_of(packed):
-        if isinstance(op, Dequantize) and isinstance(op.codes, Param) and (rows := _row_axes(op)) is not None:
+        if (
+            isinstance(op, Dequantize)
+            and isinstance(op.codes, Param)
+            and (rows := _row_axes(op)) is not None
+            and not _packed_linear(packed, op, first, held)
+        ):
             _packed_weight(packed, op, rows, first, held)
     merge_equal(packed)
+    fuse_quantization(packed)
     fuse_attention(packed)
     fuse_rotary(packed)
     edit.drop_unused(packed)
@@ -54,22 +63,34 @@ def pack(gm: fx.GraphModule) -> fx.GraphModule:
     return packed
 
 
-def _is_int8(op: Op, weight: Op) -> bool:
+def _is_int8(op: Op, weight: Dequantize) -> bool:
     """Whether ``op`` is a linear of int8 codes by the int8 codes that ``weight`` reads, by channel or by tensor."""
-    if not isinstance(op, Linear | TransposedLinear) or op.weight_op != weight:
-        return False
-    x, bias = op.input_op, _bias(op)
     return (
-        isinstance(weight, Dequantize)
-        and isinstance(weight.codes, Param)
-        and op.val.dtype != torch.float64  # whose products float32 does not hold
+        isinstance(op, Linear | TransposedLinear)
         and weight.format in INT8
         and all(b == (1 if axis == op.out_axis else -1) for axis, b in enumerate(weight.block) if b != -1)
+        and _has_codes(op)
+        and _is_linear(op, weight)
+    )
+
+
+def _is_linear(op: Op, weight: Dequantize) -> bool:
+    """Whether ``op`` is a linear by what ``weight`` reads, with a bias of its own or none."""
+    if not isinstance(op, Linear | TransposedLinear) or op.weight_op != weight or weight.val.dim() != 2:
+        return False
+    bias = _bias(op)
+    return bias is None or (isinstance(bias, Param) and bias.val.shape == op.val.shape[-1:])
+
+
+def _has_codes(op: Linear | TransposedLinear) -> bool:
+    """Whether its input is int8 codes with one scale for each token, or for all."""
+    x = op.input_op
+    return (
+        op.val.dtype != torch.float64  # whose products float32 does not hold
         and isinstance(x, Dequantize)
         and x.format in INT8
         and not isinstance(x.codes, Param)
-        and x.block[-1] == -1  # one scale for each token, or for all
-        and (bias is None or (isinstance(bias, Param) and bias.val.shape == op.val.shape[-1:]))
+        and x.block[-1] == -1
     )
 
 
@@ -86,11 +107,10 @@ def _integer_linear(gm: fx.GraphModule, weight: Dequantize) -> None:
     if not all(type(use) is type(op) and _bias(cast(Linear, use)) == _bias(op) for use in uses):
         return
     codes, (scale, zero_point, _) = _tensors(gm, weight)
-    bias = _bias(op)
     path = cast(Param, weight.codes).fqn.removesuffix(".weight")
-    if isinstance(bias, Param) and bias.fqn != f"{path}.bias" and edit.has_tensor(gm, f"{path}.bias"):
-        return  # the layer has another tensor of the name that the bias would get
-    held = stored(gm, bias.fqn) if isinstance(bias, Param) else None
+    if not _bias_fits(gm, op, path):
+        return
+    held = _held_bias(gm, op)
     rows = codes.shape if isinstance(op, Linear) else codes.shape[::-1]
     per_channel = list(weight.block) != [-1, -1]
     transposed = isinstance(op, TransposedLinear)
@@ -100,6 +120,51 @@ def _integer_linear(gm: fx.GraphModule, weight: Dequantize) -> None:
     for use in uses:
         x = cast(Dequantize, cast(Linear, use).input_op)
         edit.call_module(gm, use, path, (x.codes, x.scale, x.zero_point))
+
+
+def _bias_fits(gm: fx.GraphModule, op: Linear | TransposedLinear, path: str) -> bool:
+    """Whether the layer at ``path`` has no other tensor of the name that the bias would get."""
+    bias = _bias(op)
+    return not isinstance(bias, Param) or bias.fqn == f"{path}.bias" or not edit.has_tensor(gm, f"{path}.bias")
+
+
+def _held_bias(gm: fx.GraphModule, op: Linear | TransposedLinear) -> Tensor | None:
+    bias = _bias(op)
+    return stored(gm, bias.fqn) if isinstance(bias, Param) else None
+
+
+def _packed_linear(
+    gm: fx.GraphModule, weight: Dequantize, first: Mapping[str, str], held: dict[object, Tensor]
+) -> bool:
+    """Every use of a weight is a call of one linear on its packed codes, if all are linears and have the same bias.
+
+    Int8 inputs reach it as codes where the weight's are integers. Gives whether it is so.
+    """
+    uses = weight.users
+    op = uses[0]
+    fqn = cast(Param, weight.codes).fqn
+    path = fqn.removesuffix(".weight")
+    if not isinstance(op, Linear | TransposedLinear) or not _bias_fits(gm, op, path):
+        return False
+    if not all(
+        _is_linear(use, weight) and type(use) is type(op) and _bias(cast(Linear, use)) == _bias(op) for use in uses
+    ):
+        return False
+    codes, scales = _tensors(gm, weight)
+    bias, dtype = _held_bias(gm, op), op.val.dtype
+    takes_codes = is_integer(parse_format(weight.format)) and all(_has_codes(cast(Linear, use)) for use in uses)
+    bias_dtype = None if bias is None or bias.dtype == dtype else bias.dtype
+    form = (weight.format, list(weight.block), codes.shape, (op.out_axis,), dtype, bias is not None, bias_dtype)
+    module = hold_weight(PackedLinear(*form, takes_codes), codes, scales)
+    module.weight = held.setdefault((first.get(fqn, fqn), weight.format, (op.out_axis,)), module.weight)
+    if bias is not None:
+        module.register_buffer("bias", bias)
+    edit.put_module(gm, path, module)
+    for use in uses:
+        x = cast(Linear, use).input_op
+        read = (x.codes, x.scale, x.zero_point) if takes_codes and isinstance(x, Dequantize) else (x,)
+        edit.call_module(gm, use, path, read)
+    return True
 
 
 def _packed_weight(

@@ -62,14 +62,12 @@ def test_casts_stand_in_front_of_their_readers() -> None:
         dump(packed),
         """\
 %x: f32[batch, 8] = input
-%1: f32[12, 8] = @up()
-%2: f32[12] = aten.to.dtype(@up.bias, f32)
-%3: f32[batch, 12] = aten.linear(%x, %1, %2)  # up: weight int4/g4
-%4: f32[batch, 12] = aten.relu(%3)
-%5: f32[8, 12] = aten.to.dtype(@down.weight, f32)
-%6: f32[8] = aten.to.dtype(@down.bias, f32)
-%7: f32[batch, 8] = aten.linear(%4, %5, %6)  # down: float (no rule matches it)
-return [%7]
+%1: f32[batch, 12] = @up(%x)
+%2: f32[batch, 12] = aten.relu(%1)
+%3: f32[8, 12] = aten.to.dtype(@down.weight, f32)
+%4: f32[8] = aten.to.dtype(@down.bias, f32)
+%5: f32[batch, 8] = aten.linear(%2, %3, %4)  # down: float (no rule matches it)
+return [%5]
 """,
     )
     assert dump(gm) == before
@@ -97,14 +95,14 @@ def test_rows_are_looked_up_before_they_are_cast_and_tied_tensors_stay_one() -> 
 %1: f16[batch, sequence, 8] = aten.embedding(@embedding.weight, %tokens)  # embedding: float (embedding: quantized only when a rule names it)
 %2: f32[batch, sequence, 8] = aten.to.dtype(%1, f32)
 %3: f32[batch, sequence, 8] = aten.silu(%2)
-%4: f32[16, 8] = @head()
-%5: f32[batch, sequence, 16] = aten.linear(%3, %4)  # head: weight int8/channel
-return [%5]
+%4: f32[batch, sequence, 16] = @head(%3)
+return [%4]
 """,
     )
     assert dtypes(packed)["embedding.weight"] == "float16"
     with torch.no_grad():
-        assert torch.equal(packed(TOKENS)[0], gm(TOKENS)[0])
+        wanted = gm(TOKENS)[0]
+        assert (packed(TOKENS)[0] - wanted).abs().max() <= 1e-6 * wanted.abs().max()
 
 
 def test_tied_tensors_stay_one() -> None:
@@ -249,7 +247,8 @@ def check_artifacts(made: Compiled, path: Path, narrow: torch.dtype, bound: floa
     session: Any = OnnxSession(path / "onnx" / "model.onnx", source_of(made.graph))
     with torch.no_grad():
         expected = made.graph(*inputs)[0]
-        assert torch.equal(graphq.load(path / "torch").graph(*inputs)[0], expected) or bound > 1e-5
+        loaded = graphq.load(path / "torch").graph(*inputs)[0]
+        assert (loaded - expected).abs().max() <= bound * expected.abs().max()
         found = session(*inputs)["logits"]
     assert (found - expected).abs().max() <= bound * expected.abs().max()
     return held

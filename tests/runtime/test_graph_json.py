@@ -32,7 +32,7 @@ def packed(model: nn.Module, spec: dict[str, Any], x: Tensor = X) -> fx.GraphMod
 
 @pytest.fixture(scope="module")
 def mlp() -> fx.GraphModule:
-    return packed(MLP(), {"weight": "int4/asym/g4"})
+    return packed(MLP(), {"rules": [{"match": "up", "weight": "int4/asym/g4"}]})
 
 
 # -- there and back ----------------------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ def test_other_ops_are_refused(mlp: fx.GraphModule, target: str) -> None:
     node(data, "call_function")["target"] = target
     with pytest.raises(TargetError) as caught:
         graph_from_json(data, mlp.state_dict())
-    assert str(caught.value) == f"graph.json: linear: {target} is not an op that artifacts may hold"
+    assert str(caught.value) == f"graph.json: relu: {target} is not an op that artifacts may hold"
 
 
 EVIL = 'up"),open("{}","w"),("'
@@ -238,7 +238,7 @@ def _set(*path: Any) -> Callable[[dict[str, Any]], None]:
     [
         (_set("modules", "up", "class", "Module"), "Module is not a class of modules that artifacts may hold"),
         (_set("modules", "up", "class", "os.system"), "os.system is not a class of modules that artifacts may hold"),
-        (_set("modules", "up", "settings", {}), "damaged: TypeError: PackedWeight.__init__() missing 5 required"),
+        (_set("modules", "up", "settings", {}), "damaged: TypeError: PackedLinear.__init__() missing 5 required"),
         (_set("modules", "up", "settings", "format", "int99"), "damaged: SpecError: bits: 99"),
         (_set("modules", "up", "settings", "dtype", {"dtype": "load"}), "load is not a dtype that artifacts may hold"),
         (
@@ -261,10 +261,12 @@ def _set(*path: Any) -> Callable[[dict[str, Any]], None]:
         (_set("modules", "up", "settings", "block", [1, 0]), "graph.json: "),
         (_set("modules", "up", "settings", "block", [1, -3]), "graph.json: "),
         (_set("call_module", "args", [1]), "its arguments are not those of up"),
-        (_set("call_function", "args", []), "its arguments are not those of aten.linear.default"),
-        (_set("call_function", "kwargs", {"speed": 2}), "its arguments are not those of aten.linear.default"),
+        (_set("call_module", "args", [None]), "its arguments are not those of up"),
+        (_set("call_module", "args", []), "its arguments are not those of up"),
+        (_set("call_function", "args", []), "its arguments are not those of aten.relu.default"),
+        (_set("call_function", "kwargs", {"speed": 2}), "its arguments are not those of aten.relu.default"),
         (_set("output", "args", [[3]]), "the output is not a list of nodes"),
-        (_set("output", "args", [{"node": "linear"}]), "the output is not a list of nodes"),
+        (_set("output", "args", [{"node": "relu"}]), "the output is not a list of nodes"),
         (_set("call_module", "target", "graph"), "graph is not one of its modules"),
         (_set("get_attr", "target", "forward"), "the weights lack forward"),
         (_set("call_function", "op", "call_method"), "no node can be a call_method"),
@@ -309,7 +311,7 @@ def test_what_is_no_tensor(mlp: fx.GraphModule, target: str, args: list[Any], na
     found |= {"target": target, "args": args}
     with pytest.raises(TargetError) as caught:
         graph_from_json(data, mlp.state_dict())
-    assert str(caught.value) == f"graph.json: linear: {target}: {named}"
+    assert str(caught.value) == f"graph.json: relu: {target}: {named}"
 
 
 def test_numbers_and_nothing_in_place_of_tensors() -> None:

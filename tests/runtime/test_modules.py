@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from graphq import numerics, packing
 from graphq.errors import PassError
 from graphq.numerics import Scales
-from graphq.runtime import modules
+from graphq.runtime import kernels, modules
+from graphq.runtime.kernels import KERNELS, features, native
 from graphq.runtime.modules import (
     Int8Linear,
     PackedWeight,
@@ -154,12 +155,16 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(params=["kernel", "fallback"])
+@pytest.fixture(params=["tiles", "onednn", "fallback"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Which way the integer product goes."""
-    if request.param == "kernel" and not has_integer_kernel():
+    if request.param == "onednn" and not has_integer_kernel():
         pytest.skip("oneDNN has no exact int8 product on this machine")
-    monkeypatch.setattr(modules, "has_integer_kernel", lambda: request.param == "kernel")
+    if request.param == "tiles" and not features():
+        pytest.skip(native.NOT_BUILT)
+    best = next((kernel for kernel in KERNELS if kernel.product == "int8" and kernel.level in features()), None)
+    monkeypatch.setattr(kernels, "integer_kernel", lambda _: best if request.param == "tiles" else None)
+    monkeypatch.setattr(modules, "has_integer_kernel", lambda: request.param == "onednn")
     monkeypatch.setattr(modules, "has_row_kernel", lambda device: False)
     return str(request.param)
 
@@ -174,7 +179,20 @@ def test_int8_linear_is_the_linear_of_what_the_codes_stand_for(name: str, path: 
     # bias round three more times. 1e-5 leaves room for what zero points take out of larger sums.
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert case.module._graphq_prepared is not None
-    assert (case.module._graphq_prepared.packed is not None) == (path == "kernel")
+    assert (case.module._graphq_prepared.packed is not None) == (path == "onednn")
+    assert (case.module._graphq_prepared.product is not None) == (path == "tiles")
+
+
+def test_an_integer_linear_is_exported_before_and_after_a_product(path: str) -> None:
+    case = Case(per_token=True)
+    expected = case.run()
+    inputs = (case.q, case.x_scale, None)
+    for _ in range(2):
+        exported = torch.export.export(case.module, inputs, strict=False).module()
+        assert (exported(*inputs) - expected).abs().max() <= 1e-6 * expected.abs().max()
+        assert torch.equal(case.run(), expected)
+        compiled = torch.compile(case.module, backend="eager")
+        assert (compiled(*inputs) - expected).abs().max() <= 1e-6 * expected.abs().max()
 
 
 def test_both_ways_give_the_same_bits() -> None:
@@ -231,7 +249,7 @@ def test_sums_up_to_2_to_the_24_are_exact_where_those_of_raised_inputs_are(path:
     assert (raised.abs() > 1 << 24).any()
     # The kernel may round its own sums, of raised inputs, to float32 before it takes the 128 out: to an even number
     # from 2^24 to 2^25, so by 1 at most.
-    allowed = (raised.abs() > 1 << 24).long() * (path == "kernel")
+    allowed = (raised.abs() > 1 << 24).long() * (path == "onednn")
     assert ((case.module(q, torch.ones(()), None).long() - exact).abs() <= allowed).all()
 
 

@@ -275,12 +275,11 @@ def test_bools_of_a_file_are_0_or_1(artifact: Path) -> None:
     assert found.view(torch.uint8).tolist() == [1, 0, 1, 1]
 
 
-@pytest.mark.parametrize("path", ["up", "down"])  # a packed weight, an integer product
+@pytest.mark.parametrize("path", ["up", "down"])  # a product with packed codes, and one of int8 codes
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_weights_in_a_dtype_that_no_activation_has_are_not_loaded(artifact: Path, path: str, dtype: str) -> None:
     data = json.loads((artifact / "graph.json").read_text())
-    settings = data["modules"][path]["settings"] | {"dtype": {"dtype": dtype}}
-    data["modules"][path]["settings"] = settings | ({"bias_dtype": {"dtype": "float32"}} if path == "down" else {})
+    data["modules"][path]["settings"] |= {"dtype": {"dtype": dtype}, "bias_dtype": {"dtype": "float32"}}
     (artifact / "graph.json").write_text(json.dumps(data))
     with pytest.raises(TargetError) as caught:
         graphq.load(artifact, verify=False)

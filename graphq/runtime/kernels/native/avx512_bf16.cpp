@@ -1,0 +1,74 @@
+// Products of bfloat16 inputs for x86 processors with AVX-512 BF16.
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,prefer-vector-width=512")
+#endif
+#include <immintrin.h>
+#include <cstring>
+#include "weight.h"
+namespace avx512_bf16 {
+#include "engine.h"
+#include "inputs.h"
+#include "avx512.h"
+
+struct Bfloat16 : Bfloat16Input {
+  using Vec = __m512i;
+  using Acc = __m512;
+  static constexpr int MAX_M = 16, SUPER = 64, DIRECT = 4;
+  template <int B> static constexpr int SPLIT = 1;
+  template <int B> static constexpr bool has = true;
+  using Tables = Words;
+  INLINE __m512 zero() { return _mm512_setzero_ps(); }
+  INLINE __m512 add(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
+  INLINE __m512 mac(__m512 acc, __m512i v, const uint32_t *x) {
+    return _mm512_dpbf16_ps(acc, (__m512bh)v, (__m512bh)_mm512_set1_epi32((int)*x));
+  }
+  INLINE V16 value(const Weight &, __m512 acc, float sum, const uint8_t *zero, int8_t, const int32_t *) {
+    return float_value((V16)acc, sum, zero);
+  }
+  template <int B> INLINE void decode(const uint8_t *p, const Words &words, __m512i *out) { pairs_of<B>(p, words, out); }
+};
+
+// For a few rows of inputs 8-bit integers are 16 times their high nibble plus the low one, a product each: finding both
+// in tables of 16 is cheaper than the whole in one of 256.
+struct Nibbles : Bfloat16 {
+  template <int B> static constexpr int SPLIT = B == 8 ? 2 : 1;
+  struct Tables {
+    Words words;
+    __m512i low, high;
+    explicit Tables(const Weight &w) : words(w) {
+      uint16_t a[32], b[32];
+      for (int i = 0; i < 32; i++) {
+        a[i] = float_to_bf16((float)(i % 16));
+        b[i] = float_to_bf16((float)(i % 16 * 16 - 128));
+      }
+      low = _mm512_loadu_si512(a);
+      high = _mm512_loadu_si512(b);
+    }
+  };
+  template <int B> INLINE void decode(const uint8_t *p, const Tables &tables, __m512i *out) {
+    if constexpr (B == 8) {
+      const __m512i v = raw(p);
+      out[0] = _mm512_permutexvar_epi16(v, tables.low);
+      out[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(v, 4), tables.high);
+      out[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(v, 8), tables.low);
+      out[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(v, 12), tables.high);
+    } else {
+      pairs_of<B>(p, tables.words, out);
+    }
+  }
+};
+
+int bfloat16(const Call &call, int64_t threads) {
+  return call.weight->is_integer ? Engine<Bfloat16>::run<Nibbles>(call, threads) : Engine<Bfloat16>::run(call, threads);
+}
+}
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#else
+#include "weight.h"
+namespace avx512_bf16 { int bfloat16(const Call &call, int64_t threads) { return portable::float32(call, threads); } }
+#endif

@@ -1,0 +1,96 @@
+"""Which kernel is chosen, by the table alone: as if the processor had other instructions than it has."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from graphq.errors import GraphqError
+from graphq.runtime.kernels import choice, native
+from graphq.runtime.kernels.choice import Choice, choose
+
+CPU = torch.device("cpu")
+
+
+def chosen(inputs: str, device: torch.device = CPU, **form: object) -> Choice:
+    given = {"size": 100, "group": 32, "is_integer": True, "is_supported": True} | form
+    return choose(inputs, device, **given)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.fixture
+def processor(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    monkeypatch.setattr(native, "library", object)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("levels", "inputs", "wanted"),
+    [
+        (native.LEVELS, "int8", "int8 tiles (AVX-512 VNNI)"),
+        (native.LEVELS, "bfloat16", "bfloat16 tiles (AVX-512 BF16)"),
+        (native.LEVELS, "float32", "float32 tiles (AVX-512)"),
+        (native.LEVELS, "float16", "float32 tiles (AVX-512)"),
+        (("portable", "avx2", "avx512"), "int8", "int8 tiles (AVX2): no avx512_vnni"),
+        (("portable", "avx2", "avx512"), "bfloat16", "float32 tiles (AVX-512): no avx512_bf16"),
+        (("portable", "avx2"), "float32", "float32 tiles (AVX2): no avx512"),
+        (("portable",), "int8", "int8 tiles (portable): no avx512_vnni"),
+        (("portable",), "bfloat16", "float32 tiles (portable): no avx512_bf16"),
+    ],
+)
+def test_the_first_row_that_the_processor_can_run(
+    processor: pytest.MonkeyPatch, levels: tuple[str, ...], inputs: str, wanted: str
+) -> None:
+    processor.setattr(native, "levels", lambda: frozenset(levels))
+    assert str(chosen(inputs)) == wanted
+
+
+def test_rows_of_torch(processor: pytest.MonkeyPatch) -> None:
+    processor.setattr(native, "levels", lambda: frozenset(native.LEVELS))
+    assert chosen("float32", torch.device("meta")).why == "no kernel for meta"
+    assert chosen("float64").why == "float32 does not hold its numbers"
+    assert chosen("float32", is_supported=False).why == "float32 does not hold its numbers"
+    assert chosen("float32", group=7).why == "tiles of groups of 7 would be mostly padding"
+    assert chosen("float32", group=8).why == ""
+    assert chosen("int8", group=1 << 15).why == ""
+    assert chosen("int8", group=(1 << 15) + 1).why == "int32 does not hold sums of 32769 products"
+    assert chosen("float32", group=1 << 20).why == ""
+    assert chosen("int8", is_integer=False).why == "its codes are floats"
+    assert chosen("float32", size=0).why == "it has no codes"
+    processor.setattr(native, "library", lambda: None)
+    assert chosen("float32").why == native.NOT_BUILT
+
+
+def test_an_unknown_limit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(choice.VARIABLE, "sse2")
+    choice._from_environment.cache_clear()
+    try:
+        with pytest.raises(GraphqError, match="GRAPHQ_KERNELS: sse2 is not one of torch, portable, avx2, avx512, all"):
+            choice.features()
+        monkeypatch.setenv(choice.VARIABLE, "avx2")
+        assert choice.features() == native.levels() & {"portable", "avx2"}
+    finally:
+        choice._from_environment.cache_clear()
+
+
+def test_onednn_has_int8_by_int8_with_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.zeros(16, 32, dtype=torch.int8)
+    monkeypatch.setattr(native, "levels", lambda: frozenset(native.LEVELS))
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert choice.integer_kernel(weight) == choice.KERNELS[0]
+    assert choice.integer_kernel(torch.zeros(1, (1 << 15) + 1, dtype=torch.int8)) is None
+    assert choice.integer_kernel(weight[:0]) is None
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert choice.integer_kernel(weight) is None
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(native, "levels", lambda: frozenset({"portable", "avx2"}))
+    assert choice.integer_kernel(weight) is None
+
+
+def test_a_library_of_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for broken in (tmp_path / "missing.so", Path(__file__)):
+        monkeypatch.setattr(native, "_file", lambda path=broken: path)
+        native.library.cache_clear()
+        try:
+            assert native.library() is None
+        finally:
+            native.library.cache_clear()
