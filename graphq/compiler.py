@@ -26,7 +26,7 @@ from graphq.ir.layers import sites
 from graphq.ir.pipeline import Batches, Pipeline
 from graphq.ir.unnamed import unnamed
 from graphq.lowering.profiles import default_spec, for_its_profile, profile_named
-from graphq.lowering.targets import check_options, options_of, target_named
+from graphq.lowering.targets import check_options, options_of, prepared, target_named
 from graphq.lowering.torch.pack import copy_graph, pack
 from graphq.passes.annotate import decide
 from graphq.passes.fall_back import reference_outputs
@@ -200,6 +200,8 @@ def compile(  # noqa: A001
     *,
     profile: str | None = None,
     fallback: Fallback | Mapping[str, Any] | None = None,
+    target: str | None = None,
+    target_options: Mapping[str, Any] | None = None,
     inputs: Inputs | None = None,
     calibration: Iterable[object] | None = None,
     algorithm: str | None = None,
@@ -222,6 +224,9 @@ def compile(  # noqa: A001
         integers, over the whole graph where the spec has static activations (``graphq.lowering.profiles``). Without a
         spec, every linear and convolution, and every tensor that it wants so, has the profile's types.
     fallback: how far to take ops out of eight bits, such as ``{"max_ops": 3, "min_sqnr": 30}``, instead of the spec's.
+    target: what will be emitted, such as ``compressed-tensors``: scales are those that it stores, and what it cannot
+        hold is refused before the work begins. Any other target can be emitted, too. ``target_options``: those of its
+        ``emit`` that this depends on, such as ``{"consumer": "transformers"}``.
     calibration: batches (each a tensor, a tuple or a dict) for activations with static scales, and for algorithms. Of
         more batches than the spec asks for, the first are taken.
     mask: which of ``inputs`` is the mask of tokens, ``[batch, tokens]``, 1 where a token counts and 0 where it is
@@ -233,7 +238,8 @@ def compile(  # noqa: A001
     seed: of what an algorithm draws; by default the spec's, or 0.
     consume: take the caller's tensors instead of copying those that stay float; the model is unusable afterwards.
 
-    The caller's model is never changed unless ``consume`` is true. Raises ``SpecError`` and ``GraphError``.
+    The caller's model is never changed unless ``consume`` is true. Raises ``SpecError``, ``GraphError`` and
+    ``TargetError``.
     """
     timer = PhaseTimer()
     parsed = spec_for(spec, profile, dialect)
@@ -264,6 +270,8 @@ def compile(  # noqa: A001
         raise SpecError(problems)
     check_calibration(parsed, resolved, calibration)
     check_tensors(gm, resolved)
+    if target is not None:
+        prepared(gm, target, resolved, parsed, **(target_options or {}))
     if consume and isinstance(model, nn.Module):
         for parameter in model.parameters():  # now that nothing is left to refuse before the work begins
             parameter.data = torch.empty(0, dtype=parameter.dtype)

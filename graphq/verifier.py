@@ -8,6 +8,7 @@ Files are compared by their digests: what a graph computes is what was written. 
 has no digest differs. A file of tensors that is not what was written is named only where no tensor in it is.
 """
 
+import dataclasses
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor, fx
 from graphq.artifacts import manifest
 from graphq.artifacts.source import dtype_named
 from graphq.capture import hugging_face
+from graphq.capture.source import KEY, source_of
 from graphq.errors import SpecError, TargetError
 from graphq.frontends import load_spec
 from graphq.ir import edit
@@ -186,6 +188,8 @@ def _recompile(
         raise TargetError(f"{file}: damaged: {str(error).splitlines()[0]}") from error
     cache = bool(manifest.source_of_artifact(directory, described).caches)
     gm = hugging_face.capture_directory(model, dtype, cache=cache)
+    scales = TARGETS[described["target"]].scales(source_of(gm))
+    gm.meta[KEY] = dataclasses.replace(source_of(gm), scales=scales)
     with torch.no_grad():
         Pipeline([*canonical_passes(), Annotate(spec)]).run(gm)
         for site in sites(gm):

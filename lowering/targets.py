@@ -4,14 +4,21 @@ import inspect
 import re
 import types
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal, Union, cast, final, get_args, get_origin
 
+import torch
 from torch import Tensor, fx
 
-from graphq.capture.source import Source
+from graphq.capture.source import KEY, Source, source_of
 from graphq.errors import TargetError
+from graphq.lowering.checkpoints.compressed_tensors.emit import FILES as COMPRESSED_FILES
+from graphq.lowering.checkpoints.compressed_tensors.emit import emit as emit_compressed_tensors
+from graphq.lowering.checkpoints.compressed_tensors.emit import form as compressed_tensors_form
+from graphq.lowering.checkpoints.compressed_tensors.emit import open_checkpoint
+from graphq.lowering.checkpoints.compressed_tensors.emit import tensors as compressed_tensors
+from graphq.lowering.checkpoints.compressed_tensors.preflight import preflight as compressed_tensors_preflight
 from graphq.lowering.onnx.emit import FILES as ONNX_FILES
 from graphq.lowering.onnx.emit import emit as emit_onnx
 from graphq.lowering.onnx.emit import open_session
@@ -20,6 +27,7 @@ from graphq.lowering.onnx.tensors import initializers
 from graphq.lowering.torch.module import FILES as TORCH_FILES
 from graphq.lowering.torch.module import emit as emit_torch
 from graphq.lowering.torch.module import load, stored_tensors
+from graphq.spec.rules import Resolved, Spec
 
 _NUMBER: Final = "-?[0-9]{1,18}"
 
@@ -34,6 +42,9 @@ class Target:
     tensors: all tensors of an artifact by name, packed codes unpacked. Raises ``TargetError`` for a damaged one.
     open: what an artifact of this source is called as.
     form: the QDQ form with the codes and scales that the artifact holds, and those names.
+    scales: the dtype that scales of a source's weights are stored in, where they are plain numbers.
+    preflight: what a spec asks for that an artifact cannot hold, a line each, before weights are read; given the graph,
+        the layers' decisions and the spec. Keywords behind these are options of ``emit`` that it depends on.
     files: the files that ``tensors`` and ``open`` read, beside the manifest, of those that there are.
     """
 
@@ -42,11 +53,22 @@ class Target:
     open: Callable[[Path, Source], Callable[..., Any]]
     form: Callable[[fx.GraphModule], fx.GraphModule]
     files: tuple[str, ...]
+    scales: Callable[[Source], torch.dtype] = lambda source: torch.float32
+    preflight: Callable[..., list[str]] = lambda gm, resolved, spec: []
 
 
 TARGETS: Final[Mapping[str, Target]] = {
     "torch": Target(emit_torch, stored_tensors, lambda path, source: load(path), lambda gm: gm, TORCH_FILES),
     "onnx": Target(emit_onnx, initializers, open_session, onnx_form, ONNX_FILES),
+    "compressed-tensors": Target(
+        emit_compressed_tensors,
+        compressed_tensors,
+        open_checkpoint,
+        compressed_tensors_form,
+        COMPRESSED_FILES,
+        lambda source: source.dtype,
+        compressed_tensors_preflight,
+    ),
 }
 
 
@@ -61,6 +83,21 @@ def options_of(target: str) -> dict[str, Any]:
     """The type of each option by its name. Raises ``TargetError`` for a target that there is not."""
     parameters = inspect.signature(target_named(target).emit).parameters.values()
     return {one.name: one.annotation for one in parameters if one.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def prepared(gm: fx.GraphModule, target: str, resolved: Mapping[str, Resolved], spec: Spec, **options: Any) -> None:
+    """Scales that are chosen from now on are those that ``target`` stores.
+
+    Raises ``TargetError`` with a line for everything that the spec asks for and the target cannot hold, and for an
+    option that neither has.
+    """
+    row = target_named(target)
+    check_options(target, options)
+    known = inspect.signature(row.preflight).parameters
+    problems = row.preflight(gm, resolved, spec, **{name: one for name, one in options.items() if name in known})
+    if problems:
+        raise TargetError("\n".join(f"{target}: {line}" for line in problems))
+    gm.meta[KEY] = replace(source_of(gm), scales=row.scales(source_of(gm)))
 
 
 def check_options(target: str, options: Mapping[str, object]) -> None:

@@ -7,6 +7,7 @@ from typing import ClassVar, final
 from torch import Tensor, fx
 
 from graphq import numerics
+from graphq.capture.source import source_of
 from graphq.ir import edit
 from graphq.ir.layers import LAYER, layer_path
 from graphq.ir.pipeline import Batches, Invariant, Pass
@@ -112,7 +113,7 @@ class QuantizeActivations(Pass):
             observer = observer_on(gm, x, quant)
             assert observer is not None, "calibrated"
             self._note_one_value(observer)
-            found = observer.scales()
+            found = numerics.rounded_scales(observer.scales(), quant.format, source_of(gm).scales)
             if has_global_scale(quant.format):  # the only one that is fixed
                 found = (None, None, found.scale)
             layer = str(reader.node.meta[LAYER])

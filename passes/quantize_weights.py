@@ -98,7 +98,7 @@ class WeightPart:
 
     ``scales``: those that do not follow from the weight alone. ``least``: what none of them may be below, in their
     shape. ``own_axes``: those whose indices are weights of their own (experts). ``source_dtype``: that of the model's
-    weights where it came from, in which a quant's arithmetic may be.
+    weights where it came from, in which a quant's arithmetic may be. ``scale_dtype``: that which scales are stored in.
     """
 
     members: tuple[int, ...]
@@ -109,14 +109,15 @@ class WeightPart:
     own_axes: tuple[int, ...] = ()
     least: Tensor | None = None
     source_dtype: torch.dtype = torch.float32
+    scale_dtype: torch.dtype = torch.float32
 
     def limited(self, scales: Scales) -> Scales:
-        """``scales``, none below ``least``."""
-        if self.least is None:
-            return scales
+        """``scales``, none below ``least``, and as they will be stored."""
         assert self.quant is not None
-        assert isinstance(self.quant.format, Int)
-        return numerics.at_least(scales, self.least, self.quant.format)
+        if self.least is not None:
+            assert isinstance(self.quant.format, Int)
+            scales = numerics.at_least(scales, self.least, self.quant.format)
+        return numerics.rounded_scales(scales, self.quant.format, self.scale_dtype)
 
 
 def quantize_weight(part: WeightPart, w: Tensor | None = None, scales: Scales | None = None) -> QuantizedWeight:
@@ -130,6 +131,7 @@ def quantize_weight(part: WeightPart, w: Tensor | None = None, scales: Scales | 
     if part.quant.arithmetic == "source":
         assert isinstance(format, Int)
         scales = scales or source_scales(part.w, part.source_dtype, format, block, part.quant.method)
+        scales = numerics.rounded_scales(scales, format, part.scale_dtype)
         if w is None:
             return QuantizedWeight(source_codes(part.w, part.source_dtype, scales, format, block), scales, block)
         return QuantizedWeight(numerics.quantize(w, scales, format, block), scales, block)
@@ -228,8 +230,9 @@ def _parts(
         own = amax if amax is None or len(plans) == 1 else amax[members]
         scales = _given_scales(gm, site, quant, part, block, own)
         least = _least_scales(gm, site, quant, part)
-        dtype = source_of(gm).dtype
-        yield WeightPart(tuple(members), quant, part, block, scales, tuple(op.own_axes), least, dtype)
+        source = source_of(gm)
+        own_axes = tuple(op.own_axes)
+        yield WeightPart(tuple(members), quant, part, block, scales, own_axes, least, source.dtype, source.scales)
 
 
 def replace_weight(

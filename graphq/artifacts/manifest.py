@@ -155,16 +155,25 @@ def source_of_artifact(directory: Path, described: Mapping[str, Any]) -> Source:
 
 
 def write(
-    directory: Path, gm: fx.GraphModule, target: str, made_from: Mapping[str, Any], held: Mapping[str, Tensor]
+    directory: Path,
+    gm: fx.GraphModule,
+    target: str,
+    made_from: Mapping[str, Any],
+    held: Mapping[str, Tensor],
+    quantized: Mapping[str, Tensor] | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> None:
     """``graphq.json`` and the files that go with a model (tokenizer, configuration) in ``directory``.
 
-    ``gm``: the QDQ form, as the target spells it; ``held``: all tensors of the artifact, by name. The target's own
-    files are there already: the manifest lists them.
+    ``gm``: the QDQ form, as the target spells it; ``held``: all tensors of the artifact, by name, and ``quantized``
+    those that belong to quantized tensors, where these are not those of ``gm``. ``config``: the model's settings, where
+    these are not the source's. The target's own files are there already: the manifest lists them.
     """
     source = source_of(gm)
     dtype = computed_in(gm)
-    quantized = stored_names(named_tensors(quantized_tensors(gm)), held)
+    if quantized is None:
+        quantized = named_tensors(quantized_tensors(gm))
+    quantized = stored_names(quantized, held)
     manifest: dict[str, Any] = {
         "graphq": FORMAT,
         "target": target,
@@ -181,10 +190,16 @@ def write(
             if (Path(source.files) / name).is_file():
                 shutil.copyfile(Path(source.files) / name, directory / name)
     if source.config is not None:
-        config = json.loads(source.config, parse_constant=lambda word: {"__float__": word})  # as transformers writes it
+        if config is None:
+            config = settings(source.config)
         _write_json(directory / "config.json", config)
     manifest["files"] = file_digests(directory)
     _write_json(directory / NAME, manifest)
+
+
+def settings(config: str) -> dict[str, Any]:
+    """A model's settings as ``config.json`` has them: transformers writes what is not finite so."""
+    return json.loads(config, parse_constant=lambda word: {"__float__": word})
 
 
 def _write_json(file: Path, data: object) -> None:

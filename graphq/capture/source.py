@@ -60,6 +60,8 @@ class Source:
     configuration that go with the artifact. ``mask``: the name of the input ``[batch, tokens]`` that is 0 where a token
     is padding.
 
+    ``scales``: what the target stores scales in; those of weights and inputs are numbers of this dtype.
+
     ``stored``: what float parameters that are held in float32 are stored in, where that is narrower: those named in
     ``wide``, whose numbers it does not hold, are stored as they are.
     """
@@ -79,6 +81,7 @@ class Source:
     wide: frozenset[str] = frozenset()
     mask: str | None = None
     structure: Structure | None = None
+    scales: torch.dtype = torch.float32
 
     @property
     def fixed(self) -> dict[str, int]:

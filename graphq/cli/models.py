@@ -39,7 +39,10 @@ def compile_(
     fallback: Fallback = None,
     model: NamedModel = None,
     target: Annotated[
-        str | None, typer.Option(metavar="NAME", help="What to write, torch or onnx; default: what the spec names.")
+        str | None,
+        typer.Option(
+            metavar="NAME", help="What to write, torch or onnx or compressed-tensors; default: what the spec names."
+        ),
     ] = None,
     option: Annotated[
         list[str] | None,
@@ -52,6 +55,10 @@ def compile_(
         typer.Option(
             metavar="NAME=SIZE", help="A dimension of one size in the artifact, repeatable, such as batch=1 (onnx)."
         ),
+    ] = None,
+    consumer: Annotated[
+        Literal["vllm", "transformers", "any"] | None,
+        typer.Option("--for", help="What is to load a checkpoint (compressed-tensors); default: vllm."),
     ] = None,
     calibration: Calibration = None,
     samples: Samples = None,
@@ -88,6 +95,7 @@ def compile_(
         raise typer.BadParameter(f"the spec names no target: say --target {names}", param_hint="--target")
     shapes = [f"shapes={','.join(shape)}"] if shape else []
     flags = ["overwrite=true"] * overwrite + ["cache=false"] * no_cache + shapes
+    flags += [f"consumer={consumer}"] if consumer else []
     options = read_options(target_name, [*flags, *(option or [])])
     calibration = calibration or (Path(run.calibration) if run.calibration else None)
     read = [model, *([Path(spec)] if spec is not None and Path(spec).exists() else []), *filter(None, [calibration])]
@@ -103,6 +111,8 @@ def compile_(
         parsed,
         profile=profile,
         fallback=parse_fallback(fallback or ()),
+        target=target_name,
+        target_options=options,
         calibration=batches,
         algorithm=algorithm,
         seed=seed,

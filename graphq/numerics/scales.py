@@ -280,6 +280,18 @@ def at_least(scales: Scales, least: Tensor, format: Int) -> Scales:
     return scales._replace(scale=scale, zero_point=zero_point)
 
 
+def rounded_scales(scales: Scales, format: Format, dtype: torch.dtype) -> Scales:
+    """``scales`` that are numbers of ``dtype``, rounded to nearest and never to 0; held in the dtype that they have.
+
+    What a file stores in ``dtype`` is then what codes were computed with. Scales of mx formats and of nvfp4 are stored
+    as they are, and so are those of two levels.
+    """
+    if not isinstance(format, Int | Float) or dtype.itemsize >= scales.scale.dtype.itemsize:
+        return scales
+    least = torch.finfo(dtype).smallest_normal * (torch.finfo(dtype).eps if dtype == torch.float16 else 1.0)
+    return scales._replace(scale=scales.scale.clamp(min=least).to(dtype).to(scales.scale.dtype))
+
+
 def effective_scale(scales: Scales, format: Format, dtype: torch.dtype = torch.float32) -> Tensor:
     """What codes are multiplied by, in the shape of a scale: scale and global scale as one number, in ``dtype``."""
     scale = scales.scale.to(dtype)

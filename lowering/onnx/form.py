@@ -6,19 +6,19 @@ Its codes, scales and zero points are those that the ONNX file holds, under the 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import count
-from typing import Final, cast, final
+from typing import Final, final
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from graphq.capture.source import KEY, PAST, SEQUENCE, TOTAL, source_of
 from graphq.ir import edit
 from graphq.ir.edit import copy_graph
-from graphq.ir.views import Dequantize, GroupedLinear, Input, Op, Param, Quantize, TransposedLinear, ops_of, view
+from graphq.ir.views import Dequantize, Input, Param, Quantize, TransposedLinear, ops_of, view
+from graphq.lowering.experts import split_experts
 from graphq.lowering.onnx.attention import spell_attention
 from graphq.lowering.onnx.bags import spell_bags
 from graphq.lowering.onnx.recurrence import spell_recurrences
-from graphq.lowering.onnx.trace_ops import expert_linears
 from graphq.lowering.stored import hold_stored
 from graphq.state import put_tensor, same_tensors, tensor_of
 
@@ -73,11 +73,7 @@ def _beside(upper: Tensor, form: OnnxBlock) -> Tensor:
 def onnx_form(gm: fx.GraphModule, cache: bool = True) -> fx.GraphModule:
     """A copy of the QDQ form ``gm`` in ONNX's terms; ``cache=False``: without the key/value cache."""
     made = copy_graph(gm)
-    experts: dict[str, Op] = {}
-    for op in ops_of(made):
-        if isinstance(op, GroupedLinear):
-            _by_expert(made, op, experts)
-    edit.drop_unused(made)
+    split_experts(made)
     spell_recurrences(made)
     spell_attention(made)
     spell_bags(made)
@@ -141,73 +137,6 @@ def set_tensor(gm: fx.GraphModule, op: Param, tensor: Tensor) -> None:
     """``op`` reads ``tensor``, under the name that it has."""
     put_tensor(gm, op.fqn, tensor)
     op.node.meta["val"] = edit.fake_mode_of(gm).from_tensor(tensor, static_shapes=True)
-
-
-@final
-@dataclass(frozen=True)
-class _ExpertGroup:
-    """Some experts of a stack: codes with scales, or a float weight."""
-
-    op: Op
-    members: list[int]
-
-
-def _parts(gm: fx.GraphModule, weight: Op, experts: int) -> list[_ExpertGroup]:
-    """The parts that a stack's weight was joined from, each with its experts' indices."""
-    order = list(range(experts))
-    if weight.node.target is torch.ops.aten.index_select.default:
-        joined, _, index = weight.node.args
-        place = tensor_of(gm, str(cast(fx.Node, index).target)).tolist()
-        order = [place.index(i) for i in range(experts)]
-        weight = view(cast(fx.Node, joined))
-    if weight.node.target is not torch.ops.aten.cat.default:
-        return [_ExpertGroup(weight, order)]
-    parts: list[_ExpertGroup] = []
-    for node in cast(list[fx.Node], weight.node.args[0]):
-        count = int(node.meta["val"].shape[0])
-        parts.append(_ExpertGroup(view(node), order[:count]))
-        order = order[count:]
-    return parts
-
-
-def _by_expert(gm: fx.GraphModule, op: GroupedLinear, made: dict[str, Op]) -> None:
-    """A stack's product as one linear for each expert, with weights under the experts' own names.
-
-    ``made``: the weights of experts by name, those of a stack that is used again among them.
-    """
-    experts = int(op.weight.val.shape[0])
-    path, _, role = str(op.node.meta.get("graphq.layer", op.node.name)).rpartition(".")
-    weights: dict[int, Op] = {}
-    for part in _parts(gm, op.weight, experts):
-        source = part.op
-        for position, expert in enumerate(part.members):
-            name = f"{path}.{expert}.{role}" if path else f"{expert}.{role}"
-            if name in made:
-                weights[expert] = made[name]
-            elif isinstance(source, Dequantize) and isinstance(source.codes, Param):
-                tensors: list[Op | None] = []
-                for suffix, held in (
-                    ("weight", source.codes),
-                    ("weight_scale", source.scale),
-                    ("weight_zero_point", source.zero_point),
-                    ("weight_global_scale", source.global_scale),
-                ):
-                    if held is None:
-                        tensors.append(None)
-                        continue
-                    own = tensor_of(gm, cast(Param, held).fqn)[position].clone()
-                    tensors.append(edit.add_tensor(gm, op, f"{name}.{suffix}", own, by=_BY))
-                arguments = (*tensors, source.format, list(source.block)[1:], source.dtype)
-                weights[expert] = made[name] = edit.insert(gm, op, Dequantize.target, *arguments, by=_BY)
-            elif isinstance(source, Param):
-                stack = tensor_of(gm, source.fqn)
-                own = stack.detach()[position].clone()
-                if isinstance(stack, nn.Parameter):  # which is stored as a parameter
-                    own = nn.Parameter(own, requires_grad=False)
-                weights[expert] = made[name] = edit.add_tensor(gm, op, f"{name}.weight", own, by=_BY, of=source.fqn)
-            else:  # a computed stack is cut where it is computed
-                weights[expert] = edit.insert(gm, op, torch.ops.aten.select.int, source, 0, position, by=_BY)
-    edit.replace(gm, op, expert_linears, op.x, [weights[e] for e in range(experts)], op.offsets, by=_BY)
 
 
 def _store_rows(gm: fx.GraphModule, op: TransposedLinear, weight: Dequantize) -> None:

@@ -15,9 +15,10 @@ from onnx.defs import OpSchema
 from onnxscript import values
 
 from graphq import numerics
+from graphq.lowering.experts import expert_linears
 from graphq.lowering.onnx.form import onnx_block
 from graphq.lowering.onnx.recurrence import onnx_recurrence, recurrence
-from graphq.lowering.onnx.trace_ops import expert_linears, integer_matmul, nbits_matmul
+from graphq.lowering.onnx.trace_ops import integer_matmul, nbits_matmul
 from graphq.numerics import mx
 from graphq.numerics.scales import BY_SIGN_SMALLEST
 from graphq.runtime import ops

@@ -5,15 +5,10 @@
 MatMulNBits takes it.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from graphq.errors import PassError
-
 _library = torch.library.Library("graphq", "FRAGMENT")  # held for the process: its ops vanish with it
-_library.define("expert_linears(Tensor x, Tensor[] weights, Tensor offsets) -> Tensor")
 _library.define(
     "integer_matmul(Tensor codes, Tensor weight, Tensor? weight_zero_point, int zero_point, str format) -> Tensor"
 )
@@ -21,12 +16,6 @@ _library.define(
     "nbits_matmul(Tensor x, Tensor weight, Tensor scale, Tensor? zero_point, Tensor? bias, int k, int n, int bits,"
     " int block_size, int accuracy_level) -> Tensor"
 )
-
-
-def _expert_linears_fake(x: Tensor, weights: Sequence[Tensor], offsets: Tensor) -> Tensor:
-    if any(w.dtype != x.dtype for w in weights):
-        raise PassError(f"rows {x.dtype} for experts' weights {', '.join(sorted({str(w.dtype) for w in weights}))}")
-    return x.new_empty(x.shape[0], weights[0].shape[0])
 
 
 def _integer_matmul_fake(
@@ -50,10 +39,8 @@ def _nbits_matmul_fake(
     return x.new_empty([*x.shape[:-1], n])
 
 
-torch.library.register_fake("graphq::expert_linears", _expert_linears_fake, lib=_library)
 torch.library.register_fake("graphq::integer_matmul", _integer_matmul_fake, lib=_library)
 torch.library.register_fake("graphq::nbits_matmul", _nbits_matmul_fake, lib=_library)
 
-expert_linears = torch.ops.graphq.expert_linears.default
 integer_matmul = torch.ops.graphq.integer_matmul.default
 nbits_matmul = torch.ops.graphq.nbits_matmul.default

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, fx
 
 from graphq.artifacts import manifest
+from graphq.artifacts.shards import INDEX, WEIGHTS, read_shards, shard_files, write_shards
 from graphq.artifacts.source import dtype_named
 from graphq.capture.source import KEY, Source
 from graphq.errors import GraphqError, TargetError
@@ -22,11 +21,10 @@ from graphq.lowering.torch.pack import pack
 from graphq.runtime.graph_json import graph_from_json, graph_to_json, refusal
 from graphq.runtime.model import CompiledModel
 from graphq.runtime.modules import QuantizedModule, codes_of, format_of, scales_of
-from graphq.state import first_names, nbytes
+from graphq.state import first_names
 
 _GRAPH: Final = "graph.json"
-_WEIGHTS: Final = "model.safetensors"
-FILES: Final = (_GRAPH, _WEIGHTS)
+FILES: Final = (_GRAPH, INDEX, WEIGHTS)
 
 
 def _refuses(op: Op) -> str | None:
@@ -51,18 +49,13 @@ def emit(
     with whole_directory(path, overwrite, manifest.sources(gm)) as directory:
         held = packed.state_dict(keep_vars=True)
         same = first_names(held)
-        tensors = {name: _alone(t.detach().cpu().contiguous()) for name, t in held.items() if name not in same}
+        tensors = {name: t.detach() for name, t in held.items() if name not in same}
         others = {name: str(held[name].dtype).removeprefix("torch.") for name in same if _differs(held, name, same)}
         data = graph_to_json(packed) | {"same": same, "read_as": others}
         (directory / _GRAPH).write_text(json.dumps(data, allow_nan=False))
-        save_file(tensors, directory / _WEIGHTS)
+        write_shards(directory, tensors.items())
         manifest.write(directory, gm, "torch", made_from, packed.state_dict())
     return ()
-
-
-def _alone(x: Tensor) -> Tensor:
-    """The tensor, which fills its storage: safetensors writes no parts of one."""
-    return x if x.untyped_storage().nbytes() == nbytes(x) else x.clone()
 
 
 def _differs(held: Mapping[str, Tensor], name: str, same: Mapping[str, str]) -> bool:
@@ -81,16 +74,12 @@ def load(path: str | Path, verify: bool = True) -> CompiledModel:
     if described.get("target") != "torch":
         raise TargetError(f"{directory}: an artifact for {described.get('target')}; graphq.load reads torch artifacts")
     if verify:
-        manifest.check_files(directory, described, FILES)
+        manifest.check_files(directory, described, (_GRAPH, *shard_files(directory)))
     try:
         data = json.loads((directory / _GRAPH).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise TargetError(f"{directory / _GRAPH}: damaged or incomplete: {error}") from error
-    try:
-        with safe_open(directory / _WEIGHTS, framework="pt") as file:
-            tensors: dict[str, Tensor] = {name: _sound(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
-    except (OSError, ValueError, SafetensorError) as error:
-        raise TargetError(f"{directory / _WEIGHTS}: damaged or incomplete: {error}") from error
+    tensors = dict(read_shards(directory))
     source = manifest.source_of_artifact(directory, described)
     try:
         tensors |= {name: tensors[other] for name, other in data["same"].items()}
@@ -108,11 +97,6 @@ def load(path: str | Path, verify: bool = True) -> CompiledModel:
     return CompiledModel(gm).eval()
 
 
-def _sound(x: Tensor) -> Tensor:
-    """The tensor, whose bools are 0 or 1: a file can hold other bytes, which torch's kernels count on not to meet."""
-    return x if x.dtype != torch.bool else x.view(torch.uint8) != 0
-
-
 def _check_others(directory: Path, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Raises ``TargetError`` for a tensor that no packed module holds, of another dtype or shape than was written."""
     for name, wanted in manifest.recorded(directory, described, "other_tensors").items():
@@ -120,7 +104,7 @@ def _check_others(directory: Path, described: Mapping[str, Any], tensors: Mappin
             found = {"dtype": str(tensors[name].dtype).removeprefix("torch."), "shape": list(tensors[name].shape)}
             if any(found[key] != wanted[key] for key in found):
                 was = f"{wanted['dtype']}{wanted['shape']}"
-                raise TargetError(f"{directory / _WEIGHTS}: {name}: {found['dtype']}{found['shape']}, not {was}")
+                raise TargetError(f"{directory / WEIGHTS}: {name}: {found['dtype']}{found['shape']}, not {was}")
 
 
 def _check_ends(directory: Path, gm: fx.GraphModule, source: Source) -> None:

@@ -153,8 +153,11 @@ TARGETS: dict[str, Callable[..., Callable[[Sequence[Tensor]], Sequence[Tensor]]]
 }
 
 
+CHECKPOINTS = {"compressed-tensors"}  # of transformers' models alone: they have suites of their own
+
+
 def test_every_target_is_here() -> None:
-    assert TARGETS.keys() == targets.TARGETS.keys()
+    assert TARGETS.keys() | CHECKPOINTS == targets.TARGETS.keys()
 
 
 def relative(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

@@ -74,6 +74,11 @@ def test_the_options_of_today() -> None:
             "profile": str | None,
             "shapes": Mapping[str, int] | None,
         },
+        "compressed-tensors": {
+            "overwrite": bool,
+            "consumer": Literal["vllm", "transformers", "any"],
+            "shard_bytes": int,
+        },
     }
 
 
@@ -159,5 +164,5 @@ def test_a_target_that_there_is_not() -> None:
         lambda: options_of("tflite"),
         lambda: target_named("tflite"),
     ):
-        with pytest.raises(TargetError, match=r"^tflite: no such target; there are torch, onnx$"):
+        with pytest.raises(TargetError, match=r"^tflite: no such target; there are torch, onnx, compressed-tensors$"):
             ask()

@@ -20,7 +20,8 @@ from graphq.capture.source import KEY, record_stored, source_of
 from graphq.errors import PassError
 from graphq.ir.text import dump
 from graphq.ir.views import Dequantize, Param, ops_of
-from graphq.lowering.onnx.form import OnnxBlock, expert_linears, onnx_block, onnx_form, onnx_scale
+from graphq.lowering.experts import expert_linears
+from graphq.lowering.onnx.form import OnnxBlock, onnx_block, onnx_form, onnx_scale
 from graphq.spec.formats import Int
 from graphq.state import tensor_of
 from tests.compiled import blocks_spec, compile_captured

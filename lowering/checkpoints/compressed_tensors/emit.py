@@ -1,0 +1,225 @@
+"""The compressed-tensors target: a checkpoint that vLLM and transformers load.
+
+Safetensors with the names and dtypes of the source, quantized linears as ``layouts`` stores them, and ``config.json``
+with ``quantization_config``. Scales are stored in the dtype of the source's weights, and are numbers of it where the
+model was compiled for this target.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, fx, nn
+
+from graphq.artifacts import manifest
+from graphq.artifacts.shards import INDEX, SHARD_BYTES, WEIGHTS, read_shards, write_shards
+from graphq.capture.source import Source, source_of
+from graphq.errors import GraphqError, TargetError
+from graphq.files import whole_directory
+from graphq.lowering.checkpoints.architecture import Architecture, architecture_of
+from graphq.lowering.checkpoints.compressed_tensors.layouts import (
+    LAYOUTS,
+    decode_input,
+    encode_input,
+    layout_of,
+)
+from graphq.lowering.checkpoints.compressed_tensors.read import read_schemes
+from graphq.lowering.checkpoints.compressed_tensors.settings import (
+    Consumer,
+    problem,
+    quantization_config,
+    shape_problem,
+)
+from graphq.lowering.checkpoints.layers import QuantizedLinear, beyond, quantized_linears, rename, unstacked
+from graphq.lowering.legalize import where
+from graphq.lowering.stored import stored
+from graphq.numerics import rounded_scales
+from graphq.state import first_names
+
+TARGET: Final = "compressed-tensors"
+FILES: Final = ("config.json", INDEX, WEIGHTS)
+_ARCHITECTURE: Final = "graphq.architecture"
+
+
+def form(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of the QDQ form ``gm`` whose layers are linears of their own, with the names of the checkpoint.
+
+    Raises ``TargetError`` for a model that no class of transformers loads.
+    """
+    made = unstacked(gm)
+    architecture = architecture_of(made, TARGET)
+    rename(made, architecture.names)
+    made.meta[_ARCHITECTURE] = architecture
+    return made
+
+
+def emit(
+    gm: fx.GraphModule,
+    path: str | Path,
+    made_from: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+    consumer: Consumer = "vllm",
+    shard_bytes: int = SHARD_BYTES,
+) -> tuple[str, ...]:
+    """The QDQ form ``gm`` as a checkpoint in the directory ``path``, written whole or not at all.
+
+    consumer: what is to load it: ``vllm``, ``transformers``, or ``any`` that reads the format. shard_bytes: the largest
+    size of a file. ``made_from`` goes into the manifest. Gives notes for the report.
+
+    Raises ``TargetError`` with a line for everything that a checkpoint cannot hold, and for an existing ``path``.
+    """
+    if shard_bytes < 1:
+        raise TargetError(f"{TARGET}: shard_bytes: {shard_bytes} is not a positive number of bytes")
+    made = form(gm)
+    architecture: Architecture = made.meta[_ARCHITECTURE]
+    layers = quantized_linears(made)
+    floats = _floats(made, architecture, layers)
+    if problems := [*_problems(made, layers, consumer), *_lost(made, architecture, layers, floats)]:
+        raise TargetError("\n".join(dict.fromkeys(f"{TARGET}: {line}" for line in problems)))
+    dtype = source_of(gm).dtype
+    config = dict(architecture.config) | {"dtype": str(dtype).removeprefix("torch.")}  # a directory's is captured wider
+    linears = [*architecture.linears, *(name for name in layers if name not in architecture.linears)]
+    config["quantization_config"] = quantization_config(layers, linears, {})
+    if any(target in floats or target.removesuffix(".weight") in layers for target in architecture.tied):
+        config["tie_word_embeddings"] = False
+    quantized = {name: t for layer in layers.values() for name, t in _held(layer).items()}
+    with whole_directory(path, overwrite, manifest.sources(gm)) as directory:
+        write_shards(directory, _tensors(architecture, layers, floats, dtype), shard_bytes)
+        manifest.write(directory, made, TARGET, made_from, floats | quantized, quantized, config)
+    return ()
+
+
+def _tensors(
+    architecture: Architecture,
+    layers: Mapping[str, QuantizedLinear],
+    floats: Mapping[str, Tensor],
+    dtype: torch.dtype,
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the checkpoint, in the order of the source's modules."""
+    for name in architecture.names.values():
+        layer = layers.get(name.removesuffix(".weight"))
+        if layer is not None:
+            layout = LAYOUTS[str(layout_of(layer.weight, layer.input))]
+            for suffix, tensor in (layout.encode(layer, dtype) | encode_input(layer, dtype)).items():
+                yield f"{layer.name}.{suffix}", tensor
+        elif name in floats:
+            yield name, floats[name]
+
+
+def _held(layer: QuantizedLinear) -> dict[str, Tensor]:
+    """The tensors of a layer as the QDQ form has them."""
+    parts = {
+        "weight": layer.codes,
+        "weight_scale": layer.scales.scale,
+        "weight_zero_point": layer.scales.zero_point,
+        "weight_global_scale": layer.scales.global_scale,
+    }
+    named = {f"{layer.name}.{suffix}": part for suffix, part in parts.items() if part is not None}
+    given = decode_input(encode_input(layer, torch.float32))
+    return named | {f"{layer.name}.{suffix}": part for suffix, part in given.items()}
+
+
+def _floats(gm: fx.GraphModule, architecture: Architecture, layers: Mapping[str, QuantizedLinear]) -> dict[str, Tensor]:
+    """What stays float, by its name in the checkpoint; not what another tensor is tied to by the configuration."""
+    state = gm.state_dict(keep_vars=True)
+    same = first_names(state)
+    ties = {architecture.names[a]: architecture.names[b] for a, b in architecture.tied.items()}
+    found: dict[str, Tensor] = {}
+    for name in architecture.names.values():
+        if name not in state or name.removesuffix(".weight") in layers:
+            continue
+        other = ties.get(name)
+        if other is not None and same.get(name, name) == same.get(other, other):
+            continue
+        found[name] = stored(gm, name).detach()
+    return found
+
+
+def _problems(gm: fx.GraphModule, layers: Mapping[str, QuantizedLinear], consumer: Consumer) -> Iterator[str]:
+    """A line for each layer that the format, or what is to load it, cannot hold."""
+    dtype = source_of(gm).dtype
+    for op, reason in beyond(gm):
+        yield f"{where(op)}: {reason}"
+    for name, layer in layers.items():
+        rows, columns = layer.codes.shape
+        reason = problem(layer.weight, layer.input) or shape_problem(layer.weight, rows, columns, consumer)
+        if reason is None and layer.is_embedding and consumer != "any":
+            reason = f"{consumer} loads no quantized embedding; keep it float, or write consumer=any"
+        if reason is None and not _is_stored(layer, dtype):
+            short = str(dtype).removeprefix("torch.")
+            reason = f"its scales are no numbers of {short}, which stores them; compile with target={TARGET!r}"
+        if reason is not None:
+            yield f"{name}: {reason}"
+
+
+def _lost(
+    gm: fx.GraphModule,
+    architecture: Architecture,
+    layers: Mapping[str, QuantizedLinear],
+    floats: Mapping[str, Tensor],
+) -> Iterator[str]:
+    """A line for each parameter without a place in the architecture, and for each tensor of it that there is not."""
+    names = set(architecture.names.values())
+    for name, tensor in gm.named_parameters():
+        if name not in names:
+            yield f"{name}: the architecture has no such parameter {list(tensor.shape)}; it would be lost"
+    tied = {architecture.names[name] for name in architecture.tied}
+    for name in names - tied - floats.keys():
+        if name.removesuffix(".weight") not in layers:
+            yield f"{name}: the architecture has this tensor, and the compiled graph has not"
+
+
+def _is_stored(layer: QuantizedLinear, dtype: torch.dtype) -> bool:
+    """Whether the scales are numbers of ``dtype``."""
+    rounded = rounded_scales(layer.scales, layer.weight.format, dtype)
+    same = torch.equal(rounded.scale.float(), layer.scales.scale.float())
+    if layer.input is None or layer.input_scales is None:
+        return same
+    given = rounded_scales(layer.input_scales, layer.input.format, dtype)
+    return same and torch.equal(given.scale, layer.input_scales.scale)
+
+
+def tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint by the names of the QDQ form, packed codes unpacked. Raises ``TargetError``."""
+    schemes = read_schemes(path)
+    stored_tensors = dict(read_shards(path))
+    quantized = {name.removesuffix(".weight_scale") for name in stored_tensors if name.endswith(".weight_scale")}
+    layers: dict[str, dict[str, Tensor]] = {layer: {} for layer in sorted(quantized)}
+    found: dict[str, Tensor] = {}
+    for name, tensor in stored_tensors.items():
+        layer, _, suffix = name.rpartition(".")
+        if layer in layers and suffix != "bias":
+            layers[layer][suffix] = tensor
+        else:
+            found[name] = tensor
+    for layer, parts in layers.items():
+        scheme = schemes.of(layer)
+        if scheme is None or scheme.format not in LAYOUTS:
+            reason = "no group is for it" if scheme is None else f"{scheme.format}: is no format that is read"
+            raise TargetError(f"{path}: {layer}: {reason}")
+        try:
+            codes, scales = LAYOUTS[scheme.format].decode(parts, scheme.weight)
+        except (KeyError, RuntimeError, IndexError, ValueError, GraphqError) as error:
+            raise TargetError(f"{path}: {layer}: damaged: {error}") from error
+        named = {"weight": codes, "weight_scale": scales.scale, "weight_zero_point": scales.zero_point}
+        named |= {"weight_global_scale": scales.global_scale}
+        found |= {f"{layer}.{suffix}": part for suffix, part in named.items() if part is not None}
+        found |= {f"{layer}.{suffix}": part for suffix, part in decode_input(parts).items()}
+    return found
+
+
+def open_checkpoint(path: Path, source: Source) -> Callable[..., Any]:
+    """The checkpoint as transformers loads it, in evaluation mode. Raises ``TargetError`` where that cannot be."""
+    try:
+        import compressed_tensors  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    except ImportError as error:
+        raise TargetError(f"{path}: transformers loads it with compressed-tensors; pip install it") from error
+    import json
+
+    import transformers
+
+    name = json.loads(source.config or "{}").get("architectures", [""])[0]
+    model: nn.Module = getattr(transformers, name).from_pretrained(path, dtype=source.dtype)
+    return model.eval()

@@ -1,0 +1,77 @@
+"""Which group of a ``quantization_config`` each layer of a checkpoint is in, by its name.
+
+Source: compressed-tensors 0.20, ``utils/match.py``: exact names come before patterns, patterns before classes, each in
+alphabetical order.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, cast, final
+
+from graphq.errors import TargetError
+from graphq.frontends.document import Document, Section
+from graphq.frontends.llm_compressor.args import read_args
+from graphq.spec.quant import Quant
+
+_CLASSES: Final = ("Linear", "Embedding")
+
+
+@final
+@dataclass(frozen=True)
+class Scheme:
+    """How the layers of a group are stored and quantized."""
+
+    format: str
+    weight: Quant
+    input: Quant | None
+
+
+@final
+@dataclass(frozen=True)
+class Schemes:
+    """The groups' schemes by their targets."""
+
+    by_target: Mapping[str, Scheme]
+
+    def of(self, layer: str) -> Scheme | None:
+        """That of a quantized layer of this name; None where no target matches it."""
+        if layer in self.by_target:
+            return self.by_target[layer]
+        for target in sorted(self.by_target):
+            if target.startswith("re:") and re.match(target.removeprefix("re:"), layer):
+                return self.by_target[target]
+        return next((self.by_target[name] for name in _CLASSES if name in self.by_target), None)
+
+
+def read_schemes(directory: Path) -> Schemes:
+    """The schemes that ``config.json`` of a checkpoint says. Raises ``TargetError`` naming the key that is wrong."""
+    file = directory / "config.json"
+    try:
+        config: Any = json.loads(file.read_text(encoding="utf-8"))
+        settings = config["quantization_config"]
+        model_format, groups = settings["format"], settings["config_groups"]
+        if settings.get("quant_method") != "compressed-tensors" or not isinstance(groups, dict):
+            raise TargetError(f"{file}: quantization_config: is none of compressed-tensors")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise TargetError(f"{file}: damaged: {type(error).__name__}: {error}") from error
+    document = Document(str(file), {"config_groups": groups})
+    found: dict[str, Scheme] = {}
+    for name in cast(dict[str, Any], groups):
+        section = Section(document, groups, ("config_groups",)).section(name)
+        weights = None if section is None else section.section("weights")
+        weight = read_args(weights, "weights")
+        given = None if section is None or section.values.get("input_activations") is None else section
+        inputs = None if given is None else read_args(given.section("input_activations"), "input_activations")
+        if document.problems or section is None or weight is None:
+            raise TargetError("\n".join(document.problems) or f"{file}: config_groups.{name}: has no weights")
+        for target in section.items("targets"):
+            pattern = str(target)
+            try:
+                re.compile(pattern.removeprefix("re:"))
+            except re.error as error:
+                raise TargetError(f"{file}: config_groups.{name}: targets: {pattern!r}: {error}") from error
+            found[pattern] = Scheme(str(section.values.get("format") or model_format), weight, inputs)
+    return Schemes(found)

@@ -1,0 +1,165 @@
+"""``quantization_config`` of ``config.json``, as compressed-tensors writes and reads it.
+
+Source: compressed-tensors 0.20, ``quantization/quant_config.py`` and ``quant_args.py``. Every group of layers that are
+quantized alike says its own format; a layer's group is found by its name, or by its class where all linears are alike.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final, Literal
+
+from graphq.errors import SpecError
+from graphq.frontends.llm_compressor.args import write_args
+from graphq.lowering.checkpoints.compressed_tensors.layouts import layout_of
+from graphq.lowering.checkpoints.layers import QuantizedLinear
+from graphq.spec.formats import Float, Format, Int, Mx, Nvfp4
+from graphq.spec.quant import PerGroup, Quant
+
+Consumer = Literal["vllm", "transformers", "any"]
+VERSION: Final = "0.20.0"  # of the format: since 0.18 codes of 3, 5, 6 and 7 bits lie across words
+_DEFAULTS: Final[Mapping[str, Any]] = {
+    "actorder": None,
+    "block_structure": None,
+    "dynamic": False,
+    "group_size": None,
+    "num_bits": 8,
+    "observer": None,
+    "observer_kwargs": {},
+    "scale_dtype": None,
+    "strategy": "tensor",
+    "symmetric": True,
+    "type": "int",
+    "zp_dtype": None,
+}
+
+
+def weight_args(quant: Quant) -> dict[str, Any]:
+    """``QuantizationArgs`` of a weight. Raises ``SpecError`` for a format that it cannot say."""
+    return _DEFAULTS | write_args(_stored(quant), "weights") | _zero_points(quant) | {"observer": "memoryless_minmax"}
+
+
+def input_args(quant: Quant) -> dict[str, Any]:
+    """``QuantizationArgs`` of a linear's input. Raises ``SpecError`` for a format that it cannot say.
+
+    Scales of run time are the consumer's: vLLM's integer kernels divide absmax by 127, as ``int8`` does.
+    """
+    args = _DEFAULTS | write_args(
+        quant if quant.dynamic and isinstance(quant.format, Mx) else _stored(quant), "input_activations"
+    )
+    observer = None if args["dynamic"] is True else "static_minmax"
+    return args | _zero_points(quant) | {"observer": observer}
+
+
+def _stored(quant: Quant) -> Quant:
+    """The same quantization by the rule for scales that compressed-tensors has a name for: they need not follow it."""
+    return Quant(_named(quant.format), quant.granularity, quant.dynamic)
+
+
+def _named(format: Format) -> Format:
+    match format:
+        case Int(bits, symmetric, signed=True):
+            return Int(bits, symmetric, "half" if symmetric else "max", joint=not symmetric)
+        case Float(layout):
+            return Float(layout)
+        case Mx():
+            return replace(format, rule="even")
+        case _:
+            return format
+
+
+def _zero_points(quant: Quant) -> dict[str, Any]:
+    """What is said of zero points, and of scales that are no plain numbers."""
+    match quant.format:
+        case Int(symmetric=False):
+            return {"zp_dtype": "torch.int8"}
+        case Nvfp4():
+            return {"scale_dtype": "torch.float8_e4m3fn", "zp_dtype": "torch.float8_e4m3fn"}
+        case _:
+            return {}
+
+
+def quantization_config(
+    layers: Mapping[str, QuantizedLinear], linears: Sequence[str], names: Mapping[str, str]
+) -> dict[str, Any]:
+    """The value of ``quantization_config`` for these quantized layers of a model with these ``linears``, by name.
+
+    ``names``: of groups, by the plan in its text form; others are ``group_0``, ``group_1`` ... in the layers' order.
+    """
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, layer in layers.items():
+        groups.setdefault((str(layer.weight), str(layer.input)), []).append(name)
+    others = [name for name in linears if name not in layers]
+    made: dict[str, Any] = {}
+    for number, (key, members) in enumerate(groups.items()):
+        layer = layers[members[0]]
+        apart = [name for name in linears if name not in members]
+        is_all = len(groups) == 1 and not any(layers[name].is_embedding for name in members)
+        made[names.get(", ".join(key), f"group_{number}")] = {
+            "format": layout_of(layer.weight, layer.input),
+            "input_activations": None if layer.input is None else input_args(layer.input),
+            "output_activations": None,
+            "targets": ["Linear"] if is_all else targets(members, apart),
+            "weights": weight_args(layer.weight),
+        }
+    formats = list(dict.fromkeys(group["format"] for group in made.values()))
+    return {
+        "config_groups": made,
+        "format": "dense" if not formats else formats[0] if len(formats) == 1 else "mixed-precision",
+        "global_compression_ratio": None,
+        "ignore": others if layers else [],
+        "kv_cache_scheme": None,
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "sparsity_config": {},
+        "transform_config": {},
+        "version": VERSION,
+    }
+
+
+def targets(members: Iterable[str], others: Iterable[str]) -> list[str]:
+    """Names, or patterns of names that differ in numbers alone, that match ``members`` and none of ``others``."""
+    kept = {_shape(name) for name in others}
+    found: dict[str, None] = {}
+    for name in members:
+        found[name if _shape(name) in kept else _pattern(name)] = None
+    return list(found)
+
+
+def _shape(name: str) -> str:
+    return re.sub(r"\d+", "0", name)
+
+
+def _pattern(name: str) -> str:
+    """``re:`` and a pattern for the names that differ from this one in their numbers; the name, if it has none."""
+    parts = re.split(r"\d+", name)
+    return name if len(parts) == 1 else "re:^" + r"\d+".join(map(re.escape, parts)) + "$"
+
+
+def problem(weight: Quant, given: Quant | None) -> str | None:
+    """Why compressed-tensors cannot hold a layer that is quantized so; None if it can."""
+    if layout_of(weight, given) is None:
+        return f"{weight}: compressed-tensors has no format for it"
+    if given is not None and isinstance(given.format, Nvfp4) and given.dynamic:
+        return f"input {given}: compressed-tensors fixes the global scale; write nvfp4"
+    try:
+        weight_args(weight)
+        if given is not None:
+            input_args(given)
+    except SpecError as error:
+        return str(error)
+    return None
+
+
+def shape_problem(weight: Quant, rows: int, columns: int, consumer: Consumer) -> str | None:
+    """Why a consumer does not take a weight ``[rows, columns]`` that is quantized so; None if it does."""
+    if isinstance(weight.granularity, PerGroup) and columns % weight.granularity.size:
+        size = weight.granularity.size
+        return f"{weight}: {columns} inputs are no multiple of {size}, and compressed-tensors has no shorter group"
+    if consumer != "vllm":
+        return None
+    if isinstance(weight.format, Int) and weight.format.bits < 8 and (rows % 32 or columns % 32):
+        return f"{weight}: vLLM takes packed weights whose sizes are multiples of 32; this one is [{rows}, {columns}]"
+    if isinstance(weight.format, Mx | Nvfp4) and rows % 16:
+        return f"{weight}: vLLM takes such weights whose outputs are multiples of 16; this one has {rows}"
+    return None

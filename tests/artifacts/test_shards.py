@@ -1,0 +1,103 @@
+"""Weights in files of a bounded size: what is written is what is read, and what was damaged is named."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from graphq.artifacts.shards import INDEX, WEIGHTS, read_shards, write_shards
+from graphq.errors import TargetError
+
+TENSORS = {f"block.{i}.weight": torch.arange(10 * i, 10 * i + 10, dtype=torch.float32) for i in range(5)}  # 40 bytes
+
+
+def same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> bool:
+    return found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize(("limit", "sizes"), [(1, [1] * 5), (79, [1] * 5), (80, [2, 2, 1]), (199, [4, 1])])
+def test_files_hold_as_many_tensors_as_their_size_allows(tmp_path: Path, limit: int, sizes: list[int]) -> None:
+    write_shards(tmp_path, TENSORS.items(), limit)
+    files = [f"model-{i:05}-of-{len(sizes):05}.safetensors" for i in range(1, len(sizes) + 1)]
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted([*files, INDEX])
+    assert [len(load_file(tmp_path / file)) for file in files] == sizes
+    index = json.loads((tmp_path / INDEX).read_text())
+    assert index["metadata"] == {"total_size": 200}
+    assert all(name in load_file(tmp_path / file) for name, file in index["weight_map"].items())
+    assert same(dict(read_shards(tmp_path)), TENSORS)
+
+
+def test_one_file_needs_no_index(tmp_path: Path) -> None:
+    write_shards(tmp_path, TENSORS.items(), 200)
+    assert [file.name for file in tmp_path.iterdir()] == [WEIGHTS]
+    assert same(dict(read_shards(tmp_path)), TENSORS)
+
+
+def test_no_tensors_are_a_file(tmp_path: Path) -> None:
+    write_shards(tmp_path, [])
+    assert dict(read_shards(tmp_path)) == {}
+
+
+def test_tensors_that_share_memory_or_are_not_dense(tmp_path: Path) -> None:
+    x = torch.arange(12.0).view(3, 4)
+    given = {"a": x, "b": x, "t": x.t(), "row": x[1], "bool": torch.tensor([True, False])}
+    write_shards(tmp_path, given.items())
+    assert same(dict(read_shards(tmp_path)), given)
+    assert (tmp_path / WEIGHTS).stat().st_size < 1000
+
+
+def damaged(change: str, directory: Path) -> None:
+    index = directory / INDEX
+    data = json.loads(index.read_text())
+    first = "model-00001-of-00003.safetensors"
+    match change:
+        case "missing file":
+            (directory / first).unlink()
+        case "truncated":
+            whole = (directory / first).read_bytes()
+            (directory / first).write_bytes(whole[:-1])
+        case "header":
+            (directory / first).write_bytes((1 << 40).to_bytes(8, "little") + b"{}")
+        case "other tensor":
+            save_file({"other": torch.ones(1)}, directory / first)
+        case "path":
+            data["weight_map"]["block.0.weight"] = "../elsewhere.safetensors"
+        case "absolute":
+            data["weight_map"]["block.0.weight"] = "/etc/passwd"
+        case "number":
+            data["weight_map"]["block.0.weight"] = 3
+        case "no map":
+            del data["weight_map"]
+        case "twice":
+            save_file({**load_file(directory / first), "block.4.weight": torch.ones(1)}, directory / first)
+            data["weight_map"]["extra"] = first
+        case _:
+            raise AssertionError(change)
+    index.write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("missing file", "model-00001-of-00003.safetensors: damaged or incomplete: "),
+        ("truncated", "model-00001-of-00003.safetensors: damaged or incomplete: "),
+        ("header", "model-00001-of-00003.safetensors: damaged or incomplete: "),
+        (
+            "other tensor",
+            "model-00001-of-00003.safetensors: the index says otherwise of block.0.weight, block.1.weight",
+        ),
+        ("path", f"{INDEX}: block.0.weight: '../elsewhere.safetensors' is not the name of a file in the directory"),
+        ("absolute", f"{INDEX}: block.0.weight: '/etc/passwd' is not the name of a file in the directory"),
+        ("number", f"{INDEX}: block.0.weight: 3 is not the name of a file in the directory"),
+        ("no map", f"{INDEX}: damaged: 'weight_map'"),
+        ("twice", "model-00001-of-00003.safetensors: the index says otherwise of block.4.weight, extra"),
+    ],
+)
+def test_what_was_damaged_is_named(tmp_path: Path, change: str, message: str) -> None:
+    write_shards(tmp_path, TENSORS.items(), 80)
+    damaged(change, tmp_path)
+    with pytest.raises(TargetError) as caught:
+        dict(read_shards(tmp_path))
+    assert str(caught.value).startswith(f"{tmp_path}/{message}")
