@@ -5,8 +5,8 @@ from its environment. Run by ``judges.py``, or as
 
     OMP_NUM_THREADS=1 .venv/bin/python judges/run_vllm.py .judges/vllm/bin/python [SCHEME ...]
 
-The language model of the examples is compiled and written in each scheme here; the client's Python runs this script once
-more, to load each and to score a text of ``TOKENS`` tokens. What is compared is the mean Kullback-Leibler divergence of
+The language model of the examples is compiled and written in each scheme here; the client's Python runs this script
+once more, to load each and to score a text of ``TOKENS`` tokens. What is compared is the mean Kullback-Leibler divergence of
 the QDQ form's next-token distributions from vLLM's. The bound is twice what llm-compressor's own checkpoints of the
 scheme were seen to have: vLLM computes in bfloat16, and rounds activations' codes from there.
 """
