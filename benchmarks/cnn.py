@@ -108,7 +108,7 @@ def runners(model: nn.Module, x: Tensor, folder: Path) -> dict[str, Runner]:
         found["PT2E, inductor"] = made
     named = Named(model)
     export_float(named, batches[0], folder / "float")
-    quantize_static(folder / "float" / "model.onnx", folder / "static.onnx", batches, best=True)
+    quantize_static(folder / "float" / "model.onnx", folder / "static.onnx", batches, setting="best")
     emitted = graphq.compile(named, profile="ort-cpu", inputs=batches[0], calibration=batches)
     emitted.emit("onnx", folder / "graphq")
     files = {"onnxruntime, float": folder / "float" / "model.onnx", "quantize_static, best": folder / "static.onnx"}

@@ -6,9 +6,9 @@ from its environment. Run by ``judges.py``, or as
     OMP_NUM_THREADS=1 .venv/bin/python judges/run_vllm.py .judges/vllm/bin/python [SCHEME ...]
 
 The language model of the examples is compiled and written in each scheme here; the client's Python runs this script
-once more, to load each and to score a text of ``TOKENS`` tokens. What is compared is the mean Kullback-Leibler divergence of
-the QDQ form's next-token distributions from vLLM's. The bound is twice what llm-compressor's own checkpoints of the
-scheme were seen to have: vLLM computes in bfloat16, and rounds activations' codes from there.
+once more, to load each and to score a text of ``TOKENS`` tokens. What is compared is the mean Kullback-Leibler
+divergence of the QDQ form's next-token distributions from vLLM's. The bound is twice what llm-compressor's own
+checkpoints of the scheme were seen to have: vLLM computes in bfloat16, and rounds activations' codes from there.
 """
 
 import json
@@ -56,7 +56,8 @@ def main(client: str, names: list[str]) -> int:
             made = graphq.compile(MODEL, spec, target="compressed-tensors", calibration=[batch])
             made.emit("compressed-tensors", Path(place) / name)
             with torch.no_grad():
-                logits = made(input_ids=torch.tensor([ids[:TOKENS]])).logits[0, :-1]
+                given: Any = made(input_ids=torch.tensor([ids[:TOKENS]]))
+            logits = given.logits[0, :-1]
             wanted[name] = torch.log_softmax(logits.float(), -1)
         faults = 0
         for name, reference in wanted.items():

@@ -67,9 +67,9 @@ class QuantizeBiases(Pass):
         for_output = torch.zeros_like(for_bias)
         if isinstance(op, Weighted) and (s_y := _output_step(gm, op)) is not None:
             for_output = self.profile.least_multiplier * s_y / s_x / s_w.double().view(shape).expand_as(for_bias)
+        if s_w.numel() == 1:  # one scale for all channels
+            for_bias, for_output = (part.amax().view(shape) for part in (for_bias, for_output))
         factor = for_bias.maximum(for_output).clamp(min=1.0)
-        if s_w.numel() == 1:
-            factor = factor.amax().view(shape)
         if bool((factor > 1).any()):
             if len(weight.users) > 1 or len(cast(Param, weight.scale).users) > 1 or weight.zero_point is not None:
                 why = "that others read, too" if weight.zero_point is None else "with a zero point"

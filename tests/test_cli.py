@@ -414,7 +414,7 @@ def test_dump_after_the_last_pass(model, spec, tmp_path):
 
 def test_dump_names_the_passes(model, spec):
     message = (
-        "anotate: no such pass; there are remove-no-ops, raise-recurrent, fold-weights, raise-linear, "
+        "anotate: no such pass; there are remove-no-ops, fold-pads, raise-recurrent, fold-weights, raise-linear, "
         "raise-grouped-linear, split-gate-up, annotate, round-to-stored, observe, calibrate, quantize-weights, "
         "quantize-activations\n"
     )

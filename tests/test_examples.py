@@ -76,7 +76,7 @@ def check_demo(printed: str) -> dict[str, tuple[float, float]]:
     assert "\n... 36 more: graphq explain " in printed  # of 44 layers, 8 are shown; notes are no layers
     plan = printed[printed.index("\nlayer ") :]
     assert re.search(
-        r"^model.layers.0.self_attn.q_proj +int4/asym/g128 +float .*quant .*35328 +\d\d\.\d$", plan, re.MULTILINE
+        r"^model.layers.0.self_attn.q_proj +int4/asym/g128 +float .*quant .*35328 +\d\d\.\d +\w.*$", plan, re.MULTILINE
     )
     assert re.search(r"^model.layers.0.self_attn.o_proj +float +float .*mix_bits.setting_1", plan, re.MULTILINE)
     assert re.search(r"^model.layers.0.mlp.down_proj +int8/asym/g128 +float .*mix_bits.setting_0", plan, re.MULTILINE)

@@ -286,7 +286,7 @@ def rounded_scales(scales: Scales, format: Format, dtype: torch.dtype) -> Scales
     What a file stores in ``dtype`` is then what codes were computed with. Scales of mx formats and of nvfp4 are stored
     as they are, and so are those of two levels.
     """
-    if not isinstance(format, Int | Float) or dtype.itemsize >= scales.scale.dtype.itemsize:
+    if not isinstance(format, Int | Float) or dtype not in (torch.bfloat16, torch.float16):
         return scales
     least = torch.finfo(dtype).smallest_normal * (torch.finfo(dtype).eps if dtype == torch.float16 else 1.0)
     return scales._replace(scale=scales.scale.clamp(min=least).to(dtype).to(scales.scale.dtype))

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 import graphq
-from graphq import compiler
+from graphq import compiler, explanation
 from graphq.checks import refusals
 from graphq.errors import SpecError
 from graphq.frontends import load_spec, write_spec
@@ -82,7 +82,8 @@ def on_blocks(blocks: int, monkeypatch: pytest.MonkeyPatch) -> fx.GraphModule:
     def capture(*_: object, **__: object) -> fx.GraphModule:
         return copy.deepcopy(gm)
 
-    monkeypatch.setattr(compiler, "capture", capture)
+    monkeypatch.setattr(compiler, "_captured", capture)
+    monkeypatch.setattr(explanation, "capture", capture)
     return gm
 
 

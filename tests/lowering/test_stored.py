@@ -182,7 +182,8 @@ def test_numbers_that_the_dtype_does_not_hold_stay_as_they_are() -> None:
 
 def test_an_integer_linear_holds_its_bias_in_16_bits() -> None:
     x = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
-    gm = qdq(MLP(), x, [{"match": name, "weight": "int8/channel", "input": "int8/tensor"} for name in ("up", "down")])
+    int8 = {"weight": "int8/channel", "input": "int8/token/dynamic"}
+    gm = qdq(MLP(), x, [{"match": name, **int8} for name in ("up", "down")])
     packed = pack(gm)
     made: Any = packed.get_submodule("up")
     assert isinstance(made, Int8Linear)

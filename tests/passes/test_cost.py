@@ -33,6 +33,7 @@ from graphq.passes.decompose import Decompose
 from graphq.passes.equalize import Equalize
 from graphq.passes.fix_sizes import FixSizes
 from graphq.passes.fold_norms import FoldNorms
+from graphq.passes.fold_pads import FoldPads
 from graphq.passes.fold_weights import FoldWeights
 from graphq.passes.observe import Observe
 from graphq.passes.observe_means import ObserveMeans
@@ -41,6 +42,7 @@ from graphq.passes.quantize_biases import QuantizeBiases
 from graphq.passes.quantize_weights import QuantizeWeights
 from graphq.passes.raise_linear import RaiseLinear
 from graphq.passes.raise_recurrent import RaiseRecurrent
+from graphq.passes.raise_rms_norm import RaiseRmsNorm
 from graphq.passes.remove_no_ops import RemoveNoOps
 from graphq.passes.rotate import Rotate
 from graphq.passes.rotate_online import RotateOnline
@@ -165,6 +167,8 @@ WORK: dict[str, Callable[[fx.GraphModule], Any]] = {
     "fix-sizes": FixSizes({"batch": 1, "sequence": 4, "past_sequence": 0}).run,
     "fold-weights": FoldWeights().run,
     "raise-linear": RaiseLinear().run,
+    "raise-rms-norm": RaiseRmsNorm().run,
+    "fold-pads": FoldPads().run,
     "observe": Observe().run,
     "decompose": Decompose(GENERIC_INT8).run,
     "place-quantizers": PlaceQuantizers(GENERIC_INT8).run,
@@ -183,7 +187,7 @@ WORK: dict[str, Callable[[fx.GraphModule], Any]] = {
 # They run the graph, or work on one layer after the other, and every whole compile does.
 NOT_COUNTED = {
     *("auto-round", "calibrate", "correct-bias", "fold-batch-norm", "gptq", "quantize-activations"),
-    *("raise-grouped-linear", "stop-observing"),
+    *("raise-grouped-linear", "stop-observing", "fall-back"),
 }
 
 

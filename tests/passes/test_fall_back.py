@@ -46,7 +46,7 @@ class Culprit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.b(self.a(x).relu())
-        return self.c((y * self.gain)[:, 1:]).sigmoid()
+        return self.c((y.tanh() * self.gain)[:, 1:]).sigmoid()
 
 
 def culprit() -> Culprit:

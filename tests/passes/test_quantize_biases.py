@@ -343,7 +343,7 @@ def test_names_that_the_model_has_are_left_to_it() -> None:
             self.fc.register_buffer("bias_scale", torch.ones(2))
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.fc(x) * self.fc.bias_scale
+            return self.fc(x).relu() * self.fc.bias_scale
 
     made = compiled(seeded(Named()), X)
     held = {name for name, t in made.graph.state_dict().items() if t.dtype == torch.int32}

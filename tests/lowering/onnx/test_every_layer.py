@@ -196,7 +196,7 @@ def test_weights_in_8_bits(name: str, tmp_path: Path) -> None:
         assert relative(session.run(None, {given.name: x.numpy()}), expected) <= 1e-5
     ops = Counter(node.op_type for node in onnx.load(tmp_path / "onnx" / "model.onnx").graph.node)
     assert ops["DequantizeLinear"] == len(made.report.layers)
-    assert name == "decoder" or NORMS.isdisjoint(ops)  # attention has a square root
+    assert name == "decoder" or "bag" in name or NORMS.isdisjoint(ops)  # attention has a square root, bags are reduced
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in ("largest of a bag", "sum of a bag")])

@@ -12,7 +12,7 @@ from tests.matrix_models import MODELS, model
 QUICK = ("densenet", "tcn")  # in CI
 # What need not hold: of a profile, or of a model.
 EXCUSED = {
-    "vitis-ai": ["vitis_ai_has_scales_of_powers_of_two_per_tensor"],  # which compile notes
+    "vitis-ai": ["signed_weights_are_symmetric_and_narrow"],  # powers of two by least error: -128 is a code
     "bert": ["no_tensor_is_quantized_twice_alike"],  # the mask, by each layer
     "distilbert": ["no_tensor_is_quantized_twice_alike"],
 }
