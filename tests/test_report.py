@@ -259,7 +259,7 @@ def test_infinite_numbers_of_a_configuration_are_written_as_transformers_does(tm
 def test_phases_of_one_name_are_one(monkeypatch):
     clock = iter([10.0, 11.0, 13.5, 14.0, 20.0])
     monkeypatch.setattr("graphq.phases.time.perf_counter", lambda: next(clock))
-    monkeypatch.setattr("graphq.report.peak_nbytes", lambda: 3_000_000_000)
+    monkeypatch.setattr("graphq.phases.peak_nbytes", lambda: 3_000_000_000)
     timer = PhaseTimer()
     for name in ("capture", "round", "capture", "round"):
         timer.end(name)

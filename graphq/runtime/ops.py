@@ -6,6 +6,7 @@ Schemas are explicit: jaxtyping's import hook rewrites annotations, from which t
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any, Final
 
 import torch
@@ -15,6 +16,7 @@ from graphq import numerics
 from graphq.errors import PassError
 from graphq.numerics import Format, Scales
 from graphq.runtime.kernels import quantized_rows
+from graphq.runtime.rows import Quantizer, quantizer
 from graphq.spec import formats
 from graphq.spec.formats import has_global_scale
 
@@ -125,11 +127,20 @@ def _choose_global_scale_fake(x: Tensor) -> Tensor:
     return x.new_empty([1] * x.dim(), dtype=torch.float32)
 
 
+@cache
+def _rows_quantizer(format: str, block: tuple[int, ...]) -> Quantizer | None:
+    return quantizer(format, block)
+
+
 def _quantize_dynamic(x: Tensor, format: str, block: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     """``choose_scale`` and ``quantize`` by it, of formats with one level of scales."""
     found = quantized_rows(x, format, block)
     if found is not None:
         return found
+    by_rows = _rows_quantizer(format, tuple(block))
+    if by_rows is not None:
+        scale, codes = by_rows(x)
+        return codes, scale, torch.zeros(scale.shape, dtype=codes.dtype, device=x.device)
     scale, zero_point = _choose_scale(x, format, block)
     is_asymmetric = formats.is_asymmetric(numerics.parse_format(format))
     return _quantize(x, scale, zero_point if is_asymmetric else None, None, format, block), scale, zero_point

@@ -1,7 +1,7 @@
 """More of the matrix, kind by kind: int8 alone and read twice, codes through an op and in front of it, outputs read twice."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from onnx import TensorProto, helper
@@ -130,13 +130,13 @@ def clip_of_run_time() -> Made:
     return m, [m.qdq(m.op("Clip", y, m.input()), "uint8", 0)]
 
 
-def joined_in_16_bits(second: Any, out: Any) -> Made:
+def joined_in_16_bits(second: tuple[Any, ...], out: Any) -> Made:
     """Two convolutions on grids of 16 bits, or of these and others, joined in front of a convolution in 8."""
     m = QdqModel()
     x = m.qdq(m.input(1, 8, 8, 8))
     parts = [
         m.qdq(m.op("Conv", x, m.weight(16, 8, 1, 1, axis=0)), *grid, scale=1e-4 if grid == U16 else 0.03)
-        for grid in (U16, second)
+        for grid in cast(tuple[tuple[Any, ...], ...], (U16, second))
     ]
     y = m.op("Concat", *parts, axis=1)
     y = m.qdq(y, *out, scale=1e-4) if out else y

@@ -91,9 +91,8 @@ def test_the_culprit_is_found_first() -> None:
     assert report.after == pytest.approx(sqnr(made, culprit()), abs=0.5)  # whose biases are rounded, too
     assert compiled({"max_ops": 2}).report.notes == made.report.notes
     found = formats(made.graph)
-    assert [*found.values()] == ["uint8"] * 3 + ["uint16"] * 4 + [
-        "uint8"
-    ] * 2  # b again for Mul, c again for the sigmoid
+    # the tanh again for Mul, c again for the sigmoid
+    assert [*found.values()] == ["uint8"] * 4 + ["uint16"] * 4 + ["uint8"] * 2
     assert [name for name, format in found.items() if format == "uint16"][1:] == ["mul", "slice_1", "linear_2"]
     ops = {op.name: op.types for op in made.report.activations.ops}  # type: ignore[union-attr]
     assert ops["c"] == "uint16 x int8/channel -> uint16"
