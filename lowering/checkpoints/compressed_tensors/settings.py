@@ -74,7 +74,7 @@ def _zero_points(quant: Quant) -> dict[str, Any]:
         case Int(symmetric=False):
             return {"zp_dtype": "torch.int8"}
         case Nvfp4():
-            return {"scale_dtype": "torch.float8_e4m3fn", "zp_dtype": "torch.float8_e4m3fn"}
+            return {"scale_dtype": "torch.float8_e4m3fn"}
         case _:
             return {}
 
