@@ -65,6 +65,12 @@ def _held_scale(scale: Tensor, quant: Quant) -> Tensor:
     return scale.reshape(1, 1) if isinstance(quant.granularity, PerTensor) else scale
 
 
+def _held_zero_point(zero: Tensor, quant: Quant) -> Tensor:
+    if zero.dtype != torch.int8:
+        raise TargetError(f"weight_zero_point: {str(zero.dtype).removeprefix('torch.')}, not int8")
+    return zero.reshape(1, 1) if isinstance(quant.granularity, PerTensor) else zero
+
+
 def _packs_zero_points(quant: Quant) -> bool:
     return isinstance(quant.granularity, PerGroup | PerChannel)
 
@@ -98,7 +104,7 @@ def _decode_packed(stored: Mapping[str, Tensor], quant: Quant) -> tuple[Tensor, 
     if zero is not None and _packs_zero_points(quant):
         zero = unpack_words(zero, bits, rows, axis=0, offset_binary=True)
     elif zero is not None:
-        zero = _held_scale(zero, quant)
+        zero = _held_zero_point(zero, quant)
     if codes.shape != (rows, columns):
         raise TargetError(f"weight_packed: {list(codes.shape)}, but weight_shape says [{rows}, {columns}]")
     return codes, Scales(scale, zero)
@@ -122,7 +128,7 @@ def _encode_plain(layer: QuantizedLinear, dtype: torch.dtype) -> Tensors:
 def _decode_plain(stored: Mapping[str, Tensor], quant: Quant) -> tuple[Tensor, Scales]:
     codes, zero = stored["weight"], stored.get("weight_zero_point")
     held = codes if codes.dtype == torch.int8 else codes.view(torch.uint8)
-    zero = None if zero is None else _held_scale(zero, quant).to(torch.int8)
+    zero = None if zero is None else _held_zero_point(zero, quant)
     return held, Scales(_held_scale(stored["weight_scale"], quant), zero)
 
 

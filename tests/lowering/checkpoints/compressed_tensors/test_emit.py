@@ -81,7 +81,10 @@ def logits(made: Any, dtype: torch.dtype = torch.float32) -> Tensor:
         return CompiledModel(gm).eval()(input_ids=IDS).logits
 
 
-WEIGHT_ONLY = ("int4/g16", "int4/channel", "int8/g32", "int3/g32", "int2/g16", "float8_e4m3fn/channel", "int5/tensor")
+WEIGHT_ONLY = (
+    *("int4/g16", "int4/channel", "int8/g32", "int3/g32", "int2/g16", "float8_e4m3fn/channel", "int5/tensor"),
+    "int4/asym/tensor",
+)
 BLOCKS = ("float8_e4m3fn/32x16",)
 
 
