@@ -81,6 +81,8 @@ def read_shards(directory: Path) -> Iterator[tuple[str, Tensor]]:
     seen: set[str] = set()
     for file, names in files.items():
         path = directory / file
+        if not path.is_file():  # safetensors waits for one who writes into a pipe
+            raise TargetError(f"{path}: no such file")
         try:
             with safe_open(path, framework="pt") as opened:
                 held = set(opened.keys())
@@ -105,7 +107,7 @@ def shard_files(directory: Path) -> dict[str, set[str] | None]:
         where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files: dict[str, set[str] | None] = {}
         for name, file in where.items():
-            if not isinstance(file, str) or Path(file).name != file or file in (".", ".."):
+            if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
                 raise TargetError(f"{index}: {name}: {file!r} is not the name of a file in the directory")
             names = files.setdefault(file, set())
             assert names is not None

@@ -1,6 +1,7 @@
 """Weights in files of a bounded size: what is written is what is read, and what was damaged is named."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,14 @@ def damaged(change: str, directory: Path) -> None:
             data["weight_map"]["block.0.weight"] = "../elsewhere.safetensors"
         case "absolute":
             data["weight_map"]["block.0.weight"] = "/etc/passwd"
+        case "empty":
+            data["weight_map"]["block.0.weight"] = ""
+        case "pipe":
+            (directory / first).unlink()
+            os.mkfifo(directory / first)
+        case "directory":
+            (directory / first).unlink()
+            (directory / first).mkdir()
         case "number":
             data["weight_map"]["block.0.weight"] = 3
         case "no map":
@@ -81,7 +90,10 @@ def damaged(change: str, directory: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("missing file", "model-00001-of-00003.safetensors: damaged or incomplete: "),
+        ("missing file", "model-00001-of-00003.safetensors: no such file"),
+        ("pipe", "model-00001-of-00003.safetensors: no such file"),
+        ("directory", "model-00001-of-00003.safetensors: no such file"),
+        ("empty", f"{INDEX}: block.0.weight: '' is not the name of a file in the directory"),
         ("truncated", "model-00001-of-00003.safetensors: damaged or incomplete: "),
         ("header", "model-00001-of-00003.safetensors: damaged or incomplete: "),
         (
