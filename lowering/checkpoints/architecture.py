@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from graphq.artifacts.manifest import settings
 from graphq.capture.source import source_of
 from graphq.errors import TargetError
+from graphq.ir.layers import LAYER
 from graphq.lowering.experts import expert_linears
 
 _ROLES = {"gate_up_proj": ("gate_proj", "up_proj")}  # of a stack whose rows are those of two, one after the other
@@ -75,11 +76,11 @@ def _unsaved(model: Any) -> frozenset[str]:
 
 
 def _stacks(form: fx.GraphModule) -> dict[str, int]:
-    """How many experts each stack has, by the path that holds it."""
+    """How many experts each stack of layers has, by the path that holds it; one that is no layer is stored as it is."""
     found: dict[str, int] = {}
     for node in form.graph.nodes:
-        if node.target is expert_linears:
-            path = str(node.meta["graphq.layer"]).rpartition(".")[0]
+        if node.target is expert_linears and LAYER in node.meta:
+            path = str(node.meta[LAYER]).rpartition(".")[0]
             found[path] = len(node.args[1])
     return found
 
