@@ -74,7 +74,7 @@ def both(match: Match, ignored: Match) -> Match | None:
         case (Kind(), Kind()) | (Exact(), Exact()):
             return None
         case (Exact(fqn) as exact, Regex() as regex) | (Regex() as regex, Exact(fqn) as exact):
-            found = _has(regex, fqn)
+            found = matches_at_once(regex, fqn)
             if found is None:
                 return join("(?=", [whole_name(exact)], regex)
             return exact if found else None
@@ -93,10 +93,10 @@ def without(match: Match, others: list[Match]) -> Match | None:
         match (match, other):
             case (Exact(), Exact()):
                 pass
-            case (Exact(fqn), Regex() as regex) if (found := _has(regex, fqn)) is not None:
+            case (Exact(fqn), Regex() as regex) if (found := matches_at_once(regex, fqn)) is not None:
                 if found:
                     return None
-            case (Regex() as regex, Exact(fqn)) if _has(regex, fqn) is False:
+            case (Regex() as regex, Exact(fqn)) if matches_at_once(regex, fqn) is False:
                 pass
             case (Kind("linear") | Exact() | Regex(), Exact() | Regex()):
                 taken[_regex(other)] = None
@@ -126,7 +126,7 @@ def _regex(match: Exact | Regex) -> Regex:
     return match if isinstance(match, Regex) else whole_name(match)
 
 
-def _has(regex: Regex, fqn: str) -> bool | None:
+def matches_at_once(regex: Regex, fqn: str) -> bool | None:
     """Whether the expression matches the name; None where to find that out might take too long."""
     pattern = regex.pattern
     if len(fqn) > _MOST_CHARACTERS or len(pattern) > _MOST_CHARACTERS or re.search(r"\)[*+?{]", pattern):

@@ -195,18 +195,22 @@ def tensors(path: Path) -> dict[str, Tensor]:
         else:
             found[name] = tensor
     for layer, parts in layers.items():
-        scheme = schemes.of(layer)
+        try:
+            scheme = schemes.of(layer)
+        except TargetError as error:
+            raise TargetError(f"{path / 'config.json'}: {error}") from error
         if scheme is None or scheme.format not in LAYOUTS:
             reason = "no group is for it" if scheme is None else f"{scheme.format}: is no format that is read"
             raise TargetError(f"{path}: {layer}: {reason}")
         try:
             codes, scales = LAYOUTS[scheme.format].decode(parts, scheme.weight)
+            given = decode_input(parts)
         except (KeyError, RuntimeError, IndexError, ValueError, GraphqError) as error:
             raise TargetError(f"{path}: {layer}: damaged: {error}") from error
         named = {"weight": codes, "weight_scale": scales.scale, "weight_zero_point": scales.zero_point}
         named |= {"weight_global_scale": scales.global_scale}
         found |= {f"{layer}.{suffix}": part for suffix, part in named.items() if part is not None}
-        found |= {f"{layer}.{suffix}": part for suffix, part in decode_input(parts).items()}
+        found |= {f"{layer}.{suffix}": part for suffix, part in given.items()}
     return found
 
 

@@ -61,8 +61,14 @@ def _stored_scale(scale: Tensor, quant: Quant) -> Tensor:
 
 
 def _held_scale(scale: Tensor, quant: Quant) -> Tensor:
-    scale = scale if scale.dtype in (torch.float32, torch.float64) else scale.to(torch.float32)
+    scale = _widened(scale)
     return scale.reshape(1, 1) if isinstance(quant.granularity, PerTensor) else scale
+
+
+def _widened(scale: Tensor) -> Tensor:
+    if not scale.is_floating_point():
+        raise TargetError(f"a scale: {str(scale.dtype).removeprefix('torch.')}, no floating-point number")
+    return scale if scale.dtype in (torch.float32, torch.float64) else scale.to(torch.float32)
 
 
 def _held_zero_point(zero: Tensor, quant: Quant) -> Tensor:
@@ -196,6 +202,6 @@ def decode_input(stored: Mapping[str, Tensor]) -> Tensors:
     """The same tensors as a QDQ form has them."""
     names = ("input_scale", "input_zero_point", "input_global_scale")
     found = {name: stored[name].reshape(()) for name in names if name in stored}
-    if "input_scale" in found and found["input_scale"].dtype != torch.float64:
-        found["input_scale"] = found["input_scale"].to(torch.float32)
+    if "input_scale" in found:
+        found["input_scale"] = _widened(found["input_scale"])
     return found

@@ -5,15 +5,16 @@ alphabetical order.
 """
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, cast, final
 
-from graphq.errors import TargetError
-from graphq.frontends.document import Document, Section
+from graphq.errors import SpecError, TargetError
+from graphq.frontends.document import Document, Section, show
 from graphq.frontends.llm_compressor.args import read_args
+from graphq.frontends.llm_compressor.targets import matches_at_once
+from graphq.spec.match import Regex
 from graphq.spec.quant import Quant
 
 _CLASSES: Final = ("Linear", "Embedding")
@@ -35,13 +36,20 @@ class Schemes:
     """The groups' schemes by their targets."""
 
     by_target: Mapping[str, Scheme]
+    patterns: Mapping[str, Regex]
 
     def of(self, layer: str) -> Scheme | None:
-        """That of a quantized layer of this name; None where no target matches it."""
+        """That of a quantized layer of this name; None where no target matches it.
+
+        Raises ``TargetError`` for a pattern that would take too long: files of strangers have them.
+        """
         if layer in self.by_target:
             return self.by_target[layer]
-        for target in sorted(self.by_target):
-            if target.startswith("re:") and re.match(target.removeprefix("re:"), layer):
+        for target in sorted(self.patterns):
+            found = matches_at_once(self.patterns[target], layer)
+            if found is None:
+                raise TargetError(f"targets: {show(target)}: might take very long to match {show(layer)}")
+            if found:
                 return self.by_target[target]
         return next((self.by_target[name] for name in _CLASSES if name in self.by_target), None)
 
@@ -59,6 +67,7 @@ def read_schemes(directory: Path) -> Schemes:
         raise TargetError(f"{file}: damaged: {type(error).__name__}: {error}") from error
     document = Document(str(file), {"config_groups": groups})
     found: dict[str, Scheme] = {}
+    patterns: dict[str, Regex] = {}
     for name in cast(dict[str, Any], groups):
         section = Section(document, groups, ("config_groups",)).section(name)
         weights = None if section is None else section.section("weights")
@@ -69,9 +78,10 @@ def read_schemes(directory: Path) -> Schemes:
             raise TargetError("\n".join(document.problems) or f"{file}: config_groups.{name}: has no weights")
         for target in section.items("targets"):
             pattern = str(target)
-            try:
-                re.compile(pattern.removeprefix("re:"))
-            except re.error as error:
-                raise TargetError(f"{file}: config_groups.{name}: targets: {pattern!r}: {error}") from error
+            if pattern.startswith("re:"):
+                try:
+                    patterns[pattern] = Regex(pattern.removeprefix("re:"))
+                except SpecError as error:
+                    raise TargetError(f"{file}: config_groups.{name}: targets: {show(pattern)}: {error}") from error
             found[pattern] = Scheme(str(section.values.get("format") or model_format), weight, inputs)
-    return Schemes(found)
+    return Schemes(found, patterns)
