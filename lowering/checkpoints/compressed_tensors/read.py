@@ -57,6 +57,8 @@ class Schemes:
 def read_schemes(directory: Path) -> Schemes:
     """The schemes that ``config.json`` of a checkpoint says. Raises ``TargetError`` naming the key that is wrong."""
     file = directory / "config.json"
+    if not file.is_file():
+        raise TargetError(f"{file}: no such file")
     try:
         config: Any = json.loads(file.read_text(encoding="utf-8"))
         settings = config["quantization_config"]

@@ -1,6 +1,7 @@
 """What is read of checkpoints that graphq did not write, or that were damaged since: a ``TargetError``, and at once."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +68,11 @@ def test_scales_are_floating_point_numbers(tmp_path: Path, name: str, dtype: tor
 def test_zero_points_are_codes(tmp_path: Path) -> None:
     with pytest.raises(TargetError, match=r"a\.bbbbbbbbbbbb\.cc: damaged: weight_zero_point: float32, not int8"):
         tensors(checkpoint(tmp_path, ["Linear"], weight_zero_point=torch.ones(4, 1)))
+
+
+def test_a_configuration_that_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    file = checkpoint(tmp_path, ["Linear"]) / "config.json"
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(TargetError, match=r"config\.json: no such file$"):
+        tensors(tmp_path)
