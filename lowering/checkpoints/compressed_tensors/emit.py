@@ -27,9 +27,9 @@ from graphq.lowering.checkpoints.compressed_tensors.layouts import (
 from graphq.lowering.checkpoints.compressed_tensors.read import read_schemes
 from graphq.lowering.checkpoints.compressed_tensors.settings import (
     Consumer,
+    consumer_problem,
     problem,
     quantization_config,
-    shape_problem,
 )
 from graphq.lowering.checkpoints.layers import QuantizedLinear, beyond, quantized_linears, rename, unstacked
 from graphq.lowering.legalize import where
@@ -144,7 +144,9 @@ def _problems(gm: fx.GraphModule, layers: Mapping[str, QuantizedLinear], consume
         yield f"{where(op)}: {reason}"
     for name, layer in layers.items():
         rows, columns = layer.codes.shape
-        reason = problem(layer.weight, layer.input) or shape_problem(layer.weight, rows, columns, consumer)
+        reason = problem(layer.weight, layer.input) or consumer_problem(
+            layer.weight, layer.input, rows, columns, consumer
+        )
         if reason is None and layer.is_embedding and consumer != "any":
             reason = f"{consumer} loads no quantized embedding; keep it float, or write consumer=any"
         if reason is None and not _is_stored(layer, dtype):

@@ -11,7 +11,7 @@ from torch import fx
 
 from graphq.ir.layers import Site, sites
 from graphq.ir.views import Op, TransposedLinear
-from graphq.lowering.checkpoints.compressed_tensors.settings import Consumer, problem, shape_problem
+from graphq.lowering.checkpoints.compressed_tensors.settings import Consumer, consumer_problem, problem
 from graphq.spec.match import Layer
 from graphq.spec.plan import Decision, KeepFloat, Plan
 from graphq.spec.quant import Quant
@@ -49,7 +49,7 @@ def _layer_problem(layer: Layer, plan: Plan, is_transposed: bool, consumer: Cons
     if layer.kind == "embedding" and consumer != "any":
         return f"{consumer} loads no quantized embedding; keep it float, or say consumer=any"
     rows, columns = layer.shape
-    return problem(plan.weight, plan.input) or shape_problem(plan.weight, rows, columns, consumer)
+    return problem(plan.weight, plan.input) or consumer_problem(plan.weight, plan.input, rows, columns, consumer)
 
 
 def _algorithm_problems(spec: Spec, resolved: Mapping[str, Resolved]) -> Iterator[str]:

@@ -14,7 +14,7 @@ from graphq.frontends.llm_compressor.args import write_args
 from graphq.lowering.checkpoints.compressed_tensors.layouts import layout_of
 from graphq.lowering.checkpoints.layers import QuantizedLinear
 from graphq.spec.formats import Float, Format, Int, Mx, Nvfp4
-from graphq.spec.quant import PerGroup, Quant
+from graphq.spec.quant import PerGroup, PerTensor, Quant
 
 Consumer = Literal["vllm", "transformers", "any"]
 VERSION: Final = "0.20.0"  # of the format: since 0.18 codes of 3, 5, 6 and 7 bits lie across words
@@ -151,11 +151,19 @@ def problem(weight: Quant, given: Quant | None) -> str | None:
     return None
 
 
-def shape_problem(weight: Quant, rows: int, columns: int, consumer: Consumer) -> str | None:
-    """Why a consumer does not take a weight ``[rows, columns]`` that is quantized so; None if it does."""
+def _packs_zero_points(weight: Quant, given: Quant | None) -> bool:
+    is_packed = layout_of(weight, given) == "pack-quantized"
+    is_asymmetric = isinstance(weight.format, Int) and not weight.format.symmetric
+    return is_packed and is_asymmetric and not isinstance(weight.granularity, PerTensor)
+
+
+def consumer_problem(weight: Quant, given: Quant | None, rows: int, columns: int, consumer: Consumer) -> str | None:
+    """Why a consumer takes no weight ``[rows, columns]`` that is quantized so beside such inputs; None if it does."""
     if isinstance(weight.granularity, PerGroup) and columns % weight.granularity.size:
         size = weight.granularity.size
         return f"{weight}: {columns} inputs are no multiple of {size}, and compressed-tensors has no shorter group"
+    if consumer == "transformers" and _packs_zero_points(weight, given):
+        return f"{weight}: transformers loads no packed zero points; write a symmetric format, or asym/tensor"
     if consumer != "vllm":
         return None
     if isinstance(weight.format, Int) and weight.format.bits < 8 and (rows % 32 or columns % 32):

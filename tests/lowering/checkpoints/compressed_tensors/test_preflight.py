@@ -31,6 +31,20 @@ Q, K, V = (f"model.layers.0.self_attn.{name}_proj" for name in "qkv")
         ("llama", "weight: int4/g16", "vllm", []),
         ("llama", "weight: int4/g16\ninput: int8/token/dynamic", "vllm", []),
         ("llama", "weight: int8/channel\ninput: int8/asym/tensor", "transformers", []),
+        ("llama", "weight: int4/asym/tensor", "transformers", []),
+        ("llama", "weight: int8/asym/channel\ninput: int8/token/dynamic", "transformers", []),
+        ("llama", "weight: int4/asym/g16", "any", []),
+        (
+            "llama",
+            "rules:\n  - {match: '*.0.mlp.down_proj', weight: int4/asym/g16}",
+            "transformers",
+            [
+                (
+                    "model.layers.0.mlp.down_proj: int4/asym/g16: transformers loads no packed zero points; write a"
+                    " symmetric format, or asym/tensor (rules[0] (line 3))"
+                )
+            ],
+        ),
         (
             "llama",
             (
