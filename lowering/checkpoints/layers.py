@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, cast, final
+from typing import Final, Literal, cast, final
 
 from torch import Tensor, fx
 
@@ -24,6 +24,9 @@ _PASSES: Final = frozenset(
 )
 
 
+LinearKind = Literal["linear", "embedding", "expert"]
+
+
 @final
 @dataclass(frozen=True)
 class QuantizedLinear:
@@ -36,7 +39,7 @@ class QuantizedLinear:
     """
 
     name: str
-    is_embedding: bool
+    kind: LinearKind
     codes: Tensor
     scales: Scales
     weight: Quant
@@ -77,7 +80,7 @@ def quantized_linears(form: fx.GraphModule) -> dict[str, QuantizedLinear]:
             codes, scales = _held(form, weight)
             level, fixed = _input(form, x)
             quant = Quant(parse_format(weight.format), _granularity(weight.block, weight.codes.val.shape))
-            found[name] = QuantizedLinear(name, isinstance(op, Embedding), codes, scales, quant, level, fixed)
+            found[name] = QuantizedLinear(name, _kind(op), codes, scales, quant, level, fixed)
     return found
 
 
@@ -118,6 +121,16 @@ def _uses(form: fx.GraphModule) -> Iterator[tuple[Op, Dequantize, Op]]:
                         yield op, weight, view(cast(fx.Node, x))
             case _:
                 pass
+
+
+def _kind(op: Op) -> LinearKind:
+    match op:
+        case Embedding():
+            return "embedding"
+        case Linear():
+            return "linear"
+        case _:
+            return "expert"
 
 
 def _held(form: fx.GraphModule, op: Dequantize) -> tuple[Tensor, Scales]:

@@ -143,12 +143,9 @@ def _problems(gm: fx.GraphModule, layers: Mapping[str, QuantizedLinear], consume
     for op, reason in beyond(gm):
         yield f"{where(op)}: {reason}"
     for name, layer in layers.items():
-        rows, columns = layer.codes.shape
         reason = problem(layer.weight, layer.input) or consumer_problem(
-            layer.weight, layer.input, rows, columns, consumer
+            layer.kind, layer.weight, layer.input, layer.codes.shape, dtype, consumer
         )
-        if reason is None and layer.is_embedding and consumer != "any":
-            reason = f"{consumer} loads no quantized embedding; keep it float, or write consumer=any"
         if reason is None and not _is_stored(layer, dtype):
             short = str(dtype).removeprefix("torch.")
             reason = f"its scales are no numbers of {short}, which stores them; compile with target={TARGET!r}"

@@ -7,8 +7,10 @@ Source: vLLM's ``CompressedTensorsConfig``, which has one scheme for the parts o
 from collections.abc import Iterator, Mapping
 from typing import Final
 
+import torch
 from torch import fx
 
+from graphq.capture.source import source_of
 from graphq.ir.layers import Site, sites
 from graphq.ir.views import Op, TransposedLinear
 from graphq.lowering.checkpoints.compressed_tensors.settings import Consumer, consumer_problem, problem
@@ -26,11 +28,12 @@ def preflight(
     """A line for each layer and algorithm that ``consumer`` would not load, with what it loads instead."""
     found = list(sites(gm))
     transposed = {site.path for site in found if isinstance(site.op, TransposedLinear)}
+    dtype = source_of(gm).dtype
     lines: list[str] = []
     for fqn, one in resolved.items():
         if isinstance(one.decision, Plan):
             by = f" ({one.rule.source})" if one.rule is not None and one.rule.source else ""
-            reason = _layer_problem(one.layer, one.decision, fqn in transposed, consumer)
+            reason = _layer_problem(one.layer, one.decision, fqn in transposed, dtype, consumer)
             lines += [f"{fqn}: {reason}{by}"] if reason else []
     lines += _algorithm_problems(spec, resolved)
     if consumer == "vllm":
@@ -38,7 +41,7 @@ def preflight(
     return lines
 
 
-def _layer_problem(layer: Layer, plan: Plan, is_transposed: bool, consumer: Consumer) -> str | None:
+def _layer_problem(layer: Layer, plan: Plan, is_transposed: bool, dtype: torch.dtype, consumer: Consumer) -> str | None:
     if plan.weight is None:
         return f"{plan}: only its input is quantized; a checkpoint holds quantized weights"
     if plan.output is not None or plan.placed:
@@ -46,10 +49,9 @@ def _layer_problem(layer: Layer, plan: Plan, is_transposed: bool, consumer: Cons
     if layer.kind not in _HELD or is_transposed:
         what = "linear whose weight is stored as [inputs, outputs]" if is_transposed else layer.kind
         return f"a {what} has no place among quantized linears; keep it float"
-    if layer.kind == "embedding" and consumer != "any":
-        return f"{consumer} loads no quantized embedding; keep it float, or say consumer=any"
-    rows, columns = layer.shape
-    return problem(plan.weight, plan.input) or consumer_problem(plan.weight, plan.input, rows, columns, consumer)
+    return problem(plan.weight, plan.input) or consumer_problem(
+        layer.kind, plan.weight, plan.input, layer.shape, dtype, consumer
+    )
 
 
 def _algorithm_problems(spec: Spec, resolved: Mapping[str, Resolved]) -> Iterator[str]:

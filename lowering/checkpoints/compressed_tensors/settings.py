@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, Literal
 
+import torch
+
 from graphq.errors import SpecError
 from graphq.frontends.llm_compressor.args import write_args
 from graphq.lowering.checkpoints.compressed_tensors.layouts import layout_of
@@ -94,7 +96,7 @@ def quantization_config(
     for number, (key, members) in enumerate(groups.items()):
         layer = layers[members[0]]
         apart = [name for name in linears if name not in members]
-        is_all = len(groups) == 1 and not any(layers[name].is_embedding for name in members)
+        is_all = len(groups) == 1 and not any(layers[name].kind == "embedding" for name in members)
         made[names.get(", ".join(key), f"group_{number}")] = {
             "format": layout_of(layer.weight, layer.input),
             "input_activations": None if layer.input is None else input_args(layer.input),
@@ -157,13 +159,29 @@ def _packs_zero_points(weight: Quant, given: Quant | None) -> bool:
     return is_packed and is_asymmetric and not isinstance(weight.granularity, PerTensor)
 
 
-def consumer_problem(weight: Quant, given: Quant | None, rows: int, columns: int, consumer: Consumer) -> str | None:
-    """Why a consumer takes no weight ``[rows, columns]`` that is quantized so beside such inputs; None if it does."""
+def consumer_problem(
+    kind: str,
+    weight: Quant,
+    given: Quant | None,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    consumer: Consumer,
+) -> str | None:
+    """Why a consumer takes no layer of this kind with a weight ``[rows, columns]`` that is quantized so beside such
+    inputs, in a model of this ``dtype``; None if it does.
+    """
+    rows, columns = shape
+    if kind == "embedding" and consumer != "any":
+        return f"{consumer} loads no quantized embedding; keep it float, or say consumer=any"
+    if kind == "expert" and consumer == "transformers":
+        return "transformers loads no quantized experts, which it stacks; keep them float, or say consumer=vllm"
     if isinstance(weight.granularity, PerGroup) and columns % weight.granularity.size:
         size = weight.granularity.size
         return f"{weight}: {columns} inputs are no multiple of {size}, and compressed-tensors has no shorter group"
     if consumer == "transformers" and _packs_zero_points(weight, given):
         return f"{weight}: transformers loads no packed zero points; write a symmetric format, or asym/tensor"
+    if consumer == "transformers" and dtype == torch.float16 and isinstance(weight.format, Mx | Nvfp4):
+        return f"{weight}: transformers dequantizes it to bfloat16, and fails on it in a model of float16"
     if consumer != "vllm":
         return None
     if isinstance(weight.format, Int) and weight.format.bits < 8 and (rows % 32 or columns % 32):

@@ -1,11 +1,13 @@
 """What a server would not load is refused before the work begins, with the layer, the reason and a way out."""
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 
 import graphq
+from graphq.capture.source import KEY, source_of
 from graphq.errors import TargetError
 from graphq.frontends import load_spec
 from graphq.ir.pipeline import Pipeline
@@ -126,6 +128,17 @@ Q, K, V = (f"model.layers.0.self_attn.{name}_proj" for name in "qkv")
         ),
         ("llama", "rules:\n  - {match: embed_tokens, weight: int8/channel}", "any", []),
         (
+            "mixtral",
+            "rules:\n  - {match: '*.0.mlp.experts.2.gate_proj', weight: int8/channel}",
+            "transformers",
+            [
+                (
+                    "model.layers.0.mlp.experts.2.gate_proj: transformers loads no quantized experts, which it stacks;"
+                    " keep them float, or say consumer=vllm (rules[0] (line 3))"
+                )
+            ],
+        ),
+        (
             "llama",
             "rules:\n  - {match: '*.0.mlp.down_proj', input: int8/tensor}",
             "vllm",
@@ -210,3 +223,19 @@ def test_an_option_that_the_target_has_not() -> None:
             MLP(), "graphq: 1\nweight: int4/g8", inputs=torch.ones(2, 8), target="compressed-tensors",
             target_options={"consumer": "sglang"},
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("weight", ["nvfp4", "mxfp4/even", "mxfp8_e4m3/even"])
+@pytest.mark.parametrize(("dtype", "consumer", "count"), [
+    (torch.float16, "transformers", 1), (torch.bfloat16, "transformers", 0), (torch.float16, "vllm", 0)
+])  # fmt: skip
+def test_blocks_of_small_floats_in_models_of_float16(
+    weight: str, dtype: torch.dtype, consumer: Any, count: int
+) -> None:
+    gm = captured("llama")
+    Pipeline(canonical_passes()).run(gm)
+    gm.meta[KEY] = dataclasses.replace(source_of(gm), dtype=dtype)
+    parsed = load_spec(f"graphq: 1\nrules:\n  - {{match: '*.0.self_attn.o_proj', weight: {weight}}}")
+    found = preflight(gm, decide(gm, parsed)[0], parsed, consumer)
+    assert len(found) == count
+    assert all("transformers dequantizes it to bfloat16, and fails on it in a model of float16" in one for one in found)
