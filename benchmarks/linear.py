@@ -26,7 +26,7 @@ from torch import Tensor
 from graphq import numerics
 from graphq.runtime import kernels, ops
 from graphq.runtime.kernels import native
-from graphq.runtime.linear import PackedLinear
+from graphq.runtime.linear import PackedLinear, kernel_of
 from graphq.runtime.modules import Int8Linear, hold_linear, hold_weight
 from graphq.spec.formats import parse_format
 
@@ -120,7 +120,7 @@ def graphq_linear(name: str, n: int, k: int, rows: int) -> tuple[Call, str, int]
         integer = [hold_linear(Int8Linear(*form), codes.clone(), scales.scale, None, None) for _ in range(count)]
         for module in integer:
             module(*_codes(x, input))
-        return lambda i: integer[i % count](*_codes(x, input)), "oneDNN", codes.numel() + 4 * n
+        return lambda i: integer[i % count](*_codes(x, input)), kernel_of(integer[0]), codes.numel() + 4 * n
     first = hold_weight(PackedLinear(weight, block, (n, k), (0,), dtype, False, None, input is not None), codes, scales)
     arguments = _codes(x, input) if input else (x,)
     first(*arguments)

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from graphq.errors import PassError
 from graphq.ir import edit
 from graphq.ir.edit import copy_graph
-from graphq.ir.layers import BY
+from graphq.ir.layers import BY, layer_path, weight_param
 from graphq.ir.views import Dequantize, Embedding, Linear, Op, Param, Quantize, ops_of, view
 from graphq.lowering.experts import expert_linears, split_experts
 from graphq.numerics import Scales
@@ -59,14 +59,17 @@ def unstacked(gm: fx.GraphModule) -> fx.GraphModule:
 def rename(gm: fx.GraphModule, names: Mapping[str, str]) -> None:
     """The tensors of ``gm`` have the names that ``names`` gives them, and so have the scales of quantized ones."""
     paths = {old.rpartition(".")[0]: new.rpartition(".")[0] for old, new in names.items()}
+    renamed: list[tuple[Op, str, Tensor]] = []  # all are read before any is put where another may be
     for op in ops_of(gm):
         if not isinstance(op, Param):
             continue
         path, _, name = op.fqn.rpartition(".")
         new = names.get(op.fqn) or (f"{paths[path]}.{name}" if path in paths else op.fqn)
         if new != op.fqn:
-            put_tensor(gm, new, tensor_of(gm, op.fqn))
-            op.node.target = new
+            renamed.append((op, new, tensor_of(gm, op.fqn)))
+    for op, new, tensor in renamed:
+        put_tensor(gm, new, tensor)
+        op.node.target = new
     edit.drop_unused(gm)
     gm.recompile()
 
@@ -84,10 +87,17 @@ def quantized_linears(form: fx.GraphModule) -> dict[str, QuantizedLinear]:
     return found
 
 
+def float_linears(form: fx.GraphModule) -> list[str]:
+    """The names of the linears that stay float, whatever class of module they are of: routers have one of their own."""
+    weights = [weight_param(op) for op in ops_of(form) if isinstance(op, Linear)]
+    return list(dict.fromkeys(layer_path(param.fqn) for param in weights if param is not None))
+
+
 def beyond(form: fx.GraphModule) -> Iterator[tuple[Op, str]]:
     """The nodes of an ``unstacked`` graph that compute what no checkpoint of linears says, each with the reason."""
-    linears = [weight for _, weight, _ in _uses(form)]
-    inputs = {x.codes for _, _, x in _uses(form) if isinstance(x, Dequantize)}
+    uses = list(_uses(form))
+    linears = {weight for _, weight, _ in uses}
+    inputs = {x.codes for _, _, x in uses if isinstance(x, Dequantize)}
     for op in ops_of(form):
         by = [name for name in cast(tuple[str, ...], op.node.meta.get(BY, ())) if name in _PASSES]
         match op:

@@ -31,7 +31,14 @@ from graphq.lowering.checkpoints.compressed_tensors.settings import (
     problem,
     quantization_config,
 )
-from graphq.lowering.checkpoints.layers import QuantizedLinear, beyond, quantized_linears, rename, unstacked
+from graphq.lowering.checkpoints.layers import (
+    QuantizedLinear,
+    beyond,
+    float_linears,
+    quantized_linears,
+    rename,
+    unstacked,
+)
 from graphq.lowering.legalize import where
 from graphq.lowering.stored import stored
 from graphq.numerics import rounded_scales
@@ -66,7 +73,7 @@ def emit(
     """The QDQ form ``gm`` as a checkpoint in the directory ``path``, written whole or not at all.
 
     consumer: what is to load it: ``vllm``, ``transformers``, or ``any`` that reads the format. shard_bytes: the largest
-    size of a file. ``made_from`` goes into the manifest. Gives notes for the report.
+    size of a file. ``made_from`` goes into the manifest. Gives no notes.
 
     Raises ``TargetError`` with a line for everything that a checkpoint cannot hold, and for an existing ``path``.
     """
@@ -80,8 +87,8 @@ def emit(
         raise TargetError("\n".join(dict.fromkeys(f"{TARGET}: {line}" for line in problems)))
     dtype = source_of(gm).dtype
     config = dict(architecture.config) | {"dtype": str(dtype).removeprefix("torch.")}  # a directory's is captured wider
-    linears = [*architecture.linears, *(name for name in layers if name not in architecture.linears)]
-    config["quantization_config"] = quantization_config(layers, linears, {})
+    linears = dict.fromkeys((*architecture.linears, *layers, *float_linears(made)))
+    config["quantization_config"] = quantization_config(layers, list(linears))
     if any(target in floats or target.removesuffix(".weight") in layers for target in architecture.tied):
         config["tie_word_embeddings"] = False
     quantized = {name: t for layer in layers.values() for name, t in _held(layer).items()}

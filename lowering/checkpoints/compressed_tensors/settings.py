@@ -81,23 +81,21 @@ def _zero_points(quant: Quant) -> dict[str, Any]:
             return {}
 
 
-def quantization_config(
-    layers: Mapping[str, QuantizedLinear], linears: Sequence[str], names: Mapping[str, str]
-) -> dict[str, Any]:
+def quantization_config(layers: Mapping[str, QuantizedLinear], linears: Sequence[str]) -> dict[str, Any]:
     """The value of ``quantization_config`` for these quantized layers of a model with these ``linears``, by name.
 
-    ``names``: of groups, by the plan in its text form; others are ``group_0``, ``group_1`` ... in the layers' order.
+    Groups of layers that are quantized alike are ``group_0``, ``group_1`` ... in the layers' order.
     """
     groups: dict[tuple[str, str], list[str]] = {}
     for name, layer in layers.items():
         groups.setdefault((str(layer.weight), str(layer.input)), []).append(name)
     others = [name for name in linears if name not in layers]
     made: dict[str, Any] = {}
-    for number, (key, members) in enumerate(groups.items()):
-        layer = layers[members[0]]
-        apart = [name for name in linears if name not in members]
+    for number, members in enumerate(groups.values()):
+        layer, held = layers[members[0]], set(members)
+        apart = [name for name in linears if name not in held]
         is_all = len(groups) == 1 and not any(layers[name].kind == "embedding" for name in members)
-        made[names.get(", ".join(key), f"group_{number}")] = {
+        made[f"group_{number}"] = {
             "format": layout_of(layer.weight, layer.input),
             "input_activations": None if layer.input is None else input_args(layer.input),
             "output_activations": None,

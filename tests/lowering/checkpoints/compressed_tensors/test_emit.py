@@ -164,6 +164,11 @@ def test_experts_are_stored_one_by_one(root: Path, tmp_path: Path, family: str, 
     scale = held[f"{name}.weight_scale"].float()
     back = tensors(tmp_path / "out")[f"{name}.weight"].float() * scale
     assert held[f"{name}.weight_packed"].dtype == torch.int32
+    # servers build routers as linears: they have to know that these stay float
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    router = "block_sparse_moe.gate" if family == "mixtral" else "mlp.gate"
+    assert f"model.layers.1.{router}" in settings["ignore"]
+    assert not {*settings["ignore"]} & quantized
     assert float(((back - w).abs() / scale).max()) <= 0.51
     assert verify(tmp_path / "out").ok
 
