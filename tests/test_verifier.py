@@ -325,7 +325,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
         edit_text("model.safetensors", lambda b: b[:-1]),
         "{}/model.safetensors: damaged or incomplete: Error while",
     ),
-    "no weights": ("torch", remove("model.safetensors"), "{}/model.safetensors: damaged or incomplete: "),
+    "no weights": ("torch", remove("model.safetensors"), "{}/model.safetensors: no such file"),
     "no graph": ("torch", remove("graph.json"), "{}/graph.json: damaged or incomplete: "),
     "bad graph": ("torch", edit_text("graph.json", lambda b: b[:-9]), "{}/graph.json: damaged or incomplete: "),
     "other graph": (
