@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from graphq.linter.lint import lint
     from graphq.linter.report import LintReport
     from graphq.lowering.torch.module import load
+    from graphq.mixed_precision.driver import search
     from graphq.numerics.codec import decode, encode, fake_quantize
     from graphq.spec.rules import Spec
     from graphq.verifier import verify
@@ -64,6 +65,7 @@ __all__ = [
     "load",
     "load_spec",
     "quantize",
+    "search",
     "verify",
     "write_spec",
 ]

@@ -35,7 +35,7 @@ LAYERS = (
     ("graphq.algorithms", "graphq.lowering"),
     ("graphq.checks",),
     ("graphq.compiler", "graphq.in_place"),
-    ("graphq.explanation", "graphq.verifier", "graphq.linter"),
+    ("graphq.explanation", "graphq.verifier", "graphq.linter", "graphq.mixed_precision"),
     ("graphq",),
     ("graphq.cli",),
 )

@@ -1,4 +1,4 @@
-"""The command line: ``compile``, ``explain``, ``spec``, ``dump``, ``eval``, ``inspect``, ``verify`` and
+"""The command line: ``compile``, ``search``, ``explain``, ``spec``, ``dump``, ``eval``, ``inspect``, ``verify`` and
 ``lint``.
 
 Results go to the standard output, everything else to the standard error. Exit status: 0; 1 for errors, a line each;
@@ -13,6 +13,7 @@ from graphq.cli.artifacts import inspect, verify
 from graphq.cli.evaluation import eval_
 from graphq.cli.lint import lint
 from graphq.cli.models import compile_, dump, explain
+from graphq.cli.search import search
 from graphq.cli.specs import convert, presets
 
 app: Final = typer.Typer(
@@ -56,6 +57,7 @@ def _options(
 spec_app: Final = typer.Typer(help="Read and write specs.", no_args_is_help=True, rich_markup_mode=None)
 
 app.command(name="compile")(compile_)  # in the order of ``--help``
+app.command()(search)
 app.command()(explain)
 app.command()(dump)
 app.command(name="eval")(eval_)
