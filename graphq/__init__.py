@@ -36,6 +36,7 @@ _HOMES = {
     "lint": "graphq.linter.lint",
     "LintReport": "graphq.linter.report",
     "load": "graphq.lowering.torch.module",
+    "search": "graphq.mixed_precision.driver",
     "verify": "graphq.verifier",
     "Spec": "graphq.spec.rules",
     "dump": "graphq.ir.text",

@@ -14,7 +14,7 @@ from graphq.mixed_precision.quantized import MixedRun, QuantizedLayers
 from graphq.passes.calibrate import run_batch
 
 _BY: Final = "search"
-MAX_ELEMENTS: Final = 1 << 28  # of outputs that are held, a GiB of float32
+MAX_ELEMENTS: Final = 1 << 27  # of outputs that are held, a GiB of float64
 
 
 def measured_outputs(gm: fx.GraphModule) -> list[int]:
@@ -60,7 +60,7 @@ class Divergence:
                 if self.batches and held > MAX_ELEMENTS:
                     break
                 self.batches.append(batch)
-                self.wanted.append([x.log_softmax(-1) for x in outputs] if self.is_lm else outputs)
+                self.wanted.append([x.double().log_softmax(-1) for x in outputs] if self.is_lm else outputs)
         if not self.batches:
             raise SpecError("calibration: no batches; a search needs at least one")
 
@@ -72,7 +72,7 @@ class Divergence:
                 outputs = self._valid(MixedRun(self.gm, chosen).outputs(batch))
                 for one, got, want in zip(sums, outputs, wanted, strict=True):
                     if self.is_lm:
-                        kl = F.kl_div(got.log_softmax(-1), want, reduction="sum", log_target=True)
+                        kl = F.kl_div(got.double().log_softmax(-1), want, reduction="sum", log_target=True)
                         one[0] += float(kl)
                         one[1] += want.shape[0]
                     else:

@@ -1,6 +1,5 @@
 """The options of a search: what each layer may become."""
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, final
@@ -8,6 +7,7 @@ from typing import Any, Final, final
 from graphq.errors import SpecError
 from graphq.frontends import load_spec
 from graphq.frontends.presets import SCHEMES
+from graphq.spec.formats import find_format
 from graphq.spec.match import Blocks
 from graphq.spec.plan import KeepFloat, Plan
 from graphq.spec.quant import parse_quant
@@ -41,14 +41,15 @@ def read_option(given: str | Spec | Mapping[str, Any]) -> Option:
             raise SpecError(f"options: {given}: {error}") from error
         option = Option(given, Spec((Rule(Blocks(), plan),)))
     else:
-        option = Option(given if isinstance(given, str) else "", load_spec(given))
+        spec = load_spec(given)
+        option = Option(given if isinstance(given, str) else _name_of(spec), spec)
     spec = option.spec
     if spec.activations or spec.profile or spec.cache or spec.fallback:
         raise SpecError(
             f"options: {option.name}: an option says how layers are quantized; leave out activations, profile, cache"
             " and fallback"
         )
-    return option if option.name else Option(_name_of(spec), spec)
+    return option
 
 
 def read_options(given: Iterable[str | Spec | Mapping[str, Any]]) -> tuple[Option, ...]:
@@ -76,9 +77,18 @@ def read_options(given: Iterable[str | Spec | Mapping[str, Any]]) -> tuple[Optio
 
 
 def _is_text_form(text: str) -> bool:
-    return re.match(r"[a-z0-9_]+(\[[^\]]*\])?(/|$)", text) is not None and not text.endswith((".yaml", ".yml", ".json"))
+    """Whether this is a weight's format, or one and an input's, and not the path of a file."""
+    weight, times, _ = text.partition(" x ")
+    try:
+        return bool(times) or find_format(weight.partition("/")[0]) is not None
+    except SpecError:  # a format with a wrong number
+        return True
 
 
 def _name_of(spec: Spec) -> str:
-    plans = [str(rule.decision) for rule in spec.rules if isinstance(rule.decision, Plan)]
+    plans = [
+        " if ".join([str(rule.decision), *map(str, rule.only_if)])
+        for rule in spec.rules
+        if isinstance(rule.decision, Plan)
+    ]
     return "; ".join(dict.fromkeys(plans))
