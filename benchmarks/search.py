@@ -90,7 +90,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", choices=("plain", "outliers"), default="plain")
     parser.add_argument("--sets", default=",".join(SETS))
     parser.add_argument("--windows", type=int, default=64)
