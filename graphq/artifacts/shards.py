@@ -7,7 +7,7 @@ that of ``save_pretrained``: ``model.safetensors``, or ``model-00001-of-00002.sa
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -19,15 +19,29 @@ from torch import Tensor
 from graphq.errors import TargetError
 from graphq.state import nbytes
 
-WEIGHTS: Final = "model.safetensors"
-INDEX: Final = "model.safetensors.index.json"
+SUFFIX: Final = ".safetensors"
+INDEX_SUFFIX: Final = ".safetensors.index.json"
+WEIGHTS: Final = "model" + SUFFIX
+INDEX: Final = "model" + INDEX_SUFFIX
 SHARD_BYTES: Final = 5_000_000_000
+_METADATA: Final = {"format": "pt"}
 
 
-def write_shards(directory: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> None:
+def write_shards(
+    directory: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    shard_bytes: int = SHARD_BYTES,
+    stem: str = "model",
+    *,
+    numbered: bool = False,
+    metadata: Mapping[str, str] | None = _METADATA,
+) -> None:
     """The tensors are in files of at most ``shard_bytes`` (or of one tensor) in ``directory``, on the disk.
 
     Names are distinct. Tensors may share memory, and are copied where they are not dense.
+
+    stem: what the files' names begin with. numbered: one file has a number and an index, too. metadata: of each file's
+    header; transformers wants its own.
     """
     shards: list[list[str]] = []
     held: dict[str, Tensor] = {}
@@ -36,7 +50,7 @@ def write_shards(directory: Path, tensors: Iterable[tuple[str, Tensor]], shard_b
 
     def flush() -> None:
         shards.append(list(held))
-        _save(directory / f"{len(shards):05}.partial", held)
+        _save(directory / f"{len(shards):05}.partial", held, metadata)
         held.clear()
 
     for name, tensor in tensors:
@@ -49,16 +63,17 @@ def write_shards(directory: Path, tensors: Iterable[tuple[str, Tensor]], shard_b
     if held or not shards:
         flush()
     count = len(shards)
-    files = [WEIGHTS] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    has_index = numbered or count > 1
+    files = [f"{stem}-{i:05}-of-{count:05}{SUFFIX}" for i in range(1, count + 1)] if has_index else [stem + SUFFIX]
     for number, file in enumerate(files, 1):
         (directory / f"{number:05}.partial").rename(directory / file)
-    if count > 1:
+    if has_index:
         where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (directory / (stem + INDEX_SUFFIX)).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _save(file: Path, tensors: dict[str, Tensor]) -> None:
+def _save(file: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str] | None) -> None:
     dense = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     storages: set[int] = set()
     for name, tensor in dense.items():  # safetensors refuses tensors that share memory
@@ -66,18 +81,18 @@ def _save(file: Path, tensors: dict[str, Tensor]) -> None:
         if place in storages or tensor.untyped_storage().nbytes() != nbytes(tensor):
             dense[name] = tensor.clone()
         storages.add(place)
-    save_file(dense, file, metadata={"format": "pt"})
+    save_file(dense, file, metadata=None if metadata is None else dict(metadata))
     with file.open("rb") as written:
         os.fsync(written.fileno())
 
 
-def read_shards(directory: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of ``directory`` by name, one file after the other.
+def read_shards(directory: Path, stem: str = "model") -> Iterator[tuple[str, Tensor]]:
+    """The tensors of ``directory`` by name, one file after the other, of those that ``write_shards`` calls ``stem``.
 
     Raises ``TargetError`` naming a file that is missing, damaged, no file of ``directory`` itself, or that the index
     says otherwise of.
     """
-    files = shard_files(directory)
+    files = shard_files(directory, stem)
     seen: set[str] = set()
     for file, names in files.items():
         path = directory / file
@@ -98,11 +113,11 @@ def read_shards(directory: Path) -> Iterator[tuple[str, Tensor]]:
             raise TargetError(f"{path}: damaged or incomplete: {error}") from error
 
 
-def shard_files(directory: Path) -> dict[str, set[str] | None]:
+def shard_files(directory: Path, stem: str = "model") -> dict[str, set[str] | None]:
     """The names of the tensors in each file of weights; None where there is one file, without an index."""
-    index = directory / INDEX
+    index = directory / (stem + INDEX_SUFFIX)
     if not index.is_file():
-        return {WEIGHTS: None}
+        return {stem + SUFFIX: None}
     try:
         where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files: dict[str, set[str] | None] = {}

@@ -17,7 +17,6 @@ from graphq.artifacts.shards import INDEX, SHARD_BYTES, WEIGHTS, read_shards, wr
 from graphq.capture.source import Source, source_of
 from graphq.errors import GraphqError, TargetError
 from graphq.files import whole_directory
-from graphq.lowering.checkpoints.architecture import Architecture, architecture_of
 from graphq.lowering.checkpoints.compressed_tensors.layouts import (
     LAYOUTS,
     decode_input,
@@ -31,34 +30,17 @@ from graphq.lowering.checkpoints.compressed_tensors.settings import (
     problem,
     quantization_config,
 )
-from graphq.lowering.checkpoints.layers import (
-    QuantizedLinear,
-    beyond,
-    float_linears,
-    quantized_linears,
-    rename,
-    unstacked,
-)
-from graphq.lowering.legalize import where
-from graphq.lowering.stored import stored
+from graphq.lowering.checkpoints.content import Content, checkpoint_form, content_of, held, lost
+from graphq.lowering.checkpoints.layers import QuantizedLinear, float_linears
 from graphq.numerics import rounded_scales
-from graphq.state import first_names
 
 TARGET: Final = "compressed-tensors"
 FILES: Final = ("config.json", INDEX, WEIGHTS)
-_ARCHITECTURE: Final = "graphq.architecture"
 
 
 def form(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of the QDQ form ``gm`` whose layers are linears of their own, with the names of the checkpoint.
-
-    Raises ``TargetError`` for a model that no class of transformers loads.
-    """
-    made = unstacked(gm)
-    architecture = architecture_of(made, TARGET)
-    rename(made, architecture.names)
-    made.meta[_ARCHITECTURE] = architecture
-    return made
+    """``checkpoint_form`` of the QDQ form ``gm``."""
+    return checkpoint_form(gm, TARGET)
 
 
 def emit(
@@ -79,77 +61,35 @@ def emit(
     """
     if shard_bytes < 1:
         raise TargetError(f"{TARGET}: shard_bytes: {shard_bytes} is not a positive number of bytes")
-    made = form(gm)
-    architecture: Architecture = made.meta[_ARCHITECTURE]
-    layers = quantized_linears(made)
-    floats = _floats(made, architecture, layers)
-    if problems := [*_problems(made, layers, consumer), *_lost(made, architecture, layers, floats)]:
+    content = content_of(gm, TARGET)
+    layers, floats, dtype = content.layers, content.floats, source_of(gm).dtype
+    if problems := [*_problems(content, consumer), *lost(content)]:
         raise TargetError("\n".join(dict.fromkeys(f"{TARGET}: {line}" for line in problems)))
-    dtype = source_of(gm).dtype
-    config = dict(architecture.config) | {"dtype": str(dtype).removeprefix("torch.")}  # a directory's is captured wider
-    linears = dict.fromkeys((*architecture.linears, *layers, *float_linears(made)))
-    config["quantization_config"] = quantization_config(layers, list(linears))
-    if any(target in floats or target.removesuffix(".weight") in layers for target in architecture.tied):
-        config["tie_word_embeddings"] = False
-    quantized = {name: t for layer in layers.values() for name, t in _held(layer).items()}
+    linears = dict.fromkeys((*content.architecture.linears, *layers, *float_linears(content.graph)))
+    config = content.config | {"quantization_config": quantization_config(layers, list(linears))}
+    quantized = {name: t for layer in layers.values() for name, t in held(layer).items()}
     with whole_directory(path, overwrite, manifest.sources(gm)) as directory:
-        write_shards(directory, _tensors(architecture, layers, floats, dtype), shard_bytes)
-        manifest.write(directory, made, TARGET, made_from, floats | quantized, quantized, config)
+        write_shards(directory, _tensors(content, dtype), shard_bytes)
+        manifest.write(directory, content.graph, TARGET, made_from, floats | quantized, quantized, config)
     return ()
 
 
-def _tensors(
-    architecture: Architecture,
-    layers: Mapping[str, QuantizedLinear],
-    floats: Mapping[str, Tensor],
-    dtype: torch.dtype,
-) -> Iterator[tuple[str, Tensor]]:
+def _tensors(content: Content, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """The tensors of the checkpoint, in the order of the source's modules."""
-    for name in architecture.names.values():
-        layer = layers.get(name.removesuffix(".weight"))
+    for name in content.architecture.names.values():
+        layer = content.layers.get(name.removesuffix(".weight"))
         if layer is not None:
             layout = LAYOUTS[str(layout_of(layer.weight, layer.input))]
             for suffix, tensor in (layout.encode(layer, dtype) | encode_input(layer, dtype)).items():
                 yield f"{layer.name}.{suffix}", tensor
-        elif name in floats:
-            yield name, floats[name]
+        elif name in content.floats:
+            yield name, content.floats[name]
 
 
-def _held(layer: QuantizedLinear) -> dict[str, Tensor]:
-    """The tensors of a layer as the QDQ form has them."""
-    parts = {
-        "weight": layer.codes,
-        "weight_scale": layer.scales.scale,
-        "weight_zero_point": layer.scales.zero_point,
-        "weight_global_scale": layer.scales.global_scale,
-    }
-    named = {f"{layer.name}.{suffix}": part for suffix, part in parts.items() if part is not None}
-    given = decode_input(encode_input(layer, torch.float32))
-    return named | {f"{layer.name}.{suffix}": part for suffix, part in given.items()}
-
-
-def _floats(gm: fx.GraphModule, architecture: Architecture, layers: Mapping[str, QuantizedLinear]) -> dict[str, Tensor]:
-    """What stays float, by its name in the checkpoint; not what another tensor is tied to by the configuration."""
-    state = gm.state_dict(keep_vars=True)
-    same = first_names(state)
-    ties = {architecture.names[a]: architecture.names[b] for a, b in architecture.tied.items()}
-    found: dict[str, Tensor] = {}
-    for name in architecture.names.values():
-        if name not in state or name.removesuffix(".weight") in layers:
-            continue
-        other = ties.get(name)
-        if other is not None and same.get(name, name) == same.get(other, other):
-            continue
-        found[name] = stored(gm, name).detach()
-    return found
-
-
-def _problems(gm: fx.GraphModule, layers: Mapping[str, QuantizedLinear], consumer: Consumer) -> Iterator[str]:
+def _problems(content: Content, consumer: Consumer) -> Iterator[str]:
     """A line for each layer that the format, or what is to load it, cannot hold."""
-    dtype = source_of(gm).dtype
-    for op, reason in beyond(gm):
-        yield f"{where(op)}: {reason}"
-    for name, layer in layers.items():
+    dtype = source_of(content.graph).dtype
+    for name, layer in content.layers.items():
         reason = problem(layer.weight, layer.input) or consumer_problem(
             layer.kind, layer.weight, layer.input, layer.codes.shape, dtype, consumer
         )
@@ -158,23 +98,6 @@ def _problems(gm: fx.GraphModule, layers: Mapping[str, QuantizedLinear], consume
             reason = f"its scales are no numbers of {short}, which stores them; compile with target={TARGET!r}"
         if reason is not None:
             yield f"{name}: {reason}"
-
-
-def _lost(
-    gm: fx.GraphModule,
-    architecture: Architecture,
-    layers: Mapping[str, QuantizedLinear],
-    floats: Mapping[str, Tensor],
-) -> Iterator[str]:
-    """A line for each parameter without a place in the architecture, and for each tensor of it that there is not."""
-    names = set(architecture.names.values())
-    for name, tensor in gm.named_parameters():
-        if name not in names:
-            yield f"{name}: the architecture has no such parameter {list(tensor.shape)}; it would be lost"
-    tied = {architecture.names[name] for name in architecture.tied}
-    for name in names - tied - floats.keys():
-        if name.removesuffix(".weight") not in layers:
-            yield f"{name}: the architecture has this tensor, and the compiled graph has not"
 
 
 def _is_stored(layer: QuantizedLinear, dtype: torch.dtype) -> bool:

@@ -1,0 +1,102 @@
+"""What no checkpoint of linears can hold of a spec, and which layers servers fuse, before any weight is read."""
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final, final
+
+from torch import fx
+
+from graphq.ir.layers import Site, sites
+from graphq.ir.views import Op, TransposedLinear
+from graphq.spec.plan import Decision, Plan
+from graphq.spec.rules import Resolved, Spec
+
+_HELD: Final = ("linear", "expert", "embedding")
+
+
+@final
+@dataclass(frozen=True)
+class Planned:
+    """The layers of a graph and what becomes of each."""
+
+    sites: tuple[Site, ...]
+    resolved: Mapping[str, Resolved]
+
+    @cached_property
+    def transposed(self) -> frozenset[str]:
+        """The layers whose weight is stored as [inputs, outputs]."""
+        return frozenset(site.path for site in self.sites if isinstance(site.op, TransposedLinear))
+
+
+def planned(gm: fx.GraphModule, resolved: Mapping[str, Resolved]) -> Planned:
+    """The layers of ``gm``."""
+    return Planned(tuple(sites(gm)), resolved)
+
+
+def layer_problems(found: Planned, problem: Callable[[Resolved, Plan], str | None]) -> Iterator[str]:
+    """A line for each quantized layer that no checkpoint holds, or that ``problem`` has a reason against."""
+    for fqn, one in found.resolved.items():
+        if isinstance(one.decision, Plan):
+            by = f" ({one.rule.source})" if one.rule is not None and one.rule.source else ""
+            reason = _unheld(one, one.decision, fqn in found.transposed) or problem(one, one.decision)
+            if reason:
+                yield f"{fqn}: {reason}{by}"
+
+
+def _unheld(one: Resolved, plan: Plan, is_transposed: bool) -> str | None:
+    if plan.weight is None:
+        return f"{plan}: only its input is quantized; a checkpoint holds quantized weights"
+    if plan.output is not None or plan.placed:
+        return f"{plan}: a checkpoint quantizes weights and inputs of linears; leave out outputs and profiles"
+    if one.layer.kind not in _HELD or is_transposed:
+        what = "linear whose weight is stored as [inputs, outputs]" if is_transposed else one.layer.kind
+        return f"a {what} has no place among quantized linears; keep it float"
+    return None
+
+
+def algorithm_problems(spec: Spec, resolved: Mapping[str, Resolved]) -> Iterator[str]:
+    """A line for each algorithm that leaves behind what the architecture has no place for."""
+    for algorithm in spec.algorithms:
+        where = f"{algorithm.source}: " if algorithm.source else ""
+        options = dict(algorithm.options)
+        match algorithm.name:
+            case "correct-bias":
+                bare = [f for f, one in resolved.items() if isinstance(one.decision, Plan) and not one.layer.bias]
+                if bare:
+                    shown = ", ".join(bare[:2]) + (f" and {len(bare) - 2} more" if len(bare) > 2 else "")
+                    yield f"{where}correct-bias: {shown}: the architecture has no bias to put it in; leave it out"
+            case _ if options.get("where") in ("multiply", "fold-or-multiply"):
+                yield f"{where}{algorithm.name}: where: {options['where']}: the architecture has no factors; write fold"
+            case "rotate" if options.get("r3") or options.get("r4"):
+                online = " and ".join(name for name in ("r3", "r4") if options.get(name))
+                yield f"{where}rotate: {online}: rotations at run time are not written; leave them out"
+            case _:
+                pass
+
+
+def fused(found: Planned) -> list[Sequence[str]]:
+    """The layers that are one to a server: linears that share an input and a module, and all experts of a module."""
+    groups: dict[tuple[Op | None, str], dict[str, None]] = {}
+    for site in found.sites:
+        for fqn in site.fqns:
+            if found.resolved[fqn].layer.named_only == "router":
+                continue
+            parts = fqn.split(".")
+            module = ".".join(parts[:-2] if site.is_stack else parts[:-1])
+            key = (None if site.is_stack else site.op.input_op, module)
+            groups.setdefault(key, {})[fqn] = None
+    return [list(group) for group in groups.values()]
+
+
+def fused_problems(found: Planned, stored: Callable[[Decision], Hashable], rule: str) -> Iterator[str]:
+    """A line for each fused layer whose parts are ``stored`` unlike one another. ``rule``: who fuses, and what to do
+    instead, with {first} for the part that the others are to be like.
+    """
+    for first, *others in fused(found):
+        mine = found.resolved[first].decision
+        for other in others:
+            decision = found.resolved[other].decision
+            if stored(decision) != stored(mine):
+                yield f"{other}: {decision}, but {rule.format(first=first, decision=mine)}"
+                break
