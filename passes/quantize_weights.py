@@ -129,7 +129,6 @@ def quantize_weight(part: WeightPart, w: Tensor | None = None, scales: Scales | 
     assert part.quant is not None
     format, block = part.quant.format, part.block
     if part.quant.arithmetic == "source":
-        assert isinstance(format, Int)
         scales = scales or source_scales(part.w, part.source_dtype, format, block, part.quant.method)
         scales = numerics.rounded_scales(scales, format, part.scale_dtype)
         if w is None:

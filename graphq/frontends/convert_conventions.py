@@ -17,7 +17,17 @@ from graphq.spec.algorithms import Value, defaults
 from graphq.spec.folds import EVERYWHERE, NORMS, Folds
 from graphq.spec.formats import Divisor, ExponentRule, Float, FloatScale, Format, Int, Mx, MxElement
 from graphq.spec.plan import Plan
-from graphq.spec.quant import MinMax, MovingAverage, Mse, Ofmr, PerChannel, PerToken, Quant, Ssz
+from graphq.spec.quant import (
+    MinMax,
+    MovingAverage,
+    Mse,
+    Ofmr,
+    PerChannel,
+    PerToken,
+    Quant,
+    Ssz,
+    has_source_arithmetic,
+)
 from graphq.spec.rules import Algorithm, Order, Prefix, Run, Spec
 
 _ANY: Final[tuple[Value, ...]] = ()
@@ -202,10 +212,9 @@ def _weight(quant: Quant, own: Conventions, notes: list[str]) -> Quant:
         notes.append(f"{quant} -> {plain}: graphq computes {own.tool}'s weights in float32")
         return _quant(plain, own, notes)
     made = _quant(quant, own, notes)
-    has_source = isinstance(made.format, Int) and made.format.symmetric and isinstance(made.method, MinMax | Ssz)
-    if made.arithmetic == "source" or not (own.source_arithmetic and has_source):
-        return made
-    if not isinstance(made.granularity, PerChannel):
+    is_own = isinstance(made.granularity, PerChannel) or isinstance(made.format, Mx)
+    has_source = has_source_arithmetic(made.format) and isinstance(made.method, MinMax | Ssz)
+    if made.arithmetic == "source" or not (own.source_arithmetic and has_source and is_own):
         return made
     source = dataclasses.replace(made, arithmetic="source")
     notes.append(f"{made} -> {source}: {own.tool} computes weights in the model's dtype")

@@ -129,7 +129,6 @@ def fake_quantize(
         raise SpecError(f"{quant}: x has no axes; give at least one")
     block = _block(x, quant)
     if quant.arithmetic == "source" and scale is None and zero_point is None and global_scale is None:
-        assert isinstance(quant.format, Int)
         scales = source_scales(x, x.dtype, quant.format, block, quant.method)
         codes = source_codes(x, x.dtype, scales, quant.format, block)
         return dequantize(codes, scales, quant.format, block).to(x.dtype)

@@ -41,6 +41,15 @@ def rounding_of(format: Mx) -> Rounding:
     return "away" if format.rule in ("amct_llm", "nearest", "ascend") else "even"
 
 
+def source_scale(amax: Tensor, format: Mx, dtype: torch.dtype) -> Tensor:
+    """``shared_scale`` by the rule ``ascend``, every operation rounded to ``dtype``, in which ``amax`` is a number."""
+    x = amax.to(dtype)
+    x = x / 0.875 + 9.6e-7 if format.element == "float4_e2m1" else x
+    shared = torch.log2(x).floor()
+    shared = torch.where(amax == 0, -127.0, shared.to(torch.float32) - _EMAX[format.element])
+    return elements.e8m0(torch.where(amax.isfinite(), shared.clamp(min=-127.0), torch.nan))
+
+
 def shared_scale(amax: Tensor, format: Mx) -> Tensor:
     """2^exponent for blocks whose largest magnitude is ``amax``, as ``float8_e8m0fnu``; NaN for NaN and infinity.
 

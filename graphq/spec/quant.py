@@ -50,6 +50,7 @@ __all__ = [  # with the range methods, which a Quant is made of
     "Ssz",
     "granularity_name",
     "has_powers_of_two",
+    "has_source_arithmetic",
     "own_granularity",
     "parse_quant",
     "powers_of_two",
@@ -131,8 +132,8 @@ class Quant:
 
     An nvfp4 activation that is not dynamic has its global scale from calibration and those of its blocks from run time.
 
-    ``arithmetic``: ``source`` rounds a symmetric integer weight, its scales and its quotients to the dtype that the
-    source records, as msModelSlim does (``graphq.numerics.source_arithmetic``).
+    ``arithmetic``: ``source`` rounds a weight, its scales and its quotients to the dtype that the source records, as
+    msModelSlim does (``graphq.numerics.source_arithmetic``).
     """
 
     format: Format
@@ -147,8 +148,11 @@ class Quant:
         if self.arithmetic not in get_args(Arithmetic):
             raise SpecError(f"arithmetic: {self.arithmetic!r} is not one of {', '.join(get_args(Arithmetic))}")
         if self.arithmetic == "source":
-            if not isinstance(self.format, Int) or self.format != Int(self.format.bits):
-                raise SpecError(f"{self}: source is the arithmetic of symmetric integers, such as int8; leave it out")
+            if not has_source_arithmetic(self.format):
+                raise SpecError(
+                    f"{self}: source is the arithmetic of symmetric integers, such as int8, of float8_e4m3fn and of mx"
+                    " formats by the rule ascend; leave it out"
+                )
             if self.dynamic or not isinstance(self.method, MinMax | Ssz):
                 raise SpecError(f"{self}: source is the arithmetic of weights by min-max or ssz; leave it out")
         own = own_granularity(self.format)
@@ -197,6 +201,17 @@ class Quant:
         if self.arithmetic != "float32":
             parts.append(self.arithmetic)
         return "/".join(parts)
+
+
+def has_source_arithmetic(format: Format) -> bool:
+    """Whether weights of the format may be computed in the dtype that they are stored in."""
+    match format:
+        case Int(bits):
+            return format == Int(bits)
+        case Float("float8_e4m3fn", "max") | Mx(rule="ascend"):
+            return True
+        case _:
+            return False
 
 
 def has_powers_of_two(format: Format) -> bool:

@@ -35,10 +35,13 @@ TOKEN = "input int8/token/dynamic"
         ("W4A8_DYNAMIC", 0, f"weight int4/channel/source, {TOKEN}"),
         ("W4A4_DYNAMIC", 0, "weight int4/channel/source, input int4/token/dynamic"),
         ("W4A4_DYNAMIC", 32, "weight int4/g32, input int4/token/dynamic"),
-        ("WFP8AFP8_DYNAMIC", 0, "weight float8_e4m3fn/channel, input float8_e4m3fn/token/dynamic"),
-        ("W8A8_MXFP8", 32, "weight mxfp8_e4m3/ascend, input mxfp8_e4m3/ascend/dynamic"),
-        ("W4A8_MXFP", 32, "weight mxfp4/ascend, input mxfp8_e4m3/ascend/dynamic"),
-        ("W4A4_MXFP4", 32, "weight mxfp4/ascend, input mxfp4/ascend/dynamic"),
+        ("WFP8AFP8_DYNAMIC", 0, "weight float8_e4m3fn/channel/source, input float8_e4m3fn/token/dynamic"),
+        ("W8A8_MXFP8", 32, "weight mxfp8_e4m3/ascend/source, input mxfp8_e4m3/ascend/dynamic"),
+        ("W8A8_MIX", 0, "weight int8/channel/source, input int8/asym/joint/tensor"),
+        ("W8A8FP8_DYNAMIC", 0, "weight float8_e4m3fn/channel/source, input float8_e4m3fn/token/dynamic"),
+        ("W4A16_MXFP4", 32, "weight mxfp4/ascend/source"),
+        ("W4A8_MXFP", 32, "weight mxfp4/ascend/source, input mxfp8_e4m3/ascend/dynamic"),
+        ("W4A4_MXFP4", 32, "weight mxfp4/ascend/source, input mxfp4/ascend/dynamic"),
     ],
 )
 def test_types(kind, size, plan):
@@ -140,7 +143,7 @@ Q = {"a.q.weight": "W8A8"}
         (Q | {"a.q.weight_scael": "W8A8"}, ["'a.q.weight_scael': weight_scael is not a tensor of a quantized layer; did you mean weight_scale?"]),
         (Q | {"b.weight": "W8A8_DYNAMC", "c.weight": "W8A8_DYNAMC"}, [
             "'b.weight': 'W8A8_DYNAMC', of 2 tensors, is not a type; did you mean W8A8_DYNAMIC?"]),
-        (Q | {"b.weight": "W8A8_MIX"}, ["'b.weight': W8A8_MIX, of 1 tensor: static scales for decoding and dynamic ones for prefill is not supported"]),
+        (Q | {"b.weight": "W8A8S"}, ["'b.weight': W8A8S, of 1 tensor: sparsity is not supported"]),
         (Q | {"b.weight": "W4A4_FLATQUANT_DYNAMIC"}, ["'b.weight': W4A4_FLATQUANT_DYNAMIC, of 1 tensor: a learned transform is not supported"]),
         (Q | {"b.weight": "W4A4_MXFP4_SVD"}, ["'b.weight': W4A4_MXFP4_SVD, of 1 tensor: a low-rank float branch is not supported"]),
         (Q | {"b.weight": "W8A8S", "c.weight": "NF4"}, [

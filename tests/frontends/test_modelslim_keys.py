@@ -63,12 +63,12 @@ def weights(**ext: Any) -> dict[str, Any]:
         (
             {"dtype": "fp8_e4m3", "scope": "per_token", "method": "minmax"},
             {"dtype": "fp8_e4m3", "scope": "per_channel", "method": "minmax"},
-            "weight float8_e4m3fn/channel, input float8_e4m3fn/token/dynamic",
+            "weight float8_e4m3fn/channel/source, input float8_e4m3fn/token/dynamic",
         ),
         (
             {"dtype": "mxfp8", "scope": "per_block", "method": "minmax"},
             {"dtype": "mxfp4", "scope": "per_block", "method": "minmax"},
-            "weight mxfp4/ascend, input mxfp8_e4m3/ascend/dynamic",
+            "weight mxfp4/ascend/source, input mxfp8_e4m3/ascend/dynamic",
         ),
     ],
 )

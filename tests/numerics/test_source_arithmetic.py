@@ -6,8 +6,9 @@ from torch import Tensor
 
 import graphq
 from graphq import numerics
+from graphq.numerics import Scales
 from graphq.numerics.source_arithmetic import source_codes, source_scales
-from graphq.spec.formats import Int
+from graphq.spec.formats import Float, Int, Mx
 from graphq.spec.quant import MinMax, Ssz
 
 BLOCK = [1, -1]
@@ -95,3 +96,58 @@ def test_values_without_a_model() -> None:
     step = torch.tensor(129 * 2.0**-14)
     assert torch.equal(found, (torch.tensor([[127.0, 6.0]]) * step).to(torch.bfloat16))
     assert torch.equal(graphq.fake_quantize(x, "int8/channel"), (torch.tensor([[127.0, 5.0]]) / 127).to(torch.bfloat16))
+
+
+def test_float8_by_hand() -> None:
+    # 1 / 448 = 0.00223214 is 146 * 2^-16 in bfloat16. 0.26953125 / that = 120.986, 121 in steps of 2^-1: half way between
+    # 120 (even) and 122 is 121, where e4m3 has steps of 8: 120. A quotient of 124 rounds to 128.
+    w = torch.tensor([[1.0, 0.26953125, -0.5, 0.0]])
+    scales = source_scales(w, torch.bfloat16, Float("float8_e4m3fn"), BLOCK, MinMax())
+    assert scales.scale.tolist() == [[146 * 2.0**-16]]
+    codes = source_codes(w, torch.bfloat16, scales, Float("float8_e4m3fn"), BLOCK)
+    assert codes.view(torch.float8_e4m3fn).float().tolist() == [[448.0, 120.0, -224.0, 0.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float8_as_torch_computes_in_16_bits(dtype: torch.dtype) -> None:
+    w = torch.randn(64, 256, generator=torch.Generator().manual_seed(5)).to(dtype)
+    theirs = w.abs().amax(1, keepdim=True) / 448
+    codes = (w / theirs).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+    format = Float("float8_e4m3fn")
+    scales = source_scales(w.float(), dtype, format, BLOCK, MinMax())
+    assert torch.equal(scales.scale, theirs.float())
+    assert torch.equal(source_codes(w.float(), dtype, scales, format, BLOCK), codes)
+    assert (numerics.quantize(w, numerics.choose_scale(w, format, BLOCK), format, BLOCK) != codes).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_float8_of_zeros(dtype: torch.dtype) -> None:
+    scales = source_scales(torch.zeros(2, 4), dtype, Float("float8_e4m3fn"), BLOCK, MinMax())
+    assert scales.scale.tolist() == [[2.0**-23], [2.0**-23]]
+    assert not source_codes(torch.zeros(2, 4), dtype, scales, Float("float8_e4m3fn"), BLOCK).any()
+
+
+def test_logarithms_of_mx_exponents_are_rounded() -> None:
+    """log2(255) = 7.994 is 8 in bfloat16, whose steps are 2^-5 there; in float32 its whole part is 7."""
+    w = torch.zeros(3, 32)
+    w[:, 0] = torch.tensor([255.0, 248.0, 0.0])  # log2(248) = 7.954 is 7.9375 or 7.96875
+    format, block = Mx("float8_e4m3fn", "ascend"), [1, 32]
+    bits = source_scales(w, torch.bfloat16, format, block, MinMax()).scale.view(torch.uint8)
+    assert bits.flatten().tolist() == [127 + 0, 127 - 1, 0]
+    assert numerics.choose_scale(w, format, block).scale.view(torch.uint8).flatten().tolist() == [126, 126, 0]
+    codes = source_codes(w, torch.bfloat16, Scales(bits.view(torch.float8_e8m0fnu)), format, block)
+    assert codes.view(torch.float8_e4m3fn)[:, 0].float().tolist() == [256.0, 448.0, 0.0]  # 255 to even, 496 held
+
+
+def test_mxfp4_exponents_as_torch_computes_in_16_bits() -> None:
+    w = torch.randn(64, 256, generator=torch.Generator().manual_seed(6))
+    w = (w * torch.linspace(0.01, 0.04, 64).unsqueeze(1)).to(torch.bfloat16)
+    amax = w.reshape(64, 8, 32).abs().amax(-1)
+    exponent = torch.floor(torch.log2(amax / (1 - 0.5**3) + 9.6e-7)) - 2
+    format, block = Mx("float4_e2m1", "ascend"), [1, 32]
+    scales = source_scales(w.float(), torch.bfloat16, format, block, MinMax())
+    assert torch.equal(scales.scale.view(torch.uint8), (exponent.float() + 127).to(torch.uint8))
+    plain = numerics.choose_scale(w.float(), format, block)
+    assert (plain.scale.view(torch.uint8) != scales.scale.view(torch.uint8)).any()
+    own = numerics.quantize(w.float(), scales, format, block)
+    assert torch.equal(source_codes(w.float(), torch.bfloat16, scales, format, block), own)

@@ -8,8 +8,8 @@ from typing import Final
 
 from graphq.errors import SpecError
 from graphq.frontends.document import Document, Section, nearest, show
-from graphq.frontends.modelslim.qconfig import Side, plan_of
-from graphq.spec.formats import Int, TwoLevel
+from graphq.frontends.modelslim.qconfig import PD_MIX, Side, plan_of
+from graphq.spec.formats import Int, Mx, TwoLevel
 from graphq.spec.match import Exact
 from graphq.spec.plan import Decision, KeepFloat, Plan
 from graphq.spec.quant import PerChannel, PerGroup, Quant
@@ -21,21 +21,23 @@ _TOKEN8, _TOKEN4 = Side("int8", "per_token"), Side("int4", "per_token")
 # type -> the plan that it has with groups of this many inputs (0: none)
 _PLANS: Final[Mapping[str, Callable[[int], Plan]]] = {
     "W8A8": lambda g: plan_of(Side("int8", "per_tensor", symmetric=False), Side("int8", "per_channel")),
+    "W8A8_MIX": lambda g: plan_of(Side("int8", "pd_mix", symmetric=False), Side("int8", "per_channel")),
     "W8A8_DYNAMIC": lambda g: plan_of(_TOKEN8, _weight("int8", g)),
     "W8A16": lambda g: plan_of(None, _weight("int8", g)),
     "W4A16": lambda g: plan_of(None, _weight("int4", g)),
     "W4A8_DYNAMIC": lambda g: plan_of(_TOKEN8, Side("int4", "per_channel")),
     "W4A4_DYNAMIC": lambda g: plan_of(_TOKEN4, _weight("int4", g)),
     "WFP8AFP8_DYNAMIC": lambda g: plan_of(Side("fp8_e4m3", "per_token"), Side("fp8_e4m3", "per_channel")),
+    "W8A8FP8_DYNAMIC": lambda g: plan_of(Side("fp8_e4m3", "per_token"), Side("fp8_e4m3", "per_channel")),
     "W8A8_MXFP8": lambda g: plan_of(Side("mxfp8", "per_block"), Side("mxfp8", "per_block")),
     "W4A8_MXFP": lambda g: plan_of(Side("mxfp8", "per_block"), Side("mxfp4", "per_block")),
     "W4A4_MXFP4": lambda g: plan_of(Side("mxfp4", "per_block"), Side("mxfp4", "per_block")),
+    "W4A16_MXFP4": lambda g: Plan(Quant(Mx("float4_e2m1", "ascend"), PerGroup(32), arithmetic="source")),
 }
-_MX: Final = ("W8A8_MXFP8", "W4A8_MXFP", "W4A4_MXFP4")
+_MX: Final = ("W8A8_MXFP8", "W4A8_MXFP", "W4A4_MXFP4", "W4A16_MXFP4")
 # There is one group size for the whole file: it is that of the first of these types that the file has.
 _GROUPED: Final = ("W4A8_DYNAMIC", "W4A16", "W4A4_DYNAMIC", "W8A16", "W8A8_DYNAMIC")
 _LACKING: Final = {
-    "W8A8_MIX": "static scales for decoding and dynamic ones for prefill",
     "W4A4_MXFP4_DUALSCALE": "mxfp4 blocks under a second scale",
     "FAQuant": "quantization of attention's own inputs",
     "NF4": "a table of sixteen values",
@@ -92,6 +94,8 @@ def parse_description(document: Document) -> Spec:
             others.append((layer, key, kind))
             if suffix == "weight_scale_second":
                 two_level.add(layer)
+    if "W8A8_MIX" in layers.values():
+        document.notes.append(f"{document.prefix(())}W8A8_MIX: {PD_MIX}")
     for kind, keys in lacking.items():
         _report_lacking(top, kind, keys)
     floats = _check_agreement(top, layers, others)

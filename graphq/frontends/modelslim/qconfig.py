@@ -23,10 +23,15 @@ Scalar = str | int | float | bool | None
 # The algorithm that rounds weights, with its options; msModelSlim has it as a weight's method.
 Rounding = tuple[str, tuple[tuple[str, Scalar], ...]]
 
+PD_MIX: Final = (
+    "static scales to decode and dynamic ones to prefill are calibrated as static ones; the target ascend writes both"
+    " with its option prefill=dynamic"
+)
+_STATIC: Final = ("per_tensor", "pd_mix")
 _DTYPES: Final = ("int8", "int4", "mxfp8", "mxfp4", "fp8_e4m3", "float")
 _SCOPES: Final[Mapping[Role, Mapping[str, tuple[str, ...]]]] = {
     "act": {
-        "int8": ("per_tensor", "per_token"),
+        "int8": ("per_tensor", "per_token", "pd_mix"),
         "int4": ("per_token",),
         "fp8_e4m3": ("per_token",),
         **dict.fromkeys(("mxfp8", "mxfp4"), ("per_block",)),
@@ -49,7 +54,6 @@ _EXT: Final[Mapping[tuple[Role, str], tuple[str, ...]]] = {
     ("weight", "autoround"): ("scale_dtype", "group_size"),
 }
 _LACKING: Final = {
-    "pd_mix": "static scales to decode and dynamic ones to prefill are not supported; write per_tensor or per_token",
     "dual_scale": "mxfp4 blocks under a second scale are not supported; write per_block",
     "per_head": "attention's own inputs are not quantized; write per_token",
     "mse_round": "a search for the shared exponent is not supported; write minmax",
@@ -60,6 +64,7 @@ _LACKING: Final = {
 # (act, weight) -> the type that msModelSlim saves. "asym" stands for weights that may be asymmetric, too.
 _PAIRS: Final[Mapping[tuple[str, str], str]] = {
     ("int8 per_tensor", "int8 per_channel"): "W8A8",
+    ("int8 pd_mix", "int8 per_channel"): "W8A8_MIX",
     ("int8 per_token", "int8 per_channel"): "W8A8_DYNAMIC",
     ("int8 per_token", "int8 per_group asym"): "W8A8_DYNAMIC",
     ("float", "int8 per_channel asym"): "W8A16",
@@ -149,6 +154,8 @@ def plan_of(act: Side | None, weight: Side) -> Plan:
 def beyond(act: Side | None, weight: Side) -> Sequence[str]:
     """What of a pair is read here, and is not in msModelSlim's v1 itself."""
     found: list[str] = []
+    if act is not None and act.scope == "pd_mix":
+        found.append(PD_MIX)
     is_int = weight.dtype in ("int8", "int4")
     is_float = act is None or act.dtype == "float"
     if is_float and weight.dtype == "int4":
@@ -161,7 +168,7 @@ def beyond(act: Side | None, weight: Side) -> Sequence[str]:
 
 
 def _quant(side: Side, role: Role) -> Quant:
-    is_dynamic = role == "act" and side.scope != "per_tensor"
+    is_dynamic = role == "act" and side.scope not in _STATIC
     match side.dtype:
         case "int8" | "int4":
             format = Int(int(side.dtype[3:]), side.symmetric, joint=not side.symmetric)
@@ -169,12 +176,14 @@ def _quant(side: Side, role: Role) -> Quant:
             format = Float("float8_e4m3fn")
         case _:
             format = Mx("float8_e4m3fn" if side.dtype == "mxfp8" else "float4_e2m1", "ascend")
-            return Quant(format, PerGroup(32), is_dynamic)
-    granularity = {"per_tensor": PerTensor(), "per_token": PerToken(), "per_channel": PerChannel()}.get(side.scope)
+            return Quant(format, PerGroup(32), is_dynamic, arithmetic="float32" if role == "act" else "source")
+    granularity = {"per_token": PerToken(), "per_channel": PerChannel()}.get(side.scope)
+    if side.scope in _STATIC:
+        granularity = PerTensor()
     method = Histogram() if side.method == "histogram" else MinMax()
     if side.method == "ssz":
         method = Ssz() if side.step is None else Ssz(side.step)
-    own = role == "weight" and isinstance(format, Int) and side.symmetric and side.scope == "per_channel"
+    own = role == "weight" and side.symmetric and side.scope == "per_channel"
     arithmetic = "source" if own else "float32"
     return Quant(format, granularity or PerGroup(side.group_size or 0), is_dynamic, method, arithmetic)
 
@@ -194,7 +203,10 @@ def read_side(section: Section, role: Role, autoround: Rounding | None = None) -
     symmetric = section.boolean("symmetric", required=is_int)
     if dtype is None or scope is None or method is None or (is_int and symmetric is None):
         return None
-    if symmetric is False and (not is_int or (role == "act" and scope != "per_tensor")):
+    if scope == "pd_mix" and symmetric:
+        section.report("pd_mix is asymmetric in msModelSlim; write false", "symmetric")
+        return None
+    if symmetric is False and (not is_int or (role == "act" and scope not in _STATIC)):
         section.report(f"{dtype} {scope} of {role} is symmetric in msModelSlim; write true", "symmetric")
         return None
     side = Side(dtype, scope, symmetric is not False, method)
