@@ -18,6 +18,7 @@ from graphq.data.batches import complete_all
 from graphq.errors import SpecError
 from graphq.ir.pipeline import Pipeline
 from graphq.ir.unnamed import unnamed
+from graphq.lowering.targets import unheld
 from graphq.passes.annotate import decide
 from graphq.passes.calibrate import Calibrate
 from graphq.passes.quantize_weights import QuantizeWeights
@@ -31,6 +32,8 @@ def explain(
     spec: Spec | Mapping[str, Any] | str | os.PathLike[str] | None = None,
     *,
     profile: str | None = None,
+    target: str | None = None,
+    target_options: Mapping[str, Any] | None = None,
     inputs: Inputs | None = None,
     dialect: str | None = None,
     cache: bool = True,
@@ -41,10 +44,12 @@ def explain(
 
     Each parameter of two or more axes that is multiplied with an activation and is no layer has its reason. What
     ``compile`` would refuse is a note that says so. ``profile``: as ``compile`` takes it; notes say how many tensors
-    are quantized then, and which ops run in integers.
+    are quantized then, and which ops run in integers. ``target``, ``target_options``: as ``compile`` takes them; notes
+    say what the target cannot hold.
     """
     parsed = spec_for(spec, profile, dialect)
-    return _explained(capture(model, inputs, weights=False, cache=cache, mask=mask, shapes=shapes), parsed)
+    gm = capture(model, inputs, weights=False, cache=cache, mask=mask, shapes=shapes)
+    return _explained(gm, parsed, target, target_options or {})
 
 
 def compare(
@@ -67,7 +72,9 @@ def compare(
     return difference(_explained(gm, before), _explained(gm, after))
 
 
-def _explained(gm: fx.GraphModule, spec: Spec) -> Report:
+def _explained(
+    gm: fx.GraphModule, spec: Spec, target: str | None = None, options: Mapping[str, Any] | None = None
+) -> Report:
     resolved, notes = decide(gm, spec)
     source = source_of(gm)
     without_layers, kept_nothing = unmatched_activations(gm, spec)
@@ -78,6 +85,8 @@ def _explained(gm: fx.GraphModule, spec: Spec) -> Report:
     others = unnamed(gm)
     nothing = none_quantized(spec, resolved, others)[:1]  # the table has the rest
     asked_for = [*refusals(spec), *fallback_problems(spec)]
+    if target is not None:
+        asked_for += unheld(gm, target, resolved, spec, **(options or {}))
     refused = [f"compile refuses: {problem}" for problem in (*nothing, *asked_for, *without_layers)]
     loud = [NOTHING_QUANTIZED] if asks_for_nothing(spec) else []
     bits = source.dtype.itemsize * 8

@@ -13,6 +13,9 @@ from torch import Tensor, fx
 
 from graphq.capture.source import KEY, Source, source_of
 from graphq.errors import TargetError
+from graphq.lowering.checkpoints.ascend import emit as ascend
+from graphq.lowering.checkpoints.ascend.preflight import preflight as ascend_preflight
+from graphq.lowering.checkpoints.ascend.read import tensors as ascend_tensors
 from graphq.lowering.checkpoints.compressed_tensors.emit import FILES as COMPRESSED_FILES
 from graphq.lowering.checkpoints.compressed_tensors.emit import emit as emit_compressed_tensors
 from graphq.lowering.checkpoints.compressed_tensors.emit import form as compressed_tensors_form
@@ -69,6 +72,15 @@ TARGETS: Final[Mapping[str, Target]] = {
         lambda source: source.dtype,
         compressed_tensors_preflight,
     ),
+    "ascend": Target(
+        ascend.emit,
+        ascend_tensors,
+        ascend.open_checkpoint,
+        ascend.form,
+        ascend.FILES,
+        lambda source: source.dtype,
+        ascend_preflight,
+    ),
 }
 
 
@@ -91,13 +103,20 @@ def prepared(gm: fx.GraphModule, target: str, resolved: Mapping[str, Resolved], 
     Raises ``TargetError`` with a line for everything that the spec asks for and the target cannot hold, and for an
     option that neither has.
     """
-    row = target_named(target)
+    if problems := unheld(gm, target, resolved, spec, **options):
+        raise TargetError("\n".join(problems))
+    gm.meta[KEY] = replace(source_of(gm), scales=target_named(target).scales(source_of(gm)))
+
+
+def unheld(gm: fx.GraphModule, target: str, resolved: Mapping[str, Resolved], spec: Spec, **options: Any) -> list[str]:
+    """A line for everything that the spec asks for and ``target`` cannot hold. Raises ``TargetError`` for an option
+    that it has not.
+    """
     check_options(target, options)
-    known = inspect.signature(row.preflight).parameters
-    problems = row.preflight(gm, resolved, spec, **{name: one for name, one in options.items() if name in known})
-    if problems:
-        raise TargetError("\n".join(f"{target}: {line}" for line in problems))
-    gm.meta[KEY] = replace(source_of(gm), scales=row.scales(source_of(gm)))
+    preflight = target_named(target).preflight
+    known = inspect.signature(preflight).parameters
+    problems = preflight(gm, resolved, spec, **{name: one for name, one in options.items() if name in known})
+    return [f"{target}: {line}" for line in problems]
 
 
 def check_options(target: str, options: Mapping[str, object]) -> None:

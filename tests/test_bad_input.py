@@ -358,7 +358,9 @@ def test_calling_a_compiled_model():
         with pytest.raises(kind) as caught:
             made(*args, **kwargs)
         assert str(caught.value) == problem
-    with pytest.raises(TargetError, match=r"^tflite: no such target; there are torch, onnx, compressed-tensors$"):
+    with pytest.raises(
+        TargetError, match=r"^tflite: no such target; there are torch, onnx, compressed-tensors, ascend$"
+    ):
         made.emit("tflite", "nowhere")
     with pytest.raises(graphq.GraphqError, match=r"^generate: this model is not a causal language model captured with"):
         made.generate(X)

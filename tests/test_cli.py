@@ -512,7 +512,7 @@ def test_a_spec_that_names_the_run(model, tmp_path):
     graphq_("compile", "--spec", "w8a16", "--target", "torch", "--out", tmp_path / "c", status=2)
     spec.write_text(WEIGHTS + f"run:\n  model: {model}\n  target: tflite\n")
     wrong = graphq_("compile", "--spec", spec, "--out", tmp_path / "c", status=1)
-    assert wrong.stderr == "tflite: no such target; there are torch, onnx, compressed-tensors\n"
+    assert wrong.stderr == "tflite: no such target; there are torch, onnx, compressed-tensors, ascend\n"
 
 
 def test_spec_convert(tmp_path):

@@ -1,7 +1,7 @@
 """The arguments and options that several commands take."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -42,3 +42,11 @@ SpecLength = Annotated[
     int | None, typer.Option("--sequence-length", min=2, help="Tokens in a window; default: the spec's, or 256.")
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Option = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=VALUE", help="An option of the target, repeatable, such as opset=21 or bfloat16=true."),
+]
+ForConsumer = Annotated[
+    Literal["vllm", "transformers", "vllm-ascend", "any"] | None,
+    typer.Option("--for", help="What is to load a checkpoint; default: vllm, of ascend vllm-ascend."),
+]

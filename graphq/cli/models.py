@@ -12,9 +12,11 @@ from graphq.cli.arguments import (
     Debug,
     Dialect,
     Fallback,
+    ForConsumer,
     Json,
     Model,
     NamedModel,
+    Option,
     OptionalSpec,
     Profile,
     Samples,
@@ -41,25 +43,18 @@ def compile_(
     target: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="What to write, torch or onnx or compressed-tensors; default: what the spec names."
+            metavar="NAME",
+            help="What to write, torch or onnx or compressed-tensors or ascend; default: what the spec names.",
         ),
     ] = None,
-    option: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=VALUE", help="An option of the target, repeatable, such as opset=21 or bfloat16=true."
-        ),
-    ] = None,
+    option: Option = None,
     shape: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME=SIZE", help="A dimension of one size in the artifact, repeatable, such as batch=1 (onnx)."
         ),
     ] = None,
-    consumer: Annotated[
-        Literal["vllm", "transformers", "any"] | None,
-        typer.Option("--for", help="What is to load a checkpoint (compressed-tensors); default: vllm."),
-    ] = None,
+    consumer: ForConsumer = None,
     calibration: Calibration = None,
     samples: Samples = None,
     sequence_length: SpecLength = None,
@@ -134,6 +129,11 @@ def explain(
         str | None, typer.Option(metavar="FILE|PRESET", help="Show what would change with this other spec instead.")
     ] = None,
     profile: Profile = None,
+    target: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Say what this target, such as ascend, cannot hold.")
+    ] = None,
+    option: Option = None,
+    consumer: ForConsumer = None,
     as_json: Json = False,
     dialect: Dialect = None,
     debug: Debug = False,
@@ -147,8 +147,12 @@ def explain(
     from graphq.explanation import compare, explain
 
     if other is None:
-        print_report(explain(model, parsed, profile=profile), as_json)
+        target = target or parsed.run.target or None
+        options = _target_options(target, consumer, option)
+        print_report(explain(model, parsed, profile=profile, target=target, target_options=options), as_json)
         return
+    if target or consumer or option:
+        raise typer.BadParameter("is for one spec; leave it out, or --diff", param_hint="--target")
     changed = compare(model, parsed, other)
     typer.echo(json.dumps(changed.to_json(), indent=1) if as_json else str(changed))
 
@@ -174,6 +178,16 @@ def dump(
     parsed = load_spec(spec, dialect)
     batches = calibration_text(model, calibration, samples, sequence_length, parsed.run)
     typer.echo(dump(graph_after(model, parsed, after, calibration=batches)), nl=False)
+
+
+def _target_options(target: str | None, consumer: str | None, option: list[str] | None) -> dict[str, object]:
+    """The options of a target that were given. Those of none are an error."""
+    from graphq.lowering.targets import read_options
+
+    given = [*([f"consumer={consumer}"] if consumer else []), *(option or [])]
+    if target is None and given:
+        raise typer.BadParameter("is of a target: say --target", param_hint="--option" if option else "--for")
+    return {} if target is None else read_options(target, given)
 
 
 def model_directory(given: Path | None, run: "Run") -> Path:

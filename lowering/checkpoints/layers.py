@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, cast, final
 
+import torch
 from torch import Tensor, fx
 
 from graphq.errors import PassError
@@ -12,7 +13,7 @@ from graphq.ir.edit import copy_graph
 from graphq.ir.layers import BY, layer_path, weight_param
 from graphq.ir.views import Dequantize, Embedding, Linear, Op, Param, Quantize, ops_of, view
 from graphq.lowering.experts import expert_linears, split_experts
-from graphq.numerics import Scales
+from graphq.numerics import Scales, rounded_scales
 from graphq.spec.algorithms import ALGORITHMS
 from graphq.spec.formats import Nvfp4, parse_format
 from graphq.spec.quant import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, Quant
@@ -77,7 +78,7 @@ def rename(gm: fx.GraphModule, names: Mapping[str, str]) -> None:
 def quantized_linears(form: fx.GraphModule) -> dict[str, QuantizedLinear]:
     """The quantized layers of an ``unstacked`` graph by name; ``beyond`` tells what of it is none."""
     found: dict[str, QuantizedLinear] = {}
-    for op, weight, x in _uses(form):
+    for op, weight, x in weight_uses(form):
         name = cast(Param, weight.codes).fqn.removesuffix(".weight")
         if name not in found:
             codes, scales = _held(form, weight)
@@ -85,6 +86,16 @@ def quantized_linears(form: fx.GraphModule) -> dict[str, QuantizedLinear]:
             quant = Quant(parse_format(weight.format), _granularity(weight.block, weight.codes.val.shape))
             found[name] = QuantizedLinear(name, _kind(op), codes, scales, quant, level, fixed)
     return found
+
+
+def is_stored(layer: QuantizedLinear, dtype: torch.dtype) -> bool:
+    """Whether the scales are numbers of ``dtype``."""
+    rounded = rounded_scales(layer.scales, layer.weight.format, dtype)
+    same = torch.equal(rounded.scale.float(), layer.scales.scale.float())
+    if layer.input is None or layer.input_scales is None:
+        return same
+    given = rounded_scales(layer.input_scales, layer.input.format, dtype)
+    return same and torch.equal(given.scale, layer.input_scales.scale)
 
 
 def float_linears(form: fx.GraphModule) -> list[str]:
@@ -95,7 +106,7 @@ def float_linears(form: fx.GraphModule) -> list[str]:
 
 def beyond(form: fx.GraphModule) -> Iterator[tuple[Op, str]]:
     """The nodes of an ``unstacked`` graph that compute what no checkpoint of linears says, each with the reason."""
-    uses = list(_uses(form))
+    uses = list(weight_uses(form))
     linears = {weight for _, weight, _ in uses}
     inputs = {x.codes for _, _, x in uses if isinstance(x, Dequantize)}
     for op in ops_of(form):
@@ -115,7 +126,7 @@ def beyond(form: fx.GraphModule) -> Iterator[tuple[Op, str]]:
                 pass
 
 
-def _uses(form: fx.GraphModule) -> Iterator[tuple[Op, Dequantize, Op]]:
+def weight_uses(form: fx.GraphModule) -> Iterator[tuple[Op, Dequantize, Op]]:
     """Each use of a quantized weight as rows of a product or a table: the op, the weight and what it multiplies."""
     for op in ops_of(form):
         match op:

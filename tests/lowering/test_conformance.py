@@ -153,7 +153,7 @@ TARGETS: dict[str, Callable[..., Callable[[Sequence[Tensor]], Sequence[Tensor]]]
 }
 
 
-CHECKPOINTS = {"compressed-tensors"}  # of transformers' models alone: they have suites of their own
+CHECKPOINTS = {"compressed-tensors", "ascend"}  # of transformers' models alone: they have suites of their own
 
 
 def test_every_target_is_here() -> None:

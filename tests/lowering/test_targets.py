@@ -79,6 +79,14 @@ def test_the_options_of_today() -> None:
             "consumer": Literal["vllm", "transformers", "any"],
             "shard_bytes": int,
         },
+        "ascend": {
+            "overwrite": bool,
+            "consumer": Literal["vllm-ascend", "any"],
+            "layout": Literal["v1", "v0"],
+            "prefill": Literal["static", "dynamic"],
+            "tp": int,
+            "shard_bytes": int,
+        },
     }
 
 
@@ -164,5 +172,7 @@ def test_a_target_that_there_is_not() -> None:
         lambda: options_of("tflite"),
         lambda: target_named("tflite"),
     ):
-        with pytest.raises(TargetError, match=r"^tflite: no such target; there are torch, onnx, compressed-tensors$"):
+        with pytest.raises(
+            TargetError, match=r"^tflite: no such target; there are torch, onnx, compressed-tensors, ascend$"
+        ):
             ask()

@@ -31,8 +31,7 @@ from graphq.lowering.checkpoints.compressed_tensors.settings import (
     quantization_config,
 )
 from graphq.lowering.checkpoints.content import Content, checkpoint_form, content_of, held, lost
-from graphq.lowering.checkpoints.layers import QuantizedLinear, float_linears
-from graphq.numerics import rounded_scales
+from graphq.lowering.checkpoints.layers import float_linears, is_stored
 
 TARGET: Final = "compressed-tensors"
 FILES: Final = ("config.json", INDEX, WEIGHTS)
@@ -70,7 +69,7 @@ def emit(
     quantized = {name: t for layer in layers.values() for name, t in held(layer).items()}
     with whole_directory(path, overwrite, manifest.sources(gm)) as directory:
         write_shards(directory, _tensors(content, dtype), shard_bytes)
-        manifest.write(directory, content.graph, TARGET, made_from, floats | quantized, quantized, config)
+        manifest.write(directory, content.graph, TARGET, made_from, {**floats, **quantized}, quantized, config)
     return ()
 
 
@@ -93,21 +92,11 @@ def _problems(content: Content, consumer: Consumer) -> Iterator[str]:
         reason = problem(layer.weight, layer.input) or consumer_problem(
             layer.kind, layer.weight, layer.input, layer.codes.shape, dtype, consumer
         )
-        if reason is None and not _is_stored(layer, dtype):
+        if reason is None and not is_stored(layer, dtype):
             short = str(dtype).removeprefix("torch.")
             reason = f"its scales are no numbers of {short}, which stores them; compile with target={TARGET!r}"
         if reason is not None:
             yield f"{name}: {reason}"
-
-
-def _is_stored(layer: QuantizedLinear, dtype: torch.dtype) -> bool:
-    """Whether the scales are numbers of ``dtype``."""
-    rounded = rounded_scales(layer.scales, layer.weight.format, dtype)
-    same = torch.equal(rounded.scale.float(), layer.scales.scale.float())
-    if layer.input is None or layer.input_scales is None:
-        return same
-    given = rounded_scales(layer.input_scales, layer.input.format, dtype)
-    return same and torch.equal(given.scale, layer.input_scales.scale)
 
 
 def tensors(path: Path) -> dict[str, Tensor]:

@@ -413,7 +413,7 @@ def test_targets_that_do_not_exist(tmp_path: Path) -> None:
     made = compiled(MLP(), floats(2, 8), weight="int4/channel")
     with pytest.raises(TargetError) as caught:
         made.emit("tflite", tmp_path / "a")
-    assert str(caught.value) == "tflite: no such target; there are torch, onnx, compressed-tensors"
+    assert str(caught.value) == "tflite: no such target; there are torch, onnx, compressed-tensors, ascend"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,137 @@
+"""The Ascend target: a checkpoint in msModelSlim's format, which vLLM-Ascend loads on an NPU.
+
+Safetensors with the names of the source, quantized linears as ``layouts`` stores them, and a description that has a tag
+for each tensor. Scales are float32, and numbers of the source's dtype where the model was compiled for this target:
+vLLM-Ascend casts those of most types to it as it loads them.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from torch import Tensor, fx
+
+from graphq.artifacts import manifest
+from graphq.artifacts.shards import INDEX_SUFFIX, SUFFIX, write_shards
+from graphq.capture.source import Source, source_of
+from graphq.errors import TargetError
+from graphq.files import whole_directory
+from graphq.lowering.checkpoints.ascend.layouts import Place, encode
+from graphq.lowering.checkpoints.ascend.read import DESCRIPTION, STEM, STEMS, V0_STEM
+from graphq.lowering.checkpoints.ascend.roles import row_parallel
+from graphq.lowering.checkpoints.ascend.tags import (
+    FLOAT,
+    Consumer,
+    Layout,
+    Prefill,
+    Wanted,
+    file_problems,
+    group_size_of,
+    layer_problem,
+    quant_type,
+    tag_of,
+)
+from graphq.lowering.checkpoints.content import Content, checkpoint_form, content_of, held, lost
+from graphq.lowering.checkpoints.layers import is_stored
+
+TARGET: Final = "ascend"
+FILES: Final = ("config.json", DESCRIPTION, *(stem + end for stem in STEMS for end in (INDEX_SUFFIX, SUFFIX)))
+SHARD_BYTES: Final = 4 << 30  # msModelSlim's
+VERSION: Final = "1.0.0"  # codes of 4 bits are packed, and scale_bias is there
+
+
+def form(gm: fx.GraphModule) -> fx.GraphModule:
+    """``checkpoint_form`` of the QDQ form ``gm``."""
+    return checkpoint_form(gm, TARGET)
+
+
+def emit(
+    gm: fx.GraphModule,
+    path: str | Path,
+    made_from: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+    consumer: Consumer = "vllm-ascend",
+    layout: Layout = "v1",
+    prefill: Prefill = "static",
+    tp: int = 1,
+    shard_bytes: int = SHARD_BYTES,
+) -> tuple[str, ...]:
+    """The QDQ form ``gm`` as a checkpoint in the directory ``path``, written whole or not at all.
+
+    consumer: what is to load it: ``vllm-ascend``, or ``any`` that reads the format. layout: ``v0`` has int4 groups over
+    int8 channels, and that version's file name. prefill: with ``dynamic``, layers with static inputs are tagged for
+    dynamic ones while a prompt is read. tp: how many ranks of tensor parallelism are to serve it. shard_bytes: the
+    largest size of a file. ``made_from`` goes into the manifest. Gives no notes.
+
+    Raises ``TargetError`` with a line for everything that a checkpoint cannot hold, and for an existing ``path``.
+    """
+    if shard_bytes < 1:
+        raise TargetError(f"{TARGET}: shard_bytes: {shard_bytes} is not a positive number of bytes")
+    wanted = Wanted(consumer, layout, prefill, tp)
+    content = content_of(gm, TARGET, ties=True)
+    rows = row_parallel(content.graph)
+    if problems := [*_problems(content, rows, wanted), *lost(content)]:
+        raise TargetError("\n".join(dict.fromkeys(f"{TARGET}: {line}" for line in problems)))
+    floats = {name: _stored_bias(content, name, tensor) for name, tensor in content.floats.items()}
+    quantized = {name: t for layer in content.layers.values() for name, t in held(layer).items()}
+    description: dict[str, Any] = {}
+    config = {key: value for key, value in content.config.items() if key != "quantization_config"}
+    with whole_directory(path, overwrite, manifest.sources(gm)) as directory:
+        named = _tensors(content, floats, rows, wanted, description)
+        is_v0 = layout == "v0"
+        stem = V0_STEM if is_v0 else STEM
+        write_shards(directory, named, shard_bytes, stem, numbered=not is_v0, metadata=None)
+        tags = list(dict.fromkeys(description.values()))
+        sizes = [group_size_of(layer.weight) for layer in content.layers.values()]
+        description |= {"version": VERSION, "model_quant_type": quant_type(tags), "metadata": {}}
+        description |= {"group_size": max(sizes, default=0), "optional": {}}
+        text = json.dumps(description, indent=4) + "\n"
+        (directory / DESCRIPTION).write_text(text, encoding="utf-8")
+        manifest.write(directory, content.graph, TARGET, made_from, floats | quantized, quantized, config)
+    return ()
+
+
+def _stored_bias(content: Content, name: str, tensor: Tensor) -> Tensor:
+    """The tensor; a quantized layer's bias in float32."""
+    return tensor.float() if name.endswith(".bias") and name.removesuffix(".bias") in content.layers else tensor
+
+
+def _tensors(
+    content: Content, floats: Mapping[str, Tensor], rows: frozenset[str], wanted: Wanted, description: dict[str, Any]
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the checkpoint, in the order of the source's modules; ``description`` gets the tag of each."""
+    dtype = source_of(content.graph).dtype
+    for name in content.architecture.names.values():
+        path = name.removesuffix(".weight")
+        layer = content.layers.get(path)
+        if layer is not None:
+            tag = str(tag_of(layer.weight, layer.input, wanted))
+            place = Place(floats.get(f"{path}.bias"), path in rows, dtype)
+            for suffix, tensor in encode(layer, tag, place).items():
+                description[f"{path}.{suffix}"] = tag
+                yield f"{path}.{suffix}", tensor
+        elif name in floats:
+            description[name] = FLOAT
+            yield name, floats[name]
+
+
+def _problems(content: Content, rows: frozenset[str], wanted: Wanted) -> Iterator[str]:
+    """A line for each layer that the format, or what is to load it, cannot hold."""
+    dtype = source_of(content.graph).dtype
+    for name, layer in content.layers.items():
+        reason = layer_problem(layer.kind, layer.weight, layer.input, layer.codes.shape, name in rows, wanted)
+        if reason is None and wanted.consumer == "vllm-ascend" and not is_stored(layer, dtype):
+            short = str(dtype).removeprefix("torch.")
+            reason = (
+                f"its scales are no numbers of {short}, in which vLLM-Ascend holds them; compile with target={TARGET!r}"
+            )
+        if reason is not None:
+            yield f"{name}: {reason}"
+    yield from file_problems({name: (one.weight, one.input) for name, one in content.layers.items()}, wanted)
+
+
+def open_checkpoint(path: Path, source: Source) -> Callable[..., Any]:
+    """Raises ``TargetError``: nothing here runs such a checkpoint."""
+    raise TargetError(f"{path}: an Ascend checkpoint runs on an NPU, in vLLM-Ascend; graphq verify reads it back")
