@@ -124,6 +124,25 @@ def test_export_onnx(tmp_path: Path) -> None:
     assert made(tmp_path) == ["build/export_onnx"]
 
 
+def test_deploy_ascend(tmp_path: Path) -> None:
+    printed = run(tmp_path, str(EXAMPLES / "deploy_ascend.py"))
+    for dialect in ("modelslim", "llmc", "native"):
+        assert f"build/deploy_ascend/{dialect}: 233 tensors, as compiled: True\n" in printed
+    assert "\nthe same tensors from all three: True\n" in printed
+    assert "\ntags of weights: {'FLOAT': 24, 'W8A8': 19, 'W8A8_DYNAMIC': 9, 'W4A8_DYNAMIC': 12}\n" in printed
+    shapes = {
+        "scale_bias": "[256, 16]",
+        "weight": "[128, 256]",
+        "weight_scale": "[256, 1]",
+        "weight_offset": "[256, 1]",
+    }
+    for part, shape in shapes.items():
+        assert re.search(
+            rf"^\S+\.experts\.0\.down_proj\.{part} +W4A8_DYNAMIC .*{re.escape(shape)}$", printed, re.MULTILINE
+        )
+    assert made(tmp_path) == [f"build/deploy_ascend/{name}" for name in ("llmc", "modelslim", "native", "source")]
+
+
 def test_mixed_bits(tmp_path: Path) -> None:
     explained, by_plan = run(tmp_path, str(EXAMPLES / "mixed_bits.py")).split("\n\n")
     decided = {line.split()[0]: line.split()[1] for line in explained.splitlines()[1:]}

@@ -20,6 +20,39 @@ CONFIGS = Path(__file__).parents[2] / "examples" / "configs" / "modelslim"
 EXAMPLES = sorted(CONFIGS.glob("*.yaml"))
 
 GOLDEN = {
+    "deepseek_w4a8_ascend": """\
+graphq: 1
+rules:
+  - match: linear:*kv_b_proj
+    float: linear_quant excludes it
+    may_match_nothing: true
+  - match: linear:*.mlp.experts.*
+    weight: int4/channel/source
+    input: int8/token/dynamic
+  - match: linear:model.layers.0.mlp.*
+    weight: int8/channel/source
+    input: int8/token/dynamic
+  - match: linear:model.layers.1.mlp.*
+    weight: int8/channel/source
+    input: int8/token/dynamic
+  - match: linear:model.layers.2.mlp.*
+    weight: int8/channel/source
+    input: int8/token/dynamic
+  - match: linear:*self_attn* but *kv_b_proj
+    weight: int8/channel/source
+    input: int8/tensor
+  - match: linear:*.shared_experts.* but *kv_b_proj
+    weight: int8/channel/source
+    input: int8/tensor
+algorithms:
+  - smooth-quant:
+      alpha: 0.9
+      folds:
+        kinds:
+          - norm-linear
+run:
+  target: ascend
+""",
     "autoround_w4a8": """\
 graphq: 1
 rules:
@@ -150,7 +183,7 @@ rules:
   - match: =lm_head
     float: linear_quant excludes it
   - match: linear:* but model.layers.1.* lm_head
-    weight: float8_e4m3fn/channel
+    weight: float8_e4m3fn/channel/source
     input: float8_e4m3fn/token/dynamic
 pipeline: independent
 """,
@@ -158,13 +191,13 @@ pipeline: independent
 graphq: 1
 rules:
   - match: linear:*.mlp.*
-    weight: mxfp4/ascend
+    weight: mxfp4/ascend/source
     input: mxfp4/ascend/dynamic
   - match: linear:*self_attn*
-    weight: mxfp8_e4m3/ascend
+    weight: mxfp8_e4m3/ascend/source
     input: mxfp8_e4m3/ascend/dynamic
   - match: linear:model.layers.0.mlp.down_proj
-    weight: mxfp4/ascend
+    weight: mxfp4/ascend/source
     input: mxfp8_e4m3/ascend/dynamic
 """,
     "quarot_w4a4": """\
@@ -341,11 +374,11 @@ STAYS = "float (linear_quant excludes it)"
 UNNAMED = "float (output head: quantized only when a rule names it)"
 COUNTS = {
     "autoround_w4a8": {DYNAMIC: 8, "weight int4/channel/source, input int8/token/dynamic": 6, STAYS: 1},
-    "fp8_dynamic": {"weight float8_e4m3fn/channel, input float8_e4m3fn/token/dynamic": 7, STAYS: 8},
+    "fp8_dynamic": {"weight float8_e4m3fn/channel/source, input float8_e4m3fn/token/dynamic": 7, STAYS: 8},
     "mxfp4_mxfp8": {
-        "weight mxfp8_e4m3/ascend, input mxfp8_e4m3/ascend/dynamic": 8,
-        "weight mxfp4/ascend, input mxfp4/ascend/dynamic": 5,
-        "weight mxfp4/ascend, input mxfp8_e4m3/ascend/dynamic": 1,
+        "weight mxfp8_e4m3/ascend/source, input mxfp8_e4m3/ascend/dynamic": 8,
+        "weight mxfp4/ascend/source, input mxfp4/ascend/dynamic": 5,
+        "weight mxfp4/ascend/source, input mxfp8_e4m3/ascend/dynamic": 1,
         UNNAMED: 1,
     },
     "quarot_w4a4": {"weight int4/channel/ssz/source, input int4/token/dynamic": 12, DYNAMIC: 2, STAYS: 1},

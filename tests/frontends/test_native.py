@@ -124,6 +124,29 @@ def test_reading_undoes_printing(spec):
 
 
 GOLDEN = {
+    "deepseek_w4a8_ascend": """\
+graphq: 1
+rules:
+  - match: blocks
+    weight: int8/channel
+    input: int8/tensor
+  - match: mlp#0..2
+    weight: int8/channel
+    input: int8/token/dynamic
+  - match: experts
+    weight: int4/channel
+    input: int8/token/dynamic
+  - match: kv_b_proj
+    float: MLA absorbs it
+algorithms:
+  - smooth-quant:
+      alpha: 0.9
+      folds:
+        kinds:
+          - norm-linear
+run:
+  target: ascend
+""",
     "w4a16": """\
 graphq: 1
 rules:
