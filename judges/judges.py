@@ -112,6 +112,13 @@ JUDGES: Final = (
         "3.5 GB, 10 minutes",
         apart=True,
     ),
+    Judge(
+        "modelslim",
+        ("msmodelslim==26.1.0",),
+        "run_modelslim.py",
+        "msModelSlim makes the same Ascend checkpoints of the same configs, byte for byte",
+        "0.5 GB, 15 minutes",
+    ),
 )
 
 
