@@ -301,17 +301,22 @@ class Along(Part):
         self.groups = self.draw("groups", 1, 1, 2, width)
         self.batch = self.draw("batch", "batched", "unbatched")
         self.norm = self.draw("norm", True, False)
+        self.ends = (0, 0)
         if self.draw("transposed", False, False, True):
             conv: nn.Module = nn.ConvTranspose1d(width, width, 3, padding=1, groups=self.groups)
         else:
-            conv = nn.Conv1d(width, width, 3, padding=self.draw("padding", 1, "same"), groups=self.groups)
+            padding = self.draw("padding", 1, "same", "in front", "causal")
+            self.ends = {"in front": (1, 1), "causal": (2, 0)}.get(padding, (0, 0))
+            conv = nn.Conv1d(width, width, 3, padding=0 if any(self.ends) else padding, groups=self.groups)
         self.conv = weight_norm(conv) if self.draw("weight norm", False, False, True) else conv
         self.bn = nn.BatchNorm1d(width) if self.norm else None
         self.out = Project(dice, width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         y = x.transpose(1, 2)
-        y = self.conv(y.mean(0))[None] if self.batch == "unbatched" else self.conv(y)
+        y = y.mean(0) if self.batch == "unbatched" else y
+        y = self.conv(F.pad(y, self.ends) if any(self.ends) else y)
+        y = y[None] if self.batch == "unbatched" else y
         y = y if self.bn is None else self.bn(y)
         return self.out(F.relu(y).transpose(1, 2)).expand(x.shape)
 
@@ -378,17 +383,32 @@ class Query(Part):
 class Volume(nn.Module):
     """A convolution of one image of a film, in three dimensions."""
 
-    def __init__(self, width: int, out: int, groups: int, bias: bool, is_transposed: bool) -> None:
+    def __init__(
+        self, width: int, out: int, groups: int, bias: bool, is_transposed: bool, padding: tuple[int, int]
+    ) -> None:
         super().__init__()
         kind = nn.ConvTranspose3d if is_transposed else nn.Conv3d
-        self.conv: nn.Module = kind(width, out, (1, 3, 3), padding=(0, 1, 1), groups=groups, bias=bias)
+        own = (0, *(2 - p if is_transposed else p for p in padding))
+        self.conv: nn.Module = kind(width, out, (1, 3, 3), padding=own, groups=groups, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x.unsqueeze(-3)).squeeze(-3)
 
 
+PADS: Final = {  # by name: the sizes of pads one after the other, and the padding that the convolution still has
+    "none": ((), (1, 1)),
+    "both axes": (((1, 1, 1, 1),), (0, 0)),
+    "columns": (((1, 1),), (1, 0)),
+    "a pad of a pad": (((1, 1), (0, 0, 1, 1)), (0, 0)),
+    "by nothing": (((0, 0, 0, 0),), (1, 1)),
+    "ends": (((0, 2, 0, 2),), (0, 0)),  # which no convolution of torch's can hold
+    "ones": (((1, 1, 1, 1),), (0, 0)),
+    "read twice": (((1, 1, 1, 1),), (0, 0)),
+}
+
+
 class Convolved(Part):
-    """Images through a convolution, with what stands behind one."""
+    """Images, which may be padded, through a convolution, with what stands behind one."""
 
     def __init__(self, dice: Dice, width: int, out: int) -> None:
         super().__init__(dice)
@@ -398,15 +418,22 @@ class Convolved(Part):
         out = width if kind == "depthwise" else out
         self.out = self.drawn["out"] = out
         bias = self.draw("bias", True, False)
+        self.pad = self.draw("pad", *["none"] * len(PADS), *PADS)
+        self.pads, padding = PADS[self.pad]
         if kind == "transposed":
             self.conv: nn.Module = nn.ConvTranspose2d(
-                width, out, 3, padding=1, groups=self.draw("groups", 1, 2), bias=bias
+                *(width, out, 3),
+                padding=(2 - padding[0], 2 - padding[1]),
+                groups=self.draw("groups", 1, 2),
+                bias=bias,
             )
         elif kind == "volume":
-            self.conv = Volume(width, out, self.draw("groups", 1, 2), bias, self.draw("transposed", True, False))
+            is_transposed = self.draw("transposed", True, False)
+            self.conv = Volume(width, out, self.draw("groups", 1, 2), bias, is_transposed, padding)
         else:
-            mode = self.draw("mode", "zeros", "zeros", "zeros", "reflect")
-            self.conv = nn.Conv2d(width, out, 3, padding=1, groups=groups, bias=bias, padding_mode=mode)
+            mode = self.draw("mode", "zeros", "zeros", "zeros", "reflect") if any(padding) else "zeros"
+            own = padding if any(padding) else self.draw("padding", 0, "valid")
+            self.conv = nn.Conv2d(width, out, 3, padding=own, groups=groups, bias=bias, padding_mode=mode)
         if kind != "volume" and self.draw("weight norm", False, False, False, True):
             self.conv = weight_norm(self.conv)
         self.norm = {
@@ -422,14 +449,22 @@ class Convolved(Part):
             "none": nn.Identity(),
         }
         self.act = acts[self.draw("act", "relu", "relu", "silu", "leaky", "prelu", "none")]
-        pools = {"max": nn.MaxPool2d(3, 1, 1), "avg": nn.AvgPool2d(3, 1, 1), "none": nn.Identity()}
-        self.pool = pools[self.draw("pool", "none", "none", "max", "avg")]
+        pools = {"max": nn.MaxPool2d, "avg": nn.AvgPool2d}
+        pool = pools.get(self.draw("pool", "none", "none", "max", "avg"))
+        is_padded = pool is not None and self.draw("pool pad", True, False)
+        self.pool = nn.Identity() if pool is None else pool(3, 1, 0 if is_padded else 1)
+        self.pool_pad = nn.ZeroPad2d(1) if is_padded else nn.Identity()
         self.residual = self.draw("residual", True, False)
         self.twice = self.draw("twice", False, False, True)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x.mean(0))[None] if self.kind == "unbatched" else self.conv(x)
-        y = self.pool(self.act(self.norm(y)))
+        padded = x.mean(0) if self.kind == "unbatched" else x
+        for sizes in self.pads:
+            padded = F.pad(padded, sizes, value=1.0 if self.pad == "ones" else 0.0)
+        y = self.conv(padded)
+        if self.pad == "read twice":
+            y = y + padded.mean()
+        y = self.pool(self.pool_pad(self.act(self.norm(y[None] if self.kind == "unbatched" else y))))
         if self.kind == "unbatched":
             y = y.expand(x.shape[0], *y.shape[1:])
         if self.twice:  # two halves of the channels change places

@@ -16,6 +16,7 @@ TOLERANCE = 1e-9
 # On how many of a hundred graphs each pass changes something, at least: a generator of nothing foldable is no test.
 SHARES = {
     "remove-no-ops": 1,
+    "fold-pads": 6,
     "fold-weights": 20,
     "raise-linear": 20,
     "raise-grouped-linear": 2,
