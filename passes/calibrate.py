@@ -18,7 +18,7 @@ from graphq.ir.pipeline import Batches, Pass
 from graphq.ir.row_masks import row_mask
 from graphq.ir.validity import ValidityRun
 from graphq.ir.validity_rules import place_of, validity_of
-from graphq.observers.ranges import GridObserver
+from graphq.observers.grids import GridObserver
 from graphq.passes.observe import observers
 
 Reached = dict[str, dict[str, None]]  # by the op that masked tokens come through, the layers whose input they reach

@@ -15,7 +15,7 @@ from graphq.ir.op_kinds import kind_of
 from graphq.ir.pipeline import Batches, Pass
 from graphq.ir.units import module_of
 from graphq.ir.views import Linear, Op, Param, ops_of, view
-from graphq.observers.ranges import BELOW
+from graphq.observers.grids import BELOW
 from graphq.spec.profile import LINEAR, Profile
 from graphq.state import tensor_of
 

@@ -25,7 +25,7 @@ from graphq.ir.pipeline import Batches, Pass
 from graphq.ir.units import WITH_WEIGHT, Unit
 from graphq.ir.views import Op
 from graphq.numerics import Scales
-from graphq.observers.ranges import GridObserver
+from graphq.observers.grids import GridObserver
 from graphq.passes.calibrate import Calibrate, run_batch
 from graphq.passes.observe import observers
 from graphq.passes.place_quantizers import PlaceQuantizers, name_numbers, put_observers

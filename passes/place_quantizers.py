@@ -14,9 +14,10 @@ from torch import fx
 
 from graphq.ir import edit
 from graphq.ir.grids import NOTHING, Placement, Quantizer, Raised, place
+from graphq.ir.mask_values import MaskValues, Reach
 from graphq.ir.pipeline import Batches, Pass
 from graphq.ir.views import Op, view
-from graphq.observers.ranges import GridObserver
+from graphq.observers.grids import GridObserver
 from graphq.report import ActivationsReport, activations_report
 from graphq.spec.activations import ActivationRule
 from graphq.spec.profile import Profile
@@ -65,11 +66,14 @@ def put_observers(gm: fx.GraphModule, found: Placement, by: str) -> int:
     """Where quantizers will stand, tensors are read through observers of their grids; how many there are."""
     free = (path for i in count() if not edit.has_tensor(gm, path := f"observers.{i}"))
     everywhere: dict[Op, Op] = {}
+    masks = MaskValues(gm)
     for one in found.quantizers:
         x = everywhere[one.x] if one.again else one.x
-        observer = GridObserver(one.grid, one.name, one.role, one.moved)
+        reach = masks.reach(one.x) or Reach(())
+        terms = [] if reach.base is None else [reach.base]
+        observer = GridObserver(one.grid, one.name, one.role, one.moved, reach.numbers, is_sum=bool(terms))
         readers = [user for user in x.users if one.readers is None or user in one.readers]
-        made = edit.add_observer(gm, x, next(free), observer, by, like=_like(one))
+        made = edit.add_observer(gm, x, next(free), observer, by, _like(one), terms, before=edit.following(x))
         for reader in readers:
             edit.redirect(reader, x, made, by=by)
         if one.readers is None:

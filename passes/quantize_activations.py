@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import ClassVar, Final, final
 
 from torch import Tensor, fx
 
@@ -10,16 +10,20 @@ from graphq import numerics
 from graphq.capture.source import source_of
 from graphq.ir import edit
 from graphq.ir.layers import LAYER, layer_path
+from graphq.ir.mask_values import MaskValues
 from graphq.ir.pipeline import Batches, Invariant, Pass
 from graphq.ir.views import Op, Param, Weighted, view
 from graphq.numerics import Scales
-from graphq.observers.ranges import GridObserver, RangeObserver
+from graphq.observers.grids import GridObserver
+from graphq.observers.ranges import RangeObserver
 from graphq.passes.observe import observer_on, observers, remove_observers, to_quantize
 from graphq.passes.quantize_weights import QuantizedWeight, hold_codes
 from graphq.runtime import ops
 from graphq.spec.formats import has_global_scale, is_asymmetric
 from graphq.spec.quant import Quant
 from graphq.state import remove_tensor, tensor_of
+
+PADDING: Final = "; where a batch with padding brings other numbers, calibrate with one"
 
 
 def _uncalibrated(gm: fx.GraphModule) -> str | None:
@@ -86,7 +90,8 @@ class QuantizeActivations(Pass):
             x, quant = view(op.node.all_input_nodes[0]), one.grid.quant
             scales = grids[one.grid.number].scales()
             if one.grid.number not in held and not isinstance(x, Param):
-                self._note_one_value(grids[one.grid.number].ranges)
+                is_mask = MaskValues(gm).is_of_masks(x)
+                self._note_one_value(grids[one.grid.number], quant, PADDING if is_mask else "")
             block = numerics.activation_block(quant.granularity, x.val.dim())
             if isinstance(x, Param):
                 made = self._hold_constant(gm, x, quant, scales, op)
@@ -112,7 +117,7 @@ class QuantizeActivations(Pass):
         if not quant.dynamic:
             observer = observer_on(gm, x, quant)
             assert observer is not None, "calibrated"
-            self._note_one_value(observer)
+            self._note_one_value(observer, quant)
             found = numerics.rounded_scales(observer.scales(), quant.format, source_of(gm).scales)
             if has_global_scale(quant.format):  # the only one that is fixed
                 found = (None, None, found.scale)
@@ -156,14 +161,14 @@ class QuantizeActivations(Pass):
             remove_tensor(gm, x.fqn)
         return hold_codes(gm, like, path, quant, codes, w.dtype, like, self.name)
 
-    def _note_one_value(self, observer: RangeObserver) -> None:
+    def _note_one_value(self, observer: RangeObserver | GridObserver, quant: Quant, hint: str = "") -> None:
         only = observer.only
         if only is None or self.note is None:
             return
         for layer in observer.layers:
             seen = "only zeros" if only == 0 else f"nothing but {only:g}"
-            unknown = f"from which no range of {observer.quant} follows"
-            self.note(f"{layer}: calibration saw {seen} in its {observer.role}, {unknown}")
+            unknown = f"from which no range of {quant} follows"
+            self.note(f"{layer}: calibration saw {seen} in its {observer.role}, {unknown}{hint}")
 
 
 def scales_of_grids(gm: fx.GraphModule) -> dict[int, GridObserver]:

@@ -165,16 +165,23 @@ def add_tensor(
 
 
 def add_observer(
-    gm: fx.GraphModule, x: Op, path: str, module: nn.Module, by: str, like: Op, rest: Sequence[Op] = ()
+    gm: fx.GraphModule,
+    x: Op,
+    path: str,
+    module: nn.Module,
+    by: str,
+    like: Op,
+    rest: Sequence[Op] = (),
+    before: Op | None = None,
 ) -> Op:
     """A new module, which gives what it is given, at ``path``, and a node right after ``x`` that calls it on ``x``.
 
-    With ``rest`` as further arguments it stands right before ``like``, which has them, too.
+    With ``rest`` as further arguments it stands right before ``before``: ``like``, unless it is given.
     """
     if has_tensor(gm, path):
         raise PassError(f"{by}: the graph has a module {path} already")
     gm.add_submodule(path, module)
-    with gm.graph.inserting_before((like if rest else following(x)).node):
+    with gm.graph.inserting_before((before or (like if rest else following(x))).node):
         node = gm.graph.call_module(path, (x.node, *(op.node for op in rest)))
     return _describe(node, x.val, like, by)
 

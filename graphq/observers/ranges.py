@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, assert_never, final
+from typing import assert_never, final
 
 import torch
 from torch import Tensor
@@ -12,7 +12,6 @@ from graphq.numerics import (
     Scales,
     activation_block,
     block_extremes,
-    code_dtype,
     fake_quantize,
     histogram,
     nvfp4_global_scale,
@@ -22,7 +21,6 @@ from graphq.numerics import scale_from_extremes as from_extremes
 from graphq.numerics.ranges import weight_scales
 from graphq.observers.observer import Observer
 from graphq.spec.formats import Int, Nvfp4
-from graphq.spec.profile import Grid
 from graphq.spec.quant import (
     Entropy,
     Histogram,
@@ -283,71 +281,6 @@ class OfmrWeightObserver(RangeObserver):
             raise SpecError(f"{self.layers[0]}: {self.quant}: no scale gives a finite error of the layer's output")
         found = torch.stack([scales.scale for scales in self._candidates()]).flatten(1)
         return Scales(found.gather(0, least[None]).view_as(self.like))
-
-
-HIDDEN: Final = -1e8  # what is as low hides a score from a softmax; activations are not, and float16 holds none
-BELOW: Final = 50.0  # how far below all that is visible hidden scores have to be: e^-50 of a weight is none
-
-
-@final
-class GridObserver(Observer):
-    """The range of a tensor that is to be on a grid, which several tensors may share.
-
-    Of elements that hide others (``HIDDEN``, such as -inf) it holds so much that they stay ``BELOW`` all the rest.
-    ``moved``: everything that it holds was on the grid before, so that nothing is to be seen of it.
-    """
-
-    axis = None
-    hides: Tensor
-
-    def __init__(self, grid: Grid, layer: str, role: str, moved: bool = False) -> None:
-        super().__init__((layer,))
-        self.grid = grid
-        self.role = role
-        self.moved = moved or grid.fixed is not None
-        self.ranges = observer_for(grid.quant, (layer,), lambda: ())
-        self.ranges.role = role
-        self.register_buffer("hides", torch.tensor(False))
-
-    @property
-    def has_observed(self) -> bool:
-        return self.moved or self.ranges.has_observed or bool(self.hides)
-
-    def update(self, x: Tensor, *rest: Tensor) -> None:
-        if self.moved:
-            return
-        if bool((x <= HIDDEN).any()):
-            self.hides.fill_(True)
-            x = x[x > HIDDEN]
-        if x.numel():
-            self.ranges.update(x, *rest)
-
-    def settings(self) -> tuple[object, ...]:
-        return (self.grid,)
-
-    def absorb(self, later: Observer) -> None:
-        assert isinstance(later, GridObserver)
-        if later.moved:
-            return
-        self.hides |= later.hides
-        if self.moved or not self.ranges.has_observed:
-            self.ranges, self.moved = later.ranges, False
-        elif later.ranges.has_observed:
-            self.ranges.absorb(later.ranges)
-
-    def scales(self) -> Scales:
-        """The scale and zero point of the grid. Of zeros alone it is that of [0, 1]: with a scale of 1 beside others of
-        1e-3 a consumer's multipliers for sums and products are out of range.
-        """
-        fixed, format = self.grid.fixed, self.grid.quant.format
-        assert isinstance(format, Int)
-        if fixed is not None:
-            zero_point = None if format.symmetric else torch.tensor(fixed.zero_point, dtype=code_dtype(format))
-            return Scales(torch.tensor(fixed.scale), zero_point)
-        low, high = self.ranges.extremes() if self.ranges.has_observed else (torch.zeros(()), torch.zeros(()))
-        if not self.hides and bool((low == 0) & (high == 0)):
-            high = torch.ones_like(high)
-        return Scales(*from_extremes(low.clamp(max=0) - BELOW if self.hides else low, high, format))
 
 
 def observer_for(quant: Quant, layers: tuple[str, ...], maps: Callable[[], Sequence[OutputMap]]) -> RangeObserver:

@@ -294,6 +294,9 @@ def test_add_observer() -> None:
     assert_vals(gm, X, X)
     with pytest.raises(PassError, match="t: the graph has a module watch already"):
         edit.add_observer(gm, x, "watch", Watch(), by="t", like=plus)
+    beside = edit.add_observer(gm, plus, "sum", Watch(), "t", plus, [x], before=edit.following(plus))
+    assert beside.node.args == (plus.node, x.node)
+    assert beside.node.prev == plus.node
 
 
 def test_has_data_and_fake_mode() -> None:

@@ -14,7 +14,6 @@ from graphq.errors import PassError, SpecError
 from graphq.numerics import histogram
 from graphq.numerics.taps import Window, window
 from graphq.observers.ranges import (
-    GridObserver,
     HistogramObserver,
     MinMaxObserver,
     MovingAverageObserver,
@@ -25,7 +24,6 @@ from graphq.observers.ranges import (
     observer_for,
 )
 from graphq.observers.statistics import MeanObserver
-from graphq.spec.profile import FixedGrid, Grid
 from graphq.spec.quant import parse_quant
 
 QUANT = parse_quant("int8/tensor")
@@ -397,65 +395,3 @@ def test_means_name_what_holds_nan() -> None:
     empty = MeanObserver(("a.b",), -1, [2])
     empty(torch.ones(0, 2))
     assert not empty.has_observed
-
-
-# -- grids -------------------------------------------------------------------------------------------------------------
-
-
-def on_grid(text: str = "uint8/tensor", fixed: FixedGrid | None = None, moved: bool = False) -> GridObserver:
-    return GridObserver(Grid(0, parse_quant(text), fixed), "layer", "output", moved)
-
-
-def numbers_of(observer: GridObserver) -> tuple[float, int | None]:
-    scale, zero_point, _ = observer.scales()
-    return float(scale), None if zero_point is None else int(zero_point)
-
-
-@pytest.mark.parametrize("low", [-torch.inf, -1e8, -3e38])
-def test_what_hides_others_lies_below_them_on_a_grid(low: float) -> None:
-    observer = on_grid()
-    observer(torch.tensor([low, -10.0, 195.0]))
-    assert numbers_of(observer) == (1.0, 60)
-    nothing_else = on_grid()
-    nothing_else(torch.tensor([low]))
-    assert nothing_else.has_observed
-    assert numbers_of(nothing_else) == (pytest.approx(50 / 255), 255)
-    seen = on_grid()
-    seen(torch.tensor([-9e7, 1.0]))
-    assert numbers_of(seen)[0] == pytest.approx((9e7 + 1) / 255)
-
-
-def test_grids_that_hide_are_merged() -> None:
-    for first, second in (
-        ([-torch.inf], [-10.0, 195.0]),
-        ([-10.0, 195.0], [-torch.inf]),
-        ([-10.0], [-torch.inf, 195.0]),
-    ):
-        one, other = on_grid(), on_grid()
-        one(torch.tensor(first))
-        other(torch.tensor(second))
-        one.merge(other)
-        assert numbers_of(one) == (1.0, 60)
-
-
-def test_a_grid_is_fixed_or_moved_without_being_seen() -> None:
-    fixed = on_grid(fixed=FixedGrid(1 / 256, 3))
-    fixed(torch.tensor([torch.nan]))
-    assert fixed.has_observed
-    assert numbers_of(fixed) == (1 / 256, 3)
-    assert numbers_of(on_grid("int8/tensor", FixedGrid(1 / 128, 0))) == (1 / 128, None)
-    moved, giver = on_grid(moved=True), on_grid()
-    moved(torch.tensor([1e6]))
-    giver(torch.tensor([0.0, 255.0]))
-    moved.merge(giver)
-    assert numbers_of(moved) == (1.0, 0)
-    again, giver = on_grid(moved=True), on_grid()
-    giver(torch.tensor([0.0, 255.0]))
-    giver.merge(again)
-    assert numbers_of(giver) == (1.0, 0)
-
-
-def test_what_is_no_number_is_refused_on_a_grid() -> None:
-    for value in (torch.nan, torch.inf):
-        with pytest.raises(SpecError):
-            on_grid()(torch.tensor([value]))

@@ -15,7 +15,7 @@ from graphq.ir.text import dump
 from graphq.ir.units import module_of
 from graphq.ir.views import Dequantize, Param, Quantize, ops_of
 from graphq.lowering.profiles import PROFILES
-from graphq.observers.ranges import GridObserver
+from graphq.observers.grids import GridObserver
 from graphq.passes.annotate import Annotate
 from graphq.passes.calibrate import Calibrate
 from graphq.passes.observe import observers
@@ -388,8 +388,13 @@ class Hidden(nn.Module):
         scores = q @ q.transpose(-1, -2)
         if self.way == "add":
             scores = scores + (1 - mask)[:, None] * self.low
-        else:
+        elif self.way == "fill":
             scores = scores.masked_fill(mask[:, None] == 0, self.low)
+        elif self.way == "where":
+            scores = torch.where(mask[:, None] == 0, self.low, scores)
+        else:
+            number = torch.where(mask.bool(), torch.zeros(()), torch.full((), self.low))
+            scores = number[:, None] + scores
         return scores.softmax(-1) @ q
 
 
@@ -415,3 +420,48 @@ def test_what_hides_scores_takes_no_more_of_a_grid_than_it_has_to(low: float, wa
     hidden = made(q=changed, mask=mask)
     assert isinstance(hidden, Tensor)
     assert torch.equal(hidden[1, :3], found[1, :3])  # what is hidden has no part in it
+
+
+@pytest.mark.parametrize("low", [-50.0, -1e30, -torch.inf])
+@pytest.mark.parametrize("way", ["add", "fill", "where", "number"])
+def test_calibration_without_padding_leaves_room_for_what_hides(low: float, way: str) -> None:
+    """A batch of whole sequences shows nothing but zeros and ones in masks; one with padding is hidden all the same."""
+    if (low, way) == (-torch.inf, "add"):
+        low = -1e9  # 0 times infinity is no number
+    q = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(2))
+    whole, padded = torch.ones(2, 5), torch.tensor([[1.0, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    model = Hidden(low, way)
+    made = graphq.compile(
+        model,
+        {"graphq": 1, "rules": [{"match": "*", "float": True}], "activations": "uint8/tensor"},
+        inputs={"q": q, "mask": whole},
+        calibration=[{"q": q, "mask": whole}],
+        mask="mask",
+    )
+    assert not [note for note in made.report.notes if "calibration saw" in note]
+    found, wanted = made(q=q, mask=padded), model(q, padded)
+    assert isinstance(found, Tensor)
+    assert (found - wanted).abs().max() <= 0.15 * wanted.abs().max()  # scores in steps of a quarter
+    hidden = made(q=torch.cat([q[:, :3], q[:, 3:] + 1], 1), mask=padded)
+    assert isinstance(hidden, Tensor)
+    assert torch.equal(hidden[1, :3], found[1, :3])  # what is hidden has no part in it
+
+
+def test_numbers_that_only_a_padded_batch_would_show_are_told() -> None:
+    """Integers that nobody declares as a mask may be anything: a note says what to calibrate with."""
+
+    class Added(nn.Module):
+        def forward(self, q: Tensor, mask: Tensor) -> Tensor:
+            return (q @ q.transpose(-1, -2) + (1 - mask)[:, None].float() * -50).softmax(-1) @ q
+
+    q, mask = torch.randn(2, 5, 4), torch.ones(2, 5, dtype=torch.int64)
+    made = graphq.compile(
+        Added(),
+        {"graphq": 1, "rules": [{"match": "*", "float": True}], "activations": "uint8/tensor"},
+        inputs={"q": q, "mask": mask},
+        calibration=[{"q": q, "mask": mask}],
+    )
+    notes = [note for note in made.report.notes if "calibration saw" in note]
+    assert notes
+    for note in notes:
+        assert note.endswith(" follows; where a batch with padding brings other numbers, calibrate with one")
