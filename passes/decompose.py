@@ -1,4 +1,4 @@
-"""Ops that a consumer lacks as one, spelled by those that it runs in integers: attention, SiLU, rolls, group norms."""
+"""Ops that a consumer lacks, spelled by those that it runs in integers: attention, SiLU, rolls, repeats, some norms."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Final, final
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphq.ir import edit
 from graphq.ir.effect_table import effect
@@ -33,6 +34,9 @@ class Decompose(Pass):
     instances; a batch norm that no layer takes up scales and shifts channels. An attention that drops at random stays.
     Where the consumer wants linears as Gemm, and everything in integers, a linear of more or fewer axes than two
     multiplies rows, between two reshapes: what is quantized is then what the Gemm reads and gives.
+    Where it wants everything in integers, an axis of size 1 that is repeated along a new axis beside it, with which it
+    is then joined (one head of keys for all queries), is itself repeated: QNN 2.7 gives other elements where the batch
+    is 1.
     """
 
     profile: Profile
@@ -45,6 +49,8 @@ class Decompose(Pass):
             found = _DECOMPOSITIONS.get(kind)
             if kind == LINEAR and self.profile.linear == "gemm" and self.profile.whole:
                 found = ((LINEAR, "Reshape"), _rows) if isinstance(op, Linear) and op.input.val.dim() != 2 else None
+            elif kind == "Reshape" and self.profile.whole:
+                found = (("Expand",), _repeated_axis)
             elif kind in self.profile.ops:
                 continue
             if found is None:
@@ -81,7 +87,7 @@ def _attention(gm: fx.GraphModule, op: Op, by: str) -> Op | None:
     if op.argument("enable_gqa"):
         times = int(query.val.shape[-3]) // int(key.val.shape[-3])
         if times > 1:
-            key, value = (insert(aten.repeat_interleave.self_int, x, times, -3) for x in (key, value))
+            key, value = (_repeated(gm, op, by, x, times, x.val.dim() - 3) for x in (key, value))
     width = int(query.val.shape[-1])
     scale = op.argument("scale")
     scaled = insert(aten.mul.Tensor, query, 1 / math.sqrt(width) if scale is None else float(scale))
@@ -101,6 +107,50 @@ def _attention(gm: fx.GraphModule, op: Op, by: str) -> Op | None:
             mask = insert(aten.mul.Tensor, number, -BELOW)
         scores = insert(aten.add.Tensor, scores, mask)
     return insert(aten.matmul.default, insert(aten.softmax.int, scores, -1), value)
+
+
+def _repeat_interleave(gm: fx.GraphModule, op: Op, by: str) -> Op | None:
+    x, axis = _operand(op, "self"), op.argument("dim")
+    if x is None or axis is None:
+        return None
+    return _repeated(gm, op, by, x, int(op.argument("repeats")), axis % x.val.dim())
+
+
+def _repeated(gm: fx.GraphModule, op: Op, by: str, x: Op, times: int, axis: int) -> Op:
+    """Each index of an axis ``times`` times in a row."""
+
+    def insert(target: Callable[..., Any], *args: Any) -> Op:
+        return edit.insert(gm, op, target, *args, by=by, like=op)
+
+    kept = [-1] * x.val.dim()
+    if statically_known_true(x.val.shape[axis] == 1):
+        return insert(aten.expand.default, x, [*kept[:axis], times, *kept[axis + 1 :]])
+    single = insert(aten.unsqueeze.default, x, axis + 1)
+    wide = insert(aten.expand.default, single, [*kept[: axis + 1], times, *kept[axis + 1 :]])
+    sizes = [int(s) if isinstance(s, int) else insert(aten.sym_size.int, x, i) for i, s in enumerate(x.val.shape)]
+    return insert(aten.reshape.default, wide, [*sizes[:axis], -1, *sizes[axis + 1 :]])
+
+
+def _repeated_axis(gm: fx.GraphModule, op: Op, by: str) -> Op | None:
+    """What is repeated along a new axis beside one of size 1, and reshaped so that both are one, is repeated along that
+    one.
+    """
+    wide = view(op.node.all_input_nodes[0])
+    single = _operand(wide, "self") if wide.node.target is aten.expand.default else None
+    if single is None or single.node.target is not aten.unsqueeze.default:
+        return None
+    x, rank = _operand(single, "self"), wide.val.dim()
+    new = int(single.argument("dim")) % rank
+    for gone in (new - 1, new + 1):
+        rest = [axis for axis in range(rank) if axis != gone]
+        is_of_one = 0 <= gone < rank and statically_known_true(single.val.shape[gone] == 1)
+        if not is_of_one or op.val.dim() != len(rest):
+            continue
+        made = zip(rest, op.val.shape, strict=True)
+        if all(statically_known_true(wide.val.shape[axis] == size) for axis, size in made):
+            sizes = [view(s) if isinstance(s, fx.Node) else s for s in wide.argument("size")]
+            return edit.insert(gm, op, aten.expand.default, x, [sizes[axis] for axis in rest], by=by, like=op)
+    return None
 
 
 def is_true_throughout(op: Op) -> bool:
@@ -218,6 +268,7 @@ _DECOMPOSITIONS: Final[Mapping[str, tuple[tuple[str, ...], Callable[[fx.GraphMod
     "Attention": (("MatMul", "Mul", "Add", "Softmax"), _attention),
     "Silu": (("Sigmoid", "Mul"), _silu),
     "roll": (("Slice", "Concat"), _roll),
+    "repeat_interleave": (("Unsqueeze", "Expand", "Reshape"), _repeat_interleave),
     "BatchNormalization": (("Mul", "Add"), _batch_norm),
     "GroupNormalization": (("InstanceNormalization",), _group_norm),
 }

@@ -89,10 +89,83 @@ def test_heads_are_repeated_as_often_as_it_takes() -> None:
     wanted = run(gm, q)
     assert decompose(gm) == 1
     assert (run(gm, q) - wanted).abs().max() <= 1e-12
-    assert targets(gm).count("aten.repeat_interleave.self_int") == 2
+    assert targets(gm).count("aten.unsqueeze") == targets(gm).count("aten.expand") == 2
+    one = capture(Attention(kv=1, enable_gqa=True), Q)
+    decompose(one)
+    assert targets(one).count("aten.expand") == 2
+    assert "aten.unsqueeze" not in targets(one)
     alike = capture(Attention(enable_gqa=True), Q)
     decompose(alike)
-    assert "aten.repeat_interleave.self_int" not in targets(alike)
+    assert "aten.expand" not in targets(alike)
+
+
+class Each(nn.Module):
+    """What ``made`` gives of the input."""
+
+    def __init__(self, made: Any) -> None:
+        super().__init__()
+        self.made = made
+
+    def forward(self, q: Tensor) -> Tensor:
+        return self.made(q) * 2
+
+
+MOVES = {**PARTS, **dict.fromkeys(("Unsqueeze", "Expand", "Reshape"), OpRule(TYPES, "same"))}
+REPEATS: dict[str, tuple[Any, list[str]]] = {
+    "each head": (lambda q: q.repeat_interleave(3, 1), ["unsqueeze", "expand", "reshape"]),
+    "each channel": (lambda q: q.repeat_interleave(3, -1), ["unsqueeze", "expand", "reshape"]),
+    "each of a batch": (lambda q: q.repeat_interleave(3, 0), ["unsqueeze", "expand", "reshape"]),
+    "the only head": (lambda q: q[:, :1].repeat_interleave(3, 1), ["slice.Tensor", "expand"]),
+}
+
+
+@pytest.mark.parametrize("name", REPEATS)
+def test_repeats_of_elements(name: str) -> None:
+    made, wanted = REPEATS[name]
+    gm = capture(Each(made), Q)
+    assert decompose(gm, table(**MOVES)) == 1
+    found = [target.removeprefix("aten.") for target in targets(gm) if "sym_size" not in target]
+    assert found == [*wanted, "mul.Tensor"]
+    assert torch.equal(run(gm, Q), made(Q) * 2)
+    assert_vals(gm, Q[:1])
+    without = {kind: rule for kind, rule in MOVES.items() if kind != "Expand"}
+    assert decompose(capture(Each(made), Q), table(**without)) == 0
+
+
+def test_repeats_that_are_no_moves_stay() -> None:
+    assert decompose(capture(Each(lambda q: q.repeat_interleave(2)), Q), table(**MOVES)) == 0
+
+
+ONE: dict[str, tuple[Any, int]] = {
+    "behind": (lambda q: q[:, :1, None].expand(-1, -1, 3, -1, -1).reshape(q.shape[0], 3, 5, 8), 1),
+    "in front": (lambda q: q[:, :1].unsqueeze(1).expand(-1, 3, -1, -1, -1).reshape(q.shape[0], 3, 5, 8), 1),
+    "flattened": (lambda q: q[:, :1, None].expand(-1, -1, 3, -1, -1).flatten(1, 2), 1),
+    "last": (lambda q: q[..., :1, None].expand(-1, -1, -1, -1, 3).reshape(q.shape[0], 4, 5, 3), 1),
+    "the batch, too": (lambda q: q[:1, :1, None].expand(q.shape[0], -1, 3, -1, -1).reshape(q.shape[0], 3, 5, 8), 1),
+    "two heads": (lambda q: q[:, :2, None].expand(-1, -1, 3, -1, -1).reshape(q.shape[0], 6, 5, 8), 0),
+    "joined with another": (lambda q: q[:, :1, None].expand(-1, -1, 3, -1, -1).reshape(q.shape[0], 1, 15, 8), 0),
+    "not joined": (lambda q: q[:, :1, None].expand(-1, -1, 3, -1, -1).reshape(q.shape[0], 3, 1, 5, 8), 0),
+    "no new axis": (lambda q: q[:, :1].expand(-1, 3, -1, -1).reshape(q.shape[0], 3, 40), 0),
+    "no repeat": (lambda q: q[:, :1, None].reshape(q.shape[0], 1, 5, 8), 0),
+}
+
+
+@pytest.mark.parametrize("name", ONE)
+def test_an_axis_of_one_is_repeated_itself(name: str) -> None:
+    """QNN reads elements of other places where the new axis stands beside one of size 1, and the batch is 1."""
+    made, count = ONE[name]
+    whole = replace(table(**MOVES), whole=True)
+    gm = capture(Each(made), Q)
+    before = dump(gm)
+    assert decompose(gm, whole) == count
+    assert torch.equal(run(gm, Q), made(Q) * 2)
+    assert_vals(gm, Q[:1])
+    if count:
+        assert "aten.unsqueeze" not in targets(gm)
+        assert decompose(gm, whole) == 0
+    else:
+        assert dump(gm) == before
+    assert decompose(capture(Each(made), Q), table(**MOVES)) == 0
 
 
 class Viewed(nn.Module):
