@@ -97,6 +97,21 @@ def feeds(parts: list[Part], held: dict[str, np.ndarray[Any, Any]], given: dict[
     return given | {f"{part.tensor}.read": held[part.tensor] for part in parts}
 
 
+def on_grids(model: onnx.ModelProto, given: dict[str, Any]) -> dict[str, Any]:
+    """The model's inputs as what quantizes them first reads them. A number in the middle between two codes is one of
+    them for one consumer and the other for another, and a convolution of many such pixels is some steps off.
+    """
+    held = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    found = dict(given)
+    for node in reversed(model.graph.node):
+        if node.op_type == "QuantizeLinear" and node.input[0] in given:
+            scale, zero_point = (held[name] for name in node.input[1:3])
+            limits = np.iinfo(zero_point.dtype)
+            codes = np.clip(np.rint(given[node.input[0]] / scale) + zero_point, limits.min, limits.max)
+            found[node.input[0]] = ((codes - zero_point) * scale).astype(np.float32)
+    return found
+
+
 def steps(
     parts: list[Part], held: dict[str, np.ndarray[Any, Any]], found: dict[str, np.ndarray[Any, Any]]
 ) -> dict[Part, float]:

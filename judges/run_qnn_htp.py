@@ -193,10 +193,10 @@ def judge(name: str, activations: str, place: Path) -> list[str]:
 def each_op(path: Path, given: dict[str, Any]) -> dict[Any, float]:
     """How many steps each op is off, fed by itself what the file has for its inputs."""
     import onnx
-    from qdq_parts import activations, feeds, steps, take_apart
+    from qdq_parts import activations, feeds, on_grids, steps, take_apart
 
     model = onnx.load(str(path / "model.onnx"))
-    own = {one.name: given[one.name] for one in model.graph.input}
+    own = on_grids(model, {one.name: given[one.name] for one in model.graph.input})
     apart, parts = take_apart(model)
     held = activations(model, parts, own)
     (path / "apart").mkdir()

@@ -162,3 +162,13 @@ def test_a_model_taken_apart_gives_what_the_whole_does(tmp_path: Path) -> None:
     assert [round(one) for one in steps(wrong)] == [0, 0, 0, 3]
     fewer, _ = parts_of.take_apart(whole, most_axes=2)
     assert len(fewer.graph.output) == 2
+    near = parts_of.on_grids(whole, given)
+    assert set(near) == set(given)
+    codes = next(node for node in whole.graph.node if node.op_type == "QuantizeLinear" and node.input[0] in given)
+    scale = next(float(onnx.numpy_helper.to_array(t)) for t in whole.graph.initializer if t.name == codes.input[1])
+    (found,), (own,) = near.values(), given.values()
+    assert 0 < abs(found - own).max() <= scale / 2 * 1.001
+    assert all(
+        abs(a - b).max() <= 1e-5
+        for a, b in zip(parts_of.activations(whole, parts, near).values(), held.values(), strict=True)
+    )

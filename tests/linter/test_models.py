@@ -247,3 +247,11 @@ def test_a_language_model(spec, tmp_path):
     graphq.compile(LLAMA, spec).emit("onnx", tmp_path / "onnx")
     assert ran(agree(tmp_path / "onnx", "ort-cpu"), *LAYERS) == "0 of 43"
     assert ran(agree(tmp_path / "onnx", "openvino"), *LAYERS) == "0 of 43, 42 w"
+
+
+def test_the_sample_in_the_documents(exported, tmp_path):
+    """What docs/profiles.md prints is what lint says of this file."""
+    text = (Path(__file__).parents[2] / "docs" / "profiles.md").read_text()
+    sample = text.partition("`--profile ort-cpu --run` says:\n\n```\n")[2].partition("```")[0]
+    report = agree(quantized(exported["resnet"], tmp_path / "q.onnx", signed=True), "ort-cpu", unseen=8)
+    assert sample == f"{report}\n"
