@@ -271,6 +271,26 @@ algorithms:
 run:
   target: ascend
 """,
+    "v0_w8a8": """\
+graphq: 1
+rules:
+  - match: linear:*
+    weight: int8/channel/source
+    input: int8/asym/joint/tensor/histogram
+  - match: linear:*.mlp.*
+    weight: int8/channel/source
+    input: int8/token/dynamic
+  - match: =model.layers.0.mlp.down_proj
+    float: disable_names
+  - match: linear:*lm_head
+    float: disable_last_linear
+    may_match_nothing: true
+algorithms:
+  - smooth-quant:
+      alpha: 0.9
+run:
+  target: ascend
+""",
     "w8a8_static_c8": """\
 graphq: 1
 rules:
@@ -304,7 +324,8 @@ def test_examples(path):
     assert print_spec(spec) == GOLDEN[path.stem]
     assert spec.dialect == "modelslim"
     assert load_spec(print_spec(spec)) == spec
-    assert load_spec(write_spec(spec, "modelslim")) == spec
+    again = load_spec(write_spec(spec, "modelslim"))
+    assert (again == spec) != path.stem.startswith("v0")  # the v1 is written, whose rules stand the other way round
 
 
 def deepseek() -> dict[str, Layer]:
@@ -383,6 +404,12 @@ COUNTS = {
     },
     "quarot_w4a4": {"weight int4/channel/ssz/source, input int4/token/dynamic": 12, DYNAMIC: 2, STAYS: 1},
     "w4a16_awq_gptq": {"weight int8/channel/source": 8, "weight int4/asym/joint/g32": 6, UNNAMED: 1},
+    "v0_w8a8": {
+        "weight int8/channel/source, input int8/asym/joint/tensor/histogram": 8,
+        DYNAMIC: 5,
+        "float (disable_names)": 1,
+        "float (disable_last_linear)": 1,
+    },
     "w8a8_dynamic": {DYNAMIC: 14, STAYS: 1},
     "w8a8_static": {"weight int8/channel/source, input int8/tensor": 12, STAYS: 3},
     "w8a8_static_c8": {"weight int8/channel/source, input int8/asym/joint/tensor/histogram": 12, STAYS: 3},

@@ -18,6 +18,7 @@ A8 = {"scope": "per_token", "dtype": "int8", "symmetric": True, "method": "minma
 S8 = {"scope": "per_tensor", "dtype": "int8", "symmetric": False, "method": "minmax"}
 W8 = {"scope": "per_channel", "dtype": "int8", "symmetric": True, "method": "minmax"}
 W4 = W8 | {"dtype": "int4"}
+MX = {"scope": "per_block", "dtype": "mxfp4", "method": "minmax"}
 
 
 def lq(act: Any = A8, weight: Any = W8, **others: Any) -> dict[str, Any]:
@@ -95,6 +96,22 @@ BEYOND = "spec.process[0].qconfig: msModelSlim's v1 has"
             ["spec.process[0].qconfig.weight.ext.group_size: ignored: scope is per_channel"],
         ),
         (
+            [lq(A8 | {"ext": {"scale_dtype": "bfloat16"}}, W4 | {"method": "ssz", "ext": {"group_size": 64}})],
+            [
+                "spec.process[0].qconfig.act.ext.scale_dtype: ignored: scales are float32 until a target stores them",
+                "spec.process[0].qconfig.weight.ext.group_size: ignored: scope is per_channel",
+            ],
+        ),
+        (
+            [lq(A8 | {"ext": {"axes": 1}}), lq(MX | {"ext": {"axes": -1}}, MX | {"ext": {"axes": [-1]}})],
+            [
+                "spec.process[0].qconfig.act.ext.axes: ignored: scope is per_token",
+                "spec.process[1].qconfig.act.ext.axes: ignored: blocks lie along the inputs",
+                "spec.process[1].qconfig.weight.ext.axes: ignored: blocks lie along the inputs",
+                "spec.process[1].include: ignored: linear:* has taken all of linear:* before",
+            ],
+        ),
+        (
             [lq(include=["a"]), lq(include=["a", "*b"])],
             ["spec.process[1].include: ignored: linear:a has taken all of linear:a before"],
         ),
@@ -127,6 +144,26 @@ def test_notes_of_the_top_level():
     assert (spec.run.target, spec.run.calibration) == ("compressed-tensors", "a.jsonl")
     assert load_spec(cfg(lq(), runner="model_wise")).pipeline == "independent"
     assert {load_spec(cfg(lq(), runner=r)).pipeline for r in ("auto", "layer_wise", "dp_layer_wise")} == {"sequential"}
+
+
+def test_the_services_for_images_and_for_diffusion_are_read_as_the_v1():
+    """What is theirs alone is noted: their calibration data are images, and the pipelines around a diffusion model."""
+    plain = load_spec(cfg(lq(), default_text="Describe."))
+    assert plain.notes == (
+        "spec.default_text: ignored: it stands beside images that have no text, and graphq reads no images from files",
+    )
+    images = cfg(lq(), dataset="calibImages", default_text="Describe.") | {"apiversion": "multimodal_vlm_modelslim_v1"}
+    spec = load_spec(images)
+    assert (spec, spec.run.calibration) == (plain, "")
+    assert spec.notes[1:] == ("spec.dataset: ignored: graphq calibrates on text, or on the inputs that it is given",)
+    diffusion = cfg(lq(), multimodal_sd_config={"a": 1}, save=[{"type": "mindie_format_saver"}])
+    spec = load_spec(diffusion | {"apiversion": "multimodal_sd_modelslim_v1"})
+    assert (spec.rules, spec.run.target) == (plain.rules, "mindie")
+    assert spec.notes == (
+        "spec.multimodal_sd_config: ignored: it runs the pipeline of a diffusion model; give the model's own inputs",
+    )
+    with pytest.raises(SpecError, match=r"spec.multimodal_sd_config: unknown key"):
+        load_spec(diffusion)
 
 
 ALL = ["norm-linear", "linear-linear", "ov", "up-down"]

@@ -34,11 +34,10 @@ def refused(config: dict[str, Any]) -> list[str]:
 @pytest.mark.parametrize(
     ("config", "problems"),
     [
-        ({"apiversion":"modelslim_v0"}, ["apiversion: 'modelslim_v0': the options of its Python scripts are not read; write modelslim_v1"]),
-        ({"apiversion":"modelslim_v2","spec":{}}, ["apiversion: 'modelslim_v2': is not one of modelslim_v1; did you mean modelslim_v1?"]),
+        ({"apiversion":"modelslim_v2","spec":{}}, ["apiversion: 'modelslim_v2': is not one of modelslim_v1, multimodal_vlm_modelslim_v1, multimodal_sd_modelslim_v1, modelslim_v0; did you mean modelslim_v1?"]),
         ({"apiversion":"modelslim_v1"}, ['spec: is missing']),
         ({"apiversion":"modelslim_v1","spec":{}}, ['spec.process: is missing']),
-        ({"apiversion":"modelslim_convert","spec":{}}, ["apiversion: 'modelslim_convert': conversion of checkpoints is not supported; write modelslim_v1"]),
+        ({"apiversion":"modelslim_convert","spec":{}}, ["apiversion: 'modelslim_convert': checkpoints are not converted tensor by tensor; compile the model with a modelslim_v1 config"]),
         ({"apiversion":1}, [
             'apiversion: 1 is not a string',
             'spec: is missing',
@@ -46,9 +45,20 @@ def refused(config: dict[str, Any]) -> list[str]:
         (cfg(), ['spec.process: quantizes nothing: there is no linear_quant that selects a layer']),
         (cfg(lq(),runer="auto"), ['spec.runer: unknown key; did you mean runner?']),
         (cfg(lq(),runner="layerwise"), ["spec.runner: 'layerwise' is not one of auto, layer_wise, dp_layer_wise, model_wise; did you mean layer_wise?"]),
-        (cfg(lq(),prior=[{"process":[]}]), ['spec.prior: stages before are not supported; put quarot first in process']),
+        (cfg(lq(),prior=[{"process":[]},{"process":[{"type":"adapt_rotation"},{"type":"quarot"},3],"dataset":"a"},4]), [
+            'spec.prior[0]: stages before are not supported; leave it out',
+            'spec.prior[1].process[0]: adapt_rotation: a rotation that is fitted to data is not supported; write quarot',
+            "spec.prior[1].process[1]: stages before are not supported; put 'quarot' first in spec.process",
+            'spec.prior[1].process[2]: stages before are not supported; put an empty value first in spec.process',
+            'spec.prior[2].process: is missing',
+            'spec.prior[2]: stages before are not supported; leave it out',
+        ]),
+        (cfg(lq({**A8,"ext":{"axes":1}}),lq({**A8,"dtype":"mxfp8","scope":"per_block","ext":{"axes":-2}},{**W8,"dtype":"mxfp8","scope":"per_block","ext":{"axes":[0]}})), [
+            'spec.process[1].qconfig.act.ext.axes: blocks lie along the inputs; write -1',
+            'spec.process[1].qconfig.weight.ext.axes: blocks lie along the inputs; write -1',
+        ]),
         (cfg(lq(),dataset=3), ['spec.dataset: 3 is not a string']),
-        (cfg(lq(),save=[{"type":"mindie_format_saver"}]), ["spec.save[0].type: 'mindie_format_saver' is not supported; graphq writes as ascendv1_saver and compressed_tensors"]),
+        (cfg(lq(),save=[{"type":"huggingface"}]), ["spec.save[0].type: 'huggingface' is not supported; graphq writes as ascendv1_saver and compressed_tensors"]),
         (cfg(lq(),save=[{"type":"ascendv1_saver"},{"type":"compressed_tensors"}]), ['spec.save: a run writes one target; leave one saver']),
         (cfg(lq(),save=["ascendv1_saver"]), ['spec.save[0].type: is missing']),
         (cfg(lq(),save="ascendv1_saver"), ["spec.save: 'ascendv1_saver' is not a list of savers"]),

@@ -47,13 +47,14 @@ _METHODS: Final[Mapping[Role, tuple[str, ...]]] = {
     "weight": ("minmax", "ssz", "gptq", "autoround"),
 }
 _EXT: Final[Mapping[tuple[Role, str], tuple[str, ...]]] = {
-    ("act", "minmax"): ("aggregation_type",),
-    ("weight", "minmax"): ("group_size",),
-    ("weight", "ssz"): ("step",),
+    ("act", "minmax"): ("aggregation_type", "axes", "scale_dtype"),
+    ("weight", "minmax"): ("group_size", "axes"),
+    ("weight", "ssz"): ("step", "group_size"),
     ("weight", "gptq"): ("percdamp", "block_size", "group_size"),
     ("weight", "autoround"): ("scale_dtype", "group_size"),
 }
-_LACKING: Final = {
+STORED: Final = "scales are float32 until a target stores them"
+LACKING: Final = {
     "dual_scale": "mxfp4 blocks under a second scale are not supported; write per_block",
     "per_head": "attention's own inputs are not quantized; write per_token",
     "mse_round": "a search for the shared exponent is not supported; write minmax",
@@ -237,6 +238,15 @@ def _read_ext(section: Section, side: Side, role: Role) -> Side | None:
     ext.only(_EXT.get((role, side.method), ()))
     if ext.text("aggregation_type") not in (None, "max"):
         ext.report("only max, the extremes of all batches, is supported", "aggregation_type")
+    if "axes" in ext.values:
+        if side.scope != "per_block":
+            ext.unused("axes", f"scope is {side.scope}")
+        elif ext.values["axes"] in (-1, [-1]):
+            ext.unused("axes", "blocks lie along the inputs")
+        else:
+            ext.report("blocks lie along the inputs; write -1", "axes")
+    if role == "act" and "scale_dtype" in ext.values:
+        ext.unused("scale_dtype", STORED)
     size: int | None = None
     if side.scope == "per_group":
         size = ext.integer("group_size", required=side.method != "gptq")
@@ -257,7 +267,7 @@ def _read_rounding(section: Section, side: Side, autoround: Rounding | None) -> 
     ext = section.section("ext") or Section(section.document, {}, (*section.at, "ext"))
     if side.method == "autoround":
         if "scale_dtype" in ext.values:
-            ext.unused("scale_dtype", "scales are float32 until a target stores them")
+            ext.unused("scale_dtype", STORED)
         return autoround
     if side.method != "gptq":
         return None
@@ -278,8 +288,8 @@ def _word(section: Section, key: str, words: Sequence[str], what: str = "") -> s
     text = section.text(key, required=True)
     if text is None or text in words or not words:
         return text if words else None
-    if text in _LACKING:
-        section.report(f"{text}: {_LACKING[text]}", key)
+    if text in LACKING:
+        section.report(f"{text}: {LACKING[text]}", key)
     else:
         has = f"{what} has " if what else "there are " if len(words) > 1 else "there is "
         section.report(f"{show(text)}: {has}{', '.join(words)}{nearest(text, words)}", key)

@@ -1,27 +1,41 @@
 """Reading an msModelSlim config, or the description of a checkpoint."""
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Final
 
 from graphq.frontends.document import Document, Section, nearest, show
 from graphq.frontends.modelslim.description import parse_description
 from graphq.frontends.modelslim.description import recognises as is_description
 from graphq.frontends.modelslim.process import read_process
+from graphq.frontends.modelslim.smooth import REFUSED
+from graphq.frontends.modelslim.v0 import read_v0
 from graphq.spec.rules import Order, Run, Spec
 
 SIGN: Final = "a top-level apiversion, model_quant_type, or <layer>.weight with a type such as W8A8"
-VERSIONS: Final = ("modelslim_v1",)
+V0: Final = "modelslim_v0"
+_IMAGES: Final = "multimodal_vlm_modelslim_v1"
+_DIFFUSION: Final = "multimodal_sd_modelslim_v1"
+VERSIONS: Final = ("modelslim_v1", _IMAGES, _DIFFUSION, V0)
 RUNNERS: Final[dict[str, Order]] = {
     "auto": "sequential",
     "layer_wise": "sequential",
     "dp_layer_wise": "sequential",
     "model_wise": "independent",
 }
-SAVERS: Final = {"ascendv1_saver": "ascend", "compressed_tensors": "compressed-tensors"}
+SAVERS: Final = {
+    "ascendv1_saver": "ascend",
+    "compressed_tensors": "compressed-tensors",
+    "mindie_format_saver": "mindie",  # graphq writes none such, which is said where it would be written
+}
+# What a version has in its spec beside what all have.
+_OF_VERSION: Final[Mapping[str, tuple[str, ...]]] = {_IMAGES: (), _DIFFUSION: ("multimodal_sd_config",)}
+_UNUSED: Final = {
+    "default_text": "it stands beside images that have no text, and graphq reads no images from files",
+    "multimodal_sd_config": "it runs the pipeline of a diffusion model; give the model's own inputs",
+}
 _OTHERS: Final = {
-    "modelslim_v0": "the options of its Python scripts are not read; write modelslim_v1",
-    "multimodal_vlm_modelslim_v1": "configs of multimodal models are not read; write modelslim_v1",
-    "multimodal_sd_modelslim_v1": "configs of diffusion models are not read; write modelslim_v1",
-    "modelslim_convert": "conversion of checkpoints is not supported; write modelslim_v1",
+    "modelslim_convert": "checkpoints are not converted tensor by tensor; compile the model with a modelslim_v1 config",
 }
 
 
@@ -49,14 +63,18 @@ def parse(document: Document) -> Spec:
     if spec is None:
         document.finish()
     assert spec is not None  # else there was a problem
-    spec.only(("runner", "prior", "process", "dataset", "save"))
-    if spec.values.get("prior") not in (None, []):
-        spec.report("stages before are not supported; put quarot first in process", "prior")
+    if version == V0:
+        found = read_v0(spec)
+        document.finish()
+        assert found is not None  # else there was a problem
+        return dataclasses.replace(found, dialect="modelslim", notes=tuple(document.notes))
+    spec.only(("runner", "prior", "process", "dataset", "save", "default_text", *_OF_VERSION.get(version or "", ())))
+    _read_prior(spec)
     runner = spec.text("runner") or "auto"
     if runner not in RUNNERS:
         spec.report(f"{show(runner)} is not one of {', '.join(RUNNERS)}{nearest(runner, RUNNERS)}", "runner")
     processed = read_process(spec)
-    run = _read_run(spec)
+    run = _read_run(spec, version)
     document.finish()
     return Spec(
         processed.rules,
@@ -69,7 +87,21 @@ def parse(document: Document) -> Spec:
     )
 
 
-def _read_run(spec: Section) -> Run:
+def _read_prior(spec: Section) -> None:
+    """Reports the processors of stages that come before."""
+    for index, stage in enumerate(spec.items("prior", " of stages") if spec.values.get("prior") is not None else ()):
+        section = Section(spec.document, stage if isinstance(stage, dict) else {}, (*spec.at, "prior", index))
+        section.only(("process", "dataset"))
+        processors = section.items("process", " of processors", required=True)
+        for place, item in enumerate(processors):
+            kind = item.get("type") if isinstance(item, dict) else None
+            why = REFUSED.get(str(kind), f"stages before are not supported; put {show(kind)} first in spec.process")
+            section.report(f"{kind}: {why}" if kind in REFUSED else why, "process", place)
+        if not processors:
+            section.report("stages before are not supported; leave it out")
+
+
+def _read_run(spec: Section, version: str | None) -> Run:
     targets: list[str] = []
     for index, item in enumerate(spec.items("save", " of savers") if spec.values.get("save") is not None else ()):
         section = Section(spec.document, item if isinstance(item, dict) else {}, (*spec.at, "save", index))
@@ -80,7 +112,16 @@ def _read_run(spec: Section) -> Run:
         if kind in SAVERS:
             targets.append(SAVERS[kind])
         elif kind is not None:
-            section.report(f"{show(kind)} is not supported; graphq writes as {' and '.join(SAVERS)}", "type")
+            section.report(
+                f"{show(kind)} is not supported; graphq writes as ascendv1_saver and compressed_tensors", "type"
+            )
     if len(set(targets)) > 1:
         spec.report("a run writes one target; leave one saver", "save")
-    return Run(target=targets[0] if targets else "", calibration=spec.text("dataset") or "")
+    data = spec.text("dataset") or ""
+    for key, why in _UNUSED.items():
+        if key in spec.values:
+            spec.unused(key, why)
+    if data and version in _OF_VERSION:
+        spec.unused("dataset", "graphq calibrates on text, or on the inputs that it is given")
+        data = ""
+    return Run(target=targets[0] if targets else "", calibration=data)
