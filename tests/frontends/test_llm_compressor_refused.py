@@ -245,7 +245,7 @@ def test_a_checkpoint_s_config():
         is not None
     )
     with pytest.raises(SpecError, match="no dialect is recognised"):
-        load_spec({"quantization_config": {"quant_method": "gptq"}})
+        load_spec({"quantization_config": {"bits": 4}})
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,39 @@ _MOST_PAIRS: Final = 50_000  # of targets, each of which may make a rule
 _MOST_CHARACTERS: Final = 100_000  # of expressions joined from them
 
 
+def adopted(modifiers: Sequence[Modifier]) -> list[Modifier]:
+    """The modifiers, those without a scheme with what the ones before them plan.
+
+    A modifier all of whose layers such a one rounds is gone. What cannot be said is reported.
+    """
+    found: list[Modifier] = []
+    for modifier in modifiers:
+        if not modifier.adopts:
+            found.append(modifier)
+            continue
+        plans = [one for one in found if one.quantizes and one.has_plans]
+        if len(plans) != 1:
+            which = "several modifiers before it have one" if plans else "no modifier before it plans a layer"
+            modifier.section.report(f"has no scheme, and {which}; write it")
+            continue
+        (other,) = plans
+        words = {word for _, word in other.actorders}
+        options = dict(modifier.algorithm.options if modifier.algorithm else ())
+        given = modifier.section.values.get("actorder") is not None
+        if given:
+            modifier.section.unused("actorder", "the order of the scheme holds, which stands before")
+        options["act_order"] = "static" if words else "none"
+        texts = {rule.match for rule in other.ignored}
+        ignored = (*other.ignored, *(rule for rule in modifier.ignored if rule.match not in texts))
+        if len(ignored) == len(other.ignored):
+            found.remove(other)
+        else:
+            found[found.index(other)] = replace(other, actorders=())
+        algorithm = modifier.algorithm and replace(modifier.algorithm, options=tuple(options.items()))
+        found.append(replace(modifier, rules=other.rules, ignored=ignored, cache=other.cache, algorithm=algorithm))
+    return found
+
+
 def combine_rules(modifiers: Sequence[Modifier]) -> tuple[Rule, ...]:
     """The rules of all modifiers, the last that matches deciding. What cannot be said is reported."""
     return tuple(in_order(_one_after_the_other(modifiers)))

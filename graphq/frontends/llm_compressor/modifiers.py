@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, final
 
-from graphq.frontends.document import Plain, Section, nearest, show
+from graphq.frontends.document import Section, nearest, show
 from graphq.frontends.llm_compressor.args import filled, order_word, read_args
+from graphq.frontends.llm_compressor.mappings import awq_mappings, smooth_mappings
 from graphq.frontends.llm_compressor.observer import number, observer_word
 from graphq.frontends.llm_compressor.presets import Observers, is_preset, read_preset
 from graphq.frontends.llm_compressor.schemes import (
@@ -19,7 +20,6 @@ from graphq.frontends.llm_compressor.schemes import (
     read_groups,
     read_ignore,
     read_scheme,
-    read_targets,
 )
 from graphq.frontends.llm_compressor.transforms import folds
 from graphq.spec.match import Match
@@ -34,6 +34,12 @@ _MIXIN: Final = (
     *("config_groups", "targets", "ignore", "scheme", "kv_cache_scheme", "weight_observer", "input_observer"),
     *("output_observer", "observer", "bypass_divisibility_checks"),
 )
+# Fields of the releases of 2024, which none of today's have.
+_EARLIER: Final[Mapping[str, str]] = {
+    **dict.fromkeys(("sequential_update", "true_sequential", "sequential_targets"), "blocks are calibrated in order"),
+    **dict.fromkeys(("disable_quantization_observer_epoch", "num_calibration_steps"), "it is for training"),
+}
+_SCHEMES: Final = ("scheme", "config_groups", "kv_cache_scheme")
 _REFUSED: Final[Mapping[str, str]] = {
     **dict.fromkeys(
         (
@@ -52,7 +58,8 @@ _REFUSED: Final[Mapping[str, str]] = {
 class Modifier:
     """One modifier: the rules of its targets, those of its ``ignore``, the KV cache's format, and its algorithm.
 
-    ``rounds``: whether the algorithm is for the layers of its own targets.
+    ``rounds``: whether the algorithm is for the layers of its own targets. ``actorders``: the orders of columns that
+    its groups ask for, and where they do. ``adopts``: it rounds what a modifier before it plans, and plans nothing.
     """
 
     section: Section
@@ -63,6 +70,8 @@ class Modifier:
     algorithm: Algorithm | None = None
     rounds: bool = False
     quantizes: bool = False
+    actorders: tuple[tuple[Section, str], ...] = ()
+    adopts: bool = False
 
     @property
     def has_plans(self) -> bool:
@@ -70,8 +79,8 @@ class Modifier:
         return any(isinstance(rule.decision, Plan) for rule in self.rules)
 
 
-def read_modifier(name: str, section: Section) -> Modifier | None:
-    """The modifier of this class. What is wrong with it is reported."""
+def read_modifier(name: str, section: Section, *, behind: bool = False) -> Modifier | None:
+    """The modifier of this class. What is wrong with it is reported. ``behind``: one before it quantizes."""
     if name in _REFUSED:
         section.report(_REFUSED[name])
         return None
@@ -80,11 +89,19 @@ def read_modifier(name: str, section: Section) -> Modifier | None:
         return None
     fields, read = _READERS[name]
     is_awq_with_scheme = name == "AWQModifier" and any(section.values.get(key) is not None for key in _MIXIN)
-    known = (*fields, *_BASE, *_MIXIN * (name in _ROUNDING or is_awq_with_scheme))
+    earlier = ("quantize", *_EARLIER) if name in ("QuantizationModifier", "GPTQModifier") else ()
+    known = (*fields, *_BASE, *_MIXIN * (name in _ROUNDING or is_awq_with_scheme), *earlier)
     section.only(known)
     for key in _BASE:
         if section.values.get(key) is not None:
             section.unused(key, "it is llm-compressor's own bookkeeping")
+    for key in earlier:
+        if key in _EARLIER and key in section.values:
+            section.unused(key, f"a field of earlier releases; {_EARLIER[key]}")
+    if section.values.get("quantize") not in (None, True):
+        section.report(
+            "a field of earlier releases, True where it quantizes; write scheme or config_groups", "quantize"
+        )
     options, match = read(section)
     before = len(section.document.problems)
     found = _Scheme()
@@ -93,13 +110,13 @@ def read_modifier(name: str, section: Section) -> Modifier | None:
             f"{section.document.prefix(section.at)}read with a QuantizationModifier behind it, as earlier releases have"
             " it; llm-compressor 0.14 refuses its scheme and targets"
         )
-    if name in _ROUNDING or is_awq_with_scheme:
+    adopts = behind and name == "GPTQModifier" and all(section.values.get(key) is None for key in _SCHEMES)
+    if adopts:
+        found = _read_adopted(section)
+    elif name in _ROUNDING or is_awq_with_scheme:
         found = _read_scheme(section, name)
     if name == "GPTQModifier":
         _order(section, options, found.groups)
-    elif found.groups.actorders:
-        for weights, _ in found.groups.actorders:
-            weights.unused("actorder", "GPTQModifier alone orders columns")
     if len(section.document.problems) > before:
         return None
     algorithm = None
@@ -116,6 +133,8 @@ def read_modifier(name: str, section: Section) -> Modifier | None:
         algorithm,
         rounds=name in ("GPTQModifier", "AutoRoundModifier") or is_awq_with_scheme,
         quantizes=name in _ROUNDING or is_awq_with_scheme,
+        actorders=() if name == "GPTQModifier" else tuple(found.groups.actorders),
+        adopts=adopts,
     )
 
 
@@ -125,6 +144,17 @@ class _Scheme:
     groups: Groups = field(default_factory=Groups)
     ignored: tuple[Rule, ...] = ()
     cache: Quant | None = None
+
+
+def _read_adopted(section: Section) -> _Scheme:
+    """What a GPTQModifier says that rounds what another one plans: the layers that it leaves to that one."""
+    given = filled(section)
+    for key in _MIXIN:
+        if key == "targets" and given.values.get(key) not in (None, "Linear", ["Linear"]):
+            given.report("a GPTQModifier of some layers needs their scheme; write it", key)
+        elif key not in ("ignore", "targets") and key in given.values:
+            given.unused(key, "it has no scheme; that of the modifier before it holds")
+    return _Scheme(ignored=read_ignore(given, "GPTQModifier."))
 
 
 def _read_scheme(section: Section, name: str) -> _Scheme:
@@ -240,24 +270,7 @@ def _awq(section: Section) -> tuple[dict[str, Scalar], tuple[Match, ...]]:
         options["n_grid"] = section.integer("n_grid")
     if "offload_device" in section.values:
         section.unused("offload_device", "it changes no number")
-    return options, _awq_mappings(filled(section))
-
-
-def _awq_mappings(given: Section) -> tuple[Match, ...]:
-    found: dict[str, Match] = {}
-    for index, item in enumerate(given.items("mappings", " of mappings")):
-        if not isinstance(item, dict):
-            given.report(f"{show(item)} is not a mapping with smooth_layer and balance_layers", "mappings", index)
-            continue
-        mapping = Section(given.document, item, (*given.at, "mappings", index))
-        mapping.only(("smooth_layer", "balance_layers", "activation_hook_target"))
-        if mapping.text("smooth_layer", required=True) is not None:
-            mapping.unused("smooth_layer", "what takes the factors up is read from the graph")
-        if mapping.values.get("activation_hook_target") is not None:
-            mapping.unused("activation_hook_target", "what the layers read is read from the graph")
-        mapping.items("balance_layers", required=True)
-        found |= {text: match for text, match, _ in read_targets(mapping, "balance_layers")}
-    return tuple(found.values())
+    return options, awq_mappings(filled(section))
 
 
 def _smooth_quant(section: Section) -> tuple[dict[str, Scalar], tuple[Match, ...]]:
@@ -275,22 +288,7 @@ def _smooth_quant(section: Section) -> tuple[dict[str, Scalar], tuple[Match, ...
         given.report(f"{show(algorithm)} is not smoothquant", "algorithm")
     if given.values.get("ignore"):
         given.report("leaving out norms is not supported; write mappings with the layers that are smoothed", "ignore")
-    return options, _smooth_mappings(given)
-
-
-def _smooth_mappings(given: Section) -> tuple[Match, ...]:
-    found: dict[str, Match] = {}
-    for index, item in enumerate(given.items("mappings", " of pairs")):
-        match item:
-            case [list() | str() as balanced, str() | [str()]]:
-                pair: dict[str, Plain] = {"0": balanced}
-                layers = Section(given.document, pair, (*given.at, "mappings", index))
-                found |= {text: match for text, match, _ in read_targets(layers, "0")}
-                at = given.document.prefix((*given.at, "mappings", index, 1))
-                given.document.notes.append(f"{at}ignored: what takes the factors up is read from the graph")
-            case _:
-                given.report(f"{show(item)} is not a pair of layers and the norm in front of them", "mappings", index)
-    return tuple(found.values())
+    return options, smooth_mappings(given)
 
 
 _KINDS: Final = {"hadamard": "hadamard", "random-hadamard": "random_hadamard", "random-matrix": "orthogonal"}

@@ -22,6 +22,7 @@ _REFUSED: Final[Mapping[str, str]] = {
     "nvfp4_expanded_imatrix": "searches beyond the extremes and weighs errors by the inputs",
 }
 OBSERVERS: Final = (*_MIN_MAX, *_MSE, *_REFUSED)
+_RENAMED: Final = {"memoryless": "memoryless_minmax"}  # as the releases of 2024 have it
 _OPTIONS: Final = ("averaging_constant", "maxshrink", "patience", "grid", "norm", "expand")
 _UNUSED: Final = ("chunk_size", "triton_error_buffer", "enable_compile")
 
@@ -42,6 +43,7 @@ def observer_word(section: Section, key: str, *at: str) -> str | None:
     if word is None:
         return None
     name = word.lower().replace("-", "_")
+    name = _RENAMED.get(name, name)
     if name not in OBSERVERS:
         section.report(f"{show(word)} is not an observer{nearest(name, OBSERVERS)}", key)
         return None

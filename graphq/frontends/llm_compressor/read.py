@@ -1,5 +1,6 @@
 """Reading a recipe, or a ``quantization_config``."""
 
+from collections.abc import Mapping
 from typing import Final
 
 from graphq.frontends.document import Document, Plain, Section, show
@@ -15,14 +16,30 @@ SIGN: Final = (
 _CONFIGS: Final = ("quantization_config", "compression_config")
 
 
+# Other methods, and the preset that is most like what each is used for.
+_OTHERS: Final[Mapping[str, str]] = {
+    "gptq": "w4a16+gptq",
+    "awq": "w4a16-asym+awq",
+    "fp8": "fp8-block or fp8-dynamic",
+    "fbgemm_fp8": "fp8-dynamic",
+    "mxfp4": "mxfp4a16",
+    "modelopt": "nvfp4 or fp8",
+    "bitsandbytes": "w8a16 or w4a16",
+    "hqq": "w4a16-asym",
+    "auto-round": "w4a16",
+    "torchao": "w8a8 or w4a16",
+    "quark": "fp8",
+}
+
+
 def recognises(document: Document) -> bool:
-    """Whether the document is in this dialect."""
+    """Whether the document is in this dialect; also a checkpoint's configuration for another method, to be refused."""
     root = document.root
     return _is_config(root) or any(_is_config(root.get(key)) for key in _CONFIGS) or _is_recipe(root)
 
 
 def _is_config(value: Plain) -> bool:
-    return isinstance(value, dict) and value.get("quant_method") == "compressed-tensors"
+    return isinstance(value, dict) and isinstance(value.get("quant_method"), str)
 
 
 def _is_recipe(value: Plain) -> bool:
@@ -53,9 +70,28 @@ def parse(document: Document) -> Spec:
     return parse_recipe(document)
 
 
+def _read_sparsity(given: Section) -> None:
+    """Notes a ``sparsity_config`` whose weights are stored whole, and reports others."""
+    value = given.values.get("sparsity_config")
+    word = value.get("format") if isinstance(value, dict) else None
+    if word == "dense":
+        given.unused("sparsity_config", "weights are stored whole, zeros among them")
+    elif value not in (None, {}):
+        given.report(
+            f"sparsity{f' stored as {word}' if isinstance(word, str) else ''} is not supported", "sparsity_config"
+        )
+
+
 def _read_config(section: Section) -> Spec:
     """The ``quantization_config`` of a checkpoint, which says how layers are quantized, and not by what algorithm."""
     document = section.document
+    method = section.text("quant_method")
+    if method not in (None, "compressed-tensors"):
+        preset = f"; the preset {_OTHERS[method]} comes near" if method in _OTHERS else ""
+        section.report(
+            f"{show(method)} is not compressed-tensors, the one method that is read as a spec{preset}", "quant_method"
+        )
+        document.finish()
     section.only(
         (
             *("quant_method", "config_groups", "ignore", "kv_cache_scheme", "version", "format"),
@@ -63,14 +99,12 @@ def _read_config(section: Section) -> Spec:
         )
     )
     given = filled(section)
-    if given.text("quant_method") not in (None, "compressed-tensors"):
-        given.report(f"{show(given.values['quant_method'])} is not compressed-tensors", "quant_method")
     for key in ("version", "format", "quantization_status", "global_compression_ratio"):
         if key in given.values:
             given.unused(key, "it describes the checkpoint, not the model")
-    for key, what in (("sparsity_config", "sparsity"), ("transform_config", "a checkpoint with rotations")):
-        if given.values.get(key) not in (None, {}):
-            given.report(f"{what} is not supported", key)
+    _read_sparsity(given)
+    if given.values.get("transform_config") not in (None, {}):
+        given.report("a checkpoint with rotations is not supported", "transform_config")
     groups = Groups()
     sections = given.section("config_groups", required=True)
     if sections is not None:

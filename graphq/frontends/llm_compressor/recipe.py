@@ -8,6 +8,7 @@ from graphq.frontends.document import Document, Section, nearest, show
 from graphq.frontends.llm_compressor.args import filled
 from graphq.frontends.llm_compressor.combine import (
     CALIBRATED,
+    adopted,
     combine_algorithms,
     combine_rules,
     default_pipeline,
@@ -44,10 +45,20 @@ def no_layers(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
 def parse_recipe(document: Document) -> Spec:
     """The spec that the recipe means. Raises ``SpecError`` with everything that is wrong with it."""
     top = Section(document, document.root)
-    modifiers = [m for name, section in _modifiers(top) if (m := read_modifier(name, section)) is not None]
+    modifiers: list[Modifier] = []
+    complete = True  # whether all could be read: what is lacking in others is told only then
+    for name, section in _modifiers(top):
+        behind = not complete or any(modifier.quantizes for modifier in modifiers)
+        read = read_modifier(name, section, behind=behind)
+        modifiers += [] if read is None else [read]
+        complete = complete and read is not None
     if not modifiers and not document.problems:
         top.report("the recipe has no modifiers: it quantizes nothing")
-    _check_sequence(modifiers)
+    _check_sequence(modifiers, complete=complete)
+    modifiers = adopted(modifiers) if complete else modifiers
+    for modifier in modifiers:
+        for weights, _ in modifier.actorders:
+            weights.unused("actorder", "GPTQModifier alone orders columns")
     quantizing = [modifier for modifier in modifiers if modifier.quantizes]
     word, prefix = _read_pipeline(top, modifiers)
     rules = combine_rules(quantizing)
@@ -72,13 +83,13 @@ def parse_recipe(document: Document) -> Spec:
     )
 
 
-def _check_sequence(modifiers: list[Modifier]) -> None:
-    """Reports modifiers in an order that has no meaning."""
+def _check_sequence(modifiers: list[Modifier], *, complete: bool) -> None:
+    """Reports modifiers in an order that has no meaning. ``complete``: none is lacking that could not be read."""
     for index, modifier in enumerate(modifiers):
         later = modifiers[index + 1 :]
         if modifier.name == "SpinQuantModifier" and any(m.name != modifier.name for m in modifiers[:index]):
             modifier.section.report("stands behind another modifier; a model is rotated before anything else")
-        elif not modifier.quantizes and not any(m.quantizes for m in later):
+        elif complete and not modifier.quantizes and not any(m.quantizes for m in later):
             modifier.section.report("no modifier behind it quantizes; add a QuantizationModifier or a GPTQModifier")
 
 
