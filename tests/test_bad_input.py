@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import graphq
 from graphq import GraphError, SpecError, TargetError
 from graphq.cli import app
-from graphq.spec.algorithms import ALGORITHMS
+from graphq.spec.algorithms import NEAREST
 from tests.models import MLP, Blocks
 
 X = torch.linspace(-2, 3, 5 * 8).reshape(5, 8)
@@ -66,7 +66,7 @@ SPECS: dict[str, tuple[Any, str]] = {
     "native group size": (INT8 | {"weight": "int8/g0"}, "weight: group_size: 0 is not a positive integer"),
     "native group": (INT8 | {"weight": "int8/g-4"}, f"weight: 'int8/g-4' {FORMAT_HINT}"),
     "symmetric text": (llmc({"symmetric": "yes"}), "quant.weight.symmetric: 'yes' is not true or false"),
-    "algorithm": (llmc(method="OmniQuant"), f"quant.method: graphq has no algorithm omniquant; there are {', '.join(ALGORITHMS)}"),
+    "algorithm": (llmc(method="OmniQuant"), f"quant.method: graphq has no algorithm omniquant; {NEAREST['omniquant']}"),
     "calibration": (llmc(method="Awq"), "calibration: none given, but the spec asks for awq"),
     "cache": (
         INT8 | {"cache": "int8/token/dynamic"},
@@ -135,7 +135,7 @@ def run(*args: object) -> Any:
         ("", "{}: the file is empty"),
         ("graphq: 1\nweight: !!python/object/apply:os.system [ls]\n", "{}:2: tags are not read: 'tag:yaml.org,2002:python/object/apply:os.system'\n"),
         ("a: &a [x, x]\n" + "".join(f"{c}: &{c} [{', '.join([f'*{p}'] * 9)}]\n" for p, c in zip("abcdef", "bcdefg", strict=True)), "{}:5:e: more than 10,000 values, aliases expanded\n"),
-        ("quant: {method: SpQR, weight: {bit: 8, symmetric: true, granularity: per_channel}}\n", "quant.method (line 1): graphq has no algorithm spqr; there are rtn"),
+        ("quant: {method: SpQR, weight: {bit: 8, symmetric: true, granularity: per_channel}}\n", "quant.method (line 1): graphq has no algorithm spqr; near is gptq"),
         ("graphq: 1\nweight: int8/channel\nbits: 4\n", "{}:3:bits: unknown key"),
     ],
 )  # fmt: skip

@@ -147,6 +147,20 @@ ALGORITHMS: Final[Mapping[str, Entry]] = {
 }
 
 
+# Algorithms of other tools that there are not here, and what comes near.
+NEAREST: Final[Mapping[str, str]] = {
+    "omniquant": "near are auto-round, which learns roundings and ranges, and awq, which searches scales and clipping",
+    "osplus": "near is smooth-quant with alpha: search, which scales the same channels and shifts none",
+    "tesseraq": "near is auto-round, which learns roundings and ranges, too",
+    "normtweaking": "near is correct-bias, which takes out what rounding does to means",
+    "spqr": "near is gptq; weights that stand out are not kept float by themselves, but layers are by a rule",
+    "quik": "near is rotate with gptq; channels that stand out are not kept float by themselves",
+    "llmint8": "near is smooth-quant; channels that stand out are not kept float by themselves",
+    "dgq": "near are weights of int4/over_int8, which have two levels of scales",
+    "adadim": "near is a rule for each layer; no axis of scales is chosen by itself",
+}
+
+
 def at_stage(stage: Stage) -> tuple[str, ...]:
     """The names of the algorithms that run then."""
     return tuple(name for name, entry in ALGORITHMS.items() if entry.stage == stage)
@@ -164,7 +178,8 @@ def problems(spec: Spec) -> list[str]:
         where = f"{algorithm.source}: " if algorithm.source else ""
         entry = ALGORITHMS.get(algorithm.name)
         if entry is None:
-            found.append(f"{where}graphq has no algorithm {algorithm.name}; there are {', '.join(ALGORITHMS)}")
+            near = NEAREST.get(algorithm.name, f"there are {', '.join(ALGORITHMS)}")
+            found.append(f"{where}graphq has no algorithm {algorithm.name}; {near}")
             continue
         if algorithm.match and entry.scope == "model":
             found.append(f"{where}{algorithm.name} is for the whole model; leave out its match")

@@ -65,7 +65,7 @@ PLANS = {
 }
 REFUSED = {
     "kvcache_int4": "cache: int4/asym/token/dynamic: graphq cannot quantize the KV cache yet; leave it out of the spec",
-    "osplus_w8a8": "quant.method (line 4): graphq has no algorithm osplus; there are rtn, ",
+    "osplus_w8a8": "quant.method (line 4): graphq has no algorithm osplus; near is smooth-quant",
     "w8a8_static": "cache: int8/tensor: graphq cannot quantize the KV cache yet; leave it out of the spec",
 }
 

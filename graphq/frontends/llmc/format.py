@@ -20,6 +20,7 @@ BITS: Final[dict[Role, tuple[int, ...]]] = {
     "act": ACTIVATION_BITS,
     "kvcache": tuple(range(MIN_BITS, MAX_WEIGHT_BITS + 1)),
 }
+TWO_LEVELS_BIT: Final = 48  # what LLMC calls int4 inside int8
 _KINDS: Final[dict[str, Kind]] = {  # the documentation writes float_quant
     "int-quant": "int-quant",
     "int_quant": "int-quant",
@@ -81,7 +82,11 @@ def read_format(section: Section, role: Role, around: Around) -> Int | Float | N
 
 
 def _lacking(bits: int) -> str:
-    return "48 (int4 inside int8, whose groups' scales LLMC rounds to integers)" if bits == 48 else str(bits)
+    return (
+        f"{TWO_LEVELS_BIT} (int4 inside int8, whose groups' scales LLMC rounds to integers)"
+        if bits == TWO_LEVELS_BIT
+        else str(bits)
+    )
 
 
 def _read_float(section: Section, kind: Kind | None) -> Float | None:

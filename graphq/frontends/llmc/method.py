@@ -7,7 +7,7 @@ noted. A method that graphq lacks keeps its name and options, which ``compile`` 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final
 
-from graphq.frontends.document import MAX_DEPTH, Document, Plain, Section, nearest, show
+from graphq.frontends.document import MAX_DEPTH, Document, Plain, Section, nearest, show, spell
 from graphq.frontends.llmc.tensor import read_hqq
 from graphq.spec.folds import EVERYWHERE, NORMS, Folds
 from graphq.spec.quant import Hqq
@@ -25,7 +25,7 @@ _OPTIONS: Final[Mapping[str, tuple[str, ...]]] = {
     "Awq": ("trans", "trans_version", "awq_bs", "save_mem"),
     "GPTQ": ("static_groups", "actorder", "percdamp", "blocksize", "owq", "n_outs", "chunk_num"),
     "SmoothQuant": ("alpha",),
-    "OsPlus": (),
+    "OsPlus": ("use_shift",),
     "OmniQuant": (
         *("deactive_amp", "wd", "epochs", "aug_loss", "lwc", "let", "lwc_lr", "let_lr", "use_shift", "alpha"),
         *("load_clip", "search_scale_init", "smooth_up_down"),
@@ -60,14 +60,14 @@ def read_method(quant: Section, method: str | None) -> tuple[tuple[Algorithm, ..
     for key in special.values:
         if key not in (*_COMMON, *_OPTIONS[method]):
             special.report(f"{method} has no such option{nearest(key, (*_OPTIONS[method], *_COMMON))}", key)
-    source = quant.document.origin(("quant", "method"), "quant.method")
+    source = quant.document.origin((*quant.at, "method"), spell((*quant.at, "method")))
     if method == "HQQ":
-        _read_common(special, method)
+        _read_common(special, method, quant)
         return (), _hqq(special)
     if method in _TRANSLATED:
         name, translate = _TRANSLATED[method]
-        found = translate(special)
-        _read_common(special, method)
+        found = translate(special, quant)
+        _read_common(special, method, quant)
         folds = _folds(method)
         algorithm = special.made(lambda: Algorithm(name, tuple(found.items()), source, folds=folds))
     else:
@@ -80,7 +80,7 @@ def _folds(method: str) -> Folds:
     return NORMS if method == "SmoothQuant" else EVERYWHERE
 
 
-def _read_common(special: Section, method: str) -> None:
+def _read_common(special: Section, method: str, quant: Section) -> None:
     for key in _OWN_RUN:
         if key in special.values:
             special.unused(key, "it steers LLMC's own run")
@@ -88,20 +88,36 @@ def _read_common(special: Section, method: str) -> None:
         special.unused("true_sequential", "graphq calibrates a block at once")
     if special.boolean("do_gqa_trans") is not None:
         special.unused("do_gqa_trans", "graphq scales through repeated heads")
-    if method == "Quarot" and "fp32_had" in special.values:
+    if "fp32_had" in special.values and (method == "Quarot" or not special.values.get("online_rotate")):
         special.unused("fp32_had", "products are made in the dtype that the model is captured in")
-    for key in ("search_clip_init", *(("online_rotate", "fp32_had") if method != "Quarot" else ())):
-        if special.boolean(key):
-            special.report("is not supported", key)
+    if special.boolean("search_clip_init"):
+        special.report("is not supported", "search_clip_init")
+    if method != "Quarot" and special.boolean("online_rotate"):
+        special.report(
+            f"LLMC rotates the model before, by a config of Quarot; in the native form one spec has both: algorithms:"
+            f" [{{rotate: {{r4: true}}}}, {_TRANSLATED[method][0] if method in _TRANSLATED else 'rtn'}]",
+            "online_rotate",
+        )
     if special.boolean("weight_clip") and method != "Awq":
         special.report(f"is not supported with {method}", "weight_clip")
-    if special.text("clip_version") not in (None, "v1"):
-        special.report(f"{show(special.values['clip_version'])} is not supported; write v1", "clip_version")
+    _read_clip_version(special, quant)
     if special.boolean("clip_sym") is not None:
         special.unused("clip_sym", "weights are clipped as their format is symmetric")
 
 
-def _awq(special: Section) -> dict[str, Scalar]:
+def _read_clip_version(special: Section, quant: Section) -> None:
+    """Notes v2, whose ranges are those of v1."""
+    version = special.text("clip_version")
+    weight = quant.values.get("weight")
+    if version not in (None, "v1", "v2"):
+        special.report(f"{show(version)} is not v1 or v2", "clip_version")
+    elif version == "v2" and isinstance(weight, dict) and weight.get("calib_algo") != "learnable":
+        special.report("v2 needs calib_algo: learnable of weight, in LLMC, too; write v1", "clip_version")
+    elif version == "v2":
+        special.unused("clip_version", "v2 keeps as factors the ranges that v1 clips weights to; they are the same")
+
+
+def _awq(special: Section, _: Section) -> dict[str, Scalar]:
     if special.boolean("trans") is False:
         special.report("Awq without its scales is not supported", "trans")
     version = special.text("trans_version") or "v2"
@@ -110,11 +126,17 @@ def _awq(special: Section) -> dict[str, Scalar]:
     return {"duo": version == "v1", "clip": special.boolean("weight_clip") or False}
 
 
-def _gptq(special: Section) -> dict[str, Scalar]:
+def _gptq(special: Section, quant: Section) -> dict[str, Scalar]:
     act_order, static = special.boolean("actorder"), special.boolean("static_groups")
-    if act_order and static is False:
-        special.report("with actorder, graphq's groups are static; write True", "static_groups")
-    elif static is False:
+    weight = quant.values.get("weight")
+    grouped = isinstance(weight, dict) and weight.get("granularity") == "per_group"
+    if act_order and static is False and grouped:
+        special.note(
+            "groups are of columns side by side here; LLMC's are of columns in their new order, which no checkpoint of"
+            " its own holds",
+            "static_groups",
+        )
+    elif static is False and grouped:
         special.unused("static_groups", "a group's range is that of the weights as they were")
     if special.boolean("owq"):
         special.report("is not supported", "owq")
@@ -129,12 +151,12 @@ def _gptq(special: Section) -> dict[str, Scalar]:
     }
 
 
-def _smooth_quant(special: Section) -> dict[str, Scalar]:
+def _smooth_quant(special: Section, _: Section) -> dict[str, Scalar]:
     alpha = _number(special, "alpha")
     return {} if alpha is None else {"alpha": alpha}
 
 
-def _quarot(special: Section) -> dict[str, Scalar]:
+def _quarot(special: Section, _: Section) -> dict[str, Scalar]:
     mode, online = special.text("rotate_mode", required=True), special.boolean("online_rotate") or False
     if mode is not None and mode not in _ROTATIONS:
         special.report(f"{show(mode)} is not hadamard or random", "rotate_mode")
@@ -161,7 +183,7 @@ def _number(section: Section, key: str) -> float | None:
     return value if isinstance(value, int | float) else None
 
 
-_TRANSLATED: Final[Mapping[str, tuple[str, Callable[[Section], dict[str, Scalar]]]]] = {
+_TRANSLATED: Final[Mapping[str, tuple[str, Callable[[Section, Section], dict[str, Scalar]]]]] = {
     "Awq": ("awq", _awq),
     "GPTQ": ("gptq", _gptq),
     "SmoothQuant": ("smooth-quant", _smooth_quant),
@@ -200,7 +222,7 @@ def write_method(algorithms: Sequence[Algorithm]) -> tuple[str, dict[str, Plain]
             problems.append(f"{algorithm.name}: folds: {algorithm.folds}: LLMC's {method} folds into {_folds(method)}")
         wanted = _DEFAULTS[method] | dict(algorithm.options)
         special = _special(method, wanted, algorithm)
-        got = _DEFAULTS[method] | _TRANSLATED[method][1](Section(Document(), special))
+        got = _DEFAULTS[method] | _TRANSLATED[method][1](Section(Document(), special), Section(Document(), {}))
         for option, value in wanted.items():
             if option not in got or type(got[option]) is not type(value) or got[option] != value:
                 problems.append(f"{algorithm.name}: {option}: {show(value)}: LLMC's {method} has no such setting")

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from graphq.frontends.document import Document, Plain, Section, nearest, show
+from graphq.frontends.document import Document, Plain, Section, nearest, show, spell
 from graphq.frontends.llmc.format import Around, read_kind
 from graphq.frontends.llmc.method import METHODS, read_method
 from graphq.frontends.llmc.run import SECTIONS, read_run
@@ -15,6 +15,11 @@ from graphq.spec.quant import PerBlock, PerGroup, Quant
 from graphq.spec.rules import Prefix, Rule, Spec
 
 SIGN: Final = "a top-level quant with method or weight, or quant or sparse beside base and model"
+_MODALITIES: Final = ("vision", "language", "video_gen")
+_OTHER_METHODS: Final = {
+    "SpinQuant": "learns rotations, which is not supported, and is in no release of LLMC; write Quarot",
+    "GPTBRECQ": "is in no release of LLMC; it is TesseraQ there",
+}
 _QUANT: Final = ("method", "weight", "act", "kvcache", "special", "mix_bits", "quant_out", "tp", "quant_type")
 
 
@@ -35,9 +40,9 @@ def parse(document: Document) -> Spec:
     top.only(("quant", "sparse", "ignored_layers", *SECTIONS))
     run = read_run(top)
     if "sparse" in top.values:
-        top.report("sparsity is not supported", "sparse")
+        _report_sparse(top)
     quant = top.section("quant", required="sparse" not in top.values)
-    base = None if quant is None else _read_quant(quant)
+    base = None if quant is None else _read_modalities(quant)
     ignored = top.section("ignored_layers")
     last = [] if ignored is None else list(_read_ignored_layers(ignored))
     document.finish()
@@ -47,18 +52,44 @@ def parse(document: Document) -> Spec:
     return Spec(rules, base.algorithms, base.cache, prefix=base.prefix, run=run, dialect="llmc", notes=notes)
 
 
-def _read_quant(quant: Section) -> Spec | None:
-    nested = [key for key in ("language", "vision", "video_gen") if key in quant.values]
-    for key in nested:
-        quant.report("a section for each modality is not supported; write method and weight right under quant", key)
-    if nested:
+def _report_sparse(top: Section) -> None:
+    """Reports what ``sparse`` asks for, by the name that LLMC has for it."""
+    sparse = top.values["sparse"]
+    method = sparse.get("method") if isinstance(sparse, dict) else None
+    what = {"TokenReduction": "token reduction", "Dense": "sparsity of the KV cache"}.get(str(method), "sparsity")
+    top.report(f"{what} is not supported", "sparse")
+
+
+def _read_modalities(quant: Section) -> Spec | None:
+    """What ``quant`` says, right under it or in a section for each modality, which then all say the same."""
+    nested = [key for key in _MODALITIES if key in quant.values]
+    if not nested:
+        return _read_quant(quant)
+    quant.only(_MODALITIES)
+    before = len(quant.document.problems)
+    found = [None if (one := quant.section(key)) is None else _read_quant(one) for key in nested]
+    if len(quant.document.problems) > before:
         return None
-    quant.only((*_QUANT, "token_reduction"))
+    if any(one != found[0] for one in found):
+        quant.report(
+            f"{' and '.join(nested)} are quantized in two ways, and graphq compiles one model at a time; leave the"
+            " section of the model that is compiled"
+        )
+        return None
+    quant.note("read for the whole model that is compiled; LLMC quantizes one modality by it", nested[0])
+    return found[0]
+
+
+def _read_quant(quant: Section) -> Spec | None:
+    quant.only((*_QUANT, "token_reduction", "quant_objects"))
+    if "quant_objects" in quant.values:
+        quant.unused("quant_objects", "the model that is compiled is quantized")
     if quant.values.get("token_reduction") not in (None, {}):
         quant.report("token reduction is not supported", "token_reduction")
     method = quant.text("method", required=True)
     if method is not None and method not in METHODS:
-        quant.report(f"{show(method)} is not a method{nearest(method, METHODS)}", "method")
+        why = _OTHER_METHODS.get(method, f"is not a method{nearest(method, METHODS)}")
+        quant.report(f"{show(method)} {why}", "method")
         method = None
     algorithms, hqq = read_method(quant, method)
     around = Around(method, read_kind(quant), hqq)
@@ -74,7 +105,7 @@ def _read_quant(quant: Section) -> Spec | None:
         quant.unused("tp", "graphq's own way of running holds")
     if plan is None:
         return None
-    base = Rule(Blocks(), plan, quant.document.origin(("quant",), "quant"))
+    base = Rule(Blocks(), plan, quant.document.origin(quant.at, spell(quant.at)))
     return Spec((base, *settings), algorithms, cache, prefix=prefix)
 
 

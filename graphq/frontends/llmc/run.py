@@ -28,18 +28,19 @@ _WINDOWS: Final = "calibration takes windows of plain text, one after the other"
 _CALIB: Final[Mapping[str, str]] = {
     "download": "graphq downloads nothing",
     "bs": "a window is a batch",
-    **dict.fromkeys(("preproc", "padding", "apply_chat_template", "add_answer", "load_from_txt"), _WINDOWS),
+    **dict.fromkeys(("preproc", "padding", "apply_chat_template", "add_answer", "load_from_txt", "type"), _WINDOWS),
     **dict.fromkeys(("sample_steps", "target_height", "target_width", "num_frames"), _VIDEO),
     **dict.fromkeys(("guidance_scale", "guidance_scale_2"), _VIDEO),
 }
 _TEXTS: Final = ("custom_txt", "custom")  # the documentation names the second one
 _DATA: Final = (
     *("pileval", "pile", "wikitext2", "c4", "ptb", "ultrachat", *_TEXTS, "custom_mm", "images", "t2v", "i2v"),
+    *("vlm_datastes", "alm_datastes", "avlm_datastes"),  # of earlier releases, spelled so
 )
 _EVAL: Final = (
     *("eval_pos", "type", "name", "download", "path", "bs", "seq_len", "num_samples", "num_eval_tokens", "seed"),
     *("inference_per_block", "apply_chat_template", "load_from_txt", "max_new_tokens", "res_path", "format_tabs"),
-    *("add_chat_temp", "output_video_path", "fps", "eval_token_consist", "padding", "preproc", "n_samples"),
+    *("add_chat_temp", "output_video_path", "fps", "eval_token_consist", "padding", "preproc", "n_samples", "tasks"),
     *("sample_steps", "target_height", "target_width", "num_frames", "guidance_scale", "guidance_scale_2"),
 )
 # The key of ``save`` -> the target's name. The first of those with one name is written.
@@ -57,6 +58,8 @@ _SAVE: Final[Mapping[str, str]] = {
     "save_path": "graphq compile takes --out",
     "trtllm_cfg": "graphq does not run TensorRT-LLM",
     "lightllm_kv_cache_calib_name": "graphq writes no such file",
+    **dict.fromkeys(("save_quant", "save_autogptq"), "a key of earlier releases; graphq compile takes --target"),
+    "save_fp": "a key of earlier releases; graphq writes no float model with the method's changes",
 }
 _SAVE_FLAGS: Final[Mapping[str, str]] = {
     "save_trans": "graphq writes no float model with the method's changes; the artifact holds them",
@@ -68,7 +71,7 @@ _SECTION_KEYS: Final[Mapping[str, tuple[str, ...]]] = {
     "calib": ("name", "path", "n_samples", "seq_len", "seed", *_CALIB),
     "eval": _EVAL,
     "save": (*TARGETS, *_SAVE_FLAGS, *_SAVE),
-    "opencompass": ("cfg_path", "output_path"),
+    "opencompass": ("cfg_path", "output_path", "max_num_workers"),
 }
 
 

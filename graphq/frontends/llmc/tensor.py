@@ -8,7 +8,7 @@ import dataclasses
 from typing import Final
 
 from graphq.frontends.document import Plain, Section, show
-from graphq.frontends.llmc.format import BITS, Around, Role, either, read_format, write_format
+from graphq.frontends.llmc.format import BITS, TWO_LEVELS_BIT, Around, Role, either, read_format, write_format
 from graphq.spec.formats import Float, Int, is_asymmetric
 from graphq.spec.quant import (
     Granularity,
@@ -43,8 +43,9 @@ _GRANULARITIES: Final[dict[Role, tuple[str, ...]]] = {
     "act": ("per_tensor", "per_token", "per_group"),
     "kvcache": ("per_tensor", "per_token", "per_group"),
 }
+_TWO_LEVELS: Final = ("w_1", "w_2", "bit4", "bit8")
 _REFUSED: Final = {
-    **dict.fromkeys(("w_1", "w_2", "bit4", "bit8"), "a weight of two levels"),
+    **dict.fromkeys(_TWO_LEVELS, "a weight of two levels"),
     **dict.fromkeys(("quant_attn", "quant_softmax", "quant_act_fn"), "quantization of anything but linear layers"),
 }
 _UNUSED: Final = {
@@ -62,6 +63,10 @@ def read_tensor(section: Section | None, role: Role, around: Around, static: boo
     if section is None:
         return None
     section.only((*_TENSOR, *_OF_ROLE[role], *_KEYS, *_REFUSED, *_UNUSED))
+    two_levels = next((key for key in _TWO_LEVELS if section.values.get(key) not in (None, {}, False)), None)
+    if two_levels and section.values.get("bit") in (None, TWO_LEVELS_BIT):  # what else it says stands at each level
+        section.report(f"{_REFUSED[two_levels]} is not supported", two_levels)
+        return None
     format = read_format(section, role, around)
     if "static" in _OF_ROLE[role] and "static" in section.values:
         static = section.boolean("static") or False
