@@ -133,6 +133,7 @@ def capture(
     cache: bool = True,
     mask: str | None = None,
     shapes: Mapping[str, int] | None = None,
+    check_capture: bool = True,
 ) -> fx.GraphModule:
     """The graph of a module (with example ``inputs``), of a transformers model, or of a Hugging Face directory.
 
@@ -142,9 +143,10 @@ def capture(
     reads a directory's configuration alone. ``cache=False`` leaves the key/value cache, or another that a model gives
     back, out. ``mask`` names the one of ``inputs`` that is 0 where a token is padding; of other models it is known.
     ``shapes`` fixes dimensions by name, such as ``{"batch": 1}``.
-    Without ``dtype``, what stays float of a 16-bit directory is stored in its own dtype.
+    ``check_capture``: where weights are held, the graph is run beside the model at two sets of sizes, and is refused
+    where it gives something else. Without ``dtype``, what stays float of a 16-bit directory is stored in its own dtype.
     """
-    return _captured(model, inputs, dtype, weights, cache, mask, shapes)
+    return _captured(model, inputs, dtype, weights, cache, mask, shapes, check=check_capture)
 
 
 def _captured(
@@ -156,6 +158,7 @@ def _captured(
     mask: str | None,
     shapes: Mapping[str, int] | None,
     unread: bool = False,
+    check: bool = False,
 ) -> fx.GraphModule:
     """``capture``; ``unread``: parameters of a directory may stay in their files, if no pass so far needs them."""
     if dtype is not None and not (isinstance(cast(object, dtype), torch.dtype) and dtype.is_floating_point):
@@ -163,7 +166,7 @@ def _captured(
     is_directory = isinstance(model, str | os.PathLike)
     if is_directory:
         own = capture_unread if unread else None
-        gm = hugging_face.capture_directory(Path(model), dtype or torch.float32, weights, cache, shapes, own)
+        gm = hugging_face.capture_directory(Path(model), dtype or torch.float32, weights, cache, shapes, own, check)
     elif not isinstance(cast(object, model), nn.Module):
         raise GraphError(f"model: a {type(model).__name__} is neither a module nor the path of a model directory")
     else:
@@ -173,9 +176,9 @@ def _captured(
 
             model = copy.deepcopy(model).to(dtype)
         if inputs is not None:
-            gm = capture_module(model, inputs, cache, mask, shapes)
+            gm = capture_module(model, inputs, cache, mask, shapes, check)
         elif hugging_face.is_pretrained(model):
-            gm = hugging_face.capture_pretrained(cast(Any, model), cache, shapes)
+            gm = hugging_face.capture_pretrained(cast(Any, model), cache, shapes, check)
         else:
             raise GraphError(
                 f"inputs: {type(model).__name__} is not a transformers model; pass example inputs of its forward"
@@ -212,6 +215,7 @@ def compile(  # noqa: A001
     cache: bool = True,
     mask: str | None = None,
     shapes: Mapping[str, int] | None = None,
+    check_capture: bool = True,
     matmul_precision: Literal["highest", "medium"] = "highest",
 ) -> Compiled:
     """Compile ``model`` as ``spec`` says.
@@ -232,6 +236,8 @@ def compile(  # noqa: A001
     mask: which of ``inputs`` is the mask of tokens, ``[batch, tokens]``, 1 where a token counts and 0 where it is
         padding; what is padding in a calibration batch has no part in it. transformers' models say it themselves.
     shapes: the sizes of dimensions that are fixed, such as ``{"batch": 1}``, at those of ``inputs``.
+    check_capture: run the captured graph beside the model before anything is quantized, on a few tokens or the
+        examples and at a second length, and refuse it where it gives something else.
     algorithm: ``"rtn"`` rounds to nearest whatever algorithm the spec names.
     matmul_precision: how float32 products are computed in calibration, as ``torch.set_float32_matmul_precision`` takes
         it: ``medium`` rounds their factors to bfloat16, which is several times faster on processors with units for it.
@@ -257,7 +263,7 @@ def compile(  # noqa: A001
     if problems := [*refusals(parsed), *fallback_problems(parsed)]:
         raise SpecError(problems)
     unread = calibration is None and not parsed.algorithms and placed_for(parsed) is None  # nothing needs all weights
-    gm = _captured(model, inputs, dtype, True, cache, mask, shapes, unread)
+    gm = _captured(model, inputs, dtype, True, cache, mask, shapes, unread, check_capture)
     timer.end("capture")
     widths = stored_bits(gm)
     held = gm.state_dict(keep_vars=True).values() if isinstance(model, nn.Module) and not consume else ()

@@ -124,7 +124,7 @@ def _export(
     ``deferred``: export asserts conditions on sizes in the graph instead of deciding by them; they are proved here.
     """
     shapes = dynamic_shapes(inputs, ranges)
-    with _evaluating(flat), torch.no_grad(), _quiet(), lean_export():
+    with evaluating(flat), torch.no_grad(), _quiet(), lean_export():
         try:
             exported = torch.export.export(
                 flat,
@@ -236,7 +236,8 @@ def _quiet() -> Generator[None]:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Generator[None]:
+def evaluating(model: nn.Module) -> Generator[None]:
+    """Inside, no module of the model trains."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

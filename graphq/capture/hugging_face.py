@@ -21,6 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from graphq.capture import adapters
 from graphq.capture.export import MINIMUM, FlatModel, export_flat, lean_export
 from graphq.capture.export_errors import SpecializedError
+from graphq.capture.proof import prove, samples_of
+from graphq.capture.quiet import silent_transformers
 from graphq.capture.sizes import MAX_SIZE, fixed_sizes, position_limit
 from graphq.capture.source import BATCH, KEY, PAST, SEQUENCE, TOTAL, CachePair, Source, TensorInput, with_total
 from graphq.errors import GraphError, SpecError
@@ -42,13 +44,14 @@ def is_pretrained(model: nn.Module) -> bool:
 
 
 def capture_pretrained(
-    model: "PreTrainedModel", cache: bool = True, shapes: Mapping[str, int] | None = None
+    model: "PreTrainedModel", cache: bool = True, shapes: Mapping[str, int] | None = None, check: bool = False
 ) -> fx.GraphModule:
     """The graph of a transformers model, with inputs made from its configuration.
 
     ``cache=False`` leaves the key/value cache out of a causal language model. ``shapes`` fixes dimensions by name.
-    Raises ``SpecError`` for a dimension that there is not, ``GraphError`` for models that are
-    quantized already, of a kind whose inputs cannot be made, or with a cache that is not plain keys and values.
+    ``check``: the graph is run beside the model, and is refused where it gives something else.
+    Raises ``SpecError`` for a dimension that there is not, ``GraphError`` for models that are quantized already, of a
+    kind whose inputs cannot be made, or with a cache that is not plain keys and values.
     """
     refuse_quantized(model.config)
     flat, inputs = _causal_lm(model, cache) if is_causal_lm(model) else _plain(model)
@@ -77,6 +80,8 @@ def capture_pretrained(
         caches=_cache_pairs(inputs),
         mask=next((i.name for i in inputs if i.name == "attention_mask"), None),
     )
+    if check and (notes := prove(gm, flat, samples_of(model, gm.meta[KEY]))):
+        gm.meta[KEY] = replace(gm.meta[KEY], notes=(*source.notes, *notes))
     return gm
 
 
@@ -330,23 +335,6 @@ def check_weight_files(path: Path) -> None:
             raise GraphError(f"{file}: damaged or incomplete: {error}") from error
 
 
-@contextlib.contextmanager
-def silent_transformers() -> Generator[None]:
-    """Nothing but errors is logged by transformers, and no progress shown, while it lasts."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    bar = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()
-
-
 def capture_directory(
     path: Path,
     dtype: torch.dtype = torch.float32,
@@ -354,11 +342,13 @@ def capture_directory(
     cache: bool = True,
     shapes: Mapping[str, int] | None = None,
     unread: "Unread | None" = None,
+    check: bool = False,
 ) -> fx.GraphModule:
     """The graph of the model in a directory; its source dtype is the one its configuration records.
 
     ``weights=False`` reads the configuration alone: parameters are fake tensors on the CPU, the graph is the same.
     ``unread``: what captures it where parameters can stay in their files until they are used (``capture.unread``).
+    ``check``: as for ``capture_pretrained``, where weights are held.
     """
     config = read_config(path)
     recorded: Any = getattr(config, "dtype", None)  # before a model made from it overwrites it
@@ -367,7 +357,7 @@ def capture_directory(
     if gm is None and weights:
         model, unused = _load(path, dtype)
         adapters.without_adapters(model)  # which transformers puts into a model where peft is installed
-        gm = capture_pretrained(model, cache, shapes)
+        gm = capture_pretrained(model, cache, shapes, check)
         if unused:
             count = f"{len(unused)} tensor{'s' * (len(unused) > 1)} of the checkpoint"
             notes = (*notes, f"{count} that {type(model).__name__} does not use: {_first(unused)}")

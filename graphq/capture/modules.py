@@ -13,8 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from graphq.capture.arguments import caller, named_inputs
 from graphq.capture.export import FlatModel, export_flat
 from graphq.capture.export_errors import SpecializedError
+from graphq.capture.proof import prove, resized
 from graphq.capture.sizes import MAX_SIZE, fixed_sizes
-from graphq.capture.source import BATCH, KEY, SEQUENCE, Source, TensorInput
+from graphq.capture.source import BATCH, KEY, SEQUENCE, Source, TensorInput, source_of
 from graphq.capture.token_axes import has_tokens, problem_of, token_axes
 from graphq.errors import GraphError, PassError, SpecError
 
@@ -27,6 +28,7 @@ def capture_module(
     cache: bool = True,
     mask: str | None = None,
     shapes: Mapping[str, int] | None = None,
+    check: bool = False,
 ) -> fx.GraphModule:
     """The graph of any module, from example inputs (a tensor, a tuple, or a dict by argument name).
 
@@ -37,10 +39,11 @@ def capture_module(
     where its code bounds a dimension. ``shapes`` fixes dimensions by name, at their sizes in the examples; inputs that
     do not begin with a fixed batch have none.
     ``mask`` names the input ``[batch, tokens]`` that is 1 where a token counts and 0 where it is padding; with it,
-    ``sequence`` is the dimension of an input that is as large as the mask (``token_axes``). Raises ``GraphError`` for
-    inputs or outputs that are not tensors, a batch that the model fixes and ``shapes`` does not, and untraceable code;
-    ``SpecError`` for other sizes than the examples', and for a mask that is none: one of other numbers, or of the
-    tokens of no input.
+    ``sequence`` is the dimension of an input that is as large as the mask (``token_axes``). ``check``: the graph is run
+    beside the model, and is refused where it gives something else.
+    Raises ``GraphError`` for inputs or outputs that are not tensors, a batch that the model fixes and ``shapes`` does
+    not, and untraceable code; ``SpecError`` for other sizes than the examples', and for a mask that is none: one of
+    other numbers, or of the tokens of no input.
     """
     model = unwrapped(model)
     named, structures = named_inputs(model, inputs)
@@ -48,6 +51,7 @@ def capture_module(
     call = caller(model, structures, {} if cache else _no_cache(model, named))
     with contextlib.nullcontext() if cache else _without_cache(model):
         gm = _capture(model, named, call, mask, {} if shapes is None else shapes)
+        proved = _proved(gm, model, named, call) if check else ()
     _check_examples(gm, model, named, caller(model, structures, {}))
     source: Source = gm.meta[KEY]
     undeclared = () if mask else (name for name, x in named.items() if name.endswith("mask") and x.dim() == 2)
@@ -57,6 +61,7 @@ def capture_module(
     ]
     size = {one.name: one.shape for one in source.inputs}[mask][1] if mask else None
     square = [one.name for one in source.inputs if isinstance(size, int) and one.shape[1:] == (size, size)]
+    notes += proved
     notes += [
         f"{name}: dimensions 1 and 2 are as large as {mask}: dimension 1 is taken for its tokens" for name in square
     ]
@@ -156,6 +161,13 @@ def _check_examples(
         if _runs(model, named, call):
             raise PassError(f"capture: the graph of {type(model).__name__} fails where it does not: {first}") from error
         raise GraphError(f"inputs: {type(model).__name__} fails on the examples: {first}") from error
+
+
+def _proved(gm: fx.GraphModule, model: nn.Module, named: Mapping[str, Tensor], call: Call) -> tuple[str, ...]:
+    """Notes on what could not be compared of the graph and the model, on the examples and at other sizes."""
+    examples = list(named.values())
+    other = None if any(x.is_meta for x in examples) else resized(source_of(gm), examples)
+    return prove(gm, FlatModel(model, tuple(named), call), [examples, *([] if other is None else [other])])
 
 
 def _runs(model: nn.Module, named: Mapping[str, Tensor], call: Call) -> bool:

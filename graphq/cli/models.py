@@ -68,6 +68,9 @@ def compile_(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an artifact that stands in DIR.")] = False,
     as_json: Json = False,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="ONNX without the key/value cache.")] = False,
+    no_check_capture: Annotated[
+        bool, typer.Option("--no-check-capture", help="Do not run the captured graph beside the model.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Quantize a model and write the artifact."""
@@ -112,6 +115,7 @@ def compile_(
         algorithm=algorithm,
         seed=seed,
         shapes=fixed,
+        check_capture=not no_check_capture,
     )
     made.emit(target_name, out, **options)
     print_report(made.report, as_json)
