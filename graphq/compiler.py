@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from graphq.algorithms import PassContext, unmatched
 from graphq.capture import hugging_face
 from graphq.capture.adapters import without_adapters
+from graphq.capture.given_inputs import capture_directory_on
 from graphq.capture.modules import capture_module, unwrapped
 from graphq.capture.source import record_stored, source_of, stored_dtype
 from graphq.capture.unread import capture_unread, read_all
@@ -134,6 +135,7 @@ def capture(
     mask: str | None = None,
     shapes: Mapping[str, int] | None = None,
     check_capture: bool = True,
+    trust_remote_code: bool = False,
 ) -> fx.GraphModule:
     """The graph of a module (with example ``inputs``), of a transformers model, or of a Hugging Face directory.
 
@@ -144,9 +146,10 @@ def capture(
     back, out. ``mask`` names the one of ``inputs`` that is 0 where a token is padding; of other models it is known.
     ``shapes`` fixes dimensions by name, such as ``{"batch": 1}``.
     ``check_capture``: where weights are held, the graph is run beside the model at two sets of sizes, and is refused
-    where it gives something else. Without ``dtype``, what stays float of a 16-bit directory is stored in its own dtype.
+    where it gives something else. ``trust_remote_code``: code that a directory brings along may run.
+    Without ``dtype``, what stays float of a 16-bit directory is stored in its own dtype.
     """
-    return _captured(model, inputs, dtype, weights, cache, mask, shapes, check=check_capture)
+    return _captured(model, inputs, dtype, weights, cache, mask, shapes, check=check_capture, trust=trust_remote_code)
 
 
 def _captured(
@@ -159,14 +162,19 @@ def _captured(
     shapes: Mapping[str, int] | None,
     unread: bool = False,
     check: bool = False,
+    trust: bool = False,
 ) -> fx.GraphModule:
     """``capture``; ``unread``: parameters of a directory may stay in their files, if no pass so far needs them."""
     if dtype is not None and not (isinstance(cast(object, dtype), torch.dtype) and dtype.is_floating_point):
         raise SpecError(f"dtype: {dtype!r} is not a floating-point dtype of torch, such as torch.bfloat16")
     is_directory = isinstance(model, str | os.PathLike)
-    if is_directory:
+    if is_directory and inputs is not None:
+        path, held = Path(model), dtype or torch.float32
+        gm = capture_directory_on(path, inputs, held, weights, cache, mask, shapes, check, trust)
+    elif is_directory:
         own = capture_unread if unread else None
-        gm = hugging_face.capture_directory(Path(model), dtype or torch.float32, weights, cache, shapes, own, check)
+        held = dtype or torch.float32
+        gm = hugging_face.capture_directory(Path(model), held, weights, cache, shapes, own, check, trust)
     elif not isinstance(cast(object, model), nn.Module):
         raise GraphError(f"model: a {type(model).__name__} is neither a module nor the path of a model directory")
     else:
@@ -216,12 +224,14 @@ def compile(  # noqa: A001
     mask: str | None = None,
     shapes: Mapping[str, int] | None = None,
     check_capture: bool = True,
+    trust_remote_code: bool = False,
     matmul_precision: Literal["highest", "medium"] = "highest",
 ) -> Compiled:
     """Compile ``model`` as ``spec`` says.
 
     model: a module (with example ``inputs``: a tensor, a tuple, or a dict by argument name), a transformers model, or
-        the path of a Hugging Face directory (captured in float32 unless ``dtype`` says otherwise).
+        the path of a Hugging Face directory (captured in float32 unless ``dtype`` says otherwise), with ``inputs`` for
+        models whose inputs do not follow from their configuration, such as encoder-decoders.
     spec: a ``Spec``, a dict, a YAML or JSON path, or YAML text, in any dialect, or a preset such as ``w4a16``;
         ``dialect`` names it where it cannot be recognised. With a ``profile`` it may be left out.
     profile: the name of what the artifact is for, such as ``ort-cpu``: quantizers stand where that runs ops in
@@ -238,6 +248,7 @@ def compile(  # noqa: A001
     shapes: the sizes of dimensions that are fixed, such as ``{"batch": 1}``, at those of ``inputs``.
     check_capture: run the captured graph beside the model before anything is quantized, on a few tokens or the
         examples and at a second length, and refuse it where it gives something else.
+    trust_remote_code: run code that a directory brings along (``auto_map`` in its configuration).
     algorithm: ``"rtn"`` rounds to nearest whatever algorithm the spec names.
     matmul_precision: how float32 products are computed in calibration, as ``torch.set_float32_matmul_precision`` takes
         it: ``medium`` rounds their factors to bfloat16, which is several times faster on processors with units for it.
@@ -263,7 +274,7 @@ def compile(  # noqa: A001
     if problems := [*refusals(parsed), *fallback_problems(parsed)]:
         raise SpecError(problems)
     unread = calibration is None and not parsed.algorithms and placed_for(parsed) is None  # nothing needs all weights
-    gm = _captured(model, inputs, dtype, True, cache, mask, shapes, unread, check_capture)
+    gm = _captured(model, inputs, dtype, True, cache, mask, shapes, unread, check_capture, trust_remote_code)
     timer.end("capture")
     widths = stored_bits(gm)
     held = gm.state_dict(keep_vars=True).values() if isinstance(model, nn.Module) and not consume else ()

@@ -39,6 +39,7 @@ def explain(
     cache: bool = True,
     mask: str | None = None,
     shapes: Mapping[str, int] | None = None,
+    trust_remote_code: bool = False,
 ) -> Report:
     """What ``compile``, given the same, would do with each layer, and by which rule. Reads no weights of a directory.
 
@@ -48,7 +49,7 @@ def explain(
     say what the target cannot hold.
     """
     parsed = spec_for(spec, profile, dialect)
-    gm = capture(model, inputs, weights=False, cache=cache, mask=mask, shapes=shapes)
+    gm = _captured(model, inputs, cache, mask, shapes, trust_remote_code)
     return _explained(gm, parsed, target, target_options or {})
 
 
@@ -62,14 +63,27 @@ def compare(
     cache: bool = True,
     mask: str | None = None,
     shapes: Mapping[str, int] | None = None,
+    trust_remote_code: bool = False,
 ) -> Difference:
     """What would change for each layer of ``model`` with ``other`` in place of ``spec``. Reads no weights.
 
     ``dialect`` names that of ``spec`` where it cannot be recognised; that of ``other`` is recognised.
     """
     before, after = spec_for(spec, None, dialect), spec_for(other, None, None)
-    gm = capture(model, inputs, weights=False, cache=cache, mask=mask, shapes=shapes)
+    gm = _captured(model, inputs, cache, mask, shapes, trust_remote_code)
     return difference(_explained(gm, before), _explained(gm, after))
+
+
+def _captured(
+    model: nn.Module | str | os.PathLike[str],
+    inputs: Inputs | None,
+    cache: bool,
+    mask: str | None,
+    shapes: Mapping[str, int] | None,
+    trust: bool,
+) -> fx.GraphModule:
+    """The graph, which nothing is run to check: no weights of a directory are read."""
+    return capture(model, inputs, None, False, cache, mask, shapes, check_capture=False, trust_remote_code=trust)
 
 
 def _explained(

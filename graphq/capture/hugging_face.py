@@ -23,8 +23,10 @@ from graphq.capture.export import MINIMUM, FlatModel, export_flat, lean_export
 from graphq.capture.export_errors import SpecializedError
 from graphq.capture.proof import prove, samples_of
 from graphq.capture.quiet import silent_transformers
+from graphq.capture.remote_code import class_of_code, has_code
 from graphq.capture.sizes import MAX_SIZE, fixed_sizes, position_limit
 from graphq.capture.source import BATCH, KEY, PAST, SEQUENCE, TOTAL, CachePair, Source, TensorInput, with_total
+from graphq.capture.weight_files import check_weight_files, first_names
 from graphq.errors import GraphError, SpecError
 from graphq.files import MANIFEST
 
@@ -32,6 +34,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 Unread = Callable[[Path, torch.dtype, bool, Mapping[str, int] | None], fx.GraphModule | None]
+_UNTRUSTED: Final = (
+    "auto_map names code that the directory brings along, which is run only with trust_remote_code=True"
+    " (--trust-remote-code)"
+)
 # Different sizes of at least 2, so that no two dimensions are taken for one and none for a constant.
 _SAMPLE: Final = {BATCH: 2, SEQUENCE: 3, PAST: 5}
 
@@ -69,13 +75,10 @@ def capture_pretrained(
     except SpecializedError as error:
         declared = f'{{"{error.dimension}": ...}}' if error.dimension else "..."
         raise SpecializedError(f"{error}; declare its one size with shapes={declared}") from error
-    config = model.config.to_diff_dict() | {"architectures": [type(model).__name__]}
     source: Source = gm.meta[KEY]
-    generation = getattr(model, "generation_config", None)
     gm.meta[KEY] = replace(
         source,
-        config=json.dumps(config, default=str, sort_keys=True),
-        generation_config=json.dumps(generation.to_diff_dict(), sort_keys=True) if generation is not None else None,
+        **settings_of(model),
         dtype=_own_dtype(model),
         caches=_cache_pairs(inputs),
         mask=next((i.name for i in inputs if i.name == "attention_mask"), None),
@@ -83,6 +86,14 @@ def capture_pretrained(
     if check and (notes := prove(gm, flat, samples_of(model, gm.meta[KEY]))):
         gm.meta[KEY] = replace(gm.meta[KEY], notes=(*source.notes, *notes))
     return gm
+
+
+def settings_of(model: "PreTrainedModel") -> dict[str, Any]:
+    """``config`` and ``generation_config`` of the ``Source``, as text."""
+    config = model.config.to_diff_dict() | {"architectures": [type(model).__name__]}
+    generation = getattr(model, "generation_config", None)
+    own = json.dumps(generation.to_diff_dict(), sort_keys=True) if generation is not None else None
+    return {"config": json.dumps(config, default=str, sort_keys=True), "generation_config": own}
 
 
 def _cache_pairs(inputs: Sequence[TensorInput]) -> tuple[CachePair, ...]:
@@ -212,7 +223,10 @@ def _plain(model: "PreTrainedModel") -> tuple[FlatModel, list[TensorInput]]:
             inputs = [TensorInput("pixel_values", _own_dtype(model), shape)]
         case other:
             kind = "an encoder-decoder" if getattr(config, "is_encoder_decoder", False) else f"a model of {other}"
-            raise GraphError(f"{type(model).__name__} is {kind}: pass example inputs (inputs=...) of its forward")
+            raise GraphError(
+                f"{type(model).__name__} is {kind}: pass example inputs of its forward (inputs=..., or --inputs with a"
+                " safetensors file)"
+            )
 
     def call(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Any]:
         extra = {"use_cache": False} if "use_cache" in arguments else {}
@@ -227,8 +241,11 @@ def _sample(model: nn.Module, wanted: TensorInput, sizes: Mapping[str, int]) -> 
     return torch.ones(shape, dtype=wanted.dtype, device=_device(model))
 
 
-def read_config(path: Path) -> "PreTrainedConfig":
-    """The configuration in a model directory. Raises ``GraphError`` naming what is missing or wrong."""
+def read_config(path: Path, trust: bool = False) -> "PreTrainedConfig":
+    """The configuration in a model directory. Raises ``GraphError`` naming what is missing or wrong.
+
+    ``trust``: code that the directory brings along is run, where it has a configuration of its own.
+    """
     if not path.is_dir():
         raise GraphError(f"{path}: no such model directory")
     if (path / MANIFEST).is_file():
@@ -240,9 +257,11 @@ def read_config(path: Path) -> "PreTrainedConfig":
 
     try:
         config = cast(
-            "PreTrainedConfig", AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+            "PreTrainedConfig", AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust)
         )
     except Exception as error:  # one line for whatever transformers finds wrong with the file
+        if not trust and has_code(path):
+            raise GraphError(f"{path / 'config.json'}: {_UNTRUSTED}") from None
         raise GraphError(f"{path / 'config.json'}: {str(error).strip().splitlines()[0]}") from error
     try:
         refuse_quantized(config)
@@ -251,32 +270,38 @@ def read_config(path: Path) -> "PreTrainedConfig":
     return config
 
 
-def model_class(path: Path, config: "PreTrainedConfig") -> type["PreTrainedModel"]:
-    """The class that the configuration names first of those transformers has. Raises ``GraphError`` if none is."""
+def model_class(path: Path, config: "PreTrainedConfig", trust: bool = False) -> type["PreTrainedModel"]:
+    """The class that the configuration names first of those that transformers has, or with ``trust`` the directory.
+
+    Raises ``GraphError`` if there is none.
+    """
     import transformers
 
     names = config.architectures or []
     for name in names:
         found = getattr(transformers, name, None)
+        if found is None and trust:
+            found = class_of_code(path, config, name)
         if isinstance(found, type):
             return cast(type["PreTrainedModel"], found)
+    own = f"; {_UNTRUSTED}" if not trust and has_code(path) else ""
     raise GraphError(
-        f"{path / 'config.json'}: architectures {names} names no class of transformers {transformers.__version__}"
+        f"{path / 'config.json'}: architectures {names} names no class of transformers {transformers.__version__}{own}"
     )
 
 
 def load_model(path: Path, dtype: torch.dtype = torch.float32) -> "PreTrainedModel":
     """The model in a directory, on the CPU in ``dtype``, from safetensors alone (pickled weights are refused)."""
-    return _load(path, dtype)[0]
+    return load(path, dtype)[0]
 
 
-def _load(path: Path, dtype: torch.dtype) -> tuple["PreTrainedModel", list[str]]:
+def load(path: Path, dtype: torch.dtype, trust: bool = False) -> tuple["PreTrainedModel", list[str]]:
     """The model in a directory, and the tensors of its files that the model has no place for.
 
     Raises ``GraphError`` for tensors that the files lack or hold in another shape.
     """
-    config = read_config(path)
-    cls = model_class(path, config)
+    config = read_config(path, trust)
+    cls = model_class(path, config, trust)
     check_weight_files(path)
     try:
         with silent_transformers():
@@ -293,46 +318,16 @@ def _load(path: Path, dtype: torch.dtype) -> tuple["PreTrainedModel", list[str]]
     model, info = loaded
     missing, wrong = sorted(info["missing_keys"]), sorted(str(k[0]) for k in info.get("mismatched_keys", ()))
     if missing or wrong:
-        what = [f"{len(missing)} missing ({_first(missing)})"] if missing else []
-        what += [f"{len(wrong)} of another shape ({_first(wrong)})"] if wrong else []
+        what = [f"{len(missing)} missing ({first_names(missing)})"] if missing else []
+        what += [f"{len(wrong)} of another shape ({first_names(wrong)})"] if wrong else []
         raise GraphError(f"{path}: the weights do not fit {cls.__name__}: {'; '.join(what)}")
     return model.eval(), sorted(info["unexpected_keys"])
 
 
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def check_weight_files(path: Path) -> None:
-    """Raises ``GraphError`` if the directory has no safetensors, or one that is missing or damaged."""
-    from safetensors import SafetensorError, safe_open
-
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise GraphError(f"{index}: not an index of weight files: {error}") from error
-        files = [path / name for name in names]
-        outside = [f for f in files if f.resolve().parent != path.resolve() and f.parent != path]
-        if outside:
-            raise GraphError(f"{index}: {outside[0].name} lies outside of the model directory")
-    else:
-        files = sorted(file for file in path.glob("*.safetensors") if file.name != adapters.WEIGHTS)
-    pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
-    if not files and pickled:
-        raise GraphError(f"{path}: {_first(pickled)}: pickled weights can run code and are not read; save safetensors")
-    if not files:
-        adapters.refuse_adapter_alone(path)
-        raise GraphError(f"{path}: no weights: expected model.safetensors or model.safetensors.index.json")
-    for file in files:
-        if not file.is_file():
-            raise GraphError(f"{file}: missing, but {index.name} names it")
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise GraphError(f"{file}: damaged or incomplete: {error}") from error
+def unused_note(model: nn.Module, unused: list[str]) -> tuple[str, ...]:
+    """A line on the tensors of a checkpoint that a model has no place for, if there are any."""
+    count = f"{len(unused)} tensor{'s' * (len(unused) > 1)} of the checkpoint"
+    return (f"{count} that {type(model).__name__} does not use: {first_names(unused)}",) if unused else ()
 
 
 def capture_directory(
@@ -343,26 +338,25 @@ def capture_directory(
     shapes: Mapping[str, int] | None = None,
     unread: "Unread | None" = None,
     check: bool = False,
+    trust: bool = False,
 ) -> fx.GraphModule:
     """The graph of the model in a directory; its source dtype is the one its configuration records.
 
     ``weights=False`` reads the configuration alone: parameters are fake tensors on the CPU, the graph is the same.
     ``unread``: what captures it where parameters can stay in their files until they are used (``capture.unread``).
-    ``check``: as for ``capture_pretrained``, where weights are held.
+    ``check``: as for ``capture_pretrained``, where weights are held. ``trust``: as for ``read_config``.
     """
-    config = read_config(path)
+    config = read_config(path, trust)
     recorded: Any = getattr(config, "dtype", None)  # before a model made from it overwrites it
     notes = adapters.adapter_note(path)
-    gm = unread(path, dtype, cache, shapes) if weights and unread is not None else None
+    gm = unread(path, dtype, cache, shapes) if weights and unread is not None and not trust else None
     if gm is None and weights:
-        model, unused = _load(path, dtype)
+        model, unused = load(path, dtype, trust)
         adapters.without_adapters(model)  # which transformers puts into a model where peft is installed
         gm = capture_pretrained(model, cache, shapes, check)
-        if unused:
-            count = f"{len(unused)} tensor{'s' * (len(unused) > 1)} of the checkpoint"
-            notes = (*notes, f"{count} that {type(model).__name__} does not use: {_first(unused)}")
+        notes = (*notes, *unused_note(model, unused))
     elif gm is None:
-        gm = capture_config(config, model_class(path, config), dtype, cache, shapes)
+        gm = capture_config(config, model_class(path, config, trust), dtype, cache, shapes)
     source: Source = gm.meta[KEY]
     gm.meta[KEY] = replace(
         source,

@@ -48,6 +48,8 @@ def capture_module(
     model = unwrapped(model)
     named, structures = named_inputs(model, inputs)
     _check_mask(mask, named)
+    left_out = cache and bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    cache = cache and not left_out  # its cache is an object that no graph gives back
     call = caller(model, structures, {} if cache else _no_cache(model, named))
     with contextlib.nullcontext() if cache else _without_cache(model):
         gm = _capture(model, named, call, mask, {} if shapes is None else shapes)
@@ -62,6 +64,7 @@ def capture_module(
     size = {one.name: one.shape for one in source.inputs}[mask][1] if mask else None
     square = [one.name for one in source.inputs if isinstance(size, int) and one.shape[1:] == (size, size)]
     notes += proved
+    notes += [f"{type(model).__name__}: its key/value cache is left out"] * left_out
     notes += [
         f"{name}: dimensions 1 and 2 are as large as {mask}: dimension 1 is taken for its tokens" for name in square
     ]

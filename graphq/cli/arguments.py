@@ -41,6 +41,18 @@ Length = Annotated[int, typer.Option("--sequence-length", min=2, help="Tokens in
 SpecLength = Annotated[
     int | None, typer.Option("--sequence-length", min=2, help="Tokens in a window; default: the spec's, or 256.")
 ]
+ExampleInputs = Annotated[
+    Path | None,
+    typer.Option(
+        "--inputs",
+        metavar="FILE",
+        help="A safetensors file with example inputs by argument name, for models whose inputs their configuration does"
+        " not tell.",
+    ),
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that the model directory brings along.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Option = Annotated[
     list[str] | None,

@@ -11,6 +11,7 @@ from graphq.cli.arguments import (
     Calibration,
     Debug,
     Dialect,
+    ExampleInputs,
     Fallback,
     ForConsumer,
     Json,
@@ -22,6 +23,7 @@ from graphq.cli.arguments import (
     Samples,
     SpecFile,
     SpecLength,
+    TrustRemoteCode,
 )
 from graphq.cli.errors import one_line_errors
 from graphq.cli.printing import print_report
@@ -68,9 +70,11 @@ def compile_(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an artifact that stands in DIR.")] = False,
     as_json: Json = False,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="ONNX without the key/value cache.")] = False,
+    inputs: ExampleInputs = None,
     no_check_capture: Annotated[
         bool, typer.Option("--no-check-capture", help="Do not run the captured graph beside the model.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     debug: Debug = False,
 ) -> None:
     """Quantize a model and write the artifact."""
@@ -96,7 +100,8 @@ def compile_(
     flags += [f"consumer={consumer}"] if consumer else []
     options = read_options(target_name, [*flags, *(option or [])])
     calibration = calibration or (Path(run.calibration) if run.calibration else None)
-    read = [model, *([Path(spec)] if spec is not None and Path(spec).exists() else []), *filter(None, [calibration])]
+    specs = [Path(spec)] if spec is not None and Path(spec).exists() else []
+    read = [model, *specs, *filter(None, [calibration, inputs])]
     check_place(out, options.get("overwrite") is True, read)
     from graphq import compiler
 
@@ -115,7 +120,9 @@ def compile_(
         algorithm=algorithm,
         seed=seed,
         shapes=fixed,
+        inputs=example_inputs(inputs),
         check_capture=not no_check_capture,
+        trust_remote_code=trust_remote_code,
     )
     made.emit(target_name, out, **options)
     print_report(made.report, as_json)
@@ -140,6 +147,8 @@ def explain(
     consumer: ForConsumer = None,
     as_json: Json = False,
     dialect: Dialect = None,
+    inputs: ExampleInputs = None,
+    trust_remote_code: TrustRemoteCode = False,
     debug: Debug = False,
 ) -> None:
     """Show each layer's plan and the rule that decides. Reads the model's configuration, not its weights."""
@@ -150,14 +159,24 @@ def explain(
     model = model_directory(model, parsed.run)
     from graphq.explanation import compare, explain
 
+    given, trust = example_inputs(inputs), trust_remote_code
     if other is None:
         target = target or parsed.run.target or None
         options = _target_options(target, consumer, option)
-        print_report(explain(model, parsed, profile=profile, target=target, target_options=options), as_json)
+        found = explain(
+            model,
+            parsed,
+            profile=profile,
+            target=target,
+            target_options=options,
+            inputs=given,
+            trust_remote_code=trust,
+        )
+        print_report(found, as_json)
         return
     if target or consumer or option:
         raise typer.BadParameter("is for one spec; leave it out, or --diff", param_hint="--target")
-    changed = compare(model, parsed, other)
+    changed = compare(model, parsed, other, inputs=given, trust_remote_code=trust)
     typer.echo(json.dumps(changed.to_json(), indent=1) if as_json else str(changed))
 
 
@@ -192,6 +211,19 @@ def _target_options(target: str | None, consumer: str | None, option: list[str] 
     if target is None and given:
         raise typer.BadParameter("is of a target: say --target", param_hint="--option" if option else "--for")
     return {} if target is None else read_options(target, given)
+
+
+def example_inputs(file: Path | None) -> "dict[str, Tensor] | None":
+    """The tensors of a safetensors file by name, which are those of arguments of the model's ``forward``."""
+    if file is None:
+        return None
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise typer.BadParameter(f"{file}: no safetensors file: {error}", param_hint="--inputs") from None
 
 
 def model_directory(given: Path | None, run: "Run") -> Path:

@@ -1,0 +1,46 @@
+"""The safetensors files of a model directory."""
+
+import json
+from pathlib import Path
+
+from graphq.capture import adapters
+from graphq.errors import GraphError
+
+
+def first_names(names: list[str]) -> str:
+    """The first three, and dots for more."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def check_weight_files(path: Path) -> None:
+    """Raises ``GraphError`` if the directory has no safetensors, or one that is missing or damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise GraphError(f"{index}: not an index of weight files: {error}") from error
+        files = [path / name for name in names]
+        outside = [f for f in files if f.resolve().parent != path.resolve() and f.parent != path]
+        if outside:
+            raise GraphError(f"{index}: {outside[0].name} lies outside of the model directory")
+    else:
+        files = sorted(file for file in path.glob("*.safetensors") if file.name != adapters.WEIGHTS)
+    pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
+    if not files and pickled:
+        raise GraphError(
+            f"{path}: {first_names(pickled)}: pickled weights can run code and are not read; save safetensors"
+        )
+    if not files:
+        adapters.refuse_adapter_alone(path)
+        raise GraphError(f"{path}: no weights: expected model.safetensors or model.safetensors.index.json")
+    for file in files:
+        if not file.is_file():
+            raise GraphError(f"{file}: missing, but {index.name} names it")
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise GraphError(f"{file}: damaged or incomplete: {error}") from error
