@@ -127,10 +127,10 @@ def test_explain_as_a_table(model, spec):
 
 
 def test_explain_says_what_compile_refuses(model, spec):
-    spec.write_text("graphq: 1\nweight: int8/channel\ncache: int8/token/dynamic\nalgorithms: [spqr]\n")
+    spec.write_text("graphq: 1\nweight: int8/channel\ncache: int8/token/dynamic\nalgorithms: [nosuch]\n")
     cannot = "graphq cannot quantize the KV cache yet"
     refused = [
-        f"note: compile refuses: algorithms[0] (line 4): graphq has no algorithm spqr; there are {', '.join(ALGORITHMS)}",
+        f"note: compile refuses: algorithms[0] (line 4): graphq has no algorithm nosuch; there are {', '.join(ALGORITHMS)}",
         f"note: compile refuses: cache: int8/token/dynamic: {cannot}; leave it out of the spec",
     ]
     assert graphq_("explain", model, "--spec", spec).stdout.splitlines()[-2:] == refused
