@@ -1,14 +1,15 @@
 """What no checkpoint of linears can hold of a spec, and which layers servers fuse, before any weight is read."""
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final, final
 
 from torch import fx
 
+from graphq.ir.fused import fused_layers
 from graphq.ir.layers import Site, sites
-from graphq.ir.views import Op, TransposedLinear
+from graphq.ir.views import TransposedLinear
 from graphq.spec.plan import Decision, Plan
 from graphq.spec.rules import Resolved, Spec
 
@@ -75,25 +76,12 @@ def algorithm_problems(spec: Spec, resolved: Mapping[str, Resolved]) -> Iterator
                 pass
 
 
-def fused(found: Planned) -> list[Sequence[str]]:
-    """The layers that are one to a server: linears that share an input and a module, and all experts of a module."""
-    groups: dict[tuple[Op | None, str], dict[str, None]] = {}
-    for site in found.sites:
-        for fqn in site.fqns:
-            if found.resolved[fqn].layer.named_only == "router":
-                continue
-            parts = fqn.split(".")
-            module = ".".join(parts[:-2] if site.is_stack else parts[:-1])
-            key = (None if site.is_stack else site.op.input_op, module)
-            groups.setdefault(key, {})[fqn] = None
-    return [list(group) for group in groups.values()]
-
-
 def fused_problems(found: Planned, stored: Callable[[Decision], Hashable], rule: str) -> Iterator[str]:
     """A line for each fused layer whose parts are ``stored`` unlike one another. ``rule``: who fuses, and what to do
     instead, with {first} for the part that the others are to be like.
     """
-    for first, *others in fused(found):
+    layers = {fqn: one.layer for fqn, one in found.resolved.items()}
+    for first, *others in fused_layers(found.sites, layers):
         mine = found.resolved[first].decision
         for other in others:
             decision = found.resolved[other].decision
