@@ -89,7 +89,7 @@ class Deep(nn.Module):
 
 @pytest.fixture(scope="module")
 def graphs() -> tuple[fx.GraphModule, ...]:
-    return tuple(capture(Deep(count), torch.ones(2, 3, dtype=torch.int64)) for count in (8, 16, 24))
+    return tuple(capture(Deep(count), torch.ones(2, 3, dtype=torch.int64)) for count in (3, 6, 9))
 
 
 def steps(f: Callable[[], Any]) -> int:
@@ -118,7 +118,7 @@ def steps(f: Callable[[], Any]) -> int:
 
 def fold(gm: fx.GraphModule) -> None:
     found = list(groups(gm, None, "fold", None))
-    assert len(found) > 16
+    assert len(found) > 6
     index = GraphIndex(gm)
     for group in found:
         apply_factors(index, group, torch.ones(group.count), "test")
@@ -126,7 +126,7 @@ def fold(gm: fx.GraphModule) -> None:
 
 def add_other_biases(gm: fx.GraphModule) -> None:
     index, found = GraphIndex(gm), [op for op in ops_of(gm) if isinstance(op, Linear) and op.bias is not None]
-    assert len(found) > 16
+    assert len(found) > 6
     for op in found:
         set_bias(index, [op], "", torch.ones(channels_of(op)), "test")
 
@@ -135,7 +135,7 @@ def round_to_stored(gm: fx.GraphModule) -> None:
     for node in gm.graph.find_nodes(op="get_attr"):
         node.meta["graphq.by"] = ("test",)
     gm.meta[KEY] = dataclasses.replace(source_of(gm), stored=torch.bfloat16)
-    assert RoundToStored().run(gm) > 16
+    assert RoundToStored().run(gm) > 6
 
 
 class Same(Pass):
@@ -210,4 +210,5 @@ def test_further_blocks_cost_what_those_before_did(name: str, graphs: tuple[fx.G
         gm = copy.deepcopy(whole)
         Annotate(PLANS).run(gm)
         counts.append(steps(lambda gm=gm: WORK[name](gm)))
-    assert counts[2] - counts[1] <= 1.05 * (counts[1] - counts[0]), f"{name}: {counts}"
+    # All but a few are linear to the last step; one step for each pair of blocks beside 300 for each block is found.
+    assert counts[2] - counts[1] <= 1.02 * (counts[1] - counts[0]), f"{name}: {counts}"
