@@ -105,7 +105,7 @@ def groups(
                 continue
             reason = flow.reason
         if where != "fold":
-            group = _multiplied(flows.index, op, readers[op.input_op])
+            group = _group_of_input(flows.index, op, readers[op.input_op])
             if isinstance(group, Group):
                 done |= {reader.op for reader in group.readers}
                 yield group
@@ -141,7 +141,7 @@ def _by_input(ops: Sequence[Weighted]) -> dict[Op, list[Weighted]]:
     return found
 
 
-def _multiplied(index: GraphIndex, op: Weighted, alike: Sequence[Weighted]) -> Group | Stopped:
+def _group_of_input(index: GraphIndex, op: Weighted, alike: Sequence[Weighted]) -> Group | Stopped:
     """The layers among ``alike``, which read the input of ``op``, that have its channels, as a group of its own."""
     x = op.input_op
     axis = op.input_axis % x.val.dim()

@@ -300,12 +300,12 @@ class _Placer:
                 asked = self._asked(output)
                 is_own = unit not in self.keeps and output in self.everywhere and output not in self.raised
                 if is_own and asked is not None and not same_codes(asked.format, types.output):
-                    told = f"{unit.name}: gives {types.output}, not {asked.format}, on {self.profile.name}"
-                    self.notes[told] = None
+                    note = f"{unit.name}: gives {types.output}, not {asked.format}, on {self.profile.name}"
+                    self.notes[note] = None
             own = self._own_input(unit.first) if unit.kind in WITH_WEIGHT else None
             if own is not None and self._wants_zero_points_of_0(unit) and not same_codes(own.format, types.inputs[0]):
-                told = f"{unit.name}: reads {types.inputs[0]}, not {own.format}"
-                self.notes[f"{told}: {self.profile.name} multiplies codes with zero points of 0 alone"] = None
+                note = f"{unit.name}: reads {types.inputs[0]}, not {own.format}"
+                self.notes[f"{note}: {self.profile.name} multiplies codes with zero points of 0 alone"] = None
 
     # -- the quantizers
 
