@@ -32,9 +32,10 @@ from graphq.passes.untie import Untie
 from graphq.report import ActivationsReport
 from graphq.spec.algorithms import ALGORITHMS, Stage
 from graphq.spec.folds import EVERYWHERE, Folds
-from graphq.spec.match import Layer, nearest_layer, unmatched_hint
+from graphq.spec.match import Layer
 from graphq.spec.profile import Profile
 from graphq.spec.rules import Algorithm, Spec
+from graphq.spec.unmatched import nearest_layer, unmatched_hint
 
 Layers = frozenset[str] | None  # by FQN; None for all
 

@@ -14,9 +14,10 @@ from graphq.spec.activations import ActivationRule
 from graphq.spec.constraint import Constraint, broken
 from graphq.spec.fallback import Fallback
 from graphq.spec.folds import EVERYWHERE, Folds
-from graphq.spec.match import Exact, Layer, Match, Unnamed, unmatched_hint, unnamed_hint
+from graphq.spec.match import Exact, Layer, Match, Unnamed
 from graphq.spec.plan import Decision, KeepFloat, Plan
 from graphq.spec.quant import Quant
+from graphq.spec.unmatched import unmatched_hint, unnamed_hint
 
 Order = Literal["sequential", "independent"]
 Prefix = Literal["quantized", "float"]

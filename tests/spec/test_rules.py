@@ -19,7 +19,6 @@ from graphq.spec.match import (
     Layer,
     Name,
     Unnamed,
-    nearest_layer,
     parse_blocks,
     parse_match,
 )
@@ -303,10 +302,3 @@ def test_all_problems_are_reported_at_once():
     with pytest.raises(SpecError) as caught:
         resolve(Spec(rules), LAYERS)
     assert caught.value.problems == ("rules[0]: zzz matches no layer", "rules[2]: yyy matches no layer")
-
-
-@pytest.mark.parametrize(
-    ("name", "near"), [("down_porj", "down_proj"), ("mlp.donw_proj", "mlp.down_proj"), ("zzz", None), ("", None)]
-)
-def test_nearest_layer(name, near):
-    assert nearest_layer(name, ["layers.0.mlp.down_proj", "layers.1.mlp.down_proj", "head"]) == near
