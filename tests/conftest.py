@@ -1,10 +1,14 @@
 """What holds for all tests: how many examples a property sees, and one thread for each of several test processes."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import settings
+
+from tests.shared_captures import captured_once
 
 settings.register_profile("quick", deadline=None, derandomize=True)  # the same examples in every run
 settings.register_profile("fuzz", deadline=None, max_examples=1000)  # make test-all: new ones in every run
@@ -26,6 +30,13 @@ LONG = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files come first; the rest stays in its order."""
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _captured_once(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Outside of ``tests/capture``, models that differ in their weights alone are exported once."""
+    with contextlib.nullcontext() if "capture" in request.path.parts else captured_once():
+        yield
 
 
 if "PYTEST_XDIST_WORKER" in os.environ:
