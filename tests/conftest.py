@@ -14,16 +14,26 @@ settings.register_profile("quick", deadline=None, derandomize=True)  # the same 
 settings.register_profile("fuzz", deadline=None, max_examples=1000)  # make test-all: new ones in every run
 settings.load_profile("quick")
 
-# Files of few tests that take long: begun last, they would keep one of several processes waiting.
+# Files of half a minute and more, and the last ones by name: begun last, they would keep one of several processes waiting.
 LONG = (
-    "test_examples.py",
-    "test_random_graphs.py",
-    "test_stored.py",
-    "test_conformance.py",
-    "test_matrix.py",
-    "test_random_placements.py",
     "test_emit.py",
+    "test_examples.py",
+    "test_conformance.py",
+    "test_stored.py",
+    "test_spellings.py",
+    "test_random_graphs.py",
+    "test_every_layer.py",
+    "test_masked.py",
+    "test_cost.py",
+    "test_awq.py",
+    "test_allowed_ops.py",
+    "test_random_placements.py",
+    "test_matrix.py",
     "test_cli.py",
+    "test_compiler.py",
+    "test_options.py",
+    "test_verifier.py",
+    "test_whole_graph.py",
 )
 
 
