@@ -1,6 +1,7 @@
 """What holds for all tests: how many examples a property sees, and one thread for each of several test processes."""
 
 import contextlib
+import gc
 import os
 from collections.abc import Iterator
 
@@ -40,6 +41,13 @@ LONG = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files come first; the rest stays in its order."""
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
+def pytest_collection_finish() -> None:
+    """Garbage is looked for more rarely, and not among what was imported: libraries hold half a million objects."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 @pytest.fixture(scope="module", autouse=True)
