@@ -340,7 +340,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=400)
+@settings(max_examples=2 * settings().max_examples)
 @given(st.dictionaries(WORDS, VALUES, max_size=4))
 def test_any_config_raises_nothing_but_spec_errors(source: dict[str, Any]) -> None:
     with contextlib.suppress(SpecError):

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from expecttest import assert_expected_inline
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from graphq.errors import SpecError
@@ -53,7 +53,6 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
     return made
 
 
-@settings(max_examples=200)
 @given(configs())
 def test_what_is_written_reads_as_it_was(source: dict[str, Any]) -> None:
     spec = load_spec(source)

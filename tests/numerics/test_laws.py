@@ -74,7 +74,7 @@ def with_channels(block: list[int]) -> list[int]:
     return [1] * (len(block) - 1) + [abs(block[-1]) + 1]
 
 
-@settings(max_examples=400)
+@settings(max_examples=2 * settings().max_examples)
 @given(st.sampled_from(FORMATS), tensors_and_blocks())
 def test_fake_quantize_is_quantize_and_dequantize(format: Format, drawn: tuple[Tensor, list[int]]) -> None:
     x, block = drawn
@@ -104,7 +104,7 @@ def test_fake_quantize_of_parts(format: Format) -> None:
         assert same_bits(numerics.fake_quantize(x, scales, format, block), through_codes(x, scales, format, block))
 
 
-@settings(max_examples=400)
+@settings(max_examples=2 * settings().max_examples)
 @given(st.sampled_from(ONE_LEVEL), tensors_and_blocks(st.floats(-100, 100, width=16)))
 def test_quantized_values_stay(format: Format, drawn: tuple[Tensor, list[int]]) -> None:
     # Not of two levels: 8 bits in between do not hold every product of 4-bit code and scale.
@@ -114,7 +114,7 @@ def test_quantized_values_stay(format: Format, drawn: tuple[Tensor, list[int]]) 
     assert torch.equal(numerics.fake_quantize(once, scales, format, block), once)
 
 
-@settings(max_examples=400)
+@settings(max_examples=2 * settings().max_examples)
 @given(st.sampled_from(FORMATS), st.lists(NUMBERS, min_size=2, max_size=40))
 def test_order_is_kept(format: Format, numbers: list[float]) -> None:
     x = torch.tensor([sorted(numbers)])
@@ -123,7 +123,7 @@ def test_order_is_kept(format: Format, numbers: list[float]) -> None:
     assert (values[1:] >= values[:-1]).all()
 
 
-@settings(max_examples=400)
+@settings(max_examples=2 * settings().max_examples)
 @given(
     st.sampled_from([f for f in ONE_LEVEL if not isinstance(f, Nvfp4)]),
     tensors_and_blocks(st.floats(-100, 100, width=32)),
