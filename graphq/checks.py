@@ -7,19 +7,21 @@ from typing import Final
 import torch
 from torch import fx, nn
 
+from graphq.capture.unread import check_numbers
 from graphq.errors import GraphError, SpecError
 from graphq.ir.layers import sites
 from graphq.ir.op_kinds import KINDS
 from graphq.ir.views import Param, ops_of
+from graphq.ir.weight_parts import check_finite
 from graphq.lowering.profiles import profile_named
-from graphq.passes.quantize_weights import check_finite
+from graphq.pipelines import placed_for
 from graphq.spec.algorithms import ALGORITHMS
 from graphq.spec.algorithms import problems as algorithm_problems
 from graphq.spec.match import Unnamed
 from graphq.spec.plan import KeepFloat, Plan
 from graphq.spec.quant import Ofmr
 from graphq.spec.rules import SHOWN, Resolved, Spec
-from graphq.state import tensor_of
+from graphq.state import deferred_of, held_tensor
 
 QUANTIZABLE: Final = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -61,6 +63,24 @@ def none_quantized(spec: Spec, resolved: Mapping[str, Resolved], unnamed: Sequen
     return lines if len(lines) <= SHOWN else [*lines[:SHOWN], f"{len(lines) - SHOWN:,} more stay float"]
 
 
+def why_whole(spec: Spec, calibrated: bool, reads: bool) -> str:
+    """Why a directory that is compiled by ``spec`` has to be held as a whole; nothing where it has not.
+
+    ``reads``: whether the target reads what is deferred itself, one tensor after the other.
+    """
+    names = [a.name for a in spec.algorithms]
+    by_blocks = any(ALGORITHMS[name].needs_data for name in names)
+    if spec.fallback is not None:
+        return "fallback: the outputs of the whole model are compared"
+    if placed_for(spec) is not None:
+        return "quantizers of activations are placed and calibrated over the whole model"
+    if calibrated and not by_blocks:
+        return "static scales without an algorithm are calibrated on the whole model"
+    if (names or calibrated) and not reads:
+        return f"{' and '.join(names)}: only a checkpoint (target=) is written block by block"
+    return ""
+
+
 def check_calibration(spec: Spec, resolved: Mapping[str, Resolved], calibration: Iterable[object] | None) -> None:
     """Raises ``SpecError`` where the spec needs data and none is given."""
     names = [a.name for a in spec.algorithms if ALGORITHMS[a.name].needs_data]
@@ -82,10 +102,11 @@ def is_calibrated(plan: Plan) -> bool:
     return static or (plan.weight is not None and isinstance(plan.weight.method, Ofmr))
 
 
-def check_tensors(gm: fx.GraphModule, resolved: Mapping[str, Resolved]) -> None:
+def check_tensors(gm: fx.GraphModule, resolved: Mapping[str, Resolved], first: bool = False) -> None:
     """Raises ``GraphError`` for a parameter with NaN or Inf, and for a weight of a dtype that cannot be quantized.
 
-    Buffers may hold them: masks do.
+    Buffers may hold them: masks do. The numbers of what is not read yet are checked when it is, or ``first``,
+    which reads it once more.
     """
     planned = {
         site.param.fqn: site
@@ -93,14 +114,18 @@ def check_tensors(gm: fx.GraphModule, resolved: Mapping[str, Resolved]) -> None:
         if any(isinstance(plan := resolved[fqn].decision, Plan) and plan.weight is not None for fqn in site.fqns)
     }
     for fqn in dict.fromkeys(op.fqn for op in ops_of(gm) if isinstance(op, Param)):
-        held = tensor_of(gm, fqn)
-        tensor = held.detach()
-        if fqn in planned and tensor.dtype not in QUANTIZABLE:
+        held = held_tensor(gm, fqn)
+        if fqn in planned and held.dtype not in QUANTIZABLE:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in QUANTIZABLE)
-            raise GraphError(f"{planned[fqn].fqns[0]}: the weight is {tensor.dtype}; graphq quantizes {names}")
-        if fqn in planned:
-            check_finite(tensor, planned[fqn])
+            raise GraphError(f"{planned[fqn].fqns[0]}: the weight is {held.dtype}; graphq quantizes {names}")
+        if (deferred := deferred_of(held)) is not None:
+            for part in deferred.pieces() if first else ():
+                if fqn in planned and not planned[fqn].is_stack:
+                    check_finite(part, planned[fqn])
+                else:
+                    check_numbers(fqn, nn.Parameter(part, requires_grad=False))
             continue
-        numbers = tensor.float() if tensor.itemsize == 1 else tensor  # torch has no isfinite of float8
-        if isinstance(held, nn.Parameter) and not torch.isfinite(numbers).all():
-            raise GraphError(f"{fqn}: the tensor holds NaN or Inf")
+        if fqn in planned:
+            check_finite(held.detach(), planned[fqn])
+        else:
+            check_numbers(fqn, held)

@@ -1,37 +1,45 @@
-"""``graphq.compile``: the pipeline from a model and a spec to the QDQ form, and what can be done with it."""
+"""``graphq.compile``: the pipeline from a model and a spec to the QDQ form."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, Literal, cast, final
+from typing import Any, Final, Literal, cast
 
 import torch
 from torch import Tensor, fx, nn
 
 from graphq.algorithms import PassContext, unmatched
+from graphq.artifacts.scratch import SCRATCH, give_scratch
 from graphq.capture import hugging_face
 from graphq.capture.adapters import without_adapters
 from graphq.capture.given_inputs import capture_directory_on
 from graphq.capture.modules import capture_module, unwrapped
 from graphq.capture.source import record_stored, source_of, stored_dtype
 from graphq.capture.unread import capture_unread, read_all
-from graphq.checks import asks_for_nothing, check_calibration, check_tensors, none_quantized, refusals
+from graphq.checks import (
+    asks_for_nothing,
+    check_calibration,
+    check_tensors,
+    none_quantized,
+    refusals,
+    why_whole,
+)
+from graphq.compiled import Compiled
 from graphq.data.batches import complete_all, first_batches, with_progress
 from graphq.errors import GraphError, SpecError
-from graphq.files import check_place
 from graphq.frontends import load_spec
-from graphq.frontends.native import print_spec
 from graphq.ir.layers import sites
 from graphq.ir.pipeline import Batches, Pipeline
 from graphq.ir.unnamed import unnamed
 from graphq.lowering.profiles import default_spec, for_its_profile, profile_named
-from graphq.lowering.targets import check_options, options_of, prepared, target_named
-from graphq.lowering.torch.pack import copy_graph, pack
+from graphq.lowering.targets import prepared, target_named
+from graphq.memory import bytes_of, check_directory, check_disk
 from graphq.passes.annotate import decide
+from graphq.passes.blockwise import cut
 from graphq.passes.fall_back import reference_outputs
-from graphq.passes.remove_no_ops import RemoveNoOps
 from graphq.phases import PhaseTimer
 from graphq.pipelines import (
     canonical_passes,
@@ -42,88 +50,18 @@ from graphq.pipelines import (
 )
 from graphq.report import (
     ActivationsReport,
-    Report,
     make_report,
     spec_settings,
 )
-from graphq.runtime.calls import Outputs
-from graphq.runtime.model import CompiledModel
-from graphq.runtime.pickling import NotPickled
 from graphq.spec.algorithms import ALGORITHMS
 from graphq.spec.fallback import Fallback, fallback_of
+from graphq.spec.plan import Plan
 from graphq.spec.rules import Spec
-from graphq.state import copy_tensors, storage_of, unread_of
+from graphq.state import copy_tensors, deferred_tensors, storage_of
 
+_CODES: Final = 2  # bytes for each element: its code, and what that is packed into
 NOTHING_QUANTIZED: Final = "NOTHING IS QUANTIZED: all rules of the spec keep layers float"
-_OF_ITS_MODULE: Final = (
-    "can_generate", "config", "device", "dtype", "eval", "generate", "generation_config", "input_modalities",
-    "output_modalities", "tie_weights", "to",
-)  # fmt: skip
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]  # tensors, and lists, tuples and dicts of them
-
-
-@final
-class Compiled(NotPickled):
-    """A compiled model. ``graph`` is the QDQ form, the truth that every artifact equals; ``report`` says what became of
-    each layer; ``spec`` is what was compiled. Calling it runs the packed torch module, whose ``config``, ``device``,
-    ``dtype``, ``generate`` and the like are its own, too: lm-eval and transformers' pipelines take it as a model.
-    """
-
-    def __init__(self, graph: fx.GraphModule, spec: Spec, report: Report, seed: int) -> None:
-        self.graph = graph
-        self.spec = spec
-        self.report = report
-        self.seed = seed
-        self._packed: CompiledModel | None = None
-
-    @property
-    def module(self) -> CompiledModel:
-        """The packed torch module. When it is made, ``report`` learns what computes its layers on this machine."""
-        if self._packed is None:
-            self._packed = CompiledModel(pack(self.graph)).eval()
-            self.report = dataclasses.replace(self.report, kernels=self._packed.kernels)
-        return self._packed
-
-    def __call__(self, *args: object, **kwargs: object) -> Outputs:
-        """See ``CompiledModel.forward``."""
-        with torch.inference_mode():
-            return self.module(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        if name in _OF_ITS_MODULE:
-            return getattr(self.module, name)
-        raise AttributeError(f"{type(self).__name__} has no attribute {name}")
-
-    def emit(self, target: str, path: str | os.PathLike[str], **options: Any) -> None:
-        """Write the artifact for ``target`` (``"torch"``, ``"onnx"``) into the directory ``path``, whole or not at all.
-
-        ``options`` are the keywords of the target's own ``emit``; every target has ``overwrite=True``, which replaces
-        an existing artifact. What the user should know of the artifact joins the report's notes. Raises
-        ``TargetError`` for a layer that the target cannot hold, for an option that it does
-        not have, and for an existing ``path``.
-        """
-        if self.spec.profile and "profile" in options_of(target):
-            options = {"profile": self.spec.profile} | options
-        check_options(target, options)
-        files = source_of(self.graph).files
-        check_place(path, options.get("overwrite", False), [files] if files is not None else [])
-        made_from: dict[str, Any] = {
-            "spec": print_spec(self.spec),
-            "algorithm": "+".join(a.name for a in self.spec.algorithms) or "rtn",
-            "seed": self.seed,
-            "report": self.report.rows(),
-        }
-        if self.report.activations is not None:
-            made_from["activations"] = self.report.activations.to_json()
-        timer = PhaseTimer()
-        notes = target_named(target).emit(self.graph, Path(path), made_from, **options)
-        timer.end(f"emit {target}")
-        notes = tuple(dict.fromkeys((*self.report.notes, *notes)))
-        self.report = dataclasses.replace(self.report, notes=notes, phases=(*self.report.phases, *timer.phases))
-
-    def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
-        """Write the torch artifact, which ``graphq.load`` reads."""
-        self.emit("torch", path, overwrite=overwrite)
 
 
 def capture(
@@ -149,7 +87,8 @@ def capture(
     where it gives something else. ``trust_remote_code``: code that a directory brings along may run.
     Without ``dtype``, what stays float of a 16-bit directory is stored in its own dtype.
     """
-    return _captured(model, inputs, dtype, weights, cache, mask, shapes, check=check_capture, trust=trust_remote_code)
+    whole = "a graph with weights was asked for"
+    return _captured(model, inputs, dtype, weights, cache, mask, shapes, whole, None, check_capture, trust_remote_code)
 
 
 def _captured(
@@ -160,21 +99,32 @@ def _captured(
     cache: bool,
     mask: str | None,
     shapes: Mapping[str, int] | None,
-    unread: bool = False,
+    whole: str = "",
+    memory: int | None = None,
     check: bool = False,
     trust: bool = False,
 ) -> fx.GraphModule:
-    """``capture``; ``unread``: parameters of a directory may stay in their files, if no pass so far needs them."""
+    """``capture``; matrices of a directory stay in their files if there is no reason ``whole`` to load it. One that has
+    to be loaded, and takes more than ``memory`` then, is a ``SpecError``.
+    """
     if dtype is not None and not (isinstance(cast(object, dtype), torch.dtype) and dtype.is_floating_point):
         raise SpecError(f"dtype: {dtype!r} is not a floating-point dtype of torch, such as torch.bfloat16")
     is_directory = isinstance(model, str | os.PathLike)
-    if is_directory and inputs is not None:
+    if is_directory:
         path, held = Path(model), dtype or torch.float32
-        gm = capture_directory_on(path, inputs, held, weights, cache, mask, shapes, check, trust)
-    elif is_directory:
-        own = capture_unread if unread else None
-        held = dtype or torch.float32
-        gm = hugging_face.capture_directory(Path(model), held, weights, cache, shapes, own, check, trust)
+
+        def own(*arguments: Any) -> fx.GraphModule | None:
+            found = None if whole else capture_unread(*arguments)
+            if found is None:
+                check_directory(path, held.itemsize, whole or f"{path}: transformers has to load it", memory)
+            return found
+
+        if weights and (inputs is not None or trust):
+            check_directory(path, held.itemsize, "example inputs or code of the directory's own are given", memory)
+        if inputs is not None:
+            gm = capture_directory_on(path, inputs, held, weights, cache, mask, shapes, check, trust)
+        else:
+            gm = hugging_face.capture_directory(path, held, weights, cache, shapes, own, check, trust)
     elif not isinstance(cast(object, model), nn.Module):
         raise GraphError(f"model: a {type(model).__name__} is neither a module nor the path of a model directory")
     else:
@@ -194,12 +144,7 @@ def _captured(
     found = source_of(gm).mask
     if mask is not None and mask != found:
         raise SpecError(f"mask: {mask}: " + (f"this model's mask is {found}" if found else "this model takes no mask"))
-    tried = copy_graph(gm) if unread_of(gm) else gm
-    counts = Pipeline(canonical_passes()).run(tried)
-    if tried is not gm and any(count for name, count in counts.items() if name != RemoveNoOps.name):
-        read_all(gm)  # a pass makes parameters of others
-        Pipeline(canonical_passes()).run(tried := gm)
-    gm = tried
+    Pipeline(canonical_passes()).run(gm)
     if is_directory and dtype is None:
         record_stored(gm)
     return gm
@@ -226,6 +171,8 @@ def compile(  # noqa: A001
     check_capture: bool = True,
     trust_remote_code: bool = False,
     matmul_precision: Literal["highest", "medium"] = "highest",
+    memory: int | str | None = None,
+    scratch_dir: str | os.PathLike[str] | None = None,
 ) -> Compiled:
     """Compile ``model`` as ``spec`` says.
 
@@ -253,6 +200,9 @@ def compile(  # noqa: A001
     matmul_precision: how float32 products are computed in calibration, as ``torch.set_float32_matmul_precision`` takes
         it: ``medium`` rounds their factors to bfloat16, which is several times faster on processors with units for it.
     seed: of what an algorithm draws; by default the spec's, or 0.
+    memory: bytes, or a size such as ``8GiB``: a directory that has to be held whole and does not fit is refused; by
+        default what is free. ``scratch_dir``: where what became of blocks waits for being written; by default the
+        system's place for temporary files.
     consume: take the caller's tensors instead of copying those that stay float; the model is unusable afterwards.
 
     The caller's model is never changed unless ``consume`` is true. Raises ``SpecError``, ``GraphError`` and
@@ -271,10 +221,16 @@ def compile(  # noqa: A001
         raise SpecError(f"seed: {seed} is not an integer from -2^63 to 2^64 - 1")
     if matmul_precision not in ("highest", "medium"):
         raise SpecError(f"matmul_precision: {matmul_precision!r} is neither highest nor medium")
+    limit = None if memory is None else bytes_of(memory)
     if problems := [*refusals(parsed), *fallback_problems(parsed)]:
         raise SpecError(problems)
-    unread = calibration is None and not parsed.algorithms and placed_for(parsed) is None  # nothing needs all weights
-    gm = _captured(model, inputs, dtype, True, cache, mask, shapes, unread, check_capture, trust_remote_code)
+    reads = target is not None and target_named(target).reads
+    whole = why_whole(parsed, calibration is not None, reads)
+    gm = _captured(model, inputs, dtype, True, cache, mask, shapes, whole, limit, check_capture, trust_remote_code)
+    if reads and deferred_tensors(gm):
+        give_scratch(gm, scratch_dir)
+    if isinstance(model, str | os.PathLike) and deferred_tensors(gm) and (why := _held_later(gm, parsed, reads)):
+        check_directory(Path(model), (dtype or torch.float32).itemsize if reads else _CODES, why, limit)
     timer.end("capture")
     widths = stored_bits(gm)
     held = gm.state_dict(keep_vars=True).values() if isinstance(model, nn.Module) and not consume else ()
@@ -286,9 +242,12 @@ def compile(  # noqa: A001
     if problems := [*problems, *unmatched(parsed, found, modules_of(gm))] or none_quantized(parsed, resolved, others):
         raise SpecError(problems)
     check_calibration(parsed, resolved, calibration)
-    check_tensors(gm, resolved)
+    check_tensors(gm, resolved, first=calibration is not None)
     if target is not None:
         prepared(gm, target, resolved, parsed, **(target_options or {}))
+    if SCRATCH in gm.meta and calibration is not None:
+        planned = (one.layer.shape for one in resolved.values() if isinstance(one.decision, Plan))
+        check_disk(Path(gm.meta[SCRATCH]), sum(map(math.prod, planned)))  # a byte for each code
     if consume and isinstance(model, nn.Module):
         for parameter in model.parameters():  # now that nothing is left to refuse before the work begins
             parameter.data = torch.empty(0, dtype=parameter.dtype)
@@ -308,13 +267,15 @@ def compile(  # noqa: A001
         timer.end("plan")
         passes = passes_for(parsed, found, context, by_blocks)
         Pipeline(passes, after=lambda step, _: timer.end(step.name)).run(gm, batches)
-        read_all(gm)
+        if not reads:
+            read_all(gm)
     copy_tensors(gm, shared)
     all_notes = [*source.notes, *notes, *kept_nothing, *dict.fromkeys(pass_notes)]
     bits, between = source.dtype.itemsize * 8, placed[-1] if placed else None
     report = make_report(resolved, all_notes, bits, sqnr, spec_settings(parsed), widths, others, between)
     timer.end("finish")
-    return Compiled(gm, parsed, dataclasses.replace(report, phases=timer.phases), seed)
+    unread = sqnr if deferred_tensors(gm) else None
+    return Compiled(gm, parsed, dataclasses.replace(report, phases=timer.phases), seed, unread)
 
 
 def spec_for(
@@ -327,6 +288,15 @@ def spec_for(
     if profile is None:
         raise SpecError("spec: none given; give one, or a profile, such as ort-cpu")
     return default_spec(profile_named(profile))
+
+
+def _held_later(gm: fx.GraphModule, spec: Spec, reads: bool) -> str:
+    """Why a model is held whole although its weights are still in their files; nothing where it is not."""
+    if not reads:
+        return "a target that is no checkpoint is written from a graph in memory"
+    if any(ALGORITHMS[a.name].needs_data for a in spec.algorithms) and len(cut(gm)) == 1:
+        return "the model has no blocks that stand one after the other"
+    return ""
 
 
 @contextmanager

@@ -213,6 +213,11 @@ class Report:
         activations = None if self.activations is None else self.activations.to_json()
         return {"layers": self.rows(), "activations": activations}
 
+    def with_sqnr(self, sqnr: Mapping[str, float]) -> "Report":
+        """The report with these ratios of layers, which were not known when it was made."""
+        layers = (dataclasses.replace(one, sqnr_db=sqnr.get(one.layer.fqn, one.sqnr_db)) for one in self.layers)
+        return dataclasses.replace(self, layers=tuple(layers))
+
     def rows(self) -> list[dict[str, Any]]:
         """One object for each layer, then one for each of the ``parameters``, whose ``kind`` is ``parameter``."""
         dialect = self.settings.get("dialect", "")

@@ -5,9 +5,10 @@ from collections.abc import Container, Mapping
 from typing import Any, Final
 
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
-UNREAD: Final = "graphq.unread"  # of a graph: what reads the parameters that are still in their files, by name
+from graphq.deferred import Deferred
+
+_DEFERRED: Final = "graphq_deferred"  # of a fake tensor: what its numbers are
 
 
 def put_input(graph: fx.Graph, name: str) -> fx.Node:
@@ -22,18 +23,21 @@ def put_input(graph: fx.Graph, name: str) -> fx.Node:
 
 
 def tensor_of(module: nn.Module, fqn: str) -> Tensor:
-    """The parameter or buffer of this name; one that is still in its file is read. Raises ``AttributeError`` if there
-    is none.
-    """
-    found = held_tensor(module, fqn)
-    unread = unread_of(module)
-    if unread and fqn in unread and isinstance(found, FakeTensor):
-        return nn.Parameter(unread[fqn](), requires_grad=False)
-    return found
+    """The parameter or buffer of this name, read if it is deferred. Raises ``AttributeError`` if there is none."""
+    return read_tensor(held_tensor(module, fqn))
+
+
+def read_tensor(tensor: Tensor) -> Tensor:
+    """The tensor, read anew if it is deferred; a parameter is one, without gradient."""
+    deferred = deferred_of(tensor)
+    if deferred is None:
+        return tensor
+    read = deferred.read()
+    return nn.Parameter(read, requires_grad=False) if isinstance(tensor, nn.Parameter) else read
 
 
 def held_tensor(module: nn.Module, fqn: str) -> Tensor:
-    """``tensor_of``, but for a parameter that is still in its file the fake tensor that stands for it."""
+    """``tensor_of``, but for one that is deferred the fake tensor that stands for it."""
     path, _, name = fqn.rpartition(".")
     found = getattr(module.get_submodule(path), name)
     if not isinstance(found, Tensor):
@@ -41,13 +45,37 @@ def held_tensor(module: nn.Module, fqn: str) -> Tensor:
     return found
 
 
-def unread_of(module: nn.Module) -> Mapping[str, Any]:
-    """What reads the parameters of a graph that are still in their files."""
-    return getattr(module, "meta", {}).get(UNREAD, {}) if isinstance(module, fx.GraphModule) else {}
+def deferred_of(tensor: Tensor) -> Deferred | None:
+    """What the numbers of a fake tensor are; None for a tensor that has its own, and for a fake one without any."""
+    return getattr(tensor, _DEFERRED, None)
+
+
+def defer(fake: Tensor, deferred: Deferred) -> Tensor:
+    """``fake``, whose numbers are from now on those of ``deferred``."""
+    assert fake.shape == deferred.shape, (fake.shape, deferred.shape)
+    setattr(fake, _DEFERRED, deferred)
+    return fake
+
+
+def as_parameter(tensor: Tensor) -> nn.Parameter:
+    """The tensor as a parameter without gradient, deferred if it is."""
+    made = nn.Parameter(tensor.detach(), requires_grad=False)
+    deferred = deferred_of(tensor)
+    if deferred is not None:
+        defer(made, deferred)
+    return made
+
+
+def deferred_tensors(module: nn.Module) -> dict[str, Deferred]:
+    """What the numbers of the tensors are that ``module`` has not read yet, by name."""
+    held = module.state_dict(keep_vars=True).items()
+    return {name: deferred for name, tensor in held if (deferred := deferred_of(tensor)) is not None}
 
 
 def put_tensor(module: nn.Module, fqn: str, tensor: Tensor) -> None:
-    """``module`` holds ``tensor`` as ``fqn``: as a parameter without gradient if it is one, as a buffer if not."""
+    """``module`` holds ``tensor`` as ``fqn``: as a parameter without gradient if it is one, as a buffer if not. One
+    that is deferred stays so.
+    """
     path, _, name = fqn.rpartition(".")
     for segment in path.split(".") if path else ():
         if not hasattr(module, segment):
@@ -57,9 +85,14 @@ def put_tensor(module: nn.Module, fqn: str, tensor: Tensor) -> None:
     if hasattr(module, name) and isinstance(getattr(module, name), nn.Parameter) != is_parameter:
         delattr(module, name)
     if is_parameter:
-        module.register_parameter(name, nn.Parameter(tensor.detach(), requires_grad=False))
+        module.register_parameter(name, as_parameter(tensor))
     else:
-        module.register_buffer(name, tensor.detach())
+        module.register_buffer(name, _detached(tensor))
+
+
+def _detached(tensor: Tensor) -> Tensor:
+    made, deferred = tensor.detach(), deferred_of(tensor)
+    return made if deferred is None else defer(made, deferred)
 
 
 def remove_tensor(module: nn.Module, fqn: str) -> None:
@@ -138,8 +171,7 @@ def storage_of(tensor: Tensor) -> int:
 def copy_tensors(gm: nn.Module, shared: Container[int]) -> None:
     """The tensors of ``gm`` in the storages ``shared`` are copies; tied ones stay one."""
     copies: dict[tuple[object, ...], Tensor] = {}  # parts of one storage stay apart
-    for name in gm.state_dict(keep_vars=True):
-        tensor = tensor_of(gm, name)
+    for name, tensor in gm.state_dict(keep_vars=True).items():
         if storage_of(tensor) in shared:
             place = (storage_of(tensor), tensor.storage_offset(), tensor.shape, tensor.stride())
             if place not in copies:

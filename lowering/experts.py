@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from graphq.errors import PassError
 from graphq.ir import edit
 from graphq.ir.views import Dequantize, GroupedLinear, Op, Param, ops_of, view
-from graphq.state import tensor_of
+from graphq.state import as_parameter, deferred_of, held_tensor, tensor_of
 
 _BY: Final = "split-experts"
 
@@ -68,6 +68,13 @@ def _parts(gm: fx.GraphModule, weight: Op, experts: int) -> list[_Part]:
     return parts
 
 
+def _member(gm: fx.GraphModule, stack: Tensor, position: int) -> Tensor:
+    deferred = deferred_of(stack)
+    if deferred is None:
+        return stack.detach()[position].clone()
+    return edit.deferred_tensor(gm, deferred.member(position), stack.dtype)
+
+
 def _split(gm: fx.GraphModule, op: GroupedLinear, made: dict[str, Op]) -> None:
     """A stack's product as one linear for each expert, with weights under the experts' own names.
 
@@ -93,15 +100,15 @@ def _split(gm: fx.GraphModule, op: GroupedLinear, made: dict[str, Op]) -> None:
                     if held is None:
                         tensors.append(None)
                         continue
-                    own = tensor_of(gm, cast(Param, held).fqn)[position].clone()
+                    own = _member(gm, held_tensor(gm, cast(Param, held).fqn), position)
                     tensors.append(edit.add_tensor(gm, op, f"{name}.{suffix}", own, by=_BY))
                 arguments = (*tensors, source.format, list(source.block)[1:], source.dtype)
                 weights[expert] = made[name] = edit.insert(gm, op, Dequantize.target, *arguments, by=_BY)
             elif isinstance(source, Param):
-                stack = tensor_of(gm, source.fqn)
-                own = stack.detach()[position].clone()
+                stack = held_tensor(gm, source.fqn)
+                own = _member(gm, stack, position)
                 if isinstance(stack, nn.Parameter):  # which is stored as a parameter
-                    own = nn.Parameter(own, requires_grad=False)
+                    own = as_parameter(own)
                 weights[expert] = made[name] = edit.add_tensor(gm, op, f"{name}.weight", own, by=_BY, of=source.fqn)
             else:  # a computed stack is cut where it is computed
                 weights[expert] = edit.insert(gm, op, torch.ops.aten.select.int, source, 0, position, by=_BY)

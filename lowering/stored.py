@@ -11,15 +11,18 @@ from torch import Tensor, fx, nn
 from graphq.capture.source import source_of, stored_dtype
 from graphq.ir import edit
 from graphq.ir.views import Embedding, Param, ops_of
-from graphq.state import put_tensor, same_tensors, tensor_of
+from graphq.state import held_tensor, put_tensor, same_tensors, tensor_of
 
 _BY = "hold-stored"
 
 
 def stored(gm: fx.GraphModule, fqn: str) -> Tensor:
     """The parameter or buffer of this name, as an artifact holds it."""
-    tensor = tensor_of(gm, fqn)
-    dtype = stored_dtype(source_of(gm), fqn, tensor)
+    return narrowed(tensor_of(gm, fqn), stored_dtype(source_of(gm), fqn, held_tensor(gm, fqn)))
+
+
+def narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor`` in ``dtype`` where that holds its numbers."""
     if dtype == tensor.dtype:
         return tensor
     narrow = tensor.detach().to(dtype)

@@ -48,6 +48,8 @@ class Target:
     scales: the dtype that scales of a source's weights are stored in, where they are plain numbers.
     preflight: what a spec asks for that an artifact cannot hold, a line each, before weights are read; given the graph,
         the layers' decisions and the spec. Keywords behind these are options of ``emit`` that it depends on.
+    reads: whether ``emit`` reads what is deferred itself, one tensor after the other; any other target is given a graph
+        that holds all of its tensors.
     files: the files that ``tensors`` and ``open`` read, beside the manifest, of those that there are.
     """
 
@@ -58,6 +60,7 @@ class Target:
     files: tuple[str, ...]
     scales: Callable[[Source], torch.dtype] = lambda source: torch.float32
     preflight: Callable[..., list[str]] = lambda gm, resolved, spec: []
+    reads: bool = False
 
 
 TARGETS: Final[Mapping[str, Target]] = {
@@ -71,6 +74,7 @@ TARGETS: Final[Mapping[str, Target]] = {
         COMPRESSED_FILES,
         lambda source: source.dtype,
         compressed_tensors_preflight,
+        reads=True,
     ),
     "ascend": Target(
         ascend.emit,
@@ -80,6 +84,7 @@ TARGETS: Final[Mapping[str, Target]] = {
         ascend.FILES,
         lambda source: source.dtype,
         ascend_preflight,
+        reads=True,
     ),
 }
 

@@ -17,6 +17,7 @@ from graphq.ir.layers import sites
 from graphq.ir.pipeline import Batches, Pass
 from graphq.ir.validity import ValidityRun
 from graphq.ir.views import GroupedLinear, Weighted, ops_of
+from graphq.ir.weight_parts import QuantizedWeight, WeightPart, quantize_weight
 from graphq.numerics import Scales, rounding
 from graphq.numerics.blocks import block_extremes
 from graphq.numerics.scales import computed, scale_from_extremes
@@ -24,11 +25,8 @@ from graphq.passes.annotate import annotated
 from graphq.passes.observe import observers, to_quantize
 from graphq.passes.quantize_weights import (
     PlannedWeight,
-    QuantizedWeight,
-    WeightPart,
     beyond_match,
     planned_weights,
-    quantize_weight,
     replace_weight,
     with_weights,
 )

@@ -1,7 +1,8 @@
 """Passes on one repeated block at a time, each calibrated on what the blocks in front of it give.
 
 The graph is cut at the blocks; a part is a graph of its own, to which a pass cannot tell that it is none. Only the
-activations between parts are kept, and what stands behind the last layer with a plan is never run.
+activations between parts are kept, and what stands behind the last layer with a plan is never run. Deferred weights are
+read for their part alone, and what became of them is set aside where the graph has a place for it.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ from typing import Any, ClassVar, Final, cast, final
 import torch
 from torch import Tensor, fx, nn
 
+from graphq.artifacts.scratch import set_aside
 from graphq.capture.source import KEY, SHARED, TensorInput, source_of
 from graphq.data.masks import MaskedBatch, Validity, masked_batch
 from graphq.errors import SpecError
@@ -23,7 +25,7 @@ from graphq.ir.pipeline import Batches, Pass, Pipeline, fingerprint
 from graphq.passes.calibrate import run_batch
 from graphq.spec.plan import PerExpert, Plan
 from graphq.spec.rules import Prefix
-from graphq.state import put_input, put_tensor, remove_tensor, tensor_of
+from graphq.state import held_tensor, put_input, put_tensor, remove_tensor, storage_of, tensor_of
 
 _OUTPUT: Final = "stage_output"
 
@@ -65,6 +67,7 @@ class Blockwise(Pass):
                 if count and fingerprint(part.gm, contents=False) != before:  # observers may have come and gone
                     names = parts.merge(index, part)
                     changes += count
+                    set_aside(gm, parts.merged)
             for values, new in zip(seen or (), given or (), strict=False):
                 for name in done:
                     values.pop(name, None)
@@ -169,7 +172,7 @@ def _shared(gm: fx.GraphModule, stages: Sequence[Sequence[fx.Node]]) -> frozense
     readers: dict[int, set[int]] = {}
     names: dict[int, set[str]] = {}
     for node in gm.graph.find_nodes(op="get_attr"):
-        storage = tensor_of(gm, str(node.target)).untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
+        storage = storage_of(held_tensor(gm, str(node.target)))
         readers.setdefault(storage, set()).update(place.get(user, -1) for user in node.users)
         names.setdefault(storage, set()).add(str(node.target))
     return frozenset(name for storage, found in readers.items() if len(found) > 1 for name in names[storage])
@@ -184,6 +187,7 @@ class Parts:
     def __init__(self, gm: fx.GraphModule) -> None:
         self.gm = gm
         self.stages = cut(gm)
+        self.merged: tuple[str, ...] = ()  # the tensors that the part which was merged last reads
         self.shared: frozenset[str] = _shared(gm, self.stages) | gm.meta.get(SHARED, frozenset())
         source = source_of(gm)
         self._declared = dict(zip(gm.graph.find_nodes(op="placeholder"), source.inputs, strict=True))
@@ -266,6 +270,7 @@ class Parts:
                     case _:
                         made[node] = gm.graph.node_copy(node, made.__getitem__)
         self._reads.update(held.keys())
+        self.merged = tuple(held)
         names: dict[str, str] = {}
         for old, result in zip(part.gives, outputs, strict=True):
             new = made[result]

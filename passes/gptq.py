@@ -12,6 +12,7 @@ from graphq.ir import edit
 from graphq.ir.matrices import as_matrices, as_weight, input_key
 from graphq.ir.pipeline import Batches, Pass
 from graphq.ir.views import GroupedLinear, Param, Recurrence, Weighted
+from graphq.ir.weight_parts import QuantizedWeight, WeightPart, quantize_weight
 from graphq.numerics import gptq
 from graphq.numerics.ranges import searched_scales
 from graphq.numerics.scales import effective_scale
@@ -20,12 +21,9 @@ from graphq.observers.statistics import HessianObserver, hessians, required_stat
 from graphq.passes.annotate import annotated
 from graphq.passes.quantize_weights import (
     PlannedWeight,
-    QuantizedWeight,
-    WeightPart,
     beyond_match,
     planned_reads,
     planned_weights,
-    quantize_weight,
     replace_weight,
     with_weights,
 )

@@ -13,11 +13,12 @@ from graphq.ir.layers import LAYER, layer_path
 from graphq.ir.mask_values import MaskValues
 from graphq.ir.pipeline import Batches, Invariant, Pass
 from graphq.ir.views import Op, Param, Weighted, view
+from graphq.ir.weight_parts import QuantizedWeight
 from graphq.numerics import Scales
 from graphq.observers.grids import GridObserver
 from graphq.observers.ranges import RangeObserver
 from graphq.passes.observe import observer_on, observers, remove_observers, to_quantize
-from graphq.passes.quantize_weights import QuantizedWeight, hold_codes
+from graphq.passes.quantize_weights import hold_codes
 from graphq.runtime import ops
 from graphq.spec.formats import has_global_scale, is_asymmetric
 from graphq.spec.quant import Quant

@@ -9,14 +9,15 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, final
 
 import torch
-from torch import fx, nn
+from torch import fx
 
+from graphq.deferred import Made
 from graphq.ir import edit
 from graphq.ir.index import GraphIndex
 from graphq.ir.pipeline import Batches, Pass
 from graphq.ir.products import Product, products, readers_of
 from graphq.ir.views import Cast, Linear, Op, Param
-from graphq.state import remove_tensor, tensor_of
+from graphq.state import as_parameter, deferred_of, held_tensor, remove_tensor
 
 aten = torch.ops.aten
 
@@ -59,9 +60,14 @@ class RaiseLinear(Pass):
     def _turn(self, gm: fx.GraphModule, first: Product) -> Op:
         """The product's parameter held as ``[N, K]``; all that read it as ``[K, N]`` are about to go."""
         fqn = first.matrix.param.fqn
-        rows = nn.Parameter(tensor_of(gm, fqn).detach().t(), requires_grad=False)
+        held = held_tensor(gm, fqn)
+        if (deferred := deferred_of(held)) is None:
+            rows = held.detach().t()
+        else:
+            turned = Made(deferred.shape[::-1], lambda: deferred.read().t())
+            rows = edit.deferred_tensor(gm, turned, held.dtype)
         remove_tensor(gm, fqn)
-        return edit.add_tensor(gm, first.op, fqn, rows, by=self.name, like=first.op)
+        return edit.add_tensor(gm, first.op, fqn, as_parameter(rows), by=self.name, like=first.op)
 
     def _raise(self, gm: fx.GraphModule, product: Product, weight: Op) -> dict[Op, Op]:
         """The product's op, or the addition after it, is gone; what stands in its place, by it."""

@@ -5,6 +5,7 @@ Rounded here, the graph that scales are chosen for, and whose errors GPTQ makes 
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, final
 
 import torch
@@ -17,7 +18,7 @@ from graphq.ir.layers import BY, PLAN, sites
 from graphq.ir.pipeline import Batches, Pass
 from graphq.passes.annotate import annotated
 from graphq.spec.plan import weight_quants
-from graphq.state import tensor_of
+from graphq.state import deferred_of, held_tensor
 
 
 @final
@@ -40,24 +41,32 @@ class RoundToStored(Pass):
         plans = {site.param.fqn: weight_quants(site.op.node.meta.get(PLAN)) for site in sites(gm)}
         count = 0
         for fqn, reads in _changed(gm).items():
-            tensor = tensor_of(gm, fqn)
+            tensor = held_tensor(gm, fqn)
             dtype = stored_dtype(source, fqn, tensor)
             kept = [i for i, quant in enumerate(plans.get(fqn, (None,))) if quant is None]
             if dtype == tensor.dtype or not kept:
                 continue
             whole = fqn not in plans or len(kept) == len(plans[fqn])
-            made = rounded(tensor.detach(), dtype, None if whole else kept)
-            if bool((made.isinf() & tensor.isfinite()).any()):
-                largest = float(tensor.detach().abs().max())
-                name = str(dtype).removeprefix("torch.")
-                raise GraphError(
-                    f"{fqn}: {largest:g} is too large for {name}, which the source's parameters are stored in; compile"
-                    " with dtype=torch.float32, which stores them in float32"
-                )
-            if not torch.equal(made, tensor):
-                edit.set_param(gm, fqn, lambda _, made=made: made, self.name, reads)
+            made = partial(_rounded, fqn, dtype, None if whole else kept)
+            if (deferred := deferred_of(tensor)) is not None:
+                is_changed = deferred.dtypes() != frozenset({dtype})
+            else:
+                is_changed = not torch.equal(made(tensor.detach()), tensor)
+            if is_changed:
+                edit.set_param(gm, fqn, made, self.name, reads)
                 count += 1
         return count
+
+
+def _rounded(fqn: str, dtype: torch.dtype, members: list[int] | None, x: Tensor) -> Tensor:
+    made = rounded(x, dtype, members)
+    if bool((made.isinf() & x.isfinite()).any()):
+        largest, name = float(x.abs().max()), str(dtype).removeprefix("torch.")
+        raise GraphError(
+            f"{fqn}: {largest:g} is too large for {name}, which the source's parameters are stored in; compile"
+            " with dtype=torch.float32, which stores them in float32"
+        )
+    return made
 
 
 def _changed(gm: fx.GraphModule) -> dict[str, list[fx.Node]]:

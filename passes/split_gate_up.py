@@ -1,18 +1,19 @@
 """Experts' fused ``gate_up_proj`` as two layers, ``gate_proj`` and ``up_proj``, that rules can name apart."""
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, cast, final
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from graphq.ir import edit
 from graphq.ir.layers import MADE_OF
 from graphq.ir.pipeline import Batches, Pass
 from graphq.ir.views import GroupedLinear, Op, Param, Split, ops_of, view
 from graphq.runtime import ops
-from graphq.state import tensor_of
+from graphq.state import as_parameter, deferred_of, held_tensor
 
 aten = torch.ops.aten
 _FUSED: Final = "gate_up_proj"
@@ -45,14 +46,24 @@ class SplitGateUp(Pass):
         return count
 
     def _split(self, gm: fx.GraphModule, op: GroupedLinear, fused: Param, halves: tuple[list[Op], list[Op]]) -> None:
-        rows = tensor_of(gm, fused.fqn).detach().chunk(2, 1)
+        rows = _rows(gm, held_tensor(gm, fused.fqn))
         for name, own, outputs in zip(_HALVES, rows, halves, strict=True):
-            held = torch.nn.Parameter(own, requires_grad=False)
+            held = as_parameter(own)
             weight = edit.add_tensor(gm, op, fused.fqn.removesuffix(_FUSED) + name, held, by=self.name)
             gm.meta[MADE_OF] = {**gm.meta.get(MADE_OF, {}), fused.fqn.removesuffix(_FUSED) + name: (fused.fqn,)}
             made = edit.insert(gm, op, ops.grouped_linear, op.x, weight, op.offsets, by=self.name)
             for output in outputs:
                 edit.bypass(gm, output, made)
+
+
+def _rows(gm: fx.GraphModule, w: Tensor) -> Sequence[Tensor]:
+    """The upper and the lower half of each expert's rows."""
+    deferred = deferred_of(w)
+    if deferred is None:
+        return w.detach().chunk(2, 1)
+    half = -(-deferred.shape[1] // 2)
+    parts = (deferred.narrowed(1, 0, half), deferred.narrowed(1, half, deferred.shape[1] - half))
+    return [edit.deferred_tensor(gm, part, w.dtype) for part in parts]
 
 
 def _taken(gm: fx.GraphModule, fused: Param) -> bool:

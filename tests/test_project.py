@@ -23,8 +23,8 @@ HEAVY = ("compressed_tensors", "networkx", "onnx", "onnx_ir", "onnxruntime", "on
 # Each may import the ones above it, and none beside it; a name stands for its submodules too, but for graphq, which is
 # the public API.
 LAYERS = (
-    ("graphq.errors",),
-    ("graphq.files", "graphq.phases", "graphq.state"),
+    ("graphq.errors", "graphq.deferred"),
+    ("graphq.files", "graphq.memory", "graphq.phases", "graphq.state"),
     ("graphq.spec",),
     ("graphq.frontends", "graphq.numerics", "graphq.packing", "graphq.capture"),
     ("graphq.data",),
@@ -34,6 +34,7 @@ LAYERS = (
     ("graphq.passes",),
     ("graphq.algorithms", "graphq.lowering"),
     ("graphq.checks",),
+    ("graphq.compiled",),
     ("graphq.compiler", "graphq.in_place"),
     ("graphq.explanation", "graphq.verifier", "graphq.linter", "graphq.mixed_precision"),
     ("graphq",),
@@ -44,7 +45,8 @@ LEAVES = {
     "graphq.frontends": {"graphq.errors", "graphq.spec"},
     "graphq.numerics": {"graphq.errors", "graphq.spec"},
     "graphq.packing": {"graphq.errors", "graphq.spec"},
-    "graphq.state": set[str](),
+    "graphq.deferred": set[str](),
+    "graphq.state": {"graphq.deferred"},
     "graphq.files": {"graphq.errors"},
 }
 TORCH_ALONE = {"graphq.numerics": {"jaxtyping", "torch"}, "graphq.packing": {"jaxtyping", "torch"}}  # and below them

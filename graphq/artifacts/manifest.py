@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from graphq.artifacts.fields import entry, is_text
+from graphq.artifacts.shards import in_bytes
 from graphq.artifacts.source import source_from_json, source_json
 from graphq.capture.source import Source, source_of
 from graphq.errors import TargetError
@@ -23,6 +24,7 @@ from graphq.ir.views import Dequantize, Op, Param, Quantize, ops_of
 from graphq.state import first_names, tensor_of
 
 NAME: Final = MANIFEST
+Record = Mapping[str, Any]  # of a tensor: dtype, shape and digest
 _LONGEST: Final = 255  # bytes of a file's name on Linux's and macOS's file systems
 _COMPANIONS: Final = (
     "tokenizer.json",
@@ -65,11 +67,28 @@ class QuantizedTensor:
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
+@final
+class Digest:
+    """SHA-256 of a tensor's dtype, shape and elements in row-major order, by its parts along the first axis."""
+
+    def __init__(self, dtype: torch.dtype, shape: Iterable[int]) -> None:
+        self._found = hashlib.sha256(f"{str(dtype).removeprefix('torch.')}{list(shape)}:".encode())
+
+    def add(self, part: Tensor) -> None:
+        """The next part."""
+        if part.numel():
+            self._found.update(in_bytes(part))
+
+    def text(self) -> str:
+        """The digest of all parts, in hexadecimal."""
+        return self._found.hexdigest()
+
+
 def digest(tensor: Tensor) -> str:
     """SHA-256 of a tensor's dtype, shape and elements in row-major order."""
-    data = tensor.detach().cpu().contiguous()
-    head = f"{str(data.dtype).removeprefix('torch.')}{list(data.shape)}:".encode()
-    return hashlib.sha256(head + data.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+    found = Digest(tensor.dtype, tensor.shape)
+    found.add(tensor)
+    return found.text()
 
 
 def quantized_tensors(gm: fx.GraphModule) -> dict[str, QuantizedTensor]:
@@ -118,8 +137,16 @@ def stored_names(tensors: Mapping[str, Tensor], held: Container[str]) -> dict[st
 
 def record(tensor: Tensor) -> dict[str, Any]:
     """What the manifest says of a tensor: its dtype, shape and digest."""
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return {"dtype": dtype, "shape": list(tensor.shape), "sha256": digest(tensor)}
+    return record_of(tensor.dtype, tensor.shape, digest(tensor))
+
+
+def record_of(dtype: torch.dtype, shape: Iterable[int], sha256: str) -> dict[str, Any]:
+    """What the manifest says of a tensor with this digest."""
+    return {"dtype": str(dtype).removeprefix("torch."), "shape": list(shape), "sha256": sha256}
+
+
+def _records(tensors: Mapping[str, Tensor | Record]) -> dict[str, Record]:
+    return {name: record(t) if isinstance(t, Tensor) else t for name, t in tensors.items()}
 
 
 def recorded(directory: Path, described: Mapping[str, Any], key: str) -> dict[str, dict[str, Any]]:
@@ -159,21 +186,24 @@ def write(
     gm: fx.GraphModule,
     target: str,
     made_from: Mapping[str, Any],
-    held: Mapping[str, Tensor],
-    quantized: Mapping[str, Tensor] | None = None,
+    held: Mapping[str, Tensor | Record],
+    quantized: Mapping[str, Tensor | Record] | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> None:
     """``graphq.json`` and the files that go with a model (tokenizer, configuration) in ``directory``.
 
     ``gm``: the QDQ form, as the target spells it; ``held``: all tensors of the artifact, by name, and ``quantized``
-    those that belong to quantized tensors, where these are not those of ``gm``. ``config``: the model's settings, where
+    those that belong to quantized tensors, where these are not those of ``gm``: tensors, or records of those that were
+    written and are gone, no two of which were one. ``config``: the model's settings, where
     these are not the source's. The target's own files are there already: the manifest lists them.
     """
     source = source_of(gm)
     dtype = computed_in(gm)
     if quantized is None:
         quantized = named_tensors(quantized_tensors(gm))
-    quantized = stored_names(quantized, held)
+    tensors = {name: t for name, t in quantized.items() if isinstance(t, Tensor)}
+    kept = stored_names(tensors, held)
+    quantized = {name: t for name, t in quantized.items() if name in kept or name not in tensors}
     manifest: dict[str, Any] = {
         "graphq": FORMAT,
         "target": target,
@@ -182,8 +212,8 @@ def write(
         **made_from,
         "source": source_json(source),
         "computed_in": str(dtype).removeprefix("torch.") if dtype is not None else None,
-        "tensors": {name: record(t) for name, t in quantized.items()},
-        "other_tensors": {name: record(t) for name, t in held.items() if name not in quantized},
+        "tensors": _records(quantized),
+        "other_tensors": _records({name: t for name, t in held.items() if name not in quantized}),
     }
     if source.files is not None:
         for name in _COMPANIONS:

@@ -1,19 +1,21 @@
 """The one writer of weights: named tensors, one after the other, into safetensors files of a bounded size.
 
-Nothing is held longer than until its file is full, so that what is written may be larger than memory. The layout is
-that of ``save_pretrained``: ``model.safetensors``, or ``model-00001-of-00002.safetensors`` ... with an index
+Nothing is held longer than until it is written, so that what is written may be larger than memory. The layout is that
+of ``save_pretrained``: ``model.safetensors``, or ``model-00001-of-00002.safetensors`` ... with an index
 (https://huggingface.co/docs/safetensors, https://huggingface.co/docs/transformers/big_models).
 """
 
 import json
+import math
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import IO, Any, Final, final
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from graphq.errors import TargetError
@@ -27,9 +29,48 @@ SHARD_BYTES: Final = 5_000_000_000
 _METADATA: Final = {"format": "pt"}
 
 
+_SPOOLED: Final = 1 << 24  # bytes of a file that are kept in memory until it is full
+_COPIED: Final = 1 << 23  # bytes that are copied at once
+# In the order in which safetensors lays tensors out, the widest first, and within a dtype by their names.
+_DTYPES: Final = {
+    torch.uint64: "U64",
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.complex64: "C64",
+    torch.float32: "F32",
+    torch.uint32: "U32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint16: "U16",
+    torch.int16: "I16",
+    torch.float8_e8m0fnu: "F8_E8M0",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_WIDEST: Final = {dtype: place for place, dtype in enumerate(_DTYPES)}
+
+
+@final
+@dataclass(frozen=True)
+class InParts:
+    """A tensor by its parts along the first axis, which are taken one after the other, once."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    parts: Iterable[Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
 def write_shards(
     directory: Path,
-    tensors: Iterable[tuple[str, Tensor]],
+    tensors: Iterable[tuple[str, Tensor | InParts]],
     shard_bytes: int = SHARD_BYTES,
     stem: str = "model",
     *,
@@ -38,52 +79,121 @@ def write_shards(
 ) -> None:
     """The tensors are in files of at most ``shard_bytes`` (or of one tensor) in ``directory``, on the disk.
 
-    Names are distinct. Tensors may share memory, and are copied where they are not dense.
+    Names are distinct. One tensor, or part of one, is held at a time. While a file is made its tensors are on the disk
+    twice.
 
     stem: what the files' names begin with. numbered: one file has a number and an index, too. metadata: of each file's
     header; transformers wants its own.
     """
     shards: list[list[str]] = []
-    held: dict[str, Tensor] = {}
-    total = 0
+    total, left = 0, 0
     seen: set[str] = set()
-
-    def flush() -> None:
-        shards.append(list(held))
-        _save(directory / f"{len(shards):05}.partial", held, metadata)
-        held.clear()
-
-    for name, tensor in tensors:
-        assert name not in seen, name
-        seen.add(name)
-        if held and sum(map(nbytes, held.values())) + nbytes(tensor) > shard_bytes:
-            flush()
-        held[name] = tensor
-        total += nbytes(tensor)
-    if held or not shards:
-        flush()
+    with _File(directory, metadata) as file:
+        for name, tensor in tensors:
+            assert name not in seen, name
+            seen.add(name)
+            size = tensor.nbytes if isinstance(tensor, InParts) else nbytes(tensor)
+            if file and size > left:
+                shards.append(file.names)
+                file.finish(directory / f"{len(shards):05}.partial")
+            left = (left if file else shard_bytes) - size
+            file.add(name, tensor)
+            total += size
+        if file or not shards:
+            shards.append(file.names)
+            file.finish(directory / f"{len(shards):05}.partial")
     count = len(shards)
     has_index = numbered or count > 1
     files = [f"{stem}-{i:05}-of-{count:05}{SUFFIX}" for i in range(1, count + 1)] if has_index else [stem + SUFFIX]
-    for number, file in enumerate(files, 1):
-        (directory / f"{number:05}.partial").rename(directory / file)
+    for number, name in enumerate(files, 1):
+        (directory / f"{number:05}.partial").rename(directory / name)
     if has_index:
         where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
         (directory / (stem + INDEX_SUFFIX)).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _save(file: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str] | None) -> None:
-    dense = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    storages: set[int] = set()
-    for name, tensor in dense.items():  # safetensors refuses tensors that share memory
-        place = tensor.untyped_storage().data_ptr()
-        if place in storages or tensor.untyped_storage().nbytes() != nbytes(tensor):
-            dense[name] = tensor.clone()
-        storages.add(place)
-    save_file(dense, file, metadata=None if metadata is None else dict(metadata))
-    with file.open("rb") as written:
-        os.fsync(written.fileno())
+@final
+@dataclass(frozen=True)
+class _Entry:
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+class _File:
+    """Tensors that will be a safetensors file, whose order and header are known when it is full."""
+
+    def __init__(self, directory: Path, metadata: Mapping[str, str] | None) -> None:
+        self._directory = directory
+        self._metadata = metadata
+        self._entries: dict[str, _Entry] = {}
+        self._spool = self._empty()
+
+    def _empty(self) -> "tempfile.SpooledTemporaryFile[bytes]":
+        return tempfile.SpooledTemporaryFile(_SPOOLED, dir=str(self._directory))
+
+    def __enter__(self) -> "_File":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._spool.close()
+
+    @property
+    def names(self) -> list[str]:
+        """Those of the tensors, in the order in which they were added."""
+        return list(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def add(self, name: str, tensor: Tensor | InParts) -> None:
+        """The tensor is written out, but for what little is still in memory."""
+        given = tensor if isinstance(tensor, InParts) else InParts(tensor.dtype, tuple(tensor.shape), (tensor,))
+        start = self._spool.tell()
+        for part in given.parts:
+            assert part.dtype == given.dtype, (name, part.dtype, given.dtype)
+            if part.numel():
+                self._spool.write(in_bytes(part))
+        assert self._spool.tell() - start == given.nbytes, name
+        self._entries[name] = _Entry(given.dtype, given.shape, start, given.nbytes)
+
+    def finish(self, path: Path) -> None:
+        """The file is at ``path``, on the disk, as ``safetensors.torch.save_file`` writes it; a new one is begun."""
+        order = sorted(self._entries, key=lambda name: (_WIDEST[self._entries[name].dtype], name.encode()))
+        header: dict[str, Any] = {} if self._metadata is None else {"__metadata__": dict(self._metadata)}
+        place = 0
+        for name in order:
+            one = self._entries[name]
+            offsets = [place, place + one.nbytes]
+            header[name] = {"dtype": _DTYPES[one.dtype], "shape": list(one.shape), "data_offsets": offsets}
+            place += one.nbytes
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        with path.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in order:
+                self._copy(self._entries[name], file)
+            file.flush()
+            os.fsync(file.fileno())
+        self._spool.close()
+        self._entries, self._spool = {}, self._empty()
+
+    def _copy(self, entry: _Entry, file: IO[bytes]) -> None:
+        self._spool.seek(entry.start)
+        left = entry.nbytes
+        while left:
+            data = self._spool.read(min(left, _COPIED))
+            assert data
+            file.write(data)
+            left -= len(data)
+
+
+def in_bytes(tensor: Tensor) -> memoryview:
+    """The elements in row-major order."""
+    data: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return memoryview(data)
 
 
 def read_shards(directory: Path, stem: str = "model") -> Iterator[tuple[str, Tensor]]:

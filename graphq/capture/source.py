@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from graphq.capture.structure import Structure
 from graphq.errors import PassError
+from graphq.state import deferred_of
 
 KEY: Final = "graphq.source"
 SHARED: Final = "graphq.shared"  # of a part of a graph: the names of parameters that other parts hold, too
@@ -146,11 +147,19 @@ def record_stored(gm: fx.GraphModule) -> None:
     wide = frozenset(
         name
         for name, tensor in gm.named_parameters(remove_duplicate=False)
-        if tensor.dtype == torch.float32
-        and not isinstance(tensor.data, FakeTensor)
-        and not torch.equal(tensor.detach().to(source.dtype).to(torch.float32), tensor.detach())
+        if tensor.dtype == torch.float32 and not _is_held_by(tensor, source.dtype)
     )
     gm.meta[KEY] = replace(source, stored=source.dtype, wide=wide)
+
+
+def _is_held_by(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether all numbers of a tensor are numbers of ``dtype``; those of one without data are taken to be."""
+    deferred = deferred_of(tensor)
+    if deferred is None:
+        return isinstance(tensor.data, FakeTensor) or torch.equal(tensor.detach().to(dtype).to(tensor.dtype), tensor)
+    if deferred.dtypes() == frozenset({dtype}):
+        return True
+    return all(torch.equal(piece.to(dtype).to(piece.dtype), piece) for piece in deferred.pieces())
 
 
 def stored_dtype(source: Source, fqn: str, tensor: Tensor) -> torch.dtype:

@@ -1,123 +1,254 @@
 """A model directory as a graph whose weights stay in their files until a pass reads them, one at a time.
 
 It is the graph that a configuration alone gives, with the buffers of a model made from it. A weight that is quantized
-is then never held beside the others as floats.
+is then never held beside the others as floats. Files may name tensors otherwise than the model does, and hold experts
+one by one of which the model makes a stack: transformers' own conversion says which is which.
 """
 
-from collections.abc import Callable, Mapping
+import math
+import re
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final, cast, final
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import TorchFunctionMode
 
 from graphq.capture import adapters
 from graphq.capture.hugging_face import (
     capture_config,
-    check_weight_files,
     model_class,
     read_config,
-    silent_transformers,
+    unused_note,
 )
-from graphq.state import UNREAD, held_tensor, put_tensor
+from graphq.capture.quiet import silent_transformers
+from graphq.capture.source import KEY, source_of
+from graphq.capture.weight_files import check_weight_files
+from graphq.deferred import Deferred, InFile, Joined, Stacked
+from graphq.errors import GraphError
+from graphq.state import as_parameter, defer, deferred_tensors, held_tensor, put_tensor, storage_of, tensor_of
 
-_DTYPES: Final = {torch.bfloat16: "BF16", torch.float16: "F16"}
+_DTYPES: Final = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_HALVES: Final = 2  # of an expert's rows: gate and up lie in one matrix
+_UNUSED: Final = r"rotary_emb\.inv_freq|(^|\.)position_ids$"  # which older checkpoints hold and models compute
 
 
 def capture_unread(
     path: Path, dtype: torch.dtype, cache: bool = True, shapes: Mapping[str, int] | None = None
 ) -> fx.GraphModule | None:
-    """The graph of a directory whose files hold all parameters of the model, under its names, in the 16-bit dtype of
-    its configuration, and nothing else. None for any other directory, which transformers itself must load.
+    """The graph of a directory whose files hold all parameters of the model. None for a directory that transformers
+    itself must load: where tensors are missing, or are stored in a way that is not followed.
 
-    ``tensor_of`` reads a parameter anew at each call, and gives it in ``dtype``; ``read_all`` leaves none unread.
+    Matrices are deferred, and read in ``dtype``; vectors and buffers are held.
     """
     config = read_config(path)
-    stored = getattr(config, "dtype", None)
-    if stored not in _DTYPES or adapters.adapter_note(path):
+    if adapters.adapter_note(path):
         return None
     cls = model_class(path, config)
-    check_weight_files(path)
-    places = _places(path)
+    places = _places(check_weight_files(path))
     model = _made_of(config, cls, dtype)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    first = {id(p): name for name, p in reversed(parameters.items()) if name in places}
-    keys = {name: name if name in places else first.get(id(p), "") for name, p in parameters.items()}
-    fits = all(
-        key in places and places[key][1:] == (_DTYPES[stored], tuple(parameters[name].shape))
-        for name, key in keys.items()
-    )
-    if not fits or places.keys() - keys.keys() or model.state_dict().keys() - keys.keys():
-        return None
+    found = _deferred(model, places, dtype)
     buffers = dict(model.named_buffers(remove_duplicate=False))
-    del model, parameters
+    if found is None or any(buffer.is_meta for buffer in buffers.values()):
+        return None
+    ignored = [*(cast(Any, model)._keys_to_ignore_on_load_unexpected or ()), _UNUSED]
+    unused = sorted(
+        name for name in places.keys() - found.used if not any(re.search(pattern, name) for pattern in ignored)
+    )
     gm = capture_config(read_config(path), cls, dtype, cache, shapes)
-    for name, tensor in gm.state_dict(keep_vars=True).items():
-        if isinstance(tensor, nn.Parameter):
-            if name not in keys:
-                return None
-        elif isinstance(tensor, FakeTensor):
-            if name not in buffers:
-                return None
-            put_tensor(gm, name, buffers[name])
-    held: dict[str, str] = {}  # the first name of each tensor in the files, which ties those of its other names
-    for name in [name for name in gm.state_dict(keep_vars=True) if name in keys]:
-        if (own := held.setdefault(keys[name], name)) != name:
-            put_tensor(gm, name, held_tensor(gm, own))
-    gm.meta[UNREAD] = {name: _reader(places[key][0], key, dtype) for name, key in keys.items()}
+    if not _hold(gm, found.tensors, buffers):
+        return None
+    gm.meta[KEY] = replace(source_of(gm), notes=(*source_of(gm).notes, *unused_note(model, unused)))
     return gm
 
 
+def _hold(gm: fx.GraphModule, tensors: Mapping[str, Deferred], buffers: Mapping[str, Tensor]) -> bool:
+    """The fake tensors of ``gm`` are these; whether all are. What several names have is one tensor."""
+    own: dict[Deferred, Tensor] = {}
+    for name, held in list(gm.state_dict(keep_vars=True).items()):
+        if not isinstance(held, FakeTensor):
+            continue
+        deferred = tensors.get(name)
+        if deferred is None:
+            if name not in buffers or isinstance(held, nn.Parameter):
+                return False
+            put_tensor(gm, name, buffers[name])
+            continue
+        if deferred not in own:
+            made = deferred.read() if held.dim() < 2 else defer(held.detach(), deferred)
+            own[deferred] = as_parameter(made) if isinstance(held, nn.Parameter) else made
+        put_tensor(gm, name, own[deferred])
+    return True
+
+
 def read_all(gm: fx.GraphModule) -> None:
-    """``gm`` holds its parameters; those that are tied are one tensor."""
-    unread: Mapping[str, Any] = gm.meta.pop(UNREAD, {})
-    read: dict[object, Tensor] = {}
-    for name, tensor in list(gm.state_dict(keep_vars=True).items()):
-        if isinstance(tensor, FakeTensor) and name in unread:
-            reader = unread[name]
-            place = reader.place
-            if place not in read:
-                read[place] = reader()
-            put_tensor(gm, name, nn.Parameter(read[place], requires_grad=False))
+    """``gm`` holds its tensors; those that are tied are one tensor. Raises ``GraphError`` for a parameter with NaN."""
+    read: dict[int, Tensor] = {}
+    kept: list[Tensor] = []  # whose storages keep their places until all are read
+    for name in deferred_tensors(gm):
+        held = held_tensor(gm, name)
+        place = storage_of(held)
+        if place not in read:
+            kept.append(held)
+            read[place] = tensor_of(gm, name)
+            check_numbers(name, read[place])
+        put_tensor(gm, name, read[place])
 
 
-def _places(path: Path) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
-    """Of each tensor in the directory's files the file, the dtype and the shape."""
+def check_numbers(name: str, tensor: Tensor) -> None:
+    """Raises ``GraphError`` where a parameter holds NaN or Inf."""
+    numbers = tensor.float() if tensor.itemsize == 1 else tensor  # torch has no isfinite of float8
+    if isinstance(tensor, nn.Parameter) and not torch.isfinite(numbers).all():
+        raise GraphError(f"{name}: the tensor holds NaN or Inf")
+
+
+@final
+@dataclass(frozen=True)
+class _Place:
+    """A tensor of a file."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def _places(files: Sequence[Path]) -> dict[str, _Place]:
+    """Each tensor of the files by its name there."""
     from safetensors import safe_open
 
-    found: dict[str, tuple[Path, str, tuple[int, ...]]] = {}
-    for file in sorted(path.glob("*.safetensors")):
+    found: dict[str, _Place] = {}
+    for file in files:
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 - no mapping
                 part: Any = opened.get_slice(name)
-                found[name] = (file, part.get_dtype(), tuple(part.get_shape()))
+                found[name] = _Place(file, part.get_dtype(), tuple(part.get_shape()))
     return found
 
 
-def _made_of(config: Any, cls: Any, dtype: torch.dtype) -> nn.Module:
-    """A model of this configuration with buffers; nothing is written to its parameters, so that they take no memory."""
+class _Unheld(TorchFunctionMode):
+    """``torch.empty``, which parameters are made with, takes no memory; what is computed does."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}) | ({"device": "meta"} if func is torch.empty else {}))
+
+
+@contextmanager
+def _unheld() -> Generator[None]:
     from transformers.initialization import no_init_weights
 
-    with silent_transformers(), no_init_weights():
+    with silent_transformers(), no_init_weights(), _Unheld():
+        yield
+
+
+def _made_of(config: Any, cls: Any, dtype: torch.dtype) -> nn.Module:
+    """A model of this configuration with buffers, whose parameters are on the meta device."""
+    with _unheld():
         model = cls._from_config(config, dtype=dtype).eval()
         model.tie_weights()  # which is left out with the rest
         return model
 
 
-class _Reader:
-    """Reads one tensor. The file is open no longer than that: the pages that were read are the kernel's again."""
+@final
+@dataclass(frozen=True)
+class _Found:
+    """What the parameters and stored buffers of a model are, by name, and the tensors of the files that are theirs."""
 
-    def __init__(self, file: Path, key: str, dtype: torch.dtype) -> None:
-        self.place = (file, key)
-        self.dtype = dtype
-
-    def __call__(self) -> Tensor:
-        from safetensors import safe_open
-
-        with safe_open(self.place[0], framework="pt") as opened:
-            return cast(Tensor, opened.get_tensor(self.place[1])).to(self.dtype, copy=True)
+    tensors: Mapping[str, Deferred]
+    used: frozenset[str]
 
 
-def _reader(file: Path, key: str, dtype: torch.dtype) -> Callable[[], Tensor]:
-    return _Reader(file, key, dtype)
+def _deferred(model: nn.Module, places: Mapping[str, _Place], dtype: torch.dtype) -> _Found | None:
+    """Where the model's tensors are; None where a file lacks one, or holds it in another shape or an unknown dtype."""
+    own = dict(model.named_parameters(remove_duplicate=False))
+    first = {id(p): name for name, p in reversed(own.items()) if name in places}
+    state: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
+    keys = {name: name if name in places else first.get(id(tensor)) for name, tensor in state.items()}
+    other = [name for name, key in keys.items() if key is None]
+    used = {key for key in keys.values() if key is not None}
+    found: dict[str, Deferred] = {}
+
+    def in_file(key: str, shape: Sequence[int], wanted: torch.dtype) -> InFile | None:
+        place = places.get(key)
+        if place is None or place.dtype not in _DTYPES or place.shape != tuple(shape):
+            return None
+        used.add(key)
+        return InFile(place.file, key, place.shape, _DTYPES[place.dtype], wanted)
+
+    for name, key in keys.items():
+        wanted = dtype if state[name].is_floating_point() else state[name].dtype
+        if key is not None:
+            read = in_file(key, state[name].shape, wanted)
+            if read is None:
+                return None
+            found[name] = read
+    if other:
+        converted = _converted(model, {name: state[name] for name in other}, dtype, in_file)
+        if converted is None:
+            return None
+        found |= converted
+    return _Found(found, frozenset(used))
+
+
+def _converted(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    in_file: Callable[[str, Sequence[int], torch.dtype], InFile | None],
+) -> dict[str, Deferred] | None:
+    """Where these tensors are, whose names files do not have; None for one that is not found.
+
+    transformers' own conversion is applied to tensors that say which part they are: of a stack two for each expert, the
+    upper and the lower half of its rows, of others one.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    parts: list[tuple[str, int, int]] = []  # tensor, expert, half
+    marked: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():  # all, as conversions may take several tensors
+        shape = (tensor.shape[0], _HALVES, 1) if tensor.dim() == 3 else (1,) * tensor.dim()
+        count = math.prod(shape)
+        marked[name] = torch.arange(len(parts), len(parts) + count).view(shape)
+        parts += [(name, i // _HALVES, i % _HALVES) for i in range(count)]
+    try:
+        stored = revert_weight_conversion(cast(Any, model), marked)
+    except (RuntimeError, ValueError, IndexError, AttributeError, TypeError):
+        return None
+    where: dict[tuple[str, int], dict[tuple[int, ...], str]] = {}
+    for key, mark in stored.items():
+        found = [parts[int(index)] for index in mark.flatten()]
+        name, expert, _ = found[0]
+        if {(n, e) for n, e, _ in found} == {(name, expert)} and mark.dim() <= 2 and mark.shape[1:] in ((), (1,)):
+            where.setdefault((name, expert), {})[tuple(half for _, _, half in found)] = key
+    made: dict[str, Deferred] = {}
+    for name, tensor in state.items():
+        one = [_expert(where.get((name, i), {}), tensor, dtype, in_file) for i in range(_experts(tensor))]
+        if None in one:
+            return None
+        held = tuple(deferred for deferred in one if deferred is not None)
+        made[name] = Stacked(held) if tensor.dim() == 3 else held[0]
+    return made
+
+
+def _experts(tensor: Tensor) -> int:
+    return tensor.shape[0] if tensor.dim() == 3 else 1
+
+
+def _expert(
+    keys: Mapping[tuple[int, ...], str],
+    tensor: Tensor,
+    dtype: torch.dtype,
+    in_file: Callable[[str, Sequence[int], torch.dtype], InFile | None],
+) -> Deferred | None:
+    """One index of a stack, or a tensor that is none, which is in one file or in one for each half of its rows."""
+    dtype = dtype if tensor.is_floating_point() else tensor.dtype
+    if tensor.dim() != 3:
+        return in_file(keys.get((0,), ""), tensor.shape, dtype)
+    rows, columns = tensor.shape[1:]
+    if (0, 1) in keys:
+        return in_file(keys[0, 1], (rows, columns), dtype)
+    halves = [in_file(keys.get((half,), ""), (rows // 2, columns), dtype) for half in range(_HALVES)]
+    return None if None in halves else Joined(tuple(half for half in halves if half is not None))

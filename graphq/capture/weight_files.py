@@ -12,8 +12,8 @@ def first_names(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def check_weight_files(path: Path) -> None:
-    """Raises ``GraphError`` if the directory has no safetensors, or one that is missing or damaged."""
+def check_weight_files(path: Path) -> list[Path]:
+    """The directory's safetensors. Raises ``GraphError`` if there are none, or one is missing or damaged."""
     from safetensors import SafetensorError, safe_open
 
     index = path / "model.safetensors.index.json"
@@ -44,3 +44,4 @@ def check_weight_files(path: Path) -> None:
                 pass
         except (SafetensorError, OSError) as error:
             raise GraphError(f"{file}: damaged or incomplete: {error}") from error
+    return files

@@ -75,6 +75,10 @@ def compile_(
         bool, typer.Option("--no-check-capture", help="Do not run the captured graph beside the model.")
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
+    memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="What a model held whole may take, such as 8GiB; default: what is free."),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Quantize a model and write the artifact."""
@@ -123,6 +127,8 @@ def compile_(
         inputs=example_inputs(inputs),
         check_capture=not no_check_capture,
         trust_remote_code=trust_remote_code,
+        memory=memory,
+        scratch_dir=next(parent for parent in out.absolute().parents if parent.exists()),
     )
     made.emit(target_name, out, **options)
     print_report(made.report, as_json)

@@ -13,10 +13,11 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
 from graphq.capture.source import KEY, source_of
+from graphq.deferred import Deferred
 from graphq.errors import PassError
 from graphq.ir.layers import BY, LAYER, PLAN
 from graphq.ir.views import Op, view
-from graphq.state import put_input, put_tensor, remove_tensor, tensor_of, unread_of
+from graphq.state import as_parameter, defer, deferred_of, held_tensor, put_input, put_tensor, remove_tensor
 
 
 def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode:
@@ -30,9 +31,14 @@ def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode:
 
 def has_data(gm: fx.GraphModule) -> bool:
     """Whether there are numbers for the parameters; not so where a model was captured without its weights."""
-    unread = unread_of(gm)
-    held = gm.state_dict(keep_vars=True).items()
-    return not any(isinstance(tensor, FakeTensor) and name not in unread for name, tensor in held)
+    held = gm.state_dict(keep_vars=True).values()
+    return not any(isinstance(tensor, FakeTensor) and deferred_of(tensor) is None for tensor in held)
+
+
+def deferred_tensor(gm: fx.GraphModule, deferred: Deferred, dtype: torch.dtype) -> Tensor:
+    """A tensor to be held by ``gm`` whose numbers are made when they are read."""
+    with fake_mode_of(gm):
+        return defer(torch.empty(deferred.shape, dtype=dtype), deferred)
 
 
 def has_tensor(gm: fx.GraphModule, fqn: str) -> bool:
@@ -211,13 +217,21 @@ def set_param(
 ) -> None:
     """The parameter of this name becomes ``f`` of itself; ``f`` is pure, and shape and dtype stay.
 
-    ``reads``: the nodes that are the parameter, from an index; without it the whole graph is searched for them.
+    A deferred one becomes it when it is read. ``reads``: the nodes that are the parameter, from an index; without it
+    the whole graph is searched for them.
     """
-    old = tensor_of(gm, fqn)
-    new = f(old.detach())
-    if new.shape != old.shape or new.dtype != old.dtype:
-        raise PassError(f"{by}: {fqn} would change from {old.dtype}{list(old.shape)} to {new.dtype}{list(new.shape)}")
-    put_tensor(gm, fqn, nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new)
+    old = held_tensor(gm, fqn)
+
+    def changed(held: Tensor) -> Tensor:
+        new = f(held)
+        if new.shape != old.shape or new.dtype != old.dtype:
+            was, now = (f"{one.dtype}{list(one.shape)}" for one in (old, new))
+            raise PassError(f"{by}: {fqn} would change from {was} to {now}")
+        return new
+
+    deferred = deferred_of(old)
+    new = changed(old.detach()) if deferred is None else deferred_tensor(gm, deferred.changed(changed), old.dtype)
+    put_tensor(gm, fqn, as_parameter(new) if isinstance(old, nn.Parameter) else new)
     for node in gm.graph.find_nodes(op="get_attr", target=fqn) if reads is None else reads:
         _note(node, by)
 

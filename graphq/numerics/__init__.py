@@ -2,7 +2,7 @@
 
 from graphq.numerics.blocks import activation_block, block_extremes, expand_scale, scale_shape, weight_block
 from graphq.numerics.codes import dequantize, fake_quantize, quantize
-from graphq.numerics.error import decibels, sqnr_db
+from graphq.numerics.error import Noise, decibels, sqnr_db
 from graphq.numerics.scales import (
     Scales,
     at_least,
@@ -23,6 +23,7 @@ from graphq.spec.formats import Format, parse_format
 
 __all__ = [
     "Format",
+    "Noise",
     "Scales",
     "activation_block",
     "at_least",

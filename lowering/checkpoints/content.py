@@ -9,8 +9,8 @@ from torch import Tensor, fx
 from graphq.capture.source import source_of
 from graphq.lowering.checkpoints.architecture import Architecture, architecture_of
 from graphq.lowering.checkpoints.layers import QuantizedLinear, beyond, quantized_linears, rename, unstacked
+from graphq.lowering.checkpoints.written import FloatTensor
 from graphq.lowering.legalize import where
-from graphq.lowering.stored import stored
 from graphq.spec.formats import Nvfp4
 from graphq.state import first_names
 
@@ -39,7 +39,7 @@ class Content:
     graph: fx.GraphModule
     architecture: Architecture
     layers: Mapping[str, QuantizedLinear]
-    floats: Mapping[str, Tensor]
+    floats: Mapping[str, FloatTensor]
 
     @property
     def config(self) -> dict[str, Any]:
@@ -73,18 +73,18 @@ def content_of(gm: fx.GraphModule, target: str, *, ties: bool = False) -> Conten
 
 def _floats(
     gm: fx.GraphModule, architecture: Architecture, layers: Mapping[str, QuantizedLinear], ties: bool
-) -> dict[str, Tensor]:
+) -> dict[str, FloatTensor]:
     state = gm.state_dict(keep_vars=True)
     same = first_names(state)
     tied = {architecture.names[a]: architecture.names[b] for a, b in architecture.tied.items()}
-    found: dict[str, Tensor] = {}
+    found: dict[str, FloatTensor] = {}
     for name in architecture.names.values():
         if name not in state or name.removesuffix(".weight") in layers:
             continue
         other = tied.get(name)
         if not ties and other is not None and same.get(name, name) == same.get(other, other):
             continue
-        found[name] = stored(gm, name).detach()
+        found[name] = FloatTensor(gm, name)
     return found
 
 

@@ -1,8 +1,8 @@
 """The quantized layers of a QDQ form as checkpoints name them: one linear each, experts by their own names."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Final, Literal, cast, final
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal, cast, final
 
 import torch
 from torch import Tensor, fx
@@ -17,7 +17,7 @@ from graphq.numerics import Scales, rounded_scales
 from graphq.spec.algorithms import ALGORITHMS
 from graphq.spec.formats import Nvfp4, parse_format
 from graphq.spec.quant import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, Quant
-from graphq.state import put_tensor, tensor_of
+from graphq.state import deferred_of, held_tensor, put_tensor, read_tensor, tensor_of
 
 # Passes that may leave arithmetic in the graph that the source's modules do not have.
 _PASSES: Final = frozenset(
@@ -34,7 +34,8 @@ class QuantizedLinear:
     """A linear or an embedding whose weight ``[N, K]`` is codes.
 
     weight: how it is quantized, but for where its scales came from.
-    scales: ``[N or 1, groups]``; blocks ``[ceil(N / rows), ceil(K / columns)]``.
+    scales: ``[N or 1, groups]``; blocks ``[ceil(N / rows), ceil(K / columns)]``. Where the graph is not read yet, codes
+        and scales are fake until ``read``.
     input: how its input is quantized, None where that is float; ``input_scales`` of an input whose scales are fixed
         (of nvfp4 its global scale, as ``scale``).
     """
@@ -46,6 +47,18 @@ class QuantizedLinear:
     weight: Quant
     input: Quant | None
     input_scales: Scales | None
+
+    @property
+    def is_read(self) -> bool:
+        """Whether codes and scales have numbers."""
+        return deferred_of(self.codes) is None
+
+    def read(self) -> "QuantizedLinear":
+        """The same with numbers, of which deferred codes and scales have none until they are read."""
+        if self.is_read:
+            return self
+        scales = (None if part is None else read_tensor(part) for part in self.scales)
+        return replace(self, codes=read_tensor(self.codes), scales=Scales(*cast(Any, tuple(scales))))
 
 
 def unstacked(gm: fx.GraphModule) -> fx.GraphModule:
@@ -67,7 +80,7 @@ def rename(gm: fx.GraphModule, names: Mapping[str, str]) -> None:
         path, _, name = op.fqn.rpartition(".")
         new = names.get(op.fqn) or (f"{paths[path]}.{name}" if path in paths else op.fqn)
         if new != op.fqn:
-            renamed.append((op, new, tensor_of(gm, op.fqn)))
+            renamed.append((op, new, held_tensor(gm, op.fqn)))
     for op, new, tensor in renamed:
         put_tensor(gm, new, tensor)
         op.node.target = new
@@ -156,11 +169,11 @@ def _kind(op: Op) -> LinearKind:
 
 def _held(form: fx.GraphModule, op: Dequantize) -> tuple[Tensor, Scales]:
     scale, zero_point, global_scale = (
-        None if part is None else tensor_of(form, cast(Param, part).fqn)
+        None if part is None else held_tensor(form, cast(Param, part).fqn)
         for part in (op.scale, op.zero_point, op.global_scale)
     )
     assert scale is not None
-    return tensor_of(form, cast(Param, op.codes).fqn), Scales(scale, zero_point, global_scale)
+    return held_tensor(form, cast(Param, op.codes).fqn), Scales(scale, zero_point, global_scale)
 
 
 def _input(form: fx.GraphModule, x: Op) -> tuple[Quant | None, Scales | None]:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from graphq.artifacts.shards import INDEX, WEIGHTS, read_shards, write_shards
+from graphq.artifacts import shards
+from graphq.artifacts.shards import INDEX, WEIGHTS, InParts, read_shards, write_shards
 from graphq.errors import TargetError
 
 TENSORS = {f"block.{i}.weight": torch.arange(10 * i, 10 * i + 10, dtype=torch.float32) for i in range(5)}  # 40 bytes
@@ -47,6 +48,32 @@ def test_tensors_that_share_memory_or_are_not_dense(tmp_path: Path) -> None:
     write_shards(tmp_path, given.items())
     assert same(dict(read_shards(tmp_path)), given)
     assert (tmp_path / WEIGHTS).stat().st_size < 1000
+
+
+DTYPES = list(shards._DTYPES)
+
+
+@pytest.mark.parametrize("spooled", [0, 1 << 20])
+def test_a_file_is_the_one_that_safetensors_writes(
+    tmp_path: Path, spooled: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "_SPOOLED", spooled)
+    monkeypatch.setattr(shards, "_COPIED", 5)
+    given = {f"{name}.{i}": torch.arange(i + 3).to(dtype) for i, dtype in enumerate(DTYPES) for name in "bä"}
+    given |= {"scalar": torch.tensor(1.0), "none": torch.empty(0, 3), 'q"\\': torch.ones(2, 2)}
+    write_shards(tmp_path, given.items())
+    save_file(given, tmp_path / "wanted", metadata={"format": "pt"})
+    assert (tmp_path / WEIGHTS).read_bytes() == (tmp_path / "wanted").read_bytes()
+    assert sorted(file.name for file in tmp_path.iterdir()) == [WEIGHTS, "wanted"]
+
+
+def test_a_tensor_in_parts(tmp_path: Path) -> None:
+    x = torch.arange(12.0).view(4, 3)
+    parts = (part for part in (x[:1], x[1:3], x[3:]))
+    write_shards(tmp_path, [("x", InParts(x.dtype, (4, 3), parts)), ("y", x[0])])
+    assert same(dict(read_shards(tmp_path)), {"x": x, "y": x[0]})
+    with pytest.raises(AssertionError, match="x"):  # never a file that lies about its shapes
+        write_shards(tmp_path, [("x", InParts(x.dtype, (4, 3), [x[1:]]))])
 
 
 def damaged(change: str, directory: Path) -> None:

@@ -16,10 +16,11 @@ from graphq.ir.layers import BY, LAYER, PLAN
 from graphq.ir.pipeline import Pipeline
 from graphq.ir.text import dump
 from graphq.ir.views import Dequantize, ops_of
+from graphq.ir.weight_parts import WeightPart, quantize_weight
 from graphq.passes.annotate import Annotate
 from graphq.passes.calibrate import Calibrate
 from graphq.passes.observe import Observe
-from graphq.passes.quantize_weights import QuantizeWeights, WeightPart, quantize_weight
+from graphq.passes.quantize_weights import QuantizeWeights
 from graphq.passes.split_gate_up import SplitGateUp
 from graphq.spec.plan import Decision
 from graphq.spec.quant import parse_quant

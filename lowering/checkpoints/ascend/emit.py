@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from torch import Tensor, fx
 
 from graphq.artifacts import manifest
-from graphq.artifacts.shards import INDEX_SUFFIX, SUFFIX, write_shards
+from graphq.artifacts.shards import INDEX_SUFFIX, SUFFIX, InParts, write_shards
 from graphq.capture.source import Source, source_of
 from graphq.errors import TargetError
 from graphq.files import whole_directory
@@ -34,6 +35,7 @@ from graphq.lowering.checkpoints.ascend.tags import (
 )
 from graphq.lowering.checkpoints.content import Content, checkpoint_form, content_of, held, lost
 from graphq.lowering.checkpoints.layers import is_stored
+from graphq.lowering.checkpoints.written import FloatTensor, Written
 
 TARGET: Final = "ascend"
 FILES: Final = ("config.json", DESCRIPTION, *(stem + end for stem in STEMS for end in (INDEX_SUFFIX, SUFFIX)))
@@ -75,11 +77,11 @@ def emit(
     if problems := [*_problems(content, rows, wanted), *lost(content)]:
         raise TargetError("\n".join(dict.fromkeys(f"{TARGET}: {line}" for line in problems)))
     floats = {name: _stored_bias(content, name, tensor) for name, tensor in content.floats.items()}
-    quantized = {name: t for layer in content.layers.values() for name, t in held(layer).items()}
+    written = Written()
     description: dict[str, Any] = {}
     config = {key: value for key, value in content.config.items() if key != "quantization_config"}
     with whole_directory(path, overwrite, manifest.sources(gm)) as directory:
-        named = _tensors(content, floats, rows, wanted, description)
+        named = _tensors(content, floats, rows, wanted, description, written)
         is_v0 = layout == "v0"
         stem = V0_STEM if is_v0 else STEM
         write_shards(directory, named, shard_bytes, stem, numbered=not is_v0, metadata=None)
@@ -89,32 +91,47 @@ def emit(
         description |= {"group_size": max(sizes, default=0), "optional": {}}
         text = json.dumps(description, indent=4) + "\n"
         (directory / DESCRIPTION).write_text(text, encoding="utf-8")
-        manifest.write(directory, content.graph, TARGET, made_from, floats | quantized, quantized, config)
+        records, quantized = written.all(floats, content.layers), written.quantized(content.layers)
+        manifest.write(directory, content.graph, TARGET, made_from, records, quantized, config)
     return ()
 
 
-def _stored_bias(content: Content, name: str, tensor: Tensor) -> Tensor:
+def _stored_bias(content: Content, name: str, tensor: FloatTensor) -> FloatTensor | Tensor:
     """The tensor; a quantized layer's bias in float32."""
-    return tensor.float() if name.endswith(".bias") and name.removesuffix(".bias") in content.layers else tensor
+    return tensor.read().float() if name.endswith(".bias") and name.removesuffix(".bias") in content.layers else tensor
 
 
 def _tensors(
-    content: Content, floats: Mapping[str, Tensor], rows: frozenset[str], wanted: Wanted, description: dict[str, Any]
-) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of the checkpoint, in the order of the source's modules; ``description`` gets the tag of each."""
+    content: Content,
+    floats: Mapping[str, FloatTensor | Tensor],
+    rows: frozenset[str],
+    wanted: Wanted,
+    description: dict[str, Any],
+    written: Written,
+) -> Iterator[tuple[str, Tensor | InParts]]:
+    """The tensors of the checkpoint, in the order of the source's modules, one layer after the other; ``description``
+    gets the tag of each.
+
+    Raises ``TargetError`` for scales that were not read before and that vLLM-Ascend's dtype does not hold.
+    """
     dtype = source_of(content.graph).dtype
     for name in content.architecture.names.values():
         path = name.removesuffix(".weight")
-        layer = content.layers.get(path)
-        if layer is not None:
+        found = content.layers.get(path)
+        if found is not None:
+            layer = found.read()
+            if not found.is_read and wanted.consumer == "vllm-ascend" and not is_stored(layer, dtype):
+                raise TargetError(f"{TARGET}: {path}: {_not_stored(dtype)}")
+            written.layer(path, held(layer))
             tag = str(tag_of(layer.weight, layer.input, wanted))
-            place = Place(floats.get(f"{path}.bias"), path in rows, dtype)
+            bias = floats.get(f"{path}.bias")
+            place = Place(bias if isinstance(bias, Tensor) else None, path in rows, dtype)
             for suffix, tensor in encode(layer, tag, place).items():
                 description[f"{path}.{suffix}"] = tag
                 yield f"{path}.{suffix}", tensor
         elif name in floats:
             description[name] = FLOAT
-            yield name, floats[name]
+            yield name, written.float_tensor(name, floats[name])
 
 
 def _problems(content: Content, rows: frozenset[str], wanted: Wanted) -> Iterator[str]:
@@ -122,14 +139,16 @@ def _problems(content: Content, rows: frozenset[str], wanted: Wanted) -> Iterato
     dtype = source_of(content.graph).dtype
     for name, layer in content.layers.items():
         reason = layer_problem(layer.kind, layer.weight, layer.input, layer.codes.shape, name in rows, wanted)
-        if reason is None and wanted.consumer == "vllm-ascend" and not is_stored(layer, dtype):
-            short = str(dtype).removeprefix("torch.")
-            reason = (
-                f"its scales are no numbers of {short}, in which vLLM-Ascend holds them; compile with target={TARGET!r}"
-            )
+        if reason is None and layer.is_read and wanted.consumer == "vllm-ascend" and not is_stored(layer, dtype):
+            reason = _not_stored(dtype)
         if reason is not None:
             yield f"{name}: {reason}"
     yield from file_problems({name: (one.weight, one.input) for name, one in content.layers.items()}, wanted)
+
+
+def _not_stored(dtype: torch.dtype) -> str:
+    short = str(dtype).removeprefix("torch.")
+    return f"its scales are no numbers of {short}, in which vLLM-Ascend holds them; compile with target={TARGET!r}"
 
 
 def open_checkpoint(path: Path, source: Source) -> Callable[..., Any]:

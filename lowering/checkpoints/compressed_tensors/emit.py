@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphq.artifacts import manifest
-from graphq.artifacts.shards import INDEX, SHARD_BYTES, WEIGHTS, read_shards, write_shards
+from graphq.artifacts.shards import INDEX, SHARD_BYTES, WEIGHTS, InParts, read_shards, write_shards
 from graphq.capture.source import Source, source_of
 from graphq.errors import GraphqError, TargetError
 from graphq.files import whole_directory
@@ -32,6 +32,7 @@ from graphq.lowering.checkpoints.compressed_tensors.settings import (
 )
 from graphq.lowering.checkpoints.content import Content, checkpoint_form, content_of, held, lost
 from graphq.lowering.checkpoints.layers import float_linears, is_stored
+from graphq.lowering.checkpoints.written import Written
 
 TARGET: Final = "compressed-tensors"
 FILES: Final = ("config.json", INDEX, WEIGHTS)
@@ -66,23 +67,31 @@ def emit(
         raise TargetError("\n".join(dict.fromkeys(f"{TARGET}: {line}" for line in problems)))
     linears = dict.fromkeys((*content.architecture.linears, *layers, *float_linears(content.graph)))
     config = content.config | {"quantization_config": quantization_config(layers, list(linears))}
-    quantized = {name: t for layer in layers.values() for name, t in held(layer).items()}
+    written = Written()
     with whole_directory(path, overwrite, manifest.sources(gm)) as directory:
-        write_shards(directory, _tensors(content, dtype), shard_bytes)
-        manifest.write(directory, content.graph, TARGET, made_from, {**floats, **quantized}, quantized, config)
+        write_shards(directory, _tensors(content, dtype, written), shard_bytes)
+        records, quantized = written.all(floats, layers), written.quantized(layers)
+        manifest.write(directory, content.graph, TARGET, made_from, records, quantized, config)
     return ()
 
 
-def _tensors(content: Content, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of the checkpoint, in the order of the source's modules."""
+def _tensors(content: Content, dtype: torch.dtype, written: Written) -> Iterator[tuple[str, Tensor | InParts]]:
+    """The tensors of the checkpoint, in the order of the source's modules; one layer is held at a time.
+
+    Raises ``TargetError`` for scales that were not read before and are no numbers of ``dtype``.
+    """
     for name in content.architecture.names.values():
-        layer = content.layers.get(name.removesuffix(".weight"))
-        if layer is not None:
+        found = content.layers.get(name.removesuffix(".weight"))
+        if found is not None:
+            layer = found.read()
+            if not found.is_read and not is_stored(layer, dtype):
+                raise TargetError(f"{TARGET}: {layer.name}: {_not_stored(dtype)}")
+            written.layer(layer.name, held(layer))
             layout = LAYOUTS[str(layout_of(layer.weight, layer.input))]
             for suffix, tensor in (layout.encode(layer, dtype) | encode_input(layer, dtype)).items():
                 yield f"{layer.name}.{suffix}", tensor
         elif name in content.floats:
-            yield name, content.floats[name]
+            yield name, written.float_tensor(name, content.floats[name])
 
 
 def _problems(content: Content, consumer: Consumer) -> Iterator[str]:
@@ -92,11 +101,15 @@ def _problems(content: Content, consumer: Consumer) -> Iterator[str]:
         reason = problem(layer.weight, layer.input) or consumer_problem(
             layer.kind, layer.weight, layer.input, layer.codes.shape, dtype, consumer
         )
-        if reason is None and not is_stored(layer, dtype):
-            short = str(dtype).removeprefix("torch.")
-            reason = f"its scales are no numbers of {short}, which stores them; compile with target={TARGET!r}"
+        if reason is None and layer.is_read and not is_stored(layer, dtype):
+            reason = _not_stored(dtype)
         if reason is not None:
             yield f"{name}: {reason}"
+
+
+def _not_stored(dtype: torch.dtype) -> str:
+    short = str(dtype).removeprefix("torch.")
+    return f"its scales are no numbers of {short}, which stores them; compile with target={TARGET!r}"
 
 
 def tensors(path: Path) -> dict[str, Tensor]:
