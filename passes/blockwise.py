@@ -23,6 +23,7 @@ from graphq.ir import edit
 from graphq.ir.layers import PLAN
 from graphq.ir.pipeline import Batches, Pass, Pipeline, fingerprint
 from graphq.passes.calibrate import run_batch
+from graphq.progress import in_steps
 from graphq.spec.plan import PerExpert, Plan
 from graphq.spec.rules import Prefix
 from graphq.state import held_tensor, put_input, put_tensor, remove_tensor, storage_of, tensor_of
@@ -50,7 +51,7 @@ class Blockwise(Pass):
         if seen == []:
             raise SpecError("calibration: no batches; give at least one")
         changes = 0
-        for index in range(planned[-1] + 1 if planned else 0):
+        for index in in_steps("blocks", range(planned[-1] + 1 if planned else 0)):
             part = parts.extract(index)
             later = index < planned[-1]
             given: list[_Values] | None = None

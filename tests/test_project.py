@@ -25,6 +25,7 @@ HEAVY = ("compressed_tensors", "networkx", "onnx", "onnx_ir", "onnxruntime", "on
 LAYERS = (
     ("graphq.errors", "graphq.deferred"),
     ("graphq.files", "graphq.memory", "graphq.phases", "graphq.state"),
+    ("graphq.progress",),
     ("graphq.spec",),
     ("graphq.frontends", "graphq.numerics", "graphq.packing", "graphq.capture"),
     ("graphq.data",),

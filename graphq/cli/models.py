@@ -27,6 +27,7 @@ from graphq.cli.arguments import (
 )
 from graphq.cli.errors import one_line_errors
 from graphq.cli.printing import print_report
+from graphq.cli.progress import shown_progress
 from graphq.data.model_text import calibration_batches
 
 if TYPE_CHECKING:
@@ -113,24 +114,25 @@ def compile_(
     sizes = options.get("shapes")
     # Calibration reads a window at a time, so that a batch of one can be fixed from the start; some take no other.
     fixed = {"batch": 1} if isinstance(sizes, Mapping) and cast(Mapping[str, int], sizes).get("batch") == 1 else None
-    made = compiler.compile(
-        model,
-        parsed,
-        profile=profile,
-        fallback=parse_fallback(fallback or ()),
-        target=target_name,
-        target_options=options,
-        calibration=batches,
-        algorithm=algorithm,
-        seed=seed,
-        shapes=fixed,
-        inputs=example_inputs(inputs),
-        check_capture=not no_check_capture,
-        trust_remote_code=trust_remote_code,
-        memory=memory,
-        scratch_dir=next(parent for parent in out.absolute().parents if parent.exists()),
-    )
-    made.emit(target_name, out, **options)
+    with shown_progress(as_json):
+        made = compiler.compile(
+            model,
+            parsed,
+            profile=profile,
+            fallback=parse_fallback(fallback or ()),
+            target=target_name,
+            target_options=options,
+            calibration=batches,
+            algorithm=algorithm,
+            seed=seed,
+            shapes=fixed,
+            inputs=example_inputs(inputs),
+            check_capture=not no_check_capture,
+            trust_remote_code=trust_remote_code,
+            memory=memory,
+            scratch_dir=next(parent for parent in out.absolute().parents if parent.exists()),
+        )
+        made.emit(target_name, out, **options)
     print_report(made.report, as_json)
     for line in made.report.phase_lines():
         typer.echo(line, err=True)

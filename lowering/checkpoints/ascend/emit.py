@@ -36,6 +36,7 @@ from graphq.lowering.checkpoints.ascend.tags import (
 from graphq.lowering.checkpoints.content import Content, checkpoint_form, content_of, held, lost
 from graphq.lowering.checkpoints.layers import is_stored
 from graphq.lowering.checkpoints.written import FloatTensor, Written
+from graphq.progress import in_steps
 
 TARGET: Final = "ascend"
 FILES: Final = ("config.json", DESCRIPTION, *(stem + end for stem in STEMS for end in (INDEX_SUFFIX, SUFFIX)))
@@ -115,7 +116,7 @@ def _tensors(
     Raises ``TargetError`` for scales that were not read before and that vLLM-Ascend's dtype does not hold.
     """
     dtype = source_of(content.graph).dtype
-    for name in content.architecture.names.values():
+    for name in in_steps("tensors", content.architecture.names.values()):
         path = name.removesuffix(".weight")
         found = content.layers.get(path)
         if found is not None:

@@ -33,6 +33,7 @@ from graphq.lowering.checkpoints.compressed_tensors.settings import (
 from graphq.lowering.checkpoints.content import Content, checkpoint_form, content_of, held, lost
 from graphq.lowering.checkpoints.layers import float_linears, is_stored
 from graphq.lowering.checkpoints.written import Written
+from graphq.progress import in_steps
 
 TARGET: Final = "compressed-tensors"
 FILES: Final = ("config.json", INDEX, WEIGHTS)
@@ -80,7 +81,7 @@ def _tensors(content: Content, dtype: torch.dtype, written: Written) -> Iterator
 
     Raises ``TargetError`` for scales that were not read before and are no numbers of ``dtype``.
     """
-    for name in content.architecture.names.values():
+    for name in in_steps("tensors", content.architecture.names.values()):
         found = content.layers.get(name.removesuffix(".weight"))
         if found is not None:
             layer = found.read()
