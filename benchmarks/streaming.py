@@ -108,7 +108,8 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.one:
-        compile_one(*options.one, options.samples, options.tokens)
+        source, spec, out = options.one
+        compile_one(source, spec, out, options.samples, options.tokens)
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as made:
         peaks: dict[str, list[int]] = {}
