@@ -144,6 +144,26 @@ def test_explain_says_what_compile_refuses(model, spec):
     assert with_rtn == refused[1].removeprefix("note: compile refuses: ") + "\n"
 
 
+def test_explain_says_what_a_target_cannot_hold(model, spec):
+    spec.write_text("graphq: 1\nrules:\n  - {match: down_proj, weight: int4/channel, input: int8/token/dynamic}\n")
+    shown = graphq_("explain", model, "--spec", spec, "--target", "ascend").stdout.splitlines()
+    assert shown[-1] == (
+        "note: compile refuses: ascend: model.layers.0.mlp.down_proj: int4/channel (W4A8_DYNAMIC): vLLM-Ascend loads it in"
+        " no linear; write int8/channel with int8/token/dynamic (W8A8_DYNAMIC), or say consumer=any (rules[0] (line 3))"
+    )
+    command = ("explain", model, "--spec", spec, "--target", "ascend")
+    for asked in (("--for", "any"), ("--option", "consumer=any")):
+        assert "refuses" not in graphq_(*command, *asked).stdout
+    spec.write_text(spec.read_text() + "run: {target: ascend}\n")  # which is taken where none is given
+    assert shown[-1] in graphq_("explain", model, "--spec", spec).stdout.splitlines()
+    assert "refuses" not in graphq_("explain", model, "--spec", spec, "--for", "any").stdout
+    assert "--option" in graphq_("explain", model, "--spec", WEIGHTS, "--option", "tp=2", status=2).stderr
+    assert "--for" in graphq_("explain", model, "--spec", WEIGHTS, "--for", "any", status=2).stderr
+    assert "--target" in graphq_(*command, "--diff", "w4a16", status=2).stderr
+    wrong = graphq_(*command, "--option", "layout=v2", status=1).stderr
+    assert wrong == "ascend: layout: 'v2' is not one of v1, v0\n"
+
+
 def test_an_artifact_is_no_model(artifacts, spec):
     for target in ("torch", "onnx"):
         place = artifacts / target

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from graphq.artifacts import shards
@@ -29,6 +30,20 @@ def test_files_hold_as_many_tensors_as_their_size_allows(tmp_path: Path, limit: 
     assert index["metadata"] == {"total_size": 200}
     assert all(name in load_file(tmp_path / file) for name, file in index["weight_map"].items())
     assert same(dict(read_shards(tmp_path)), TENSORS)
+
+
+@pytest.mark.parametrize(
+    ("numbered", "files"),
+    [(False, ["w.safetensors"]), (True, ["w-00001-of-00001.safetensors", "w.safetensors.index.json"])],
+)
+def test_files_of_another_name(tmp_path: Path, numbered: bool, files: list[str]) -> None:
+    write_shards(tmp_path, TENSORS.items(), 200, "w", numbered=numbered, metadata=None)
+    assert sorted(file.name for file in tmp_path.iterdir()) == files
+    assert same(dict(read_shards(tmp_path, "w")), TENSORS)
+    with safe_open(tmp_path / files[0], "pt") as opened:
+        assert opened.metadata() is None
+    with pytest.raises(TargetError, match=r"model\.safetensors: no such file"):
+        dict(read_shards(tmp_path))
 
 
 def test_one_file_needs_no_index(tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ def weights(**ext: Any) -> dict[str, Any]:
         (A8, W4 | {"method": "ssz", "ext": {"step": 10}}, "weight int4/channel/ssz10/source, input int8/token/dynamic"),
         (S8, W8, "weight int8/channel/source, input int8/asym/joint/tensor"),
         (S8 | {"symmetric": True}, W8, "weight int8/channel/source, input int8/tensor"),
+        (S8 | {"scope": "pd_mix"}, W8, "weight int8/channel/source, input int8/asym/joint/tensor"),
         (S8 | {"method": "histogram"}, W8, "weight int8/channel/source, input int8/asym/joint/tensor/histogram"),
         (None, W8, "weight int8/channel/source"),
         (None, W8 | {"symmetric": False}, "weight int8/asym/joint/channel"),
@@ -86,6 +87,15 @@ BEYOND = "spec.process[0].qconfig: msModelSlim's v1 has"
         ([lq()], []),
         ([lq(A8, groups())], [f"{BEYOND} no W4A8 in groups itself; read as v0's, int4 over int8"]),
         ([lq(None, groups())], [f"{BEYOND} no W4A16 itself, its v0 has"]),
+        (
+            [lq(S8 | {"scope": "pd_mix"})],
+            [
+                (
+                    "spec.process[0].qconfig: static scales to decode and dynamic ones to prefill are calibrated as static"
+                    " ones; the target ascend writes both with its option prefill=dynamic"
+                )
+            ],
+        ),
         (
             [lq(None, W8 | {"symmetric": False})],
             [f"{BEYOND} groups and asymmetric weights by gptq alone, not by minmax"],
