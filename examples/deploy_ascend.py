@@ -10,7 +10,7 @@ served by ``vllm serve build/deploy_ascend/modelslim --quantization ascend``.
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from safetensors.torch import load_file
@@ -27,7 +27,8 @@ def small_deepseek(path: Path) -> None:
     """A DeepSeek-V3 of four blocks, the first three dense as in the real one, saved in ``path``."""
     import transformers
 
-    sizes = {"vocab_size": 256, "hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 256}
+    sizes: dict[str, Any] = {"vocab_size": 256, "hidden_size": 256, "intermediate_size": 512}
+    sizes |= {"moe_intermediate_size": 256}
     sizes |= {"num_hidden_layers": 4, "first_k_dense_replace": 3, "n_routed_experts": 4, "num_experts_per_tok": 2}
     sizes |= {"n_group": 2, "topk_group": 1, "num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 64}
     sizes |= {"kv_lora_rank": 64, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 32}

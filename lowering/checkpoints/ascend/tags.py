@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, final
 
+from graphq.errors import TargetError
 from graphq.spec.formats import MX_BLOCK, Float, Int, Mx, TwoLevel
 from graphq.spec.quant import PerChannel, PerGroup, PerTensor, PerToken, Quant
 
@@ -63,6 +64,10 @@ class Wanted:
     layout: Layout = "v1"
     prefill: Prefill = "static"
     tp: int = 1
+
+    def __post_init__(self) -> None:
+        if self.tp < 1:
+            raise TargetError(f"ascend: tp: {self.tp} is not a positive number of ranks")
 
 
 def tag_of(weight: Quant, given: Quant | None, wanted: Wanted = Wanted()) -> str | None:
@@ -187,7 +192,7 @@ def file_problems(layers: Mapping[str, tuple[Quant, Quant | None]], wanted: Want
     for name, (weight, given) in layers.items():
         if tag_of(weight, given, wanted) != "W4A8_DYNAMIC" or isinstance(weight.format, TwoLevel):
             continue
-        if not 1 <= wanted.tp <= SLICES or SLICES % wanted.tp:
+        if SLICES % wanted.tp:
             yield f"{name}: {weight} (W4A8_DYNAMIC): tp: {wanted.tp}: it has sums for 1, 2, 4, 8 or {SLICES} ranks"
         if grouped and wanted.consumer == "vllm-ascend":
             yield (

@@ -231,6 +231,12 @@ def test_layers(
     assert layer_problem(kind, parse_quant(weight), quant, shape, is_row, Wanted(**options)) == reason
 
 
+@pytest.mark.parametrize("tp", [0, -1])
+def test_ranks_are_a_positive_number(tp: int) -> None:
+    with pytest.raises(TargetError, match=f"^ascend: tp: {tp} is not a positive number of ranks$"):
+        Wanted(tp=tp)
+
+
 def test_float8_has_vllm_ascends_own_name_for_vllm_ascend() -> None:
     quants = parse_quant("float8_e4m3fn/channel"), parse_quant("float8_e4m3fn/token/dynamic")
     assert tag_of(*quants) == "W8A8FP8_DYNAMIC"
