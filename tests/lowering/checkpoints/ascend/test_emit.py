@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import graphq
@@ -141,6 +143,8 @@ def test_every_tag(every: Any, sources: Path, tmp_path: Path) -> None:
             assert {suffix: described(t, *layer.codes.shape) for suffix, t in parts.items()} == FORMS[tag]
         # codes times scales: exact in float64, rounded to float32 in the QDQ form
         assert torch.allclose(reader.dequantized(made, name), weight_of(layer), rtol=1e-6, atol=0)
+    with safe_open(tmp_path / "out" / "quant_model_weights-00001-of-00001.safetensors", "pt") as opened:
+        assert opened.metadata() is None  # as msModelSlim's
     keys = {key: value for key, value in made.description.items() if key not in made.tensors}
     assert keys == {
         "version": "1.0.0",
@@ -253,6 +257,29 @@ def test_float16_models_hold_deq_scale_as_bits(tmp_path: Path) -> None:
         assert float((found - wanted).abs().max()) <= 0.51 * float(step)  # quant_bias is a whole number of steps
         half = made.part(name, "weight_scale")  # vLLM-Ascend casts scales to the model's dtype
         assert torch.equal(half.half().float(), half)
+
+
+def test_biases_stand_in_quant_bias_and_in_float32(tmp_path: Path) -> None:
+    source = saved("opt", torch.bfloat16, tmp_path / "source", num_hidden_layers=1)
+    biases = {name: t for name, t in load_file(source / "model.safetensors").items() if name.endswith("bias")}
+    state = {n: torch.randn(t.shape, generator=torch.Generator().manual_seed(1)).bfloat16() for n, t in biases.items()}
+    save_file(load_file(source / "model.safetensors") | state, source / "model.safetensors", {"format": "pt"})
+    spec = "graphq: 1\nweight: int8/channel\ninput: int8/asym/joint/tensor"
+    compiled = graphq.compile(source, spec, calibration=[(IDS,)], target="ascend")
+    compiled.emit("ascend", tmp_path / "out")
+    made, layers = reader.read(tmp_path / "out"), layers_of(compiled)
+    assert len(layers) == 6
+    for name, layer in layers.items():
+        bias = made.tensors[f"{name}.bias"]
+        assert (made.description[f"{name}.bias"], bias.dtype) == ("FLOAT", torch.float32)
+        assert torch.equal(bias, state[f"{name}.bias"].float())
+        x = activations(layer.codes.shape[1])
+        wanted, step = product(layer, x) + bias.double(), made.part(name, "deq_scale").max()
+        # quant_bias is a whole number of steps
+        assert float((reader.static_w8a8(made, name, x) - wanted).abs().max()) <= 0.51 * float(step)
+    norm = next(name for name in made.tensors if name.endswith("layer_norm.bias"))
+    assert made.tensors[norm].dtype == torch.bfloat16
+    assert verify(tmp_path / "out").ok
 
 
 def test_two_levels_as_version_0_has_them(sources: Path, tmp_path: Path) -> None:

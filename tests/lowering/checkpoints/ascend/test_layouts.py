@@ -153,6 +153,23 @@ def test_what_is_stored_is_read_back(rows: int, columns: int, seed: int) -> None
         assert torch.equal(scales.scale, scale)
 
 
+@pytest.mark.parametrize("tag", ["W8A8FP8_DYNAMIC", "WFP8AFP8_DYNAMIC", "W8A8_MXFP8"])
+def test_float8_is_stored_as_such(tag: str) -> None:
+    codes = torch.arange(80, dtype=torch.uint8).reshape(2, 40)  # one block and a quarter
+    is_mx = tag == "W8A8_MXFP8"
+    scale = torch.tensor([[0.5, 4.0], [1.0, 2.0]]).to(torch.float8_e8m0fnu) if is_mx else torch.rand(2, 1)
+    weight = "mxfp8_e4m3" if is_mx else "float8_e4m3fn/channel"
+    made = encode(layer(codes, scale, weight, f"{weight.removesuffix('/channel')}{'' if is_mx else '/token'}/dynamic"),
+                  tag, NOWHERE)  # fmt: skip
+    assert torch.equal(made["weight"].view(torch.uint8), codes)
+    assert made["weight"].dtype == torch.float8_e4m3fn
+    found, scales, _ = decode(made, tag)
+    assert torch.equal(found, codes)
+    assert torch.equal(scales.scale.float(), scale.float())
+    if is_mx:
+        assert made["weight_scale"].tolist() == [[126, 129], [127, 128]]
+
+
 def test_codes_of_a_byte_each_are_read_as_before_version_1() -> None:
     parts = {"weight": CODES, "weight_scale": SCALE, "weight_offset": torch.zeros(4, 1)}
     assert torch.equal(decode(parts, "W4A8_DYNAMIC")[0], CODES)
