@@ -10,6 +10,7 @@ from graphq.ir.pipeline import Pass
 from graphq.passes.auto_round import AutoRound
 from graphq.passes.awq import AWQ
 from graphq.passes.blockwise import Blockwise
+from graphq.passes.cache_codes import CacheCodes
 from graphq.passes.calibrate import Calibrate
 from graphq.passes.correct_bias import CorrectBias
 from graphq.passes.equalize import Equalize
@@ -22,6 +23,7 @@ from graphq.passes.observe_means import ObserveMeans
 from graphq.passes.place_quantizers import PlaceQuantizers
 from graphq.passes.quantize_activations import QuantizeActivations
 from graphq.passes.quantize_biases import QuantizeBiases
+from graphq.passes.quantize_cache import QuantizeCache
 from graphq.passes.quantize_weights import QuantizeWeights
 from graphq.passes.rotate import Rotate
 from graphq.passes.rotate_online import RotateOnline
@@ -158,17 +160,19 @@ def quantization(
             case _:
                 assert_never(stage)
     independent = spec.pipeline == "independent" and len(calibrated) > 1
+    states: list[Pass] = [QuantizeCache(spec.cache, context.note)] if spec.cache is not None else []
     correcting = [step for made in corrections.values() for step in made]
     walks = [[request] for request in calibrated] if independent else [calibrated]
     for number, walk in enumerate(walks):
         if number == len(walks) - 1:
-            inner = _last_walk(walk, correcting, context)
+            inner = _last_walk(walk, correcting, states, context)
         else:
             later = [request for other in walks[number + 1 :] for request in other]
             inner = _walk(walk, _layers_finished(walk, later, layers), context)
         passes += [Blockwise(tuple(inner), spec.prefix)] if blocks else inner
     if blocks:  # what several parts share was left to the whole
-        passes += _last_walk([], correcting, context)
+        passes += _last_walk([], correcting, states, context)
+    passes += [CacheCodes()] if spec.cache is not None else []
     if profile is not None:
         placing: Pass = PlaceQuantizers(profile, spec.activations, context.note, placed=context.placed)
         if spec.fallback is not None:
@@ -202,12 +206,14 @@ def _walk(walk: Iterable[Request], finished: frozenset[str], context: PassContex
     return [*passes, QuantizeWeights(context.record, finished)] if finished else passes
 
 
-def _last_walk(walk: Iterable[Request], corrections: Sequence[Pass], context: PassContext) -> list[Pass]:
-    """The passes over one part of a model in the last walk, to its QDQ form."""
+def _last_walk(
+    walk: Iterable[Request], corrections: Sequence[Pass], states: Sequence[Pass], context: PassContext
+) -> list[Pass]:
+    """The passes over one part of a model in the last walk, to its QDQ form. ``states``: those that quantize caches."""
     passes, rounding = _smoothing(walk, context)
-    passes.append(_observe(rounding))
+    passes.append(_observe([*rounding, *states]))
     passes += [ObserveMeans()] if corrections else []
-    passes += [Calibrate(context.note), *rounding, QuantizeWeights(context.record), *corrections]
+    passes += [Calibrate(context.note), *rounding, QuantizeWeights(context.record), *corrections, *states]
     return [*passes, QuantizeActivations(context.note)]
 
 

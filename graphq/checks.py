@@ -17,6 +17,7 @@ from graphq.lowering.profiles import profile_named
 from graphq.pipelines import placed_for
 from graphq.spec.algorithms import ALGORITHMS
 from graphq.spec.algorithms import problems as algorithm_problems
+from graphq.spec.cache import check_cache_quant
 from graphq.spec.match import Unnamed
 from graphq.spec.plan import KeepFloat, Plan
 from graphq.spec.quant import Ofmr
@@ -30,7 +31,10 @@ def refusals(spec: Spec) -> list[str]:
     """A line for each thing that the spec asks for and ``compile`` cannot do."""
     problems = algorithm_problems(spec)
     if spec.cache is not None:
-        problems.append(f"cache: {spec.cache}: graphq cannot quantize the KV cache yet; leave it out of the spec")
+        try:
+            check_cache_quant(spec.cache)
+        except SpecError as error:
+            problems.append(f"cache: {error}")
     for rule in spec.activations:
         where = f"{rule.source}: " if rule.source else ""
         for kind in rule.ops:

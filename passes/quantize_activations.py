@@ -163,13 +163,19 @@ class QuantizeActivations(Pass):
         return hold_codes(gm, like, path, quant, codes, w.dtype, like, self.name)
 
     def _note_one_value(self, observer: RangeObserver | GridObserver, quant: Quant, hint: str = "") -> None:
-        only = observer.only
-        if only is None or self.note is None:
-            return
-        for layer in observer.layers:
-            seen = "only zeros" if only == 0 else f"nothing but {only:g}"
-            unknown = f"from which no range of {quant} follows"
-            self.note(f"{layer}: calibration saw {seen} in its {observer.role}, {unknown}{hint}")
+        if self.note is not None:
+            for line in one_value(observer, quant):
+                self.note(f"{line}{hint}")
+
+
+def one_value(observer: RangeObserver | GridObserver, quant: Quant) -> list[str]:
+    """A line for each layer of whose tensor an observer saw a single number, from which no range follows."""
+    only = observer.only
+    if only is None:
+        return []
+    seen = "only zeros" if only == 0 else f"nothing but {only:g}"
+    unknown = f"from which no range of {quant} follows"
+    return [f"{layer}: calibration saw {seen} in its {observer.role}, {unknown}" for layer in observer.layers]
 
 
 def scales_of_grids(gm: fx.GraphModule) -> dict[int, GridObserver]:

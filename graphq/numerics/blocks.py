@@ -11,7 +11,8 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
-from graphq.spec.quant import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken
+from graphq.errors import PassError
+from graphq.spec.quant import Granularity, PerBlock, PerChannel, PerGroup, PerHead, PerTensor, PerToken
 
 
 def weight_block(
@@ -24,7 +25,7 @@ def weight_block(
     match granularity:
         case PerTensor():
             pass
-        case PerChannel() | PerToken():
+        case PerChannel() | PerToken() | PerHead():
             block[out_axis] = 1
         case PerGroup(size):
             block[out_axis], block[in_axis] = 1, size
@@ -44,10 +45,39 @@ def activation_block(granularity: Granularity, rank: int) -> list[int]:
             return [1] * (rank - 1) + [-1]
         case PerGroup(size):
             return [1] * (rank - 1) + [size]
-        case PerTensor() | PerChannel() | PerBlock():
+        case PerTensor() | PerChannel() | PerBlock() | PerHead():
             return [-1] * rank
         case _:
             assert_never(granularity)
+
+
+def state_block(granularity: Granularity, dynamic: bool, rank: int, batch_axis: int, token_axis: int) -> list[int]:
+    """Elements per scale along each axis of keys, values or another state that tokens are put behind.
+
+    Channels lie along the last axis that is not the tokens', heads along those that are left beside the batch. Scales
+    of run time are each token's own, so that they do not depend on which tokens come in one call.
+    """
+    block = [-1] * rank
+    channels = rank - 1 if token_axis != rank - 1 else rank - 2
+    heads = [axis for axis in range(rank) if axis not in (batch_axis, token_axis, channels)]
+    if dynamic:
+        block[batch_axis] = block[token_axis] = 1
+    match granularity:
+        case PerTensor():
+            return block
+        case PerHead() | PerToken():
+            pass
+        case PerChannel():
+            block[channels] = 1
+        case PerGroup(size):
+            block[channels] = size
+        case PerBlock():
+            raise PassError(f"{granularity} of a cache")
+        case _:
+            assert_never(granularity)
+    for axis in heads:
+        block[axis] = 1
+    return block
 
 
 def scale_shape(shape: Sequence[int], block: Sequence[int]) -> list[int]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from graphq.errors import GraphqError, PassError, SpecError
-from graphq.ir.views import Op, Weighted
+from graphq.ir.views import Op
 
 
 class Observer(nn.Module, ABC):
@@ -113,9 +113,9 @@ class Observer(nn.Module, ABC):
 @final
 @dataclass(frozen=True)
 class ObserverRequest:
-    """An observer of ``x`` that a pass asks for. ``like``: a layer that reads it; ``rest``: what it sees besides."""
+    """An observer of ``x`` that a pass asks for. ``like``: an op that reads it; ``rest``: what it sees besides."""
 
     x: Op
     observer: Observer
-    like: Weighted
+    like: Op
     rest: tuple[Op, ...] = ()

@@ -16,6 +16,7 @@ from graphq.spec.quant import (
     Percentile,
     PerChannel,
     PerGroup,
+    PerHead,
     PerTensor,
     Quant,
     Ssz,
@@ -59,6 +60,8 @@ def _check_weight(quant: Quant) -> None:
         raise SpecError(f"weight: {quant} is dynamic; a weight's scale is known when it is compiled")
     if isinstance(quant.format, Int) and quant.format.bits > MAX_WEIGHT_BITS:
         raise SpecError(f"weight: {quant} has {quant.format.bits} bits; weights hold 2 to 8")
+    if isinstance(quant.granularity, PerHead):
+        raise SpecError(f"weight: {quant}: heads are those of caches and of what attention reads; write channel")
     if isinstance(quant.method, Ofmr | Percentile) and not isinstance(quant.granularity, PerTensor | PerChannel):
         raise SpecError(f"weight: {quant}: {quant.method} gives one scale per tensor or per channel")
     if isinstance(quant.method, MovingAverage | Histogram | Entropy):
@@ -69,7 +72,7 @@ def _check_weight(quant: Quant) -> None:
 
 
 def _check_input(quant: Quant) -> None:
-    if isinstance(quant.granularity, PerChannel | PerBlock) or isinstance(quant.format, TwoLevel):
+    if isinstance(quant.granularity, PerChannel | PerBlock | PerHead) or isinstance(quant.format, TwoLevel):
         raise SpecError(f"input: {quant}: activations have one scale per tensor, per token or per group")
     if isinstance(quant.granularity, PerGroup) and not quant.dynamic and not isinstance(quant.format, Nvfp4):
         raise SpecError(f"input: {quant}: one scale per group exists only at run time; write {quant}/dynamic")

@@ -2,7 +2,8 @@
 
 Text form of a ``Quant``: ``<format>[/<granularity>][/dynamic | /<method>][/source]``; ``parse_quant`` and ``str`` are
 inverses. ``source``: scales and codes are computed in the dtype of the source's weights.
-Granularities: ``tensor``, ``channel``, ``token``, ``g<N>`` (groups of N), ``<R>x<C>`` (blocks of R rows by C columns).
+Granularities: ``tensor``, ``channel``, ``token``, ``g<N>`` (groups of N), ``<R>x<C>`` (blocks of R rows by C columns),
+``head`` (of caches and what attention reads).
 Formats that come with a granularity, the mx formats and nvfp4, are written without one. The methods are those of
 ``graphq.spec.range_methods``; none is written for min-max.
 """
@@ -42,6 +43,7 @@ __all__ = [  # with the range methods, which a Quant is made of
     "PerBlock",
     "PerChannel",
     "PerGroup",
+    "PerHead",
     "PerTensor",
     "PerToken",
     "Percentile",
@@ -69,7 +71,13 @@ class PerTensor:
 @final
 @dataclass(frozen=True)
 class PerChannel:
-    """One scale for each output channel of a weight."""
+    """One scale for each output channel of a weight, or for each channel of each head of a cache."""
+
+
+@final
+@dataclass(frozen=True)
+class PerHead:
+    """One scale for each attention head of a cache, or of what attention reads."""
 
 
 @final
@@ -102,10 +110,10 @@ class PerBlock:
         check_size(self.columns, "block columns")
 
 
-Granularity = PerTensor | PerChannel | PerToken | PerGroup | PerBlock
+Granularity = PerTensor | PerChannel | PerToken | PerGroup | PerBlock | PerHead
 
 
-def granularity_name(granularity: Granularity) -> Literal["tensor", "channel", "token", "group", "block"]:
+def granularity_name(granularity: Granularity) -> Literal["tensor", "channel", "token", "group", "block", "head"]:
     """The word a table uses for this granularity."""
     match granularity:
         case PerTensor():
@@ -118,6 +126,8 @@ def granularity_name(granularity: Granularity) -> Literal["tensor", "channel", "
             return "group"
         case PerBlock():
             return "block"
+        case PerHead():
+            return "head"
         case _:
             assert_never(granularity)
 
@@ -252,7 +262,7 @@ def own_granularity(format: Format) -> PerGroup | None:
             return None
 
 
-_GRANULARITY: Final = re.compile(r"(?P<word>tensor|channel|token)|g(?P<size>\d{1,9})|(?P<r>\d{1,9})x(?P<c>\d{1,9})")
+_GRANULARITY: Final = re.compile(r"(?P<word>tensor|channel|token|head)|g(?P<size>\d{1,9})|(?P<r>\d{1,9})x(?P<c>\d{1,9})")
 
 
 def _parse_granularity(text: str) -> Granularity | None:
@@ -266,6 +276,8 @@ def _parse_granularity(text: str) -> Granularity | None:
             return PerChannel()
         case "token":
             return PerToken()
+        case "head":
+            return PerHead()
         case _:
             return PerGroup(int(found["size"])) if found["size"] else PerBlock(int(found["r"]), int(found["c"]))
 

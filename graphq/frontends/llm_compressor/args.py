@@ -17,6 +17,7 @@ from graphq.spec.quant import (
     PerBlock,
     PerChannel,
     PerGroup,
+    PerHead,
     PerTensor,
     PerToken,
     Quant,
@@ -225,6 +226,8 @@ def write_args(quant: Quant, role: Role) -> dict[str, Plain]:
             items["strategy"] = "channel"
         case PerToken():
             items["strategy"] = "token"
+        case PerHead():
+            items["strategy"] = "attn_head"
         case PerTensor():
             items["strategy"] = "tensor"
     is_local = isinstance(quant.format, Nvfp4) and role != "weights" and not quant.dynamic
