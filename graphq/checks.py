@@ -51,13 +51,14 @@ def refusals(spec: Spec) -> list[str]:
 
 
 def asks_for_nothing(spec: Spec) -> bool:
-    """Whether all of the spec's rules keep layers float."""
-    return not any(isinstance(rule.decision, Plan) for rule in spec.rules)
+    """Whether all of the spec's rules keep layers float, and no cache is asked for."""
+    return spec.cache is None and not any(isinstance(rule.decision, Plan) for rule in spec.rules)
 
 
 def none_quantized(spec: Spec, resolved: Mapping[str, Resolved], unnamed: Sequence[Unnamed]) -> list[str]:
     """Lines on why no layer is quantized, although the spec asks for it; none where one is, or it does not ask."""
-    if asks_for_nothing(spec) or any(isinstance(found.decision, Plan) for found in resolved.values()):
+    asks = any(isinstance(rule.decision, Plan) for rule in spec.rules)
+    if not asks or any(isinstance(found.decision, Plan) for found in resolved.values()):
         return []
     lines = ["the spec asks for quantization, but quantizes no layer of this model"]
     lines += [] if resolved else ["the model has no layer that a rule can name"]
@@ -93,6 +94,8 @@ def check_calibration(spec: Spec, resolved: Mapping[str, Resolved], calibration:
     static = [
         fqn for fqn, found in resolved.items() if isinstance(found.decision, Plan) and is_calibrated(found.decision)
     ]
+    if spec.cache is not None and not spec.cache.dynamic and calibration is None:
+        raise SpecError(f"calibration: none given, but the scales of the cache ({spec.cache}) are static")
     if not static and calibration is None and spec.activations:
         raise SpecError("calibration: none given, but the spec quantizes activations with static scales")
     if static and calibration is None:

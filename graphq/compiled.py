@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -13,6 +13,7 @@ from graphq.capture.source import source_of
 from graphq.capture.unread import read_all
 from graphq.files import check_place
 from graphq.frontends.native import print_spec
+from graphq.ir.cache_plans import CachePlan
 from graphq.lowering.targets import check_options, options_of, target_named
 from graphq.lowering.torch.pack import pack
 from graphq.memory import check_disk
@@ -34,7 +35,12 @@ class _MadeFrom(Mapping[str, Any]):
     """What an artifact's manifest says it was made from; the report is asked for when it is written, last."""
 
     def __init__(
-        self, spec: Spec, seed: int, report: Callable[[], Report], activations: ActivationsReport | None
+        self,
+        spec: Spec,
+        seed: int,
+        report: Callable[[], Report],
+        activations: ActivationsReport | None,
+        caches: Sequence[CachePlan],
     ) -> None:
         self._found: dict[str, Callable[[], Any]] = {
             "spec": lambda: print_spec(spec),
@@ -44,6 +50,8 @@ class _MadeFrom(Mapping[str, Any]):
         }
         if activations is not None:
             self._found["activations"] = activations.to_json
+        if caches:
+            self._found["caches"] = lambda: [cache.to_json() for cache in caches]
 
     def __getitem__(self, key: str) -> Any:
         return self._found[key]()
@@ -142,7 +150,7 @@ class Compiled(NotPickled):
         timer = PhaseTimer()
         row = target_named(target)
         graph = self._graph if row.reads else self.graph
-        made_from = _MadeFrom(self.spec, self.seed, self._learn, self._report.activations)
+        made_from = _MadeFrom(self.spec, self.seed, self._learn, self._report.activations, self._report.caches)
         with torch.no_grad():
             notes = row.emit(graph, Path(path), made_from, **options)
         timer.end(f"emit {target}")

@@ -31,6 +31,7 @@ from graphq.compiled import Compiled
 from graphq.data.batches import complete_all, first_batches, with_progress
 from graphq.errors import GraphError, SpecError
 from graphq.frontends import load_spec
+from graphq.ir.cache_plans import notes_of, plan_caches, problems_of
 from graphq.ir.layers import sites
 from graphq.ir.pipeline import Batches, Pipeline
 from graphq.ir.unnamed import unnamed
@@ -42,6 +43,7 @@ from graphq.passes.blockwise import cut
 from graphq.passes.fall_back import reference_outputs
 from graphq.phases import PhaseTimer
 from graphq.pipelines import (
+    cache_problems,
     canonical_passes,
     fallback_problems,
     passes_for,
@@ -222,7 +224,7 @@ def compile(  # noqa: A001
     if matmul_precision not in ("highest", "medium"):
         raise SpecError(f"matmul_precision: {matmul_precision!r} is neither highest nor medium")
     limit = None if memory is None else bytes_of(memory)
-    if problems := [*refusals(parsed), *fallback_problems(parsed)]:
+    if problems := [*refusals(parsed), *fallback_problems(parsed), *cache_problems(parsed)]:
         raise SpecError(problems)
     reads = target is not None and target_named(target).reads
     whole = why_whole(parsed, calibration is not None, reads)
@@ -239,7 +241,9 @@ def compile(  # noqa: A001
     found = {fqn: one.layer for fqn, one in resolved.items()}
     problems, kept_nothing = unmatched_activations(gm, parsed)
     others = unnamed(gm)
-    if problems := [*problems, *unmatched(parsed, found, modules_of(gm))] or none_quantized(parsed, resolved, others):
+    cached = plan_caches(gm, parsed.cache)
+    problems += [*problems_of(cached, parsed.cache), *unmatched(parsed, found, modules_of(gm))]
+    if problems or (problems := none_quantized(parsed, resolved, others)):
         raise SpecError(problems)
     check_calibration(parsed, resolved, calibration)
     check_tensors(gm, resolved, first=calibration is not None)
@@ -254,6 +258,7 @@ def compile(  # noqa: A001
     source, sqnr = source_of(gm), dict[str, float]()
     placed: list[ActivationsReport] = []
     pass_notes = [NOTHING_QUANTIZED] if asks_for_nothing(parsed) else []
+    pass_notes += notes_of(source) if parsed.cache is not None else []
     with torch.random.fork_rng(devices=[]), torch.no_grad(), _precision(matmul_precision):
         torch.manual_seed(seed)
         batches: Batches | None = None
@@ -275,7 +280,7 @@ def compile(  # noqa: A001
     report = make_report(resolved, all_notes, bits, sqnr, spec_settings(parsed), widths, others, between)
     timer.end("finish")
     unread = sqnr if deferred_tensors(gm) else None
-    return Compiled(gm, parsed, dataclasses.replace(report, phases=timer.phases), seed, unread)
+    return Compiled(gm, parsed, dataclasses.replace(report, phases=timer.phases, caches=cached), seed, unread)
 
 
 def spec_for(

@@ -16,13 +16,21 @@ from graphq.checks import asks_for_nothing, check_calibration, none_quantized, r
 from graphq.compiler import NOTHING_QUANTIZED, Inputs, capture, modules_of, spec_for, stored_bits
 from graphq.data.batches import complete_all
 from graphq.errors import SpecError
+from graphq.ir.cache_plans import notes_of, plan_caches, problems_of
 from graphq.ir.pipeline import Pipeline
 from graphq.ir.unnamed import unnamed
 from graphq.lowering.targets import unheld
 from graphq.passes.annotate import decide
 from graphq.passes.calibrate import Calibrate
 from graphq.passes.quantize_weights import QuantizeWeights
-from graphq.pipelines import canonical_passes, fallback_problems, passes_for, placement, unmatched_activations
+from graphq.pipelines import (
+    cache_problems,
+    canonical_passes,
+    fallback_problems,
+    passes_for,
+    placement,
+    unmatched_activations,
+)
 from graphq.report import Difference, Report, algorithm_text, difference, make_report, spec_settings
 from graphq.spec.rules import Spec
 
@@ -95,10 +103,12 @@ def _explained(
     without_layers += unmatched(spec, {fqn: found.layer for fqn, found in resolved.items()}, modules_of(gm))
     asked = [f"dialect: {spec.dialect}"]
     asked += [f"{f'{a.source}: ' if a.source else ''}algorithm {algorithm_text(a)}" for a in spec.algorithms]
-    asked += [f"cache: {spec.cache}"] if spec.cache else []
     others = unnamed(gm)
+    cached = plan_caches(gm, spec.cache)
+    asked += notes_of(source) if any(plan.quant is not None for plan in cached) else []
     nothing = none_quantized(spec, resolved, others)[:1]  # the table has the rest
-    asked_for = [*refusals(spec), *fallback_problems(spec)]
+    asked_for = [*refusals(spec), *fallback_problems(spec), *cache_problems(spec)]
+    without_layers += problems_of(cached, spec.cache)
     if target is not None:
         asked_for += unheld(gm, target, resolved, spec, **(options or {}))
     refused = [f"compile refuses: {problem}" for problem in (*nothing, *asked_for, *without_layers)]
@@ -106,7 +116,8 @@ def _explained(
     bits = source.dtype.itemsize * 8
     placed, between = placement(gm, spec)
     lines = [*loud, *source.notes, *notes, *kept_nothing, *placed, *asked, *refused]
-    return make_report(resolved, lines, bits, None, spec_settings(spec), stored_bits(gm), others, between)
+    made = make_report(resolved, lines, bits, None, spec_settings(spec), stored_bits(gm), others, between)
+    return dataclasses.replace(made, caches=cached)
 
 
 def graph_after(

@@ -107,6 +107,20 @@ def fallback_problems(spec: Spec) -> list[str]:
     return ["fallback: the spec quantizes no activations with static scales between ops; give activations or a profile"]
 
 
+def cache_problems(spec: Spec) -> list[str]:
+    """A line where a cache is asked for beside quantizers that stand over the whole graph."""
+    try:
+        profile = placed_for(spec) if spec.cache is not None else None
+    except SpecError:  # no such profile, which compile refuses
+        return []
+    if profile is None:
+        return []
+    why = (
+        f"the profile {profile.name} quantizes tensors over the whole graph, which is not done beside a cache of codes"
+    )
+    return [f"cache: {spec.cache}: {why}; leave one of them out"]
+
+
 def unmatched_activations(gm: fx.GraphModule, spec: Spec) -> tuple[list[str], list[str]]:
     """A line for each rule for activations that no op has: problems of those that quantize, notes of the others."""
     seen = [(kind_of(op), module_of(op)) for op in ops_of(gm) if op.node.op in ("placeholder", "call_function")]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, final
 
 from graphq import numerics, packing
+from graphq.ir.cache_plans import CachePlan, lines_of
 from graphq.ir.grids import Placement
 from graphq.phases import Phase
 from graphq.spec.folds import EVERYWHERE
@@ -195,7 +196,8 @@ class Report:
 
     ``settings``: what the spec says beside its rules, by name. ``parameters``: those that are multiplied with an
     activation and are no layer that a rule can name; they stay float. ``activations``: what became of the tensors
-    between layers, where quantizers were placed by a profile. ``kernels``: what computes a layer of the packed torch
+    between layers, where quantizers were placed by a profile. ``caches``: of the caches, where they are asked for.
+    ``kernels``: what computes a layer of the packed torch
     module on this machine, and why it is not something faster; known when that module has been made. ``phases``: what
     the compile took, and each artifact since; no part of what is compared or written.
     """
@@ -207,11 +209,15 @@ class Report:
     activations: ActivationsReport | None = None
     kernels: Mapping[str, str] = field(default_factory=dict[str, str])
     phases: tuple[Phase, ...] = field(default=(), compare=False)
+    caches: tuple[CachePlan, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data: ``layers``, and ``activations``, null where a profile placed nothing."""
+        """Plain data: ``layers``, ``activations``, null where a profile placed nothing, and ``caches``, where the spec
+        asks for them.
+        """
         activations = None if self.activations is None else self.activations.to_json()
-        return {"layers": self.rows(), "activations": activations}
+        caches = {"caches": [cache.to_json() for cache in self.caches]} if self.caches else {}
+        return {"layers": self.rows(), "activations": activations, **caches}
 
     def with_sqnr(self, sqnr: Mapping[str, float]) -> "Report":
         """The report with these ratios of layers, which were not known when it was made."""
@@ -256,7 +262,7 @@ class Report:
         return _aligned(rows)
 
     def __str__(self) -> str:
-        return "\n".join([*_aligned(self.table()), *(f"note: {note}" for note in self.notes)])
+        return "\n".join([*_aligned(self.table()), *lines_of(self.caches), *(f"note: {note}" for note in self.notes)])
 
 
 def _line(source: str) -> int | None:

@@ -103,7 +103,11 @@ class _Ends:
         present = self.pairs[own.name].present
         names = [present, *(f"{present}_{part}" for part in self.parts.get(own.name, ()))]
         made = dict(zip(names, (op.node for op in appended), strict=True))
-        items = [item for name, node in self.outputs.items() for item in (made.items() if name == present else [(name, node)])]
+        items = [
+            item
+            for name, node in self.outputs.items()
+            for item in (made.items() if name == present else [(name, node)])
+        ]
         self.outputs = dict(items)
 
     def declare(self) -> None:
@@ -113,6 +117,8 @@ class _Ends:
         pairs: list[CachePair] = []
         for pair in source.caches:
             pairs.append(pair)
-            pairs += [CachePair(f"{pair.past}_{part}", f"{pair.present}_{part}") for part in self.parts.get(pair.past, ())]
+            pairs += [
+                CachePair(f"{pair.past}_{part}", f"{pair.present}_{part}") for part in self.parts.get(pair.past, ())
+            ]
         self.gm.graph.output_node().args = (tuple(self.outputs.values()),)
         self.gm.meta[KEY] = replace(source, inputs=inputs, outputs=tuple(self.outputs), caches=tuple(pairs))

@@ -25,12 +25,16 @@ def print_report(report: "Report", as_json: bool) -> None:
         from rich.table import Table
         from rich.text import Text
 
+        from graphq.ir.cache_plans import lines_of
+
         header, *rows = report.table()
         table = Table(*header, box=None, header_style="bold")
         for row in rows:
             table.add_row(*map(Text, row))
         console = Console()
         console.print(table)
+        for line in lines_of(report.caches):
+            console.print(Text(line))
         for note in report.notes:
             console.print(Text(f"note: {note}"))
     else:

@@ -4,7 +4,7 @@ A cache is a declared pair of an input and an output, found by node. What its to
 the product that reads them: keys are compared with queries, values are summed by the weights of a softmax.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, Literal, final
 

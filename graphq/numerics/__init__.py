@@ -1,6 +1,13 @@
 """The mathematics of quantization: element formats, scales, codes, ranges. Pure functions on tensors."""
 
-from graphq.numerics.blocks import activation_block, block_extremes, expand_scale, scale_shape, state_block, weight_block
+from graphq.numerics.blocks import (
+    activation_block,
+    block_extremes,
+    expand_scale,
+    scale_shape,
+    state_block,
+    weight_block,
+)
 from graphq.numerics.codes import dequantize, fake_quantize, quantize
 from graphq.numerics.error import Noise, decibels, sqnr_db
 from graphq.numerics.scales import (

@@ -14,7 +14,10 @@ from graphq.errors import SpecError
 
 Outputs = Tensor | tuple[Any, ...] | list[Any] | dict[str, Any]  # a tuple of a transformers model holds its cache
 _PAST: Final = "past_key_values"
-_PRESENT: Final = re.compile(r"present\.\d+\.(key|value)")
+_PRESENT: Final = re.compile(r"present\.\d+\.(key|value)(_scale|_zero_point)?")
+BESIDE: Final = tuple(f"{part}_{of}" for part in ("key", "value") for of in ("scale", "zero_point"))
+"""What a layer of a cache of codes may hold beside its keys and values."""
+Layer = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Mapping[str, Tensor]]
 _NEVER_RETURNED: Final = frozenset(  # an argument that asks for one of them is refused
     ["attentions", "aux_loss", "cross_attentions", "hidden_states", "loss", "router_logits"]
 )
@@ -27,11 +30,12 @@ class ModelOutput(dict[str, Tensor]):
     ``out["logits"]``, ``out.logits`` and ``out[0]`` are one tensor, also after one of them is set. The key/value cache
     is one output with the name ``past_key_values``, the last place, and one object at each read: the ``DynamicCache``
     that was given to the call, else a new one, or one pair of tensors for each layer where transformers is not
-    installed, and None without a cache. The next call takes it back, as does transformers. What a model of
-    transformers returns only on demand, such as ``loss``, is None.
+    installed (and what a cache of codes holds beside them, by name), and None without a cache. The next call takes it
+    back, as does transformers. What a model of transformers returns only on demand, such as ``loss``, is None.
 
     As a dict it holds the graph's own outputs, in which each tensor of the cache has a name: ``present.{i}.key`` and
-    ``present.{i}.value``. These are what iteration, ``len``, ``dict(out)`` and ``**out`` give.
+    ``present.{i}.value``, and of codes with scales of run time ``present.{i}.key_scale`` and so on. These are what
+    iteration, ``len``, ``dict(out)`` and ``**out`` give.
     """
 
     def __init__(self, outputs: Mapping[str, Tensor], past: Any = None) -> None:
@@ -116,11 +120,13 @@ class OutputRecord(dict[str, Any]):
         return tuple(self.values())
 
 
-def pairs_of(outputs: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """``present.{i}.key`` and ``present.{i}.value`` of each layer."""
-    pairs: list[tuple[Tensor, Tensor]] = []
+def pairs_of(outputs: Mapping[str, Tensor]) -> list[Layer]:
+    """``present.{i}.key`` and ``present.{i}.value`` of each layer, and by name what it holds beside them, if anything."""
+    pairs: list[Layer] = []
     while (name := f"present.{len(pairs)}") + ".key" in outputs:
-        pairs.append((outputs[f"{name}.key"], outputs[f"{name}.value"]))
+        pair = (outputs[f"{name}.key"], outputs[f"{name}.value"])
+        beside = {part: outputs[found] for part in BESIDE if (found := f"{name}.{part}") in outputs}
+        pairs.append((*pair, beside) if beside else pair)
     return pairs
 
 
@@ -232,8 +238,8 @@ def _below_range(source: Source, batch: Sequence[Tensor]) -> str | None:
 
 
 def cached(past: Any) -> dict[str, Tensor]:
-    """The flat inputs ``past_key_values.{i}.key`` and ``.value`` of a key/value cache: a ``DynamicCache``, whose layers
-    may be empty yet, a pair of tensors for each layer, or None. Raises ``SpecError`` for a cache of another kind,
+    """The flat inputs ``past_key_values.{i}.key`` and ``.value`` of a key/value cache, with what it holds beside them: a
+    ``DynamicCache``, whose layers may be empty yet, a pair of tensors for each layer, or None. Raises ``SpecError`` for a cache of another kind,
     ``TypeError`` for what is no cache.
     """
     if _is_cache(past):
@@ -260,6 +266,9 @@ def cached(past: Any) -> dict[str, Tensor]:
             # A DynamicCache is iterated over in threes, whose last is the window of a sliding layer.
             case (Tensor() as key, Tensor() as value) | (Tensor() as key, Tensor() as value, None):
                 found |= {f"{_PAST}.{i}.key": key, f"{_PAST}.{i}.value": value}
+            case (Tensor() as key, Tensor() as value, Mapping() as beside):
+                parts = {"key": key, "value": value, **cast(Mapping[str, Tensor], beside)}
+                found |= {f"{_PAST}.{i}.{part}": tensor for part, tensor in parts.items()}
             case _:
                 raise _no_cache(f"layer {i} is a {type(pair).__name__}")
     return found

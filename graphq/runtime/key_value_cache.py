@@ -1,7 +1,7 @@
 """transformers' key/value cache beside a graph that takes and returns each layer's keys and values as tensors."""
 
-from collections.abc import Sequence
-from typing import Any, final
+from collections.abc import Callable, Sequence
+from typing import Any, cast, final
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from graphq.errors import SpecError
+from graphq.runtime.calls import Layer
 
 
 @final
@@ -47,6 +48,43 @@ class StaticCache(DynamicCache):
         return memory.narrow(axis, 0, start + count)
 
 
+@final
+class CodesLayer(DynamicLayer):
+    """A layer of codes with the scales and zero points of their tokens, ``beside`` them by name: ``key_scale`` ...
+
+    What is done to its keys and values, such as the choice of beams, is done to these, too.
+    """
+
+    beside: dict[str, Tensor]
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.get_seq_length() > 0:
+            self.keys, self.values = change(cast(Tensor, self.keys)), change(cast(Tensor, self.values))
+            self.beside = {name: change(tensor) for name, tensor in self.beside.items()}
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises ``SpecError``: keys and values of another model are no codes."""
+        raise SpecError("cache: it holds codes, to which only the model that made them appends")
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        """The rows of these indices, in this order."""
+        self._each(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_select_indices(self, indices: Any) -> None:
+        """The rows of these indices."""
+        self._each(lambda x: x[indices, ...])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row as often."""
+        self._each(lambda x: x.repeat_interleave(repeats, 0))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """All but the last ``-tokens_to_remove`` tokens."""
+        super().crop(tokens_to_remove)
+        if tokens_to_remove and self.is_initialized:
+            self.beside = {name: x[..., :tokens_to_remove, :] for name, x in self.beside.items()}
+
+
 def refusal(cache: Any) -> str | None:
     """What ``cache`` is, where its layers are no plain keys and values as long as what was read; None if they are."""
     if type(cache) not in (DynamicCache, StaticCache):
@@ -54,7 +92,7 @@ def refusal(cache: Any) -> str | None:
     if cache.offloading:
         return "an offloaded DynamicCache"
     for layer in cache.layers:  # those of other kinds that are empty are replaced
-        if not hasattr(layer, "keys") or (type(layer) is not DynamicLayer and not _is_empty(layer)):
+        if not hasattr(layer, "keys") or (type(layer) not in (DynamicLayer, CodesLayer) and not _is_empty(layer)):
             return f"a DynamicCache with a {type(layer).__name__}"
     return None
 
@@ -63,23 +101,33 @@ def _is_empty(layer: Any) -> bool:
     return layer.keys is None or not layer.keys.numel()
 
 
-def layers_of(cache: DynamicCache) -> list[tuple[Tensor, Tensor] | None]:
-    """The keys and values of each layer, None for one that is empty yet. There must be no ``refusal`` of the cache."""
-    layers: list[Any] = cache.layers
-    return [None if _is_empty(layer) else (layer.keys, layer.values) for layer in layers]
+def layers_of(cache: DynamicCache) -> list[Layer | None]:
+    """The keys and values of each layer, with what it holds beside them; None for one that is empty yet. There must be
+    no ``refusal`` of the cache.
+    """
+    return [None if _is_empty(layer) else _held(layer) for layer in cast(list[Any], cache.layers)]
 
 
-def hold(cache: DynamicCache, pairs: Sequence[tuple[Tensor, Tensor]]) -> DynamicCache:
+def _held(layer: Any) -> Layer:
+    pair = (layer.keys, layer.values)
+    return (*pair, layer.beside) if type(layer) is CodesLayer else pair
+
+
+def hold(cache: DynamicCache, pairs: Sequence[Layer]) -> DynamicCache:
     """``cache``, which now holds these keys and values, in full-length layers: its own where they are such."""
-    layers: list[Any] = [layer if type(layer) is DynamicLayer else DynamicLayer() for layer in cache.layers]
-    layers = [*layers[: len(pairs)], *(DynamicLayer() for _ in pairs[len(layers) :])]
-    for layer, (keys, values) in zip(layers, pairs, strict=True):
+    layers: list[Any] = list(cache.layers[: len(pairs)])
+    layers += [None] * (len(pairs) - len(layers))
+    for place, (keys, values, *beside) in enumerate(pairs):
+        kind = CodesLayer if beside else DynamicLayer
+        layer = layers[place] = layers[place] if type(layers[place]) is kind else kind()
         layer.keys, layer.values = keys, values
+        if beside:
+            layer.beside = dict(beside[0])
         layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
     cache.layers[:] = layers
     return cache
 
 
-def dynamic_cache(pairs: Sequence[tuple[Tensor, Tensor]]) -> DynamicCache:
+def dynamic_cache(pairs: Sequence[Layer]) -> DynamicCache:
     """A cache that holds these keys and values."""
     return hold(DynamicCache(), pairs)

@@ -78,7 +78,9 @@ class CompiledModel(NotPickled, nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that it computes in."""
-        taken = [i.dtype for i in self.source.inputs]
+        codes = any(i.name in self.source.pasts and not i.dtype.is_floating_point for i in self.source.inputs)
+        # Beside codes, a cache holds scales in a dtype of their own.
+        taken = [i.dtype for i in self.source.inputs if not (codes and i.name in self.source.pasts)]
         made = [m.graphq_form.dtype for m in self.modules() if isinstance(m, QuantizedModule)]
         held = [x.dtype for x in (*self.parameters(), *self.buffers())]
         return next((d for d in (*taken, *made, *held) if d.is_floating_point), self.source.dtype)

@@ -24,7 +24,9 @@ def check_cache_quant(quant: Quant) -> None:
     if not isinstance(quant.format, Int | Float) or (
         isinstance(quant.format, Int) and quant.format.bits > MAX_CACHE_BITS
     ):
-        raise SpecError(f"{quant}: a cache holds integers of up to {MAX_CACHE_BITS} bits, or floats such as float8_e4m3fn")
+        raise SpecError(
+            f"{quant}: a cache holds integers of up to {MAX_CACHE_BITS} bits, or floats such as float8_e4m3fn"
+        )
     if quant.arithmetic != "float32":
         raise SpecError(f"{quant}: {quant.arithmetic} is the arithmetic of weights; leave it out")
     match quant.granularity:
@@ -35,7 +37,9 @@ def check_cache_quant(quant: Quant) -> None:
         case PerGroup() if not quant.dynamic:
             raise SpecError(f"{quant}: one scale per group exists only at run time; write {quant}/dynamic")
         case PerHead() | PerChannel() if not isinstance(quant.method, MinMax | MovingAverage):
-            raise SpecError(f"{quant}: {quant.method} gives one scale per tensor; heads and channels take minmax or ema")
+            raise SpecError(
+                f"{quant}: {quant.method} gives one scale per tensor; heads and channels take minmax or ema"
+            )
         case _:
             pass
     if not isinstance(quant.method, MinMax | MovingAverage | Percentile | Histogram | Entropy | Mse):

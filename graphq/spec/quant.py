@@ -262,7 +262,9 @@ def own_granularity(format: Format) -> PerGroup | None:
             return None
 
 
-_GRANULARITY: Final = re.compile(r"(?P<word>tensor|channel|token|head)|g(?P<size>\d{1,9})|(?P<r>\d{1,9})x(?P<c>\d{1,9})")
+_GRANULARITY: Final = re.compile(
+    r"(?P<word>tensor|channel|token|head)|g(?P<size>\d{1,9})|(?P<r>\d{1,9})x(?P<c>\d{1,9})"
+)
 
 
 def _parse_granularity(text: str) -> Granularity | None:
