@@ -115,9 +115,7 @@ def cache_problems(spec: Spec) -> list[str]:
         return []
     if profile is None:
         return []
-    why = (
-        f"the profile {profile.name} quantizes tensors over the whole graph, which is not done beside a cache of codes"
-    )
+    why = f"the profile {profile.name} quantizes tensors of the whole graph, which is not done beside a cache of codes"
     return [f"cache: {spec.cache}: {why}; leave one of them out"]
 
 

@@ -121,7 +121,7 @@ class OutputRecord(dict[str, Any]):
 
 
 def pairs_of(outputs: Mapping[str, Tensor]) -> list[Layer]:
-    """``present.{i}.key`` and ``present.{i}.value`` of each layer, and by name what it holds beside them, if anything."""
+    """``present.{i}.key`` and ``present.{i}.value`` of each layer, and what it holds beside them by name."""
     pairs: list[Layer] = []
     while (name := f"present.{len(pairs)}") + ".key" in outputs:
         pair = (outputs[f"{name}.key"], outputs[f"{name}.value"])
@@ -238,9 +238,9 @@ def _below_range(source: Source, batch: Sequence[Tensor]) -> str | None:
 
 
 def cached(past: Any) -> dict[str, Tensor]:
-    """The flat inputs ``past_key_values.{i}.key`` and ``.value`` of a key/value cache, with what it holds beside them: a
-    ``DynamicCache``, whose layers may be empty yet, a pair of tensors for each layer, or None. Raises ``SpecError`` for a cache of another kind,
-    ``TypeError`` for what is no cache.
+    """The flat inputs ``past_key_values.{i}.key`` and ``.value`` of a key/value cache, and what it holds beside them: a
+    ``DynamicCache``, whose layers may be empty yet, a pair of tensors for each layer, or None. Raises ``SpecError`` for
+    a cache of another kind, ``TypeError`` for what is no cache.
     """
     if _is_cache(past):
         from graphq.runtime.key_value_cache import layers_of, refusal

@@ -46,8 +46,13 @@ def set_types(model: ir.Model, gm: fx.GraphModule, opset: int) -> None:
     for node in model.graph:
         if node.op_type == "Cast" and (kind := ir.DataType(node.attributes["to"].as_int())) in FLOATS.values():
             node.outputs[0].dtype = kind
+    inputs = dict(zip(gm.graph.find_nodes(op="placeholder"), model.graph.inputs, strict=True))
     for op in ops_of(gm):
-        if isinstance(op, Dequantize) and isinstance(op.codes, Param):
+        if isinstance(op, Dequantize) and op.codes.node in inputs:
+            kind = FLOATS.get(element_name(numerics.parse_format(op.format)))
+            if kind is not None:
+                _take_floats(model, inputs[op.codes.node], kind)
+        elif isinstance(op, Dequantize) and isinstance(op.codes, Param):
             format = numerics.parse_format(op.format)
             zero_point = op.zero_point.fqn if isinstance(op.zero_point, Param) else None
             kind = type_of_codes(format, zero_point is not None, opset)
@@ -60,6 +65,22 @@ def set_types(model: ir.Model, gm: fx.GraphModule, opset: int) -> None:
             for held in (weight, zero_point):
                 if isinstance(held, fx.Node):
                     _set(model, str(held.target), type_of_codes(numerics.parse_format(str(text)), False, opset))
+
+
+def _take_floats(model: ir.Model, value: ir.Value, kind: ir.DataType) -> None:
+    """An input that the exporter took for bytes is of this type. Its sizes are those of its values, which are read
+    anyhow: ONNX Runtime 1.31 has no Shape of float8.
+    """
+    if value.dtype == kind:
+        return
+    value.dtype = kind
+    readers = [node for node, _ in value.uses() if node.op_type == "Shape"]
+    if readers:
+        cast = ir.node("Cast", [value], {"to": int(ir.DataType.FLOAT)})
+        cast.outputs[0].dtype, cast.outputs[0].shape = ir.DataType.FLOAT, value.shape
+        model.graph.insert_before(model.graph[0], cast)
+        for node in readers:
+            node.replace_input_with(0, cast.outputs[0])
 
 
 _SCALES: Final = {

@@ -24,6 +24,7 @@ from graphq.files import whole_directory
 from graphq.ir.views import Dequantize, Op, Param, ops_of, view
 from graphq.lowering.legalize import Limits, legalize, where
 from graphq.lowering.onnx import genai
+from graphq.lowering.onnx.caches import holds_scales
 from graphq.lowering.onnx.decompositions import lean_decompositions
 from graphq.lowering.onnx.form import onnx_form, with_bytes
 from graphq.lowering.onnx.names import check_names, name_nodes, name_outputs, restore_names
@@ -174,7 +175,8 @@ def _refuse_bfloat16(gm: fx.GraphModule) -> None:
     """Raises ``TargetError`` naming the first layer that computes in bfloat16, for which runtimes lack kernels."""
     for op in ops_of(gm):
         val = op.node.meta.get("val")
-        if isinstance(val, Tensor) and val.dtype == torch.bfloat16 and op.node.op == "call_function":
+        is_narrow = isinstance(val, Tensor) and val.dtype == torch.bfloat16 and op.node.op == "call_function"
+        if is_narrow and not holds_scales(op):
             raise TargetError(
                 f"onnx: {where(op)}: computes in bfloat16, which ONNX Runtime has no kernels for on the CPU; compile"
                 " with dtype=torch.float32, or pass bfloat16=True for a runtime that has them"
@@ -202,7 +204,7 @@ def _export(gm: fx.GraphModule) -> Any:
         try:
             program = torch.onnx.export(
                 exported,
-                custom_translation_table=translations(),
+                custom_translation_table=translations(exported.graph_signature.user_inputs),
                 input_names=[i.name for i in source.inputs],
                 output_names=list(source.outputs),
                 opset_version=18,

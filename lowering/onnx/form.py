@@ -18,6 +18,7 @@ from graphq.ir.views import Dequantize, Input, Param, Quantize, TransposedLinear
 from graphq.lowering.experts import split_experts
 from graphq.lowering.onnx.attention import spell_attention
 from graphq.lowering.onnx.bags import spell_bags
+from graphq.lowering.onnx.caches import spell_caches
 from graphq.lowering.onnx.recurrence import spell_recurrences
 from graphq.lowering.stored import hold_stored
 from graphq.state import put_tensor, same_tensors, tensor_of
@@ -77,6 +78,7 @@ def onnx_form(gm: fx.GraphModule, cache: bool = True) -> fx.GraphModule:
     spell_recurrences(made)
     spell_attention(made)
     spell_bags(made)
+    spell_caches(made)
     for op in ops_of(made):
         if isinstance(op, TransposedLinear) and isinstance(op.mat2, Dequantize):
             _store_rows(made, op, op.mat2)
@@ -95,7 +97,7 @@ def onnx_form(gm: fx.GraphModule, cache: bool = True) -> fx.GraphModule:
                     set_tensor(made, part, spelled[key])
         elif isinstance(op, Quantize) and isinstance(op.scale, Param):
             for part in (op.scale, op.zero_point):
-                if isinstance(part, Param):
+                if isinstance(part, Param) and part.val.numel() == 1:
                     set_tensor(made, part, tensor_of(made, part.fqn).reshape(()))
     if not cache:
         _drop_cache(made)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from torch import Tensor, fx
 
 from graphq.capture.source import PAST, SEQUENCE, Source, source_of
@@ -29,6 +30,7 @@ _TYPES: Final = frozenset(
 )
 _TOKENS: Final = ("input_ids", "attention_mask", "position_ids")
 _CONTEXT: Final = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
+_FLOATS: Final = (torch.float32, torch.float16, torch.bfloat16)
 _WIDTH: Final = ("hidden_size", "n_embd", "d_model", "hidden_dim")
 _HEADS: Final = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 _SEARCH: Final[Mapping[str, bool | float]] = {  # transformers' own defaults, under the same names
@@ -109,6 +111,8 @@ def _cache_shape(source: Source) -> tuple[int, int]:
     for name in (SEQUENCE, PAST):
         if name in source.fixed:
             raise TargetError(f"onnxruntime-genai feeds a prompt, then single tokens; {name} is fixed")
+    if any(inputs[pair.past].dtype not in _FLOATS for pair in source.caches):
+        raise TargetError("the caches hold codes, and onnxruntime-genai allocates them in the type of the logits")
     shapes = {inputs[pair.past].shape for pair in source.caches}
     if len(shapes) > 1:
         found = " and ".join(str(list(shape)).replace("'", "") for shape in sorted(shapes, key=str)[:2])

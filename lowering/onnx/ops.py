@@ -6,7 +6,7 @@ A second level of scales makes one number with the first before that, as ``numer
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any, Final
 
 import onnxscript
@@ -95,8 +95,8 @@ def _onnx_dtype(format: Format) -> int:
     return FLOAT8[format.layout] if isinstance(format, Float) else _INTEGERS[numerics.code_dtype(format)]
 
 
-def translations() -> dict[Any, Callable[..., Any]]:
-    """The functions that torch's exporter calls for graphq's ops."""
+def translations(given: Container[str] = ()) -> dict[Any, Callable[..., Any]]:
+    """The functions that torch's exporter calls for graphq's ops. ``given``: the names of what the model is given."""
     matmul_nbits = _matmul_nbits()
 
     def constant(value: float) -> Any:
@@ -131,7 +131,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
         block: Sequence[int],
         dtype: int | None = None,
     ) -> Any:
-        if codes.producer() is None:  # held by the model: a weight
+        if codes.producer() is None and codes.name not in given:  # held by the model: a weight
             parsed = numerics.parse_format(format)
             return _cast(_dequantize_weight(codes, scale, zero_point, global_scale, parsed, block), dtype)
         if _is_static(scale) and isinstance(numerics.parse_format(format), Int):
@@ -323,5 +323,5 @@ def _is_grouped(block: Sequence[int], last: object) -> bool:
 
 
 def _is_static(scale: Any) -> bool:
-    """Whether a scale is an initializer, which it is where it was calibrated."""
-    return scale.producer() is None
+    """Whether a scale is the one of a whole tensor, and an initializer, which it is where it was calibrated."""
+    return scale.producer() is None and not len(scale.shape)
