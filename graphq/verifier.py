@@ -42,6 +42,7 @@ from graphq.spec.quant import Ofmr, Quant
 from graphq.state import put_tensor
 
 _INPUT: Final = ("input_scale", "input_zero_point", "input_global_scale")
+_CACHE: Final = tuple(f"{role}_{part}" for role in ("key", "value", "state") for part in ("scale", "zero_point"))
 _TENSORS: Final = ("model.safetensors", "model.onnx", "model.onnx.data")
 
 
@@ -84,14 +85,15 @@ def verify(path: str | Path, against: str | Path | None = None) -> Verification:
     if against is None:
         return Verification(tuple(differences), len(recorded), tuple(notes))
     made = manifest.stored_names(_recompile(directory, described, Path(against), held), held)
-    inputs = {name for name in recorded if name.rpartition(".")[2] in _INPUT}
+    inputs = {name for name in recorded if name.rpartition(".")[2] in (*_INPUT, *_CACHE)}
     for name in sorted((held.keys() - others.keys() | made.keys()) - inputs):
         line = _difference(name, made.get(name), held.get(name))
         if line is not None:
             differences.append(f"{line} ({against})")
     if inputs:
+        of = "input and cache" if any(name.rpartition(".")[2] in _CACHE for name in inputs) else "input"
         notes.append(
-            f"{len(inputs)} input scales and zero points, which need calibration data, were compared with the manifest"
+            f"{len(inputs)} {of} scales and zero points, which need calibration data, were compared with the manifest"
             " only"
         )
     return Verification(tuple(differences), len(recorded), tuple(notes))

@@ -12,6 +12,7 @@ from graphq.ir import edit
 from graphq.ir.edit import copy_graph
 from graphq.ir.layers import BY, layer_path, weight_param
 from graphq.ir.views import Dequantize, Embedding, Linear, Op, Param, Quantize, ops_of, view
+from graphq.lowering.checkpoints.caches import cached_codes
 from graphq.lowering.experts import expert_linears, split_experts
 from graphq.numerics import Scales, rounded_scales
 from graphq.spec.algorithms import ALGORITHMS
@@ -122,6 +123,7 @@ def beyond(form: fx.GraphModule) -> Iterator[tuple[Op, str]]:
     uses = list(weight_uses(form))
     linears = {weight for _, weight, _ in uses}
     inputs = {x.codes for _, _, x in uses if isinstance(x, Dequantize)}
+    inputs |= cached_codes(form)
     for op in ops_of(form):
         by = [name for name in cast(tuple[str, ...], op.node.meta.get(BY, ())) if name in _PASSES]
         match op:
@@ -130,7 +132,7 @@ def beyond(form: fx.GraphModule) -> Iterator[tuple[Op, str]]:
                     kinds = sorted({type(user).__name__ for user in op.users})
                     yield op, f"its quantized weight is read by {', '.join(kinds)}; linears and embeddings are held"
             case Quantize() if op not in inputs:
-                yield op, "a tensor that is no linear's input is quantized; only inputs of linears are held"
+                yield op, "a tensor that is no linear's input is quantized; only inputs of linears and caches are held"
             case Param():
                 pass
             case _ if by:

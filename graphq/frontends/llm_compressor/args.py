@@ -50,7 +50,7 @@ def read_args(section: Section | None, role: Role, observer: str | None = None) 
     section.only(ARGS)
     given = filled(section, _NULLABLE)
     before = len(section.document.problems)
-    strategy, granularity = _read_granularity(given)
+    strategy, granularity = _read_granularity(given, role)
     dynamic = _read_dynamic(given, strategy)
     if role == "weights" and dynamic:
         given.report("a weight's scales are known when it is compiled; write false", "dynamic")
@@ -93,15 +93,15 @@ def order_word(section: Section, key: str, value: Plain) -> str | None:
     return None
 
 
-def _read_granularity(given: Section) -> tuple[str, Granularity | None]:
+def _read_granularity(given: Section, role: Role) -> tuple[str, Granularity | None]:
     """The strategy, as given or as ``group_size`` implies, and the granularity."""
     size, word = given.integer("group_size"), given.text("strategy")
     strategy = word.lower() if word is not None else "tensor" if size is None else "channel" if size == -1 else "group"
     if strategy not in _STRATEGIES:
         given.report(f"{show(word)} is not a strategy{nearest(strategy, _STRATEGIES)}", "strategy")
         return "", None
-    if strategy == "attn_head":
-        given.report("scales of attention heads are not supported", "strategy")
+    if strategy == "attn_head" and role != "kv_cache_scheme":
+        given.report("attn_head is for what attention reads; see kv_cache_scheme", "strategy")
     if size is not None and (size < -1 or size == 0):
         given.report(f"{size} is neither positive, for groups, nor -1, for channels", "group_size")
         return strategy, None
@@ -124,7 +124,7 @@ def _read_granularity(given: Section) -> tuple[str, Granularity | None]:
         case "block":
             return strategy, block
         case "attn_head":
-            return strategy, None
+            return strategy, PerHead()
         case _:
             assert size is not None
             return strategy, given.made(lambda: PerGroup(size), "group_size")

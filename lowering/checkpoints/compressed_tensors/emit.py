@@ -6,6 +6,7 @@ model was compiled for this target.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,6 +18,13 @@ from graphq.artifacts.shards import INDEX, SHARD_BYTES, WEIGHTS, InParts, read_s
 from graphq.capture.source import Source, source_of
 from graphq.errors import GraphqError, TargetError
 from graphq.files import whole_directory
+from graphq.lowering.checkpoints.caches import cache_scales
+from graphq.lowering.checkpoints.compressed_tensors.caches import (
+    cache_problems,
+    decode_cache,
+    encode_cache,
+    held_cache,
+)
 from graphq.lowering.checkpoints.compressed_tensors.layouts import (
     LAYOUTS,
     decode_input,
@@ -64,14 +72,19 @@ def emit(
         raise TargetError(f"{TARGET}: shard_bytes: {shard_bytes} is not a positive number of bytes")
     content = content_of(gm, TARGET)
     layers, floats, dtype = content.layers, content.floats, source_of(gm).dtype
-    if problems := [*_problems(content, consumer), *lost(content)]:
+    caches = cache_scales(content.graph)
+    problems = [*_problems(content, consumer), *cache_problems(caches, source_of(gm), consumer, TARGET)]
+    if problems := [*problems, *lost(content)]:
         raise TargetError("\n".join(dict.fromkeys(f"{TARGET}: {line}" for line in problems)))
     linears = dict.fromkeys((*content.architecture.linears, *layers, *float_linears(content.graph)))
-    config = content.config | {"quantization_config": quantization_config(layers, list(linears))}
+    cache = caches[0].quant if caches else None
+    config = content.config | {"quantization_config": quantization_config(layers, list(linears), cache)}
     written = Written()
+    of_caches = {name: manifest.record(tensor) for name, tensor in map(held_cache, caches)}
     with whole_directory(path, overwrite, manifest.sources(gm)) as directory:
-        write_shards(directory, _tensors(content, dtype, written), shard_bytes)
-        records, quantized = written.all(floats, layers), written.quantized(layers)
+        named = chain(_tensors(content, dtype, written), (encode_cache(one, dtype) for one in caches))
+        write_shards(directory, named, shard_bytes)
+        records, quantized = written.all(floats, layers) | of_caches, written.quantized(layers) | of_caches
         manifest.write(directory, content.graph, TARGET, made_from, records, quantized, config)
     return ()
 
@@ -122,7 +135,9 @@ def tensors(path: Path) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, tensor in stored_tensors.items():
         layer, _, suffix = name.rpartition(".")
-        if layer in layers and suffix != "bias":
+        if (cache := decode_cache(name, tensor)) is not None:
+            found |= [cache]
+        elif layer in layers and suffix != "bias":
             layers[layer][suffix] = tensor
         else:
             found[name] = tensor

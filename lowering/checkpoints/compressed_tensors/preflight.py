@@ -10,7 +10,13 @@ from typing import Final
 from torch import fx
 
 from graphq.capture.source import source_of
-from graphq.lowering.checkpoints.compressed_tensors.settings import Consumer, consumer_problem, problem
+from graphq.lowering.checkpoints.compressed_tensors.settings import (
+    Consumer,
+    cache_problem,
+    consumer_problem,
+    latent_problem,
+    problem,
+)
 from graphq.lowering.checkpoints.preflight import algorithm_problems, fused_problems, layer_problems, planned
 from graphq.spec.plan import Decision, KeepFloat, Plan
 from graphq.spec.quant import Quant
@@ -32,6 +38,8 @@ def preflight(
         )
 
     lines = [*layer_problems(found, unloaded), *algorithm_problems(spec, resolved)]
+    reason = None if spec.cache is None else cache_problem(spec.cache, consumer) or latent_problem(source_of(gm))
+    lines += [f"cache: {spec.cache}: {reason}"] if reason else []
     return [*lines, *fused_problems(found, _stored, _FUSED)] if consumer == "vllm" else lines
 
 

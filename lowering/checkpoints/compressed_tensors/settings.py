@@ -4,6 +4,7 @@ Source: compressed-tensors 0.20, ``quantization/quant_config.py`` and ``quant_ar
 quantized alike says its own format; a layer's group is found by its name, or by its class where all linears are alike.
 """
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -11,12 +12,13 @@ from typing import Any, Final, Literal
 
 import torch
 
+from graphq.capture.source import Source
 from graphq.errors import SpecError
 from graphq.frontends.llm_compressor.args import write_args
 from graphq.lowering.checkpoints.compressed_tensors.layouts import layout_of
 from graphq.lowering.checkpoints.layers import QuantizedLinear
 from graphq.spec.formats import Float, Format, Int, Mx, Nvfp4
-from graphq.spec.quant import PerGroup, PerTensor, Quant
+from graphq.spec.quant import PerGroup, PerHead, PerTensor, Quant
 
 Consumer = Literal["vllm", "transformers", "any"]
 VERSION: Final = "0.20.0"  # of the format: since 0.18 codes of 3, 5, 6 and 7 bits lie across words
@@ -81,8 +83,44 @@ def _zero_points(quant: Quant) -> dict[str, Any]:
             return {}
 
 
-def quantization_config(layers: Mapping[str, QuantizedLinear], linears: Sequence[str]) -> dict[str, Any]:
+def cache_args(quant: Quant) -> dict[str, Any]:
+    """``kv_cache_scheme``. Raises ``SpecError`` for a format that it cannot say."""
+    return _DEFAULTS | write_args(_stored(quant), "kv_cache_scheme") | {"observer": "static_minmax"}
+
+
+def cache_problem(quant: Quant, consumer: Consumer) -> str | None:
+    """Why a consumer reads no cache that is quantized so; None if it does.
+
+    Source: vLLM 0.26, ``CompressedTensorsKVCacheMethod``; compressed-tensors 0.20, ``_apply_kv_cache_scheme``.
+    """
+    if quant.dynamic:
+        return "a checkpoint holds scales of caches that calibration fixed; leave out dynamic"
+    if not isinstance(quant.granularity, PerTensor | PerHead):
+        return "compressed-tensors has one scale of a cache for each tensor or head; write tensor or head"
+    if isinstance(quant.format, Int) and not (quant.format.symmetric and quant.format.signed):
+        return "compressed-tensors has no zero points of caches; write a symmetric format"
+    try:
+        cache_args(quant)
+    except SpecError as error:
+        return str(error)
+    if consumer == "vllm" and quant.format != Float("float8_e4m3fn"):
+        return "vLLM reads caches of float8_e4m3fn alone; write that, or say consumer=transformers"
+    return None
+
+
+def latent_problem(source: Source) -> str | None:
+    """Why a server has no use for the scales of a cache: it caches the latents of MLA, and these are of heads."""
+    settings: dict[str, Any] = json.loads(source.config) if source.config else {}
+    if not settings.get("kv_lora_rank"):
+        return None
+    return "this model's attention is latent (MLA): servers cache its latents; these scales are of keys and values"
+
+
+def quantization_config(
+    layers: Mapping[str, QuantizedLinear], linears: Sequence[str], cache: Quant | None = None
+) -> dict[str, Any]:
     """The value of ``quantization_config`` for these quantized layers of a model with these ``linears``, by name.
+    ``cache``: how its cache is quantized, if it is.
 
     Groups of layers that are quantized alike are ``group_0``, ``group_1`` ... in the layers' order.
     """
@@ -108,7 +146,7 @@ def quantization_config(layers: Mapping[str, QuantizedLinear], linears: Sequence
         "format": "dense" if not formats else formats[0] if len(formats) == 1 else "mixed-precision",
         "global_compression_ratio": None,
         "ignore": others if layers else [],
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": None if cache is None else cache_args(cache),
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
         "sparsity_config": {},
