@@ -84,9 +84,9 @@ class QuantizeCache(Pass):
         zero_point: Op | None = None
         if self.quant.dynamic:
             chosen = insert(ops.choose_scale, x, text, block)
-            scale, zero = edit.items(gm, chosen, 2, by=self.name)
-            scale = insert(torch.ops.aten.to.dtype, scale, STORED)
-            zero_point = zero if is_asymmetric(self.quant.format) else None
+            found = edit.items(gm, chosen, 2 if is_asymmetric(self.quant.format) else 1, by=self.name)
+            scale = insert(torch.ops.aten.to.dtype, found[0], STORED)
+            zero_point = found[1] if len(found) > 1 else None
         else:
             scale, zero_point = self._held(gm, cache)
         level = (scale, zero_point, None, text, block)

@@ -127,11 +127,11 @@ def test_explain_as_a_table(model, spec):
 
 
 def test_explain_says_what_compile_refuses(model, spec):
-    spec.write_text("graphq: 1\nweight: int8/channel\ncache: int8/token/dynamic\nalgorithms: [nosuch]\n")
-    cannot = "graphq cannot quantize the KV cache yet"
+    spec.write_text("graphq: 1\nweight: int8/channel\ncache: int16/token/dynamic\nalgorithms: [nosuch]\n")
+    cannot = "a cache holds integers of up to 8 bits, or floats such as float8_e4m3fn"
     refused = [
         f"note: compile refuses: algorithms[0] (line 4): graphq has no algorithm nosuch; there are {', '.join(ALGORITHMS)}",
-        f"note: compile refuses: cache: int8/token/dynamic: {cannot}; leave it out of the spec",
+        f"note: compile refuses: cache: int16/token/dynamic: {cannot}",
     ]
     assert graphq_("explain", model, "--spec", spec).stdout.splitlines()[-2:] == refused
     shown = graphq_("explain", model, "--spec", spec, "--json")

@@ -303,10 +303,11 @@ def test_algorithms_that_graphq_lacks_are_refused_by_name() -> None:
     )
 
 
-def test_a_quantized_cache_is_refused() -> None:
+def test_a_cache_that_the_model_does_not_have_is_refused() -> None:
     spec = {**W8, "cache": "int8/token/dynamic"}
-    assert refusal(MLP(), spec, inputs=floats(2, 8)) == (
-        "cache: int8/token/dynamic: graphq cannot quantize the KV cache yet; leave it out of the spec"
+    assert (
+        refusal(MLP(), spec, inputs=floats(2, 8))
+        == "cache: int8/token/dynamic: this model has no key/value cache; leave it out of the spec"
     )
 
 

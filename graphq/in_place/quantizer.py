@@ -238,17 +238,24 @@ def _check_model(model: nn.Module) -> None:
             raise GraphError(f"{name}: is quantized already; quantize a fresh model")
 
 
+_CACHE: Final = "in place, layers alone are quantized; leave it out of the spec, or use graphq.compile"
+
+
 def _beyond(spec: Spec) -> list[str]:
     """A line for each algorithm that changes more than one layer, or more than weights' codes."""
-    return [
-        f"{f'{a.source}: ' if a.source else ''}{a.name} needs the graph of the model; use graphq.compile"
-        for a in spec.algorithms
-        if a.name in ALGORITHMS and not ALGORITHMS[a.name].in_place
-    ] + [
-        f"{f'{a.source}: ' if a.source else ''}{a.name}: folds: nothing is folded in place; use graphq.compile"
-        for a in spec.algorithms
-        if a.folds != EVERYWHERE
-    ]
+    return (
+        [
+            f"{f'{a.source}: ' if a.source else ''}{a.name} needs the graph of the model; use graphq.compile"
+            for a in spec.algorithms
+            if a.name in ALGORITHMS and not ALGORITHMS[a.name].in_place
+        ]
+        + [
+            f"{f'{a.source}: ' if a.source else ''}{a.name}: folds: nothing is folded in place; use graphq.compile"
+            for a in spec.algorithms
+            if a.folds != EVERYWHERE
+        ]
+        + ([] if spec.cache is None else [f"cache: {spec.cache}: {_CACHE}"])
+    )
 
 
 def _own(spec: Spec, found: Resolved) -> Iterator[Algorithm]:

@@ -11,13 +11,11 @@ from graphq.capture.source import Source
 from graphq.capture.structure import restore
 from graphq.data.batches import arguments, complete
 from graphq.errors import SpecError
+from graphq.runtime.cache_layers import pairs_of
 
 Outputs = Tensor | tuple[Any, ...] | list[Any] | dict[str, Any]  # a tuple of a transformers model holds its cache
 _PAST: Final = "past_key_values"
 _PRESENT: Final = re.compile(r"present\.\d+\.(key|value)(_scale|_zero_point)?")
-BESIDE: Final = tuple(f"{part}_{of}" for part in ("key", "value") for of in ("scale", "zero_point"))
-"""What a layer of a cache of codes may hold beside its keys and values."""
-Layer = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Mapping[str, Tensor]]
 _NEVER_RETURNED: Final = frozenset(  # an argument that asks for one of them is refused
     ["attentions", "aux_loss", "cross_attentions", "hidden_states", "loss", "router_logits"]
 )
@@ -118,16 +116,6 @@ class OutputRecord(dict[str, Any]):
     def to_tuple(self) -> tuple[Any, ...]:
         """The fields in their order."""
         return tuple(self.values())
-
-
-def pairs_of(outputs: Mapping[str, Tensor]) -> list[Layer]:
-    """``present.{i}.key`` and ``present.{i}.value`` of each layer, and what it holds beside them by name."""
-    pairs: list[Layer] = []
-    while (name := f"present.{len(pairs)}") + ".key" in outputs:
-        pair = (outputs[f"{name}.key"], outputs[f"{name}.value"])
-        beside = {part: outputs[found] for part in BESIDE if (found := f"{name}.{part}") in outputs}
-        pairs.append((*pair, beside) if beside else pair)
-    return pairs
 
 
 def is_transformers(source: Source) -> bool:

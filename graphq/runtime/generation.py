@@ -12,7 +12,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from graphq.capture.source import Source
 from graphq.data.batches import complete
 from graphq.errors import GraphqError, SpecError
-from graphq.runtime.calls import cached, pairs_of
+from graphq.runtime.cache_layers import pairs_of
+from graphq.runtime.calls import cached
 from graphq.runtime.key_value_cache import StaticCache, hold, refusal
 
 Run = Callable[..., tuple[Tensor, ...]]

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from graphq.errors import SpecError
-from graphq.runtime.calls import Layer
+from graphq.runtime.cache_layers import Layer
 
 
 @final

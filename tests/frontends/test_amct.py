@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import graphq
+from graphq.capture.source import source_of
 from graphq.errors import SpecError
 from graphq.frontends import amct, load_spec, print_spec
 from graphq.spec.match import Layer
@@ -321,9 +322,12 @@ def test_resnet() -> None:
     assert {one.layer.kind for one in made.report.layers} == {"linear", "conv2d"}
 
 
-def test_a_cache_is_refused_by_name() -> None:
-    with pytest.raises(SpecError, match=r"cache: hifloat8/tensor/ema: graphq cannot quantize the KV cache yet"):
-        graphq.compile(tiny("llama"), load_spec(CONFIGS / "hif8_kv_cache.yaml"), calibration=[])
+def test_a_cache() -> None:
+    batch = torch.randint(0, 100, (2, 9), generator=torch.Generator().manual_seed(0))
+    made = graphq.compile(tiny("llama"), load_spec(CONFIGS / "hif8_kv_cache.yaml"), calibration=[batch])
+    assert [str(one.quant) for one in made.report.caches] == ["hifloat8/tensor/ema"] * 4
+    inputs = {i.name: i.dtype for i in source_of(made.graph).inputs}
+    assert inputs["past_key_values.1.value"] == torch.uint8
 
 
 # -- AMCT's own configs

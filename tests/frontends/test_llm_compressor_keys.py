@@ -319,6 +319,8 @@ def test_cache():
     cache = {"num_bits": 8, "type": "float", "strategy": "tensor"}
     spec = load_spec(scheme("W8A8", kv_cache_scheme={**cache, "observer": "static_minmax"}))
     assert str(spec.cache) == "float8_e4m3fn/tensor"
+    spec = load_spec(scheme("W8A8", kv_cache_scheme={"num_bits": 8, "strategy": "attn_head"}))
+    assert str(spec.cache) == "int8/half/head/ema"
     spec = load_spec(scheme(None, kv_cache_scheme=cache))
     assert str(spec.cache) == "float8_e4m3fn/tensor/ema"
     assert [text(rule) for rule in spec.rules] == ["kind:linear: float (UNQUANTIZED)"]

@@ -52,7 +52,7 @@ ARGS = "config_groups.g.weights."
             "input_observer: the observer imatrix_mse, which weighs errors by the inputs, is not supported"]),
         (scheme("MXFP4", weight_observer="mse"), ["scheme: mxfp4/even/mse: mxfp4/even takes its scales from the extremes; leave out mse"]),
         (scheme(bypass_divisibility_checks="x"), ["bypass_divisibility_checks: 'x' is not true or false"]),
-        (scheme(kv_cache_scheme={"num_bits": 8, "strategy": "attn_head"}), ["kv_cache_scheme.strategy: scales of attention heads are not supported"]),
+        (weights(strategy="attn_head"), [f"{ARGS}strategy: attn_head is for what attention reads; see kv_cache_scheme"]),
         (scheme(kv_cache_scheme={"strategy": "channel"}), ["kv_cache_scheme.strategy: channel is for weights; activations take tensor, token, group or tensor_group"]),
         (weights(num_bit=8), [f"{ARGS}num_bit: unknown key; did you mean num_bits?"]),
         (weights(num_bits=1), [f"{ARGS}num_bits: bits: 1 is not one of 2 to 8 or 16"]),

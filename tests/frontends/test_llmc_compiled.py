@@ -64,9 +64,7 @@ PLANS = {
     },
 }
 REFUSED = {
-    "kvcache_int4": "cache: int4/asym/token/dynamic: graphq cannot quantize the KV cache yet; leave it out of the spec",
     "osplus_w8a8": "quant.method (line 4): graphq has no algorithm osplus; near is smooth-quant",
-    "w8a8_static": "cache: int8/tensor: graphq cannot quantize the KV cache yet; leave it out of the spec",
 }
 
 
@@ -108,7 +106,7 @@ def check(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         return
     compiled = graphq.compile("a model", path, calibration=batches)
     assert {r.layer.fqn: r.plan for r in compiled.report.layers} == {r.layer.fqn: r.plan for r in explained.layers}
-    (logits, *_), (expected, *_) = (graph(*random_inputs(gm, 1, 5, seed=9)) for graph in (compiled.graph, gm))
+    (logits, *_), (expected, *_) = (graph(*random_inputs(graph, 1, 5, seed=9)) for graph in (compiled.graph, gm))
     assert torch.isfinite(logits).all()
     assert not torch.equal(logits, expected)
     again = graphq.compile("a model", write_spec(load_spec(path), "llmc"), calibration=batches)

@@ -1,6 +1,5 @@
 """msModelSlim configs: what each example means layer by layer, resolved and compiled on tiny models."""
 
-import dataclasses
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -428,9 +427,11 @@ def test_examples_on_a_llama(path):
 @pytest.mark.parametrize("path", LLAMA, ids=lambda path: path.stem)
 def test_examples_compiled(path):
     spec = load_spec(path)
-    refused = ["cache: int8/channel: graphq cannot quantize the KV cache yet; leave it out of the spec"]
-    assert refusals(spec) == (refused if path.stem.endswith("c8") else [])
-    compiled, error = compile_with(tiny("llama"), dataclasses.replace(spec, cache=None))
+    assert refusals(spec) == []
+    compiled, error = compile_with(tiny("llama"), spec)
+    assert [str(one.quant) for one in compiled.report.caches] == (
+        ["int8/channel"] * 4 if path.stem.endswith("c8") else []
+    )
     counts = Counter(", ".join(f"{q}" for q in (row.weight, row.input) if q) for row in compiled.report.layers)
     wanted = Counter({text.replace("weight ", "").replace("input ", ""): n for text, n in COUNTS[path.stem].items()})
     assert counts == {"": 1 + sum(n for text, n in wanted.items() if "float (" in text)} | {

@@ -133,7 +133,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], Any, type[GraphqError], str]] = {
     ),
     "a cache": (
         MLP, {**INT8, "cache": "int8/token/dynamic"}, SpecError,
-        "cache: int8/token/dynamic: graphq cannot quantize the KV cache yet; leave it out of the spec",
+        "cache: int8/token/dynamic: in place, layers alone are quantized; leave it out of the spec, or use graphq.compile",
     ),
     "a rule without layers": (
         MLP, rules({"match": "upp", "weight": "int8/channel"}), SpecError,
