@@ -105,8 +105,10 @@ class Inspection:
         quantized = [layer for layer in self.layers if (layer.weight, layer.input) != ("float", "float")]
         computed = f", computed in {self.computed_in}" if self.computed_in else ""
         caches = sum(i.is_cache for i in self.source.inputs)
+        kinds = dict.fromkeys(str(i.dtype).removeprefix("torch.") for i in self.source.inputs if i.is_cache)
+        held = "" if len(kinds) < 2 and not {"int8", "uint8"} & kinds.keys() else f" of {' and '.join(kinds)}"
         inputs = [i.name for i in self.source.inputs if not i.is_cache] + (
-            [f"{caches} cache tensors"] if caches else []
+            [f"{caches} cache tensors{held}"] if caches else []
         )
         sizes = [
             f"{name} {low}" if low == high else f"{name} {low} to {high}"
