@@ -22,6 +22,7 @@ from graphq.passes.observe import NeedsStatistics, Observe
 from graphq.passes.observe_means import ObserveMeans
 from graphq.passes.place_quantizers import PlaceQuantizers
 from graphq.passes.quantize_activations import QuantizeActivations
+from graphq.passes.quantize_attention import QuantizeAttention
 from graphq.passes.quantize_biases import QuantizeBiases
 from graphq.passes.quantize_cache import QuantizeCache
 from graphq.passes.quantize_weights import QuantizeWeights
@@ -161,6 +162,7 @@ def quantization(
                 assert_never(stage)
     independent = spec.pipeline == "independent" and len(calibrated) > 1
     states: list[Pass] = [QuantizeCache(spec.cache, context.note)] if spec.cache is not None else []
+    states += [QuantizeAttention(spec.attention, context.note)] if spec.attention is not None else []
     correcting = [step for made in corrections.values() for step in made]
     walks = [[request] for request in calibrated] if independent else [calibrated]
     for number, walk in enumerate(walks):

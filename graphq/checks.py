@@ -51,8 +51,12 @@ def refusals(spec: Spec) -> list[str]:
 
 
 def asks_for_nothing(spec: Spec) -> bool:
-    """Whether all of the spec's rules keep layers float, and no cache is asked for."""
-    return spec.cache is None and not any(isinstance(rule.decision, Plan) for rule in spec.rules)
+    """Whether all of the spec's rules keep layers float, and no cache and no attention is asked for."""
+    return (
+        spec.cache is None
+        and spec.attention is None
+        and not any(isinstance(rule.decision, Plan) for rule in spec.rules)
+    )
 
 
 def none_quantized(spec: Spec, resolved: Mapping[str, Resolved], unnamed: Sequence[Unnamed]) -> list[str]:
@@ -96,6 +100,9 @@ def check_calibration(spec: Spec, resolved: Mapping[str, Resolved], calibration:
     ]
     if spec.cache is not None and not spec.cache.dynamic and calibration is None:
         raise SpecError(f"calibration: none given, but the scales of the cache ({spec.cache}) are static")
+    fixed = [] if spec.attention is None else [n for n, q in spec.attention.given() if n != "p" and not q.dynamic]
+    if fixed and calibration is None:
+        raise SpecError(f"calibration: none given, but the scales of attention ({spec.attention}) are static")
     if not static and calibration is None and spec.activations:
         raise SpecError("calibration: none given, but the spec quantizes activations with static scales")
     if static and calibration is None:

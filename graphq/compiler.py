@@ -43,6 +43,7 @@ from graphq.passes.blockwise import cut
 from graphq.passes.fall_back import reference_outputs
 from graphq.phases import PhaseTimer
 from graphq.pipelines import (
+    attention_problems,
     cache_problems,
     canonical_passes,
     fallback_problems,
@@ -242,7 +243,8 @@ def compile(  # noqa: A001
     problems, kept_nothing = unmatched_activations(gm, parsed)
     others = unnamed(gm)
     cached = plan_caches(gm, parsed.cache)
-    problems += [*problems_of(cached, parsed.cache), *unmatched(parsed, found, modules_of(gm))]
+    attention_lacks, attention_notes = attention_problems(gm, parsed)
+    problems += [*problems_of(cached, parsed.cache), *attention_lacks, *unmatched(parsed, found, modules_of(gm))]
     if problems or (problems := none_quantized(parsed, resolved, others)):
         raise SpecError(problems)
     check_calibration(parsed, resolved, calibration)
@@ -258,7 +260,7 @@ def compile(  # noqa: A001
     source, sqnr = source_of(gm), dict[str, float]()
     placed: list[ActivationsReport] = []
     pass_notes = [NOTHING_QUANTIZED] if asks_for_nothing(parsed) else []
-    pass_notes += notes_of(source) if parsed.cache is not None else []
+    pass_notes += [*(notes_of(source) if parsed.cache is not None else []), *attention_notes]
     with torch.random.fork_rng(devices=[]), torch.no_grad(), _precision(matmul_precision):
         torch.manual_seed(seed)
         batches: Batches | None = None

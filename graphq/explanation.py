@@ -24,6 +24,7 @@ from graphq.passes.annotate import decide
 from graphq.passes.calibrate import Calibrate
 from graphq.passes.quantize_weights import QuantizeWeights
 from graphq.pipelines import (
+    attention_problems,
     cache_problems,
     canonical_passes,
     fallback_problems,
@@ -108,7 +109,9 @@ def _explained(
     asked += notes_of(source) if any(plan.quant is not None for plan in cached) else []
     nothing = none_quantized(spec, resolved, others)[:1]  # the table has the rest
     asked_for = [*refusals(spec), *fallback_problems(spec), *cache_problems(spec)]
-    without_layers += problems_of(cached, spec.cache)
+    lacks, attention_notes = attention_problems(gm, spec)
+    asked += attention_notes
+    without_layers += [*problems_of(cached, spec.cache), *lacks]
     if target is not None:
         asked_for += unheld(gm, target, resolved, spec, **(options or {}))
     refused = [f"compile refuses: {problem}" for problem in (*nothing, *asked_for, *without_layers)]

@@ -9,6 +9,8 @@ from torch import fx
 from graphq.algorithms import PassContext, preparations, quantization
 from graphq.errors import SpecError
 from graphq.ir.edit import copy_graph
+from graphq.ir.effect_table import effect
+from graphq.ir.effects import Attends
 from graphq.ir.grids import place
 from graphq.ir.op_kinds import kind_of
 from graphq.ir.pipeline import Pass, Pipeline
@@ -108,15 +110,27 @@ def fallback_problems(spec: Spec) -> list[str]:
 
 
 def cache_problems(spec: Spec) -> list[str]:
-    """A line where a cache is asked for beside quantizers that stand over the whole graph."""
+    """A line for a cache and for attention's operands that are asked for beside quantizers of the whole graph."""
+    asked = [("cache", spec.cache), ("attention", spec.attention)]
     try:
-        profile = placed_for(spec) if spec.cache is not None else None
+        profile = placed_for(spec)
     except SpecError:  # no such profile, which compile refuses
         return []
-    if profile is None:
-        return []
-    why = f"the profile {profile.name} quantizes tensors of the whole graph, which is not done beside a cache of codes"
-    return [f"cache: {spec.cache}: {why}; leave one of them out"]
+    why = (
+        "" if profile is None else f"the profile {profile.name} quantizes tensors of the whole graph, and not beside it"
+    )
+    return [f"{name}: {value}: {why}; leave one of them out" for name, value in asked if value is not None and why]
+
+
+def attention_problems(gm: fx.GraphModule, spec: Spec) -> tuple[list[str], list[str]]:
+    """A line where a spec asks for operands of attention and the model has none as one op; and the note on others."""
+    if spec.attention is None:
+        return [], []
+    whole = [op for op in ops_of(gm) if isinstance(effect(op), Attends)]
+    if not whole:
+        return [f"attention: {spec.attention}: no attention of this model is one op; leave it out of the spec"], []
+    places = f"{module_of(whole[0])} and {len(whole) - 1} more" if len(whole) > 1 else module_of(whole[0])
+    return [], [f"attention: {spec.attention}: of {places}"]
 
 
 def unmatched_activations(gm: fx.GraphModule, spec: Spec) -> tuple[list[str], list[str]]:

@@ -321,6 +321,7 @@ def spec_settings(spec: Spec) -> dict[str, str]:
         "prefix": spec.prefix,
         "cache": "float" if spec.cache is None else str(spec.cache),
     }
+    found |= {"attention": str(spec.attention)} if spec.attention is not None else {}
     found |= {"profile": spec.profile} if spec.profile else {}
     found |= {"activations": "; ".join(map(str, spec.activations))} if spec.activations else {}
     found |= {"fallback": str(spec.fallback)} if spec.fallback else {}

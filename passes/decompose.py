@@ -75,7 +75,8 @@ class Decompose(Pass):
                 edit.replace(gm, op, aten.reshape.default, *op.node.args, by=self.name)
 
 
-def _attention(gm: fx.GraphModule, op: Op, by: str) -> Op | None:
+def attention_parts(gm: fx.GraphModule, op: Op, by: str) -> Op | None:
+    """What gives the same as an attention: weights of a softmax times values. None where it drops at random."""
     if op.argument("dropout_p"):
         return None
     query, key, value, mask = (_operand(op, name) for name in ("query", "key", "value", "attn_mask"))
@@ -265,7 +266,7 @@ def _operand(op: Op, name: str) -> Op | None:
 
 # The kinds that an op falls into, and what spells it so.
 _DECOMPOSITIONS: Final[Mapping[str, tuple[tuple[str, ...], Callable[[fx.GraphModule, Op, str], Op | None]]]] = {
-    "Attention": (("MatMul", "Mul", "Add", "Softmax"), _attention),
+    "Attention": (("MatMul", "Mul", "Add", "Softmax"), attention_parts),
     "Silu": (("Sigmoid", "Mul"), _silu),
     "roll": (("Slice", "Concat"), _roll),
     "repeat_interleave": (("Unsqueeze", "Expand", "Reshape"), _repeat_interleave),

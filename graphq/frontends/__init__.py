@@ -103,6 +103,9 @@ def _check_activations(spec: Spec, dialect: str) -> None:
     problems = [f"{dialect} cannot say activations; leave them out"] if spec.activations else []
     problems += [f"{dialect} cannot say profile: {spec.profile}; leave it out"] if spec.profile else []
     problems += [f"{dialect} cannot say fallback; leave it out"] if spec.fallback else []
+    problems += (
+        [f"attention: {spec.attention}: {dialect} is not written with it; leave it out"] if spec.attention else []
+    )
     for rule in spec.rules:
         if isinstance(rule.decision, Plan) and rule.decision.output is not None:
             problems.append(

@@ -7,6 +7,7 @@ import yaml
 
 from graphq.frontends.document import Document, Plain, Section, nearest, show
 from graphq.spec.activations import ActivationRule
+from graphq.spec.attention import AttentionOperands
 from graphq.spec.constraint import Constraint, parse_constraint
 from graphq.spec.fallback import Fallback
 from graphq.spec.folds import EVERYWHERE, SUBGRAPHS, Folds, kinds_among
@@ -21,7 +22,7 @@ KEPT_BY_RULE: Final = "a rule keeps it float"
 _RUN_TEXTS: Final = ("model", "target", "calibration")
 _KEYS: Final = (
     *("graphq", "weight", "input", "output", "rules", "activations", "profile", "fallback", "algorithms"),
-    *("pipeline", "prefix", "cache", "run"),
+    *("pipeline", "prefix", "cache", "attention", "run"),
 )
 _ORDERS: Final[tuple[Order, ...]] = ("sequential", "independent")
 _PREFIXES: Final[tuple[Prefix, ...]] = ("quantized", "float")
@@ -64,10 +65,24 @@ def parse(document: Document) -> Spec:
     activations = _read_activations(document, top)
     profile = top.text("profile") or ""
     fallback = _read_fallback(top)
+    attention = _read_attention(top)
     run = _read_run(top)
     document.finish()
     made = tuple(filter(None, algorithms))
-    return Spec(tuple(rules), made, cache, pipeline, prefix, run, activations, profile, fallback)
+    return Spec(tuple(rules), made, cache, pipeline, prefix, run, activations, profile, fallback, attention)
+
+
+def _read_attention(top: Section) -> AttentionOperands | None:
+    section = top.section("attention")
+    if section is None:
+        return None
+    section.only(("q", "k", "v", "p"))
+    before = len(top.document.problems)
+    texts = {name: section.text(name) for name in ("q", "k", "v", "p")}
+    given = {n: section.made(lambda text=text: parse_quant(text), n) for n, text in texts.items() if text is not None}
+    if len(top.document.problems) > before:
+        return None
+    return top.made(lambda: AttentionOperands(**given), "attention")
 
 
 def _read_fallback(top: Section) -> Fallback | None:
@@ -300,6 +315,8 @@ def print_spec(spec: Spec) -> str:
         top["fallback"] = dict(spec.fallback.given())
     if spec.cache is not None:
         top["cache"] = str(spec.cache)
+    if spec.attention is not None:
+        top["attention"] = {name: str(quant) for name, quant in spec.attention.given()}
     run = {name: value for name, value in dataclasses.asdict(spec.run).items() if value not in ("", None)}
     if run:
         top["run"] = run

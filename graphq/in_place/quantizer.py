@@ -242,20 +242,21 @@ _CACHE: Final = "in place, layers alone are quantized; leave it out of the spec,
 
 
 def _beyond(spec: Spec) -> list[str]:
-    """A line for each algorithm that changes more than one layer, or more than weights' codes."""
-    return (
-        [
-            f"{f'{a.source}: ' if a.source else ''}{a.name} needs the graph of the model; use graphq.compile"
-            for a in spec.algorithms
-            if a.name in ALGORITHMS and not ALGORITHMS[a.name].in_place
-        ]
-        + [
-            f"{f'{a.source}: ' if a.source else ''}{a.name}: folds: nothing is folded in place; use graphq.compile"
-            for a in spec.algorithms
-            if a.folds != EVERYWHERE
-        ]
-        + ([] if spec.cache is None else [f"cache: {spec.cache}: {_CACHE}"])
-    )
+    """A line for each algorithm that changes more than one layer, or more than weights' codes, and for what no layer
+    reads.
+    """
+    lines = [
+        f"{f'{a.source}: ' if a.source else ''}{a.name} needs the graph of the model; use graphq.compile"
+        for a in spec.algorithms
+        if a.name in ALGORITHMS and not ALGORITHMS[a.name].in_place
+    ]
+    lines += [
+        f"{f'{a.source}: ' if a.source else ''}{a.name}: folds: nothing is folded in place; use graphq.compile"
+        for a in spec.algorithms
+        if a.folds != EVERYWHERE
+    ]
+    asked = (("cache", spec.cache), ("attention", spec.attention))
+    return lines + [f"{name}: {value}: {_CACHE}" for name, value in asked if value is not None]
 
 
 def _own(spec: Spec, found: Resolved) -> Iterator[Algorithm]:

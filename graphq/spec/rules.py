@@ -11,6 +11,7 @@ from typing import Final, Literal, final
 
 from graphq.errors import SpecError
 from graphq.spec.activations import ActivationRule
+from graphq.spec.attention import AttentionOperands
 from graphq.spec.constraint import Constraint, broken
 from graphq.spec.fallback import Fallback
 from graphq.spec.folds import EVERYWHERE, Folds
@@ -112,7 +113,7 @@ class Spec:
     ``run``: what it says about the run itself. ``notes``: what the frontend read and has no use for, for the report.
     ``activations``: rules for the tensors between layers; ``profile``: the name of what the artifact is for, which says
     where quantizers stand (``graphq.ir.grids``). With neither, the inputs of layers alone are quantized. ``fallback``:
-    how far a search may go that takes ops out of eight bits.
+    how far a search may go that takes ops out of eight bits. ``attention``: how what attention reads is quantized.
     """
 
     rules: tuple[Rule, ...]
@@ -124,6 +125,7 @@ class Spec:
     activations: tuple[ActivationRule, ...] = ()
     profile: str = ""
     fallback: Fallback | None = None
+    attention: AttentionOperands | None = None
     dialect: str = field(default="native", compare=False)
     notes: tuple[str, ...] = field(default=(), compare=False)
 

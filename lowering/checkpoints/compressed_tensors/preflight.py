@@ -40,6 +40,7 @@ def preflight(
     lines = [*layer_problems(found, unloaded), *algorithm_problems(spec, resolved)]
     reason = None if spec.cache is None else cache_problem(spec.cache, consumer) or latent_problem(source_of(gm))
     lines += [f"cache: {spec.cache}: {reason}"] if reason else []
+    lines += [f"attention: {spec.attention}: checkpoints hold scales of caches alone"] if spec.attention else []
     return [*lines, *fused_problems(found, _stored, _FUSED)] if consumer == "vllm" else lines
 
 
