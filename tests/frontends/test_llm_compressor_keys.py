@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from graphq.frontends import load_spec
+from graphq.errors import SpecError
+from graphq.frontends import load_spec, write_spec
 from graphq.frontends.llm_compressor.presets import PRESETS
 from graphq.spec.rules import Rule, Run
 
@@ -313,6 +314,32 @@ def test_run():
     recipe = several(RTN, model="m", dataset_path="d", num_calibration_samples=3, max_seq_length=4)
     assert load_spec(recipe).run == Run("m", calibration="d", samples=3, sequence_length=4)
     assert load_spec(several(RTN, max_seq_length=None)).run == Run()
+
+
+def test_attention():
+    """Its inputs, and with them the cache."""
+    args = {"num_bits": 8, "type": "float", "strategy": "attn_head", "observer": "static_minmax"}
+    only: dict[str, Any] = {"attention": {"targets": ["LlamaAttention"], "input_activations": args}}
+    text = "float8_e4m3fn/head"
+    spec = load_spec(scheme(None, config_groups=only))
+    assert str(spec.attention) == f"q {text}, k {text}, v {text}"
+    assert str(spec.cache) == text
+    assert [str(rule.decision) for rule in spec.rules] == ["float (UNQUANTIZED)"]
+    whole = {**only, "w8": {"targets": ["Linear"], "weights": {"num_bits": 8}}}
+    spec = load_spec(scheme(None, config_groups=whole, kv_cache_scheme={"num_bits": 8, "observer": "static_minmax"}))
+    assert (str(spec.cache), str(spec.attention)) == ("int8/half/tensor", f"q {text}, k {text}, v {text}")
+    assert [str(rule.match) for rule in spec.rules] == ["kind:linear"]
+    found = load_spec({"quant_method": "compressed-tensors", "config_groups": whole})
+    assert (str(found.cache), found.attention) == (text, spec.attention)
+    with pytest.raises(SpecError, match=r"attention.weights: is for layers; of attention input_activations alone"):
+        load_spec(scheme(None, config_groups={"attention": {**only["attention"], "weights": {"num_bits": 8}}}))
+    with pytest.raises(SpecError, match=r"input_activations: is missing"):
+        load_spec(scheme(None, config_groups={"attention": {"targets": ["LlamaAttention"]}}))
+    other = {"other": {"targets": "LlamaAttention", "input_activations": {"num_bits": 8}}}
+    with pytest.raises(SpecError, match="another group quantizes attention in another way"):
+        load_spec(scheme(None, config_groups={**only, **other}))
+    with pytest.raises(SpecError, match="llm-compressor is not written with it"):
+        write_spec(spec, "llm-compressor")
 
 
 def test_cache():

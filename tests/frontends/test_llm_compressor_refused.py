@@ -38,7 +38,7 @@ ARGS = "config_groups.g.weights."
             "targets[2]: re: an empty pattern matches every layer; write re:.*",
             "targets[3]: 3 is not a name, a class, or re: and a regular expression",
             "targets[4]: 'a b' is not a layer name: write dotted segments, such as model.layers.0.mlp.down_proj",
-            "targets[5]: LlamaAttention: quantizing what attention computes is not supported; see kv_cache_scheme",
+            "targets[5]: LlamaAttention: what attention reads is a group of its own, of input_activations alone",
             "targets[6]: Module: layers of this class are not known (known: Linear, LinearBase, Embedding, Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d; others by name, or by re: and a regular expression)",
         ]),
         (scheme(ignore=[3, "re:["]), [

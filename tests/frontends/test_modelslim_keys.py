@@ -284,6 +284,17 @@ def test_the_cache():
     assert str(load_spec(cfg(cache | {"qconfig": W8 | {"symmetric": False}}, lq())).cache) == "int8/asym/joint/channel"
 
 
+def test_attention():
+    kind = {"type": "fa3_quant"}
+    assert str(load_spec(cfg(kind, lq())).attention) == "q int8/head, k int8/head, v int8/head"
+    float8, token = {"dtype": "fp8_e4m3"}, {"dtype": "fp8_e4m3", "scope": "per_token"}
+    found = load_spec(cfg(lq(), kind | {"qconfig": float8, "include": ["*"], "exclude": []})).attention
+    assert str(found) == "q float8_e4m3fn/head, k float8_e4m3fn/head, v float8_e4m3fn/head"
+    details = {"fa_q": token, "fa_k": float8}
+    found = load_spec(cfg(lq(), kind | {"details": details})).attention
+    assert str(found) == "q float8_e4m3fn/token/dynamic, k float8_e4m3fn/head"
+
+
 WORDS = st.sampled_from(
     [
         *(

@@ -11,6 +11,7 @@ from graphq.errors import SpecError
 from graphq.frontends import load_spec, native, print_spec
 from graphq.frontends.yaml_text import read_text
 from graphq.spec.activations import ActivationRule
+from graphq.spec.attention import AttentionOperands
 from graphq.spec.folds import EVERYWHERE, SUBGRAPHS, Folds, kinds_among
 from graphq.spec.formats import Int, parse_format
 from graphq.spec.match import KINDS, Blocks, Exact, Glob, Kind, Name, Part, Regex
@@ -103,6 +104,10 @@ RUNS = st.builds(
     st.none() | st.integers(1, 2**63 - 1),
     st.none() | st.integers(0, 2**63 - 1),
 )
+QUANT_OF_Q = st.sampled_from(["int8/head", "float8_e4m3fn/tensor", "int4/asym/token/dynamic", "int8/channel/ema"]).map(
+    parse_quant
+)
+QUANT_OF_P = st.sampled_from(["uint8/tensor", "int8/head", "int8/token/dynamic"]).map(parse_quant)
 SPECS = st.builds(
     Spec,
     st.lists(RULES, min_size=1, max_size=4).map(tuple),
@@ -113,6 +118,7 @@ SPECS = st.builds(
     run=RUNS,
     activations=st.lists(ACTIVATIONS, max_size=3).map(tuple),
     profile=st.just("") | st.text(min_size=1),
+    attention=st.none() | st.builds(AttentionOperands, QUANT_OF_Q, st.none() | QUANT_OF_Q, p=st.none() | QUANT_OF_P),
 )
 
 

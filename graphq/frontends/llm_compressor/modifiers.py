@@ -22,6 +22,7 @@ from graphq.frontends.llm_compressor.schemes import (
     read_scheme,
 )
 from graphq.frontends.llm_compressor.transforms import folds
+from graphq.spec.attention import AttentionOperands
 from graphq.spec.match import Match
 from graphq.spec.plan import Plan
 from graphq.spec.quant import Quant
@@ -56,7 +57,8 @@ _REFUSED: Final[Mapping[str, str]] = {
 @final
 @dataclass(frozen=True)
 class Modifier:
-    """One modifier: the rules of its targets, those of its ``ignore``, the KV cache's format, and its algorithm.
+    """One modifier: the rules of its targets, those of its ``ignore``, the KV cache's format, its algorithm, and
+    how what attention reads is quantized.
 
     ``rounds``: whether the algorithm is for the layers of its own targets. ``actorders``: the orders of columns that
     its groups ask for, and where they do. ``adopts``: it rounds what a modifier before it plans, and plans nothing.
@@ -68,6 +70,7 @@ class Modifier:
     ignored: tuple[Rule, ...] = ()
     cache: Quant | None = None
     algorithm: Algorithm | None = None
+    attention: AttentionOperands | None = None
     rounds: bool = False
     quantizes: bool = False
     actorders: tuple[tuple[Section, str], ...] = ()
@@ -131,6 +134,7 @@ def read_modifier(name: str, section: Section, *, behind: bool = False) -> Modif
         found.ignored,
         found.cache,
         algorithm,
+        found.groups.attention,
         rounds=name in ("GPTQModifier", "AutoRoundModifier") or is_awq_with_scheme,
         quantizes=name in _ROUNDING or is_awq_with_scheme,
         actorders=() if name == "GPTQModifier" else tuple(found.groups.actorders),

@@ -113,8 +113,17 @@ def _read_config(section: Section) -> Spec:
         weights.unused("actorder", "it tells of the algorithm that made the checkpoint")
     cache = read_args(given.section("kv_cache_scheme"), "kv_cache_scheme")
     rules = (*groups.rules(), *read_ignore(given, "", lenient=True))
+    attention = groups.attention
+    if attention is not None and cache is None:
+        cache = attention.k
     if not groups.targets and cache is None and not document.problems:
         section.report("quantizes nothing", "config_groups")
     document.finish()
     notes = tuple(document.notes)
-    return Spec(rules if groups.targets else no_layers(rules), cache=cache, dialect="llm-compressor", notes=notes)
+    return Spec(
+        rules if groups.targets else no_layers(rules),
+        cache=cache,
+        attention=attention,
+        dialect="llm-compressor",
+        notes=notes,
+    )

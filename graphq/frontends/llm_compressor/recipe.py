@@ -67,6 +67,10 @@ def parse_recipe(document: Document) -> Spec:
     caches = {modifier.cache: modifier.section for modifier in modifiers if modifier.cache is not None}
     if len(caches) > 1:
         list(caches.values())[-1].report("another modifier has another one", "kv_cache_scheme")
+    attentions = {modifier.attention: modifier.section for modifier in modifiers if modifier.attention is not None}
+    if len(attentions) > 1:
+        list(attentions.values())[-1].report("another modifier quantizes attention in another way")
+    attention = next(iter(attentions), None)
     run = _read_run(top)
     document.finish()
     if not any(modifier.rules for modifier in quantizing):
@@ -74,10 +78,11 @@ def parse_recipe(document: Document) -> Spec:
     return Spec(
         rules,
         algorithms,
-        next(iter(caches), None),
+        next(iter(caches), None if attention is None else attention.k),
         pipeline,
         prefix or default_prefix(algorithms),
         run,
+        attention=attention,
         dialect="llm-compressor",
         notes=tuple(document.notes),
     )

@@ -10,7 +10,8 @@ from typing import Final, final
 from graphq.frontends.document import KeyPath, Section, nearest, show
 from graphq.frontends.llm_compressor.args import filled, read_actorder, read_args
 from graphq.frontends.llm_compressor.presets import UNQUANTIZED, Observers, read_preset
-from graphq.frontends.llm_compressor.targets import is_other_class, order, read_target
+from graphq.frontends.llm_compressor.targets import is_attention, is_other_class, order, read_target
+from graphq.spec.attention import AttentionOperands
 from graphq.spec.formats import Int, Mx, Nvfp4
 from graphq.spec.match import Exact, Match
 from graphq.spec.plan import Decision, KeepFloat, Plan
@@ -28,10 +29,13 @@ SCHEME: Final = ("weights", "input_activations", "output_activations", "format")
 @final
 @dataclass
 class Groups:
-    """What the groups of one modifier decide: targets in the order of the config, and the words of ``actorder``."""
+    """What the groups of one modifier decide: targets in the order of the config, the words of ``actorder``, and how
+    what attention reads is quantized.
+    """
 
     targets: dict[str, tuple[Match, Rule]] = field(default_factory=dict[str, tuple[Match, Rule]])
     actorders: list[tuple[Section, str]] = field(default_factory=list[tuple[Section, str]])
+    attention: AttentionOperands | None = None
 
     def rules(self) -> tuple[Rule, ...]:
         """A rule for each target, in an order in which the last that matches decides."""
@@ -50,10 +54,35 @@ def read_groups(section: Section, name: str, observers: Observers, groups: Group
         if group is None:
             continue
         group.only(("targets", *SCHEME))
+        if _is_of_attention(group):
+            _read_attention(group, observers, groups)
+            continue
         decision = read_scheme(group, observers, groups)
         if "targets" not in group.values:
             group.report("is missing", "targets")
         _add(group, "targets", f"{name}.{key}", decision, groups)
+
+
+def _is_of_attention(group: Section) -> bool:
+    """Whether every target is a class of attention."""
+    value = group.values.get("targets")
+    texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+    return bool(texts) and all(isinstance(text, str) and is_attention(text) for text in texts)
+
+
+def _read_attention(group: Section, observers: Observers, groups: Groups) -> None:
+    """Queries, keys and values of every attention, and so its cache, which llm-compressor quantizes with them."""
+    given = filled(group)
+    for key in ("weights", "output_activations", "format"):
+        if key in given.values:
+            given.report("is for layers; of attention input_activations alone are quantized", key)
+    quant = read_args(given.section("input_activations", required=True), "kv_cache_scheme", observers.input)
+    if quant is None:
+        return
+    found = given.made(lambda: AttentionOperands(quant, quant, quant), "input_activations")
+    if found is not None and groups.attention not in (None, found):
+        given.report("another group quantizes attention in another way", "targets")
+    groups.attention = found
 
 
 def read_scheme(section: Section, observers: Observers, groups: Groups) -> Decision | None:

@@ -35,13 +35,18 @@ def read_target(text: str) -> Match:
     if text in CLASSES:
         return CLASSES[text]
     if _CLASS.fullmatch(text):
-        if "attention" in text.lower():
-            raise SpecError(f"{text}: quantizing what attention computes is not supported; see kv_cache_scheme")
+        if is_attention(text):
+            raise SpecError(f"{text}: what attention reads is a group of its own, of input_activations alone")
         raise SpecError(
             f"{text}: layers of this class are not known{nearest(text, CLASSES)} (known: {', '.join(CLASSES)}; others"
             " by name, or by re: and a regular expression)"
         )
     return Exact(text)
+
+
+def is_attention(text: str) -> bool:
+    """Whether this is the class of an attention."""
+    return _CLASS.fullmatch(text) is not None and "attention" in text.lower()
 
 
 def is_other_class(text: str) -> bool:

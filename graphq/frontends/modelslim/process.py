@@ -11,9 +11,11 @@ from typing import Final, final
 
 from graphq.errors import SpecError
 from graphq.frontends.document import Section, nearest, show
+from graphq.frontends.modelslim.attention import read_attention
 from graphq.frontends.modelslim.globs import is_inside, is_name, matches_any, matches_of, may_meet, read_patterns
 from graphq.frontends.modelslim.qconfig import Qconfig, Rounding, read_qconfig
 from graphq.frontends.modelslim.smooth import PREPARATIONS, REFUSED, read_preparation
+from graphq.spec.attention import AttentionOperands
 from graphq.spec.formats import Int
 from graphq.spec.match import Exact, Linears, Match
 from graphq.spec.plan import KeepFloat
@@ -24,7 +26,7 @@ MAX_PATTERNS: Final = 2000
 MAX_PAIRS: Final = 3000
 EXCLUDED: Final = "linear_quant excludes it"
 _QUANTIZERS: Final = ("linear_quant", "group", "autoround_quant")
-TYPES: Final = (*_QUANTIZERS, "dynamic_cache", *PREPARATIONS)
+TYPES: Final = (*_QUANTIZERS, "dynamic_cache", "fa3_quant", *PREPARATIONS)
 
 
 @final
@@ -55,6 +57,7 @@ class Processed:
     rules: tuple[Rule, ...]
     algorithms: tuple[Algorithm, ...]
     cache: Quant | None
+    attention: AttentionOperands | None = None
 
 
 def read_process(spec: Section) -> Processed:
@@ -63,6 +66,7 @@ def read_process(spec: Section) -> Processed:
     selections: list[Selection] = []
     cache: Quant | None = None
     before = len(spec.document.problems)
+    attention: AttentionOperands | None = None
     quantizer, seen_cache = "", False
     for index, item in enumerate(spec.items("process", " of processors", required=True)):
         name = f"process[{index}]"
@@ -84,6 +88,10 @@ def read_process(spec: Section) -> Processed:
             if seen_cache:
                 section.report("a second dynamic_cache; graphq has one format for the whole cache", "type")
             cache, seen_cache = _read_cache(section), True
+        elif kind == "fa3_quant":
+            if attention is not None:
+                section.report("a second fa3_quant; graphq has one format for every attention", "type")
+            attention = read_attention(section)
         elif kind in _QUANTIZERS:
             quantizer = quantizer or name
             selections += _read_quantizer(section, kind, name)
@@ -98,7 +106,7 @@ def read_process(spec: Section) -> Processed:
         selections = []
     selections = list(_reached(selections))
     rounding = _read_roundings(selections)
-    return Processed(tuple(_rules(selections)), (*preparations, *rounding), cache)
+    return Processed(tuple(_rules(selections)), (*preparations, *rounding), cache, attention)
 
 
 def _excess(selections: Sequence[Selection]) -> str:

@@ -82,6 +82,7 @@ def parse(document: Document) -> Spec:
         processed.cache,
         RUNNERS[runner],
         run=run,
+        attention=processed.attention,
         dialect="modelslim",
         notes=tuple(document.notes),
     )

@@ -22,8 +22,7 @@ _SUBGRAPHS: Final = ("enable_subgraph_type", "include", "exclude")
 REFUSED: Final[Mapping[str, str]] = {
     "online_quarot": "rotation at run time is written in the native form alone: algorithms: [{rotate: {r4: true}}]",
     "adapt_rotation": "a rotation that is fitted to data is not supported; write quarot",
-    "kv_smooth": "it prepares the KV cache, which is not quantized here; leave it out",
-    "fa3_quant": "attention's own inputs are not quantized; leave it out",
+    "kv_smooth": "factors between keys and queries are not supported; leave it out",
     "flatquant": "learned transforms are not supported; write quarot, or autoround_quant",
     "float_sparse": "sparsity is not supported",
     "svd_res": "a low-rank float branch is not supported; write weights of more bits",
