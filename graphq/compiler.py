@@ -260,7 +260,7 @@ def compile(  # noqa: A001
     source, sqnr = source_of(gm), dict[str, float]()
     placed: list[ActivationsReport] = []
     pass_notes = [NOTHING_QUANTIZED] if asks_for_nothing(parsed) else []
-    pass_notes += [*(notes_of(source) if parsed.cache is not None else []), *attention_notes]
+    pass_notes += [*(notes_of(source, cached) if cached else []), *attention_notes]
     with torch.random.fork_rng(devices=[]), torch.no_grad(), _precision(matmul_precision):
         torch.manual_seed(seed)
         batches: Batches | None = None

@@ -106,7 +106,7 @@ def _explained(
     asked += [f"{f'{a.source}: ' if a.source else ''}algorithm {algorithm_text(a)}" for a in spec.algorithms]
     others = unnamed(gm)
     cached = plan_caches(gm, spec.cache)
-    asked += notes_of(source) if any(plan.quant is not None for plan in cached) else []
+    asked += notes_of(source, cached) if cached else []
     nothing = none_quantized(spec, resolved, others)[:1]  # the table has the rest
     asked_for = [*refusals(spec), *fallback_problems(spec), *cache_problems(spec)]
     lacks, attention_notes = attention_problems(gm, spec)

@@ -94,15 +94,15 @@ def lines_of(plans: Iterable[CachePlan]) -> list[str]:
     return lines
 
 
-def notes_of(source: Source) -> list[str]:
+def notes_of(source: Source, plans: Iterable[CachePlan]) -> list[str]:
     """What the user should know of the caches of this model where they are quantized."""
     settings: Mapping[str, Any] = json.loads(source.config) if source.config else {}
     settings = settings.get("text_config") or settings
     notes: list[str] = []
-    if settings.get("kv_lora_rank"):
+    if any(plan.quant is not None and plan.name.endswith(".state") for plan in plans):
         notes.append(
-            "cache: this model's attention is latent (MLA): what is cached here, and quantized, are the keys and values"
-            " of all heads; a server that caches the latents has no use for their scales"
+            "cache: what is cached, and quantized, are no keys and values that attention reads as they are, but latents"
+            " (MLA), which linears read first, and parts of keys"
         )
     kinds: Sequence[str] = settings.get("layer_types") or ()
     if settings.get("sliding_window") and (not kinds or "sliding_attention" in kinds):

@@ -13,7 +13,7 @@ from torch import fx
 
 from graphq.capture.source import BATCH, PAST, source_of
 from graphq.ir.effect_table import effect
-from graphq.ir.effects import Attends, Contracts, Copies, Joins, Moves, Observes, ReadsShape, Scales
+from graphq.ir.effects import AddsProduct, Attends, Contracts, Copies, Joins, Moves, Observes, ReadsShape, Scales
 from graphq.ir.index import GraphIndex
 from graphq.ir.units import module_of
 from graphq.ir.views import Dequantize, Op, view
@@ -95,6 +95,8 @@ def _role(present: Op) -> Role:
                 case Contracts():
                     first, second = (view(node) for node in user.node.args[:2])  # type: ignore[arg-type]
                     return "value" if second == op and _is_of_softmax(first) else "key"
+                case AddsProduct() if user.node.args[0] is not op.node:
+                    return "key"
                 case Copies() | Moves() | Observes() | Scales():
                     if user not in seen:
                         seen[user] = None

@@ -109,11 +109,11 @@ def cache_problem(quant: Quant, consumer: Consumer) -> str | None:
 
 
 def latent_problem(source: Source) -> str | None:
-    """Why a server has no use for the scales of a cache: it caches the latents of MLA, and these are of heads."""
+    """Why a server cannot take the scales of a cache: it has one for the latents of MLA and what lies beside them."""
     settings: dict[str, Any] = json.loads(source.config) if source.config else {}
     if not settings.get("kv_lora_rank"):
         return None
-    return "this model's attention is latent (MLA): servers cache its latents; these scales are of keys and values"
+    return "this model's attention is latent (MLA); servers have one scale for its latents and rotary keys together"
 
 
 def quantization_config(

@@ -118,7 +118,9 @@ def test_refused_when_written(source: Path, tmp_path: Path) -> None:
 def test_the_scales_of_latent_attention_are_refused() -> None:
     from tests.models import tiny
 
-    with pytest.raises(TargetError, match=r"cache: float8_e4m3fn/tensor: this model's attention is latent \(MLA\)"):
+    with pytest.raises(
+        TargetError, match=r"cache: float8_e4m3fn/tensor: this model's attention is latent \(MLA\); servers"
+    ):
         graphq.compile(
             tiny("deepseek", num_hidden_layers=1),
             {"graphq": 1, "weight": "int8/channel", "cache": "float8_e4m3fn/tensor"},
