@@ -6,7 +6,8 @@ vLLM-Ascend casts those of most types to it as it loads them.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +19,9 @@ from graphq.artifacts.shards import INDEX_SUFFIX, SUFFIX, InParts, write_shards
 from graphq.capture.source import Source, source_of
 from graphq.errors import TargetError
 from graphq.files import whole_directory
+from graphq.lowering.checkpoints.ascend.caches import KEYS as CACHE_KEYS
+from graphq.lowering.checkpoints.ascend.caches import TAG as CACHE_TAG
+from graphq.lowering.checkpoints.ascend.caches import cache_problems, encode_cache, held_cache
 from graphq.lowering.checkpoints.ascend.layouts import Place, encode
 from graphq.lowering.checkpoints.ascend.read import DESCRIPTION, STEM, STEMS, V0_STEM
 from graphq.lowering.checkpoints.ascend.roles import row_parallel
@@ -33,6 +37,7 @@ from graphq.lowering.checkpoints.ascend.tags import (
     quant_type,
     tag_of,
 )
+from graphq.lowering.checkpoints.caches import CacheScales, cache_scales
 from graphq.lowering.checkpoints.content import Content, checkpoint_form, content_of, held, lost
 from graphq.lowering.checkpoints.layers import is_stored
 from graphq.lowering.checkpoints.written import FloatTensor, Written
@@ -75,24 +80,32 @@ def emit(
     wanted = Wanted(consumer, layout, prefill, tp)
     content = content_of(gm, TARGET, ties=True)
     rows = row_parallel(content.graph)
-    if problems := [*_problems(content, rows, wanted), *lost(content)]:
+    caches = cache_scales(content.graph)
+    problems = [*_problems(content, rows, wanted), *cache_problems(caches, source_of(gm), TARGET)]
+    if problems := [*problems, *lost(content)]:
         raise TargetError("\n".join(dict.fromkeys(f"{TARGET}: {line}" for line in problems)))
     floats = {name: _stored_bias(content, name, tensor) for name, tensor in content.floats.items()}
     written = Written()
+    of_caches = {name: manifest.record(tensor) for one in caches for name, tensor in held_cache(one).items()}
     description: dict[str, Any] = {}
     config = {key: value for key, value in content.config.items() if key != "quantization_config"}
     with whole_directory(path, overwrite, manifest.sources(gm)) as directory:
-        named = _tensors(content, floats, rows, wanted, description, written)
+        named = chain(
+            _tensors(content, floats, rows, wanted, description, written),
+            _tensors_of(caches, source_of(gm).dtype, description),
+        )
         is_v0 = layout == "v0"
         stem = V0_STEM if is_v0 else STEM
         write_shards(directory, named, shard_bytes, stem, numbered=not is_v0, metadata=None)
-        tags = list(dict.fromkeys(description.values()))
+        tags = [tag for tag in dict.fromkeys(description.values()) if tag != CACHE_TAG]
         sizes = [group_size_of(layer.weight) for layer in content.layers.values()]
         description |= {"version": VERSION, "model_quant_type": quant_type(tags), "metadata": {}}
         description |= {"group_size": max(sizes, default=0), "optional": {}}
+        description |= CACHE_KEYS if caches else {}
         text = json.dumps(description, indent=4) + "\n"
         (directory / DESCRIPTION).write_text(text, encoding="utf-8")
-        records, quantized = written.all(floats, content.layers), written.quantized(content.layers)
+        records = written.all(floats, content.layers) | of_caches
+        quantized = written.quantized(content.layers) | of_caches
         manifest.write(directory, content.graph, TARGET, made_from, records, quantized, config)
     return ()
 
@@ -133,6 +146,15 @@ def _tensors(
         elif name in floats:
             description[name] = FLOAT
             yield name, written.float_tensor(name, floats[name])
+
+
+def _tensors_of(
+    caches: Iterable[CacheScales], dtype: torch.dtype, description: dict[str, Any]
+) -> Iterator[tuple[str, Tensor]]:
+    for one in caches:
+        for name, tensor in encode_cache(one, dtype).items():
+            description[name] = CACHE_TAG
+            yield name, tensor
 
 
 def _problems(content: Content, rows: frozenset[str], wanted: Wanted) -> Iterator[str]:

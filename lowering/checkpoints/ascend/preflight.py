@@ -9,6 +9,7 @@ from typing import Final
 
 from torch import fx
 
+from graphq.lowering.checkpoints.ascend.caches import cache_problem
 from graphq.lowering.checkpoints.ascend.roles import is_row_parallel
 from graphq.lowering.checkpoints.ascend.tags import (
     FLOAT,
@@ -49,6 +50,10 @@ def preflight(
     plans = {fqn: one.decision for fqn, one in resolved.items() if isinstance(one.decision, Plan)}
     weights = {fqn: (plan.weight, plan.input) for fqn, plan in plans.items() if plan.weight is not None}
     lines = [*layer_problems(found, unloaded), *algorithm_problems(spec, resolved), *file_problems(weights, wanted)]
+
+    reason = None if spec.cache is None else cache_problem(spec.cache)
+    lines += [f"cache: {spec.cache}: {reason}"] if reason else []
+    lines += [f"attention: {spec.attention}: checkpoints hold scales of caches alone"] if spec.attention else []
 
     def stored(decision: Decision) -> tuple[str, int]:
         if isinstance(decision, KeepFloat) or decision.weight is None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from graphq.artifacts.shards import INDEX_SUFFIX, SUFFIX, read_shards
 from graphq.errors import GraphqError, TargetError
+from graphq.lowering.checkpoints.ascend.caches import decode_caches
 from graphq.lowering.checkpoints.ascend.layouts import decode
 from graphq.lowering.checkpoints.ascend.tags import TAGS
 
@@ -141,4 +142,4 @@ def tensors(path: Path) -> dict[str, Tensor]:
             quantized |= decoded(layer)
         except TargetError as error:
             raise TargetError(f"{path}: {error}") from error
-    return {**found.others, **quantized}
+    return {**decode_caches(found.others, found.description.tags), **quantized}
