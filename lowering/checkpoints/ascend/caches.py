@@ -1,6 +1,6 @@
 """The scales of caches as an Ascend checkpoint has them: C8, ``kv_cache_scale`` and ``kv_cache_offset`` of k and v.
 
-Source: msModelSlim 26.1, ``processor/quant/attention.py``: q = round(x / scale + offset), for each channel of each head,
+Source: msModelSlim 26.1, ``processor/quant/attention.py``: q = round(x / scale + offset), for each channel of a head,
 in the dtype of activations. vLLM-Ascend finds the layers by names with ``k_proj.kv_cache_scale``.
 """
 
