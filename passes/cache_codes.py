@@ -6,7 +6,7 @@ with the input ``past`` and the output as codes. Scales of run time are appended
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, cast, final
+from typing import ClassVar, cast, final
 
 import torch
 from torch import fx
@@ -90,8 +90,7 @@ class _Ends:
         with edit.fake_mode_of(self.gm):
             node.meta = {"val": new.val.new_empty(sizes), BY: (by,)}
         shape = [
-            known if isinstance(size, torch.SymInt) else size
-            for known, size in zip(own.shape, cast(list[Any], sizes), strict=True)
+            known if isinstance(size, torch.SymInt) else size for known, size in zip(own.shape, sizes, strict=True)
         ]
         self.inputs[node] = TensorInput(f"{own.name}_{part}", new.val.dtype, tuple(shape))
         return view(node)

@@ -97,7 +97,8 @@ class State:
 
     def _fixed(self, gm: fx.GraphModule, quant: Quant, note: Note, ends: tuple[float, float] | None) -> Scales:
         if ends is not None:
-            return Scales(*numerics.scale_from_extremes(*map(torch.tensor, ends), quant.format))
+            low, high = map(torch.tensor, ends)
+            return Scales(*numerics.scale_from_extremes(low, high, quant.format))
         observer = self.observer(gm, quant)
         assert observer is not None, "calibrated"
         for line in one_value(observer, quant):

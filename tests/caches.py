@@ -28,8 +28,12 @@ class CachedAttention(nn.Module):
         q = self.q(x).unflatten(-1, (4, 4)).transpose(1, 2)
         k, v = (f(x).unflatten(-1, (2, 4)).transpose(1, 2) for f in (self.k, self.v))
         keys, values = self.appended(key, k), torch.cat([value, v], 2)
-        wide = [one.repeat_interleave(2, 1) for one in (keys, values)]
-        return {"y": F.scaled_dot_product_attention(q, *wide), "present_key": keys, "present_value": values}
+        wide_keys, wide_values = (one.repeat_interleave(2, 1) for one in (keys, values))
+        return {
+            "y": F.scaled_dot_product_attention(q, wide_keys, wide_values),
+            "present_key": keys,
+            "present_value": values,
+        }
 
 
 def cached(model: nn.Module | None = None, *pairs: CachePair) -> fx.GraphModule:
@@ -52,4 +56,5 @@ def reference(gm: fx.GraphModule, x: Tensor, read: Callable[[Tensor], Tensor]) -
 
     w = {name: tensor_of(gm, f"{name}.weight").detach() for name in "qkv"}
     q, k, v = (F.linear(x, w[name]).unflatten(-1, (-1, 4)).transpose(1, 2) for name in "qkv")
-    return F.scaled_dot_product_attention(q, *(read(one).repeat_interleave(2, 1) for one in (k, v)))
+    k, v = (read(one).repeat_interleave(2, 1) for one in (k, v))
+    return F.scaled_dot_product_attention(q, k, v)

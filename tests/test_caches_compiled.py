@@ -68,6 +68,7 @@ def test_what_no_cache_can_hold(quant: str, problem: str) -> None:
 def test_explained_and_compiled_alike() -> None:
     spec = W8 | {"cache": "int8/channel", "attention": {"q": "int8/head", "k": "int8/head", "p": "uint8/tensor"}}
     said, made = explain(one(), spec), graphq.compile(one(), spec, calibration=[IDS])
+    model: Any = made
     assert said.caches == made.report.caches
     line = "cache: int8/channel: 2 of keys and values (model.layers.0.self_attn.key to model.layers.0.self_attn.value)"
     assert f"{line}, 64 bytes a token for 256" in str(said)
@@ -79,8 +80,8 @@ def test_explained_and_compiled_alike() -> None:
         f"model.layers.0.self_attn.{name}_scale" for name in ("key", "value", "query", "probability")
     } | {"model.layers.0.self_attn.probability_zero_point"}
     with torch.no_grad():
-        past = made(IDS[:, :4]).past_key_values
-        step, whole = made(IDS[:, 4:], past_key_values=past).logits, made(IDS).logits[:, 4:]
+        past = model(IDS[:, :4]).past_key_values
+        step, whole = model(IDS[:, 4:], past_key_values=past).logits, model(IDS).logits[:, 4:]
     # Attention over other numbers of queries sums in another order.
     assert (step - whole).abs().max() <= 1e-5 * whole.abs().max()
 
@@ -95,13 +96,14 @@ def test_a_spec_of_nothing_but_a_cache() -> None:
 def test_with_algorithms_block_by_block() -> None:
     """Blocks that are calibrated one after the other see keys and values as they will be read back."""
     spec = {"graphq": 1, "weight": "int4/g32", "cache": "int8/head", "algorithms": ["gptq"]}
-    made = graphq.compile(tiny("llama"), spec, calibration=[IDS, IDS.flip(0)])
+    made: Any = graphq.compile(tiny("llama"), spec, calibration=[IDS, IDS.flip(0)])
     caches = [i for i in source_of(made.graph).inputs if i.is_cache]
     assert [i.dtype for i in caches] == [torch.int8] * 4
     assert [tuple(made.graph.state_dict()[f"model.layers.{i}.self_attn.key_scale"].shape) for i in (0, 1)] == [
         (1, 2, 1, 1)
     ] * 2
     past: dict[str, Any] = {}
+    step: Any = None
     with torch.no_grad():
         whole = made(IDS).logits
         for part in IDS.split(2, 1):

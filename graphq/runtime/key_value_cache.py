@@ -119,7 +119,8 @@ def hold(cache: DynamicCache, pairs: Sequence[Layer]) -> DynamicCache:
     layers += [None] * (len(pairs) - len(layers))
     for place, (keys, values, *beside) in enumerate(pairs):
         kind = CodesLayer if beside else DynamicLayer
-        layer = layers[place] = layers[place] if type(layers[place]) is kind else kind()
+        layer: Any = layers[place] if type(layers[place]) is kind else kind()
+        layers[place] = layer
         layer.keys, layer.values = keys, values
         if beside:
             layer.beside = dict(beside[0])

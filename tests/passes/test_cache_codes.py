@@ -141,9 +141,9 @@ def test_the_numbers_are_those_of_a_cache_of_values(quant: str) -> None:
     codes, _ = with_codes(quant)
     for gm in (values, codes):
         gm.recompile()
-    past: tuple[Tensor, ...] = (EMPTY, EMPTY)
+    past: list[Tensor] = [EMPTY, EMPTY]
     held = [node.meta["val"] for node in codes.graph.find_nodes(op="placeholder")][1:]
-    own: tuple[Tensor, ...] = tuple(torch.zeros(2, 2, 0, val.shape[3], dtype=val.dtype) for val in held)
+    own: list[Tensor] = [torch.zeros(2, 2, 0, val.shape[3], dtype=val.dtype) for val in held]
     with torch.no_grad():
         for part in X.split(1, 1):
             y, *past = values(part, *past)

@@ -4,7 +4,7 @@ import copy
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -48,10 +48,8 @@ def test_generates_the_same_tokens_whatever_holds_the_codes(quant: str, how: str
     mask = torch.ones_like(ids)
     mask[0, :2] = ids[0, :2] = 0
     options: dict[str, Any] = {"max_new_tokens": 7, "min_new_tokens": 7, "pad_token_id": 0, **HOW[how]}
-    found = [
-        model_of(quant).generate(ids, attention_mask=mask, **options, **own)
-        for own in ({"cache": "dynamic"}, {"cache": "static"}, {"use_cache": False})
-    ]
+    ways: list[dict[str, Any]] = [{"cache": "dynamic"}, {"cache": "static"}, {"use_cache": False}]
+    found = [model_of(quant).generate(ids, attention_mask=mask, **options, **own) for own in ways]
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])  # a prompt at once sees what tokens one by one see
 
@@ -61,6 +59,7 @@ def test_every_family(family: str) -> None:
     """Beyond gemma3's window of 4; deepseek's keys and values have other widths."""
     model, ids = model_of("int8/token/dynamic", family), tokens(2, 9)
     past: Any = {}
+    step: Any = None
     with torch.no_grad():
         whole = model(ids)
         for part in ids.split(3, 1):
@@ -82,7 +81,8 @@ def test_a_cache_of_8_bits_takes_about_half_of_bfloat16() -> None:
     (keys, values) = model.report.caches
     assert (keys.nbytes, keys.float_nbytes) == (2 * 64 + 2 * 2, 2 * 64 * 4)  # this source is float32
     with torch.no_grad():
-        held = model(tokens(3, 10)).past_key_values.layers[0]
+        made: Any = model(tokens(3, 10))
+    held = made.past_key_values.layers[0]
     found = sum(x.numel() * x.itemsize for x in (held.keys, held.values, *held.beside.values()))
     assert found == 3 * 10 * (keys.nbytes + values.nbytes)
     assert found <= 0.55 * 3 * 10 * 2 * (2 * 64 * 2)
@@ -163,7 +163,8 @@ def test_an_artifact_has_the_same_cache(quant: str, tmp_path: Path) -> None:
     loaded, ids = graphq.load(tmp_path / "a"), tokens(2, 5)
     assert source_of(loaded.graph).caches == source_of(made.graph).caches
     with torch.no_grad():
-        ours, theirs = (model(ids, past_key_values=DynamicCache()) for model in (made, loaded))
+        found: list[Any] = [model(ids, past_key_values=DynamicCache()) for model in (made, loaded)]
+    ours, theirs = found
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert loaded.dtype == torch.float32
     assert verify(tmp_path / "a").differences == ()
@@ -206,7 +207,7 @@ def token_by_token(model: CompiledModel) -> Callable[[Tensor], Tensor]:
         past: Any = {}
         logits: list[Tensor] = []
         for column in windows.split(1, 1):
-            step = cast(Any, model(column, **past))
+            step = model(column, **past)
             past = {"past_key_values": step.past_key_values}
             logits.append(step.logits)
         return torch.cat(logits, 1)
