@@ -15,7 +15,8 @@ from torch import Tensor
 from graphq.errors import PassError
 from graphq.runtime import ops
 from graphq.runtime.fusions import ACTIVATIONS, CODE_KINDS, Fusion
-from graphq.runtime.modules import QuantizedModule, tensor_version
+from graphq.runtime.quantized_module import QuantizedModule
+from graphq.runtime.tiled import tensor_version
 
 _onednn: Any = torch.ops.onednn
 

@@ -23,7 +23,8 @@ from graphq.runtime.arguments import check_arguments
 from graphq.runtime.checked_ops import SUBSTITUTES
 from graphq.runtime.fused_layers import FusedLayer
 from graphq.runtime.linear import PackedLinear
-from graphq.runtime.modules import Int8Linear, PackedWeight, QuantizedModule, settings_of
+from graphq.runtime.modules import Int8Linear, PackedWeight, settings_of
+from graphq.runtime.quantized_module import QuantizedModule
 from graphq.state import put_input, put_tensor
 
 _FUNCTIONS: Final[dict[str, Callable[..., Any]]] = {

@@ -10,7 +10,8 @@ from torch import Tensor
 from graphq import numerics
 from graphq.numerics import Scales
 from graphq.runtime import ops
-from graphq.runtime.modules import FixedDtypes, Int8Linear, PackedWeight, hold_linear, hold_weight
+from graphq.runtime.modules import Int8Linear, PackedWeight, hold_linear, hold_weight
+from graphq.runtime.quantized_module import FixedDtypes
 from graphq.spec.formats import Nvfp4, has_global_scale, is_asymmetric
 from graphq.spec.plan import Plan
 from graphq.spec.quant import PerChannel, PerTensor, PerToken, Quant

@@ -2,9 +2,9 @@
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, Self, final
+from typing import Final, final
 
 import torch
 import torch.nn.functional as F
@@ -15,14 +15,9 @@ from graphq.errors import PassError
 from graphq.numerics import Scales
 from graphq.runtime import kernels
 from graphq.runtime.kernels import Choice, Product, Rows
-from graphq.runtime.modules import (
-    PackedWeight,
-    QuantizedModule,
-    dequantized,
-    has_integer_kernel,
-    scales_of,
-    tensor_version,
-)
+from graphq.runtime.modules import Int8Linear, PackedWeight, dequantized, has_integer_kernel, scales_of
+from graphq.runtime.quantized_module import QuantizedModule
+from graphq.runtime.tiled import Snapshot, TiledModule
 
 _library = torch.library.Library("graphq", "FRAGMENT")  # held for the process: its ops vanish with it
 _library.define(
@@ -36,16 +31,16 @@ _PREPARING: Final = threading.Lock()
 @final
 @dataclass(frozen=True)
 class _Ready:
-    """What a linear computes with: a product or rows for torch, and ``versions`` of the buffers that it is made of."""
+    """What a linear computes with: a product or rows for torch. ``of``: the buffers that it is made of."""
 
-    versions: list[tuple[int, int | None]]
+    of: Snapshot
     choice: Choice
     product: Product | Rows
     has_input_zero: bool
 
 
 @final
-class PackedLinear(PackedWeight):
+class PackedLinear(TiledModule, PackedWeight):
     """A linear with a weight in packed codes, and its bias; called with ``x[..., K]``, or where ``takes_codes`` with
     int8 codes, their scales (one for each row, or for all) and zero points.
 
@@ -71,11 +66,6 @@ class PackedLinear(PackedWeight):
         if bias:
             self.register_buffer("bias", torch.empty(shape[row_axes[0]], dtype=bias_dtype or dtype))
         self._graphq_ready: _Ready | None = None
-
-    @property
-    def is_tiled(self) -> bool:
-        """Whether ``weight`` is held in tiles now."""
-        return self.weight.dim() == 1
 
     @property
     def takes_codes(self) -> bool:
@@ -110,9 +100,7 @@ class PackedLinear(PackedWeight):
         if x.requires_grad and torch.is_grad_enabled():
             w = dequantized(self)
             return F.linear(x.to(form.dtype), w.t() if form.rows_first[0] else w, self._bias)
-        ready = self._graphq_ready
-        if ready is None or ready.versions != _versions(self) or ready.has_input_zero < has_zero:
-            ready = self._prepare(has_zero)
+        ready = self._ready(has_zero)
         if isinstance(ready.product, Product):
             return ready.product(x, form.dtype, scale, zero_point)
         return kernels.expanded_linear(_float(x, scale, zero_point, form.dtype), ready.product, self._bias)
@@ -121,10 +109,20 @@ class PackedLinear(PackedWeight):
     def _bias(self) -> Tensor | None:
         return self.get_buffer("bias").to(self.graphq_form.dtype) if self.graphq_form.settings["bias"] else None
 
+    def product(self, has_input_zero: bool) -> Product | None:
+        product = self._ready(has_input_zero).product
+        return product if isinstance(product, Product) else None
+
+    def _ready(self, has_input_zero: bool) -> _Ready:
+        ready = self._graphq_ready
+        if ready is None or not ready.of.is_current() or ready.has_input_zero < has_input_zero:
+            ready = self._prepare(has_input_zero)
+        return ready
+
     def _prepare(self, has_input_zero: bool) -> _Ready:
         form, has_bias = self.graphq_form, self.graphq_form.settings["bias"]
         with _PREPARING, torch.inference_mode(False), torch.no_grad():
-            if self._graphq_ready is not None and self._graphq_ready.versions != _versions(self):
+            if self._graphq_ready is not None and not self._graphq_ready.of.is_current():
                 self.release()  # tiles hold the scales that were
             choice = self.choice
             plain = self.packed() if has_input_zero else self.weight
@@ -136,7 +134,7 @@ class PackedLinear(PackedWeight):
                 sums = kernels.group_sums(rows) if has_input_zero else None
                 bias = self.get_buffer("bias") if has_bias else None
                 product = Product(choice.kernel, self.weight, replace(rows, codes=self.weight), bias, sums)
-            self._graphq_ready = ready = _Ready(_versions(self), choice, product, has_input_zero)
+            self._graphq_ready = ready = _Ready(Snapshot(self), choice, product, has_input_zero)
             return ready
 
     def packed(self) -> Tensor:
@@ -145,37 +143,6 @@ class PackedLinear(PackedWeight):
         form = self.graphq_form
         how = (scales_of(self), form.format, form.block, form.shape, form.rows_first[0])
         return kernels.untile(self.weight, kernels.rows_of(self.weight, *how))
-
-    def release(self) -> None:
-        """The weight is held as packed codes again, and nothing is prepared."""
-        self.weight = self.packed()
-        self._graphq_ready = None
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.release()
-        return super()._apply(fn, recurse)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.is_tiled:
-            destination[f"{prefix}weight"] = self.packed()
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.release()
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__()
-        return {
-            **state,
-            "_buffers": {**state["_buffers"], "weight": self.packed()},
-            "_graphq_ready": None,
-        }
-
-
-def _versions(module: PackedLinear) -> list[tuple[int, int | None]]:
-    """Changes where a buffer of the module is another, or is changed in place."""
-    return [(id(buffer), tensor_version(buffer)) for buffer in module.buffers(recurse=False)]
 
 
 def kernel_of(module: QuantizedModule) -> str:
@@ -186,7 +153,7 @@ def kernel_of(module: QuantizedModule) -> str:
         return "expanded as a whole: it is no linear, or not only one"
     if module.weight.device.type != "cpu":
         return f"float64 products by torch: no kernel for {module.weight.device.type}"
-    if (kernel := kernels.integer_kernel(module.weight)) is not None:
+    if isinstance(module, Int8Linear) and (kernel := module.kernel) is not None:
         return kernel.name
     return "int8 by oneDNN" if has_integer_kernel() else "float64 products by torch: no VNNI"
 

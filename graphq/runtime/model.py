@@ -13,9 +13,9 @@ from graphq.errors import GraphqError, SpecError
 from graphq.runtime.calls import Outputs, call
 from graphq.runtime.configuration import configuration
 from graphq.runtime.linear import kernel_of
-from graphq.runtime.modules import QuantizedModule
 from graphq.runtime.pickling import NotPickled
 from graphq.runtime.program import Append, Program, concatenated, line_of
+from graphq.runtime.quantized_module import QuantizedModule
 
 _OUT_OF_MEMORY: Final = "can't allocate memory"  # as torch's allocator for the CPU says
 

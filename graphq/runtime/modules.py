@@ -5,11 +5,11 @@ between devices and leaves their dtypes, and that of the result, alone.
 """
 
 import math
-from abc import ABC
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, Final, Self, TypeVar, cast, final
+from typing import Any, Final, TypeVar, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -18,43 +18,21 @@ from graphq import numerics, packing
 from graphq.errors import PassError
 from graphq.numerics import Scales
 from graphq.runtime import kernels
-from graphq.runtime.kernels import Product
-from graphq.spec.formats import Format, Int, code_bits, has_global_scale, is_asymmetric
+from graphq.runtime.kernels import Kernel, Product, Rows
+from graphq.runtime.quantized_module import QuantizedModule
+from graphq.runtime.tiled import Snapshot, TiledModule
+from graphq.spec.formats import Format, code_bits, has_global_scale, is_asymmetric
 
 _onednn: Any = torch.ops.onednn
 _row_product: Any = cast(Any, torch)._int_mm
 _SCALES: Final = ("weight_scale", "weight_zero_point", "weight_global_scale")
-_BITS: Final = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
-    """``fn`` of the tensor's bits: ``.to`` and its like convert floating-point numbers and only move integers."""
-    bits = tensor.detach().view(_BITS[tensor.dtype.itemsize])
-    moved = fn(bits)
-    return tensor.to(moved.device) if moved.dtype != bits.dtype else moved.view(tensor.dtype)
+_PREPARING: Final = threading.Lock()
 
 
 def _expect(what: str, tensor: Tensor | None, wanted: Tensor | None) -> None:
     given, want = (None if t is None else tuple(t.shape) for t in (tensor, wanted))
     if given != want:
         raise PassError(f"{what} of shape {given}, not {want}")
-
-
-class FixedDtypes(nn.Module, ABC):
-    """A module whose own tensors keep their dtypes."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        for child in self.children() if recurse else ():
-            child._apply(fn)
-        return super()._apply(lambda tensor: _moved(tensor, fn), recurse=False)
-
-
-class QuantizedModule(FixedDtypes, ABC):
-    """A module that holds a weight in codes, ``weight``, with ``weight_scale``; ``graphq_form``: what it is beside."""
-
-    weight: Tensor
-    weight_scale: Tensor
-    graphq_form: Any
 
 
 @final
@@ -136,24 +114,14 @@ def hold_weight(module: _W, codes: Tensor, scales: Scales) -> _W:
 @final
 @dataclass(frozen=True)
 class _Prepared:
-    """What an integer linear computes from its codes before the first product: tiles, or else what oneDNN takes.
-
-    ``row_sums``: exact up to K = 2^17.
+    """What an integer linear computes from its codes before the first product: tiles, or else what oneDNN takes, and
+    ``row_sums``, exact up to K = 2^17. ``of``: the buffers that it is made of.
     """
 
-    codes: Tensor
-    version: int | None
+    of: Snapshot
     product: Product | None
     packed: Tensor | None
-    row_sums: Tensor
-
-    def is_of(self, codes: Tensor) -> bool:
-        return self.codes is codes and self.version == tensor_version(codes)
-
-
-def tensor_version(tensor: Tensor) -> int | None:
-    """Counts the changes of a tensor in place, such as by ``load_state_dict``; inference tensors are not counted."""
-    return None if tensor.is_inference() else cast(Any, tensor)._version
+    row_sums: Tensor | None
 
 
 @final
@@ -171,7 +139,7 @@ class _Product:
 
 
 @final
-class Int8Linear(QuantizedModule):
+class Int8Linear(TiledModule):
     """A linear on int8 codes of the input, with integer accumulation where the machine has a kernel for it.
 
     ``weight``: ``int8[N, K]``; ``weight_scale`` (and ``weight_zero_point``): ``[N, 1]`` or ``[1, 1]``; ``transposed``:
@@ -179,7 +147,8 @@ class Int8Linear(QuantizedModule):
     ``scale_x * scale_w * sum_k (q_x - z_x)(q_w - z_w)``, whose zero points are taken out of the integer sum. It is
     computed in float32, which holds sums up to 2^24 exactly, and given in ``dtype``. The kernel's own integer sums, of
     ``(q_x + 128) q_w``, are rounded to float32 too: by 2^-24 of themselves where they are above 2^24. ``bias`` is held
-    in ``bias_dtype``, by default in ``dtype``.
+    in ``bias_dtype``, by default in ``dtype``. Where tiles are faster than oneDNN, the first product rearranges
+    ``weight`` into them (``TiledModule``).
     """
 
     def __init__(
@@ -200,50 +169,89 @@ class Int8Linear(QuantizedModule):
         _register(self, Scales(torch.empty(scales, dtype=torch.float32), zero_point))
         if bias:
             self.register_buffer("bias", torch.empty(shape[0], dtype=bias_dtype or dtype))
-        self._graphq_prepared: _Prepared | None = None
+        self._graphq_ready: _Prepared | None = None
 
     def forward(self, q: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
         """``q``: int8 codes ``[..., K]``; ``scale``, ``zero_point``: ``[..., 1]``, for each token, or single ones."""
         form = self.graphq_form
         held: dict[str, Any] = self._buffers
-        weight, weight_scale = held["weight"], held["weight_scale"]
-        if q.dtype != torch.int8 or q.shape[-1:] != weight.shape[1:]:  # which the kernel takes for granted
-            raise PassError(f"codes {q.dtype}{list(q.shape)} for a weight int8{list(weight.shape)}")
-        prepared, is_traced = self._graphq_prepared, type(q) is not Tensor or torch.compiler.is_compiling()
-        is_tiled = prepared is not None and prepared.product is not None
-        if (
-            not is_tiled
-            and zero_point is None
-            and form.symmetric
-            and q.shape[:-1].numel() == 1
-            and has_row_kernel(weight.device)
-            and kernels.integer_kernel(weight) is None
-        ):
-            y = (_row_product(q.reshape(1, -1), weight.t()) * scale).mul_(weight_scale.flatten())
-            y = (y + held["bias"] if form.bias else y).view(*q.shape[:-1], -1)
-            return y if y.dtype == form.dtype else y.to(form.dtype)
-        if prepared is None or not prepared.is_of(weight) or (is_traced and is_tiled):
-            row_sums = weight.sum(1, dtype=torch.int32).to(torch.float32)
-            product = None if is_traced else _tiled(self)
-            packed = None if is_traced or product is not None else _prepack(weight)
-            prepared = _Prepared(weight, tensor_version(weight), product, packed, row_sums)
-            if not is_traced:  # a graph holds ops on its own tensors
-                self._graphq_prepared = prepared
-        if prepared.product is not None:
-            return prepared.product(q, form.dtype, scale, zero_point)
-        sums = _integer_product(q, weight, prepared.packed)
+        weight, ready = held["weight"], self._graphq_ready
+        if q.dtype != torch.int8 or q.shape[-1:] != tuple(form.shape[1:]):  # which the kernel takes for granted
+            raise PassError(f"codes {q.dtype}{list(q.shape)} for a weight int8{form.shape}")
+        if type(q) is not Tensor or torch.compiler.is_compiling():
+            return self._traced(q, scale, zero_point)
+        if ready is None or not ready.of.is_current():
+            if (
+                zero_point is None
+                and form.symmetric
+                and q.shape[:-1].numel() == 1
+                and weight.dim() == 2
+                and has_row_kernel(weight.device)
+                and kernels.integer_kernel(weight) is None
+            ):
+                y = (_row_product(q.reshape(1, -1), weight.t()) * scale).mul_(held["weight_scale"].flatten())
+                y = (y + held["bias"] if form.bias else y).view(*q.shape[:-1], -1)
+                return y if y.dtype == form.dtype else y.to(form.dtype)
+            ready = self._prepare()
+        if ready.product is not None:
+            return ready.product(q, form.dtype, scale, zero_point)
+        return self._computed(_integer_product(q, weight, ready.packed), q, scale, zero_point, ready.row_sums)
+
+    def _traced(self, q: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+        """Ops on its own tensors, which a graph holds: in tiles, one that knows them."""
+        form = self.graphq_form
+        if not self.is_tiled:
+            row_sums = self.weight.sum(1, dtype=torch.int32).to(torch.float32)
+            return self._computed(_integer_product(q, self.weight, None), q, scale, zero_point, row_sums)
+        scales, format, block = _columns(self)
+        how = (_bias_of(self), True, format, block, form.shape, 0, form.dtype)
+        return torch.ops.graphq.packed_linear.default(q, scale, zero_point, self.weight, *scales, *how)
+
+    def _computed(
+        self, sums: Tensor, q: Tensor, scale: Tensor, zero_point: Tensor | None, row_sums: Tensor | None
+    ) -> Tensor:
+        """What it gives, from the sums of products of codes."""
+        form = self.graphq_form
         if zero_point is not None:
-            sums = sums - zero_point.to(torch.float32) * prepared.row_sums
+            assert row_sums is not None, "it was prepared with"
+            sums = sums - zero_point.to(torch.float32) * row_sums
         if not form.symmetric:
             totals = q.sum(-1, keepdim=True, dtype=torch.int32).to(torch.float32)
             if zero_point is not None:
                 totals = totals - zero_point.to(torch.float32) * form.shape[1]
-            sums = sums - totals * held["weight_zero_point"].flatten().to(torch.float32)
-        y = sums * scale * weight_scale.flatten()
-        return (y + held["bias"] if form.bias else y).to(form.dtype)
+            sums = sums - totals * self.get_buffer("weight_zero_point").flatten().to(torch.float32)
+        y = sums * scale * self.weight_scale.flatten()
+        return (y + self.get_buffer("bias") if form.bias else y).to(form.dtype)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_graphq_prepared": None}  # prepacked tensors cannot be copied
+    def _prepare(self) -> _Prepared:
+        with _PREPARING, torch.inference_mode(False), torch.no_grad():
+            if self._graphq_ready is not None and self._graphq_ready.of.is_current():  # by another thread
+                return self._graphq_ready
+            self.release()  # tiles hold the scales that were
+            kernel, product = kernels.integer_kernel(self.weight), None
+            packed, row_sums = None, None
+            if kernel is None:
+                packed, row_sums = _prepack(self.weight), self.weight.sum(1, dtype=torch.int32).to(torch.float32)
+            else:
+                rows = _rows(self)
+                sums = kernels.group_sums(rows)
+                self.weight = kernels.tile(rows)
+                product = Product(kernel, self.weight, replace(rows, codes=self.weight), _bias_of(self), sums)
+            self._graphq_ready = made = _Prepared(Snapshot(self), product, packed, row_sums)
+            return made
+
+    @property
+    def kernel(self) -> Kernel | None:
+        """The kernel of the library that computes it, if one does."""
+        product = None if self._graphq_ready is None else self._graphq_ready.product
+        return kernels.integer_kernel(self.packed()) if product is None else product.kernel
+
+    def product(self, has_input_zero: bool) -> Product | None:
+        ready = self._graphq_ready
+        return (self._prepare() if ready is None or not ready.of.is_current() else ready).product
+
+    def packed(self) -> Tensor:
+        return kernels.untile(self.weight, _rows(self)).view(torch.int8) if self.is_tiled else self.weight
 
 
 def hold_linear(
@@ -254,7 +262,7 @@ def hold_linear(
     """
     codes = codes.t().contiguous() if module.graphq_form.transposed else codes
     held = scales_of(module)
-    _expect("codes", codes, module.weight)
+    _expect("codes", codes, module.packed())
     _expect("a scale", scale, held.scale)
     _expect("a zero point", zero_point, held.zero_point)
     _expect("a bias", bias, _bias_of(module))
@@ -284,7 +292,8 @@ def format_of(module: QuantizedModule) -> str:
 def codes_of(module: QuantizedModule) -> Tensor:
     """The codes in the float weight's shape."""
     if not isinstance(module, PackedWeight):
-        return module.weight.t() if module.graphq_form.transposed else module.weight
+        held = module.packed() if isinstance(module, TiledModule) else module.weight
+        return held.t() if module.graphq_form.transposed else held
     form = module.graphq_form
     flat = packing.unpack(module.packed(), form.bits, form.columns, numerics.code_dtype(form.format))
     moved = flat.reshape([form.shape[a] for a in form.rows_first])
@@ -300,19 +309,18 @@ def scales_of(module: QuantizedModule) -> Scales:
     return Scales(module.weight_scale, zero_point, upper)
 
 
-def _tiled(module: Int8Linear) -> Product | None:
-    """The product with the weight in tiles, where that is at least as fast as oneDNN's: without AMX."""
-    weight, is_symmetric = module.weight, module.graphq_form.symmetric
-    kernel = kernels.integer_kernel(weight)
-    if kernel is None:
-        return None
-    format, block = Int(8, symmetric=is_symmetric), [1 if module.weight_scale.numel() > 1 else -1, -1]
+def _columns(module: Int8Linear) -> tuple[Scales, str, list[int]]:
+    """Scales ``[N, 1]`` or ``[1, 1]``, format and block of its weight ``[N, K]``."""
+    block = [1 if module.weight_scale.numel() > 1 else -1, -1]
     scale, zero_point, _ = (None if part is None else part.reshape(-1, 1) for part in scales_of(module))
     assert scale is not None
-    rows = kernels.rows_of(
-        weight.contiguous().view(torch.uint8), Scales(scale, zero_point), format, block, weight.shape, 0
-    )
-    return Product(kernel, kernels.tile(rows), rows, _bias_of(module), kernels.group_sums(rows))
+    return Scales(scale, zero_point), format_of(module), block
+
+
+def _rows(module: Int8Linear) -> Rows:
+    scales, format, block = _columns(module)
+    codes = module.weight if module.is_tiled else module.weight.contiguous().view(torch.uint8)
+    return kernels.rows_of(codes, scales, numerics.parse_format(format), block, module.graphq_form.shape, 0)
 
 
 def _prepack(weight: Tensor) -> Tensor | None:

@@ -20,7 +20,8 @@ from graphq.lowering.legalize import Limits, legalize
 from graphq.lowering.torch.pack import pack
 from graphq.runtime.graph_json import graph_from_json, graph_to_json, refusal
 from graphq.runtime.model import CompiledModel
-from graphq.runtime.modules import QuantizedModule, codes_of, format_of, scales_of
+from graphq.runtime.modules import codes_of, format_of, scales_of
+from graphq.runtime.quantized_module import QuantizedModule
 from graphq.state import first_names
 
 _GRAPH: Final = "graph.json"

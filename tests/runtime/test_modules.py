@@ -178,9 +178,9 @@ def test_int8_linear_is_the_linear_of_what_the_codes_stand_for(name: str, path: 
     # The sums are integers, which float32 holds exactly up to 2^24 and rounds by 2^-24 of themselves above; scales and
     # bias round three more times. 1e-5 leaves room for what zero points take out of larger sums.
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
-    assert case.module._graphq_prepared is not None
-    assert (case.module._graphq_prepared.packed is not None) == (path == "onednn")
-    assert (case.module._graphq_prepared.product is not None) == (path == "tiles")
+    assert case.module._graphq_ready is not None
+    assert (case.module._graphq_ready.packed is not None) == (path == "onednn")
+    assert (case.module._graphq_ready.product is not None) == (path == "tiles")
 
 
 def test_an_integer_linear_is_exported_before_and_after_a_product(path: str) -> None:
@@ -224,10 +224,10 @@ def test_a_single_row_needs_no_second_copy_of_the_weight(
     monkeypatch.setattr(kernels, "integer_kernel", lambda weight: None)
     case = Case(**arguments)
     found = case.run()
-    assert case.module._graphq_prepared is None
+    assert case.module._graphq_ready is None
     monkeypatch.setattr(modules, "has_row_kernel", lambda device: False)
     assert torch.equal(found, case.run())
-    assert case.module._graphq_prepared is not None
+    assert case.module._graphq_ready is not None
 
 
 @pytest.mark.parametrize("arguments", [{"batch": (2,)}, {"batch": (0,)}, {"batch": (1, 0)}, {"batch": (), "k": 0}])

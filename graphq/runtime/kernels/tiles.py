@@ -80,7 +80,8 @@ class Product:
     """A linear with a weight in tiles.
 
     ``tiles``: as ``tile`` made them of ``rows``, whose codes are not read. ``sums``: of ``group_sums``, for int8 inputs
-    with zero points.
+    with zero points. ``weight``, ``codes``: what the library takes: the weight, the product and the instruction set.
+    ``takes_codes``: its inputs are int8 codes.
     """
 
     def __init__(
@@ -94,15 +95,15 @@ class Product:
         self.tiles = tiles
         scale = None if rows.row_scale is None else rows.row_scale.contiguous()
         self._held = (values.contiguous(), scale, None if bias is None else bias.float().contiguous(), sums)
-        self._weight = _described(rows)
-        self._weight.tiles = tiles.data_ptr()
+        self.weight = _described(rows)
+        self.weight.tiles = tiles.data_ptr()
         for name, part in zip(("table", "row_scale", "bias", "sums"), self._held, strict=True):
-            setattr(self._weight, name, None if part is None else part.data_ptr())
-        self._n, self._k = rows.count, rows.columns
+            setattr(self.weight, name, None if part is None else part.data_ptr())
+        self.n, self.k = rows.count, rows.columns
         self._function = native.library().graphq_linear
-        self._reference = byref(self._weight)
-        self._is_float = kernel.product != "int8"
-        self._codes = (_PRODUCTS[kernel.product], native.LEVELS.index(kernel.level))
+        self._reference = byref(self.weight)
+        self.takes_codes = kernel.product == "int8"
+        self.codes = (_PRODUCTS[kernel.product], native.LEVELS.index(kernel.level))
 
     def __call__(
         self, x: Tensor, dtype: torch.dtype, scale: Tensor | None = None, zero_point: Tensor | None = None
@@ -113,10 +114,10 @@ class Product:
         was made for one).
         """
         shape, is_integer = x.shape, scale is not None
-        fits = shape[-1:] == (self._k,) and x.is_cpu and is_integer == (x.dtype == torch.int8)
-        if not fits or is_integer == self._is_float:
-            raise PassError(f"{x.dtype}{list(shape)} on {x.device.type} for a linear of {self._k} features")
-        m = x.numel() // self._k
+        fits = shape[-1:] == (self.k,) and x.is_cpu and is_integer == (x.dtype == torch.int8)
+        if not fits or is_integer != self.takes_codes:
+            raise PassError(f"{x.dtype}{list(shape)} on {x.device.type} for a linear of {self.k} features")
+        m = x.numel() // self.k
         x_type = _TYPES.get(x.dtype)
         if x_type is None:
             x, x_type = x.float(), 0
@@ -124,7 +125,7 @@ class Product:
         x_scale = None if scale is None else _of_rows(scale, torch.float32, m)
         x_zero = None if zero_point is None else _of_rows(zero_point, torch.int8, m)
         is_half = dtype == torch.bfloat16
-        y = torch.empty((*shape[:-1], self._n), dtype=torch.bfloat16 if is_half else torch.float32)
+        y = torch.empty((*shape[:-1], self.n), dtype=torch.bfloat16 if is_half else torch.float32)
         failed = self._function(
             self._reference,
             x.data_ptr(),
@@ -134,7 +135,7 @@ class Product:
             m,
             x_type,
             int(is_half),
-            *self._codes,
+            *self.codes,
             torch.get_num_threads(),
         )
         if failed:

@@ -17,7 +17,8 @@ from graphq.ir.text import dump
 from graphq.lowering.torch.pack import pack
 from graphq.passes.quantize_activations import QuantizeActivations
 from graphq.passes.quantize_weights import QuantizeWeights
-from graphq.runtime.modules import PackedWeight, QuantizedModule, codes_of
+from graphq.runtime.modules import PackedWeight, codes_of
+from graphq.runtime.quantized_module import QuantizedModule
 from graphq.state import tensor_of
 from tests.graphs import annotated, plan
 from tests.models import MLP, Attention, ConvBnRelu, MoE, Tied, Twice
