@@ -6,6 +6,7 @@ A loaded graph calls these in place of the ops. ``SUBSTITUTES`` says which.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Final
 
 import torch
@@ -53,7 +54,22 @@ def scaled_dot_product_attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """``aten.scaled_dot_product_attention``, of as many keys as values and a mask ``[..., queries, keys]``."""
-    q, k, v = query.shape, key.shape, value.shape
+    mask = None if attn_mask is None else attn_mask.shape
+    is_traced = type(query) is not Tensor or torch.compiler.is_compiling()  # whose sizes may be symbols
+    check = _attention_problem.__wrapped__ if is_traced else _attention_problem
+    problem = check(query.shape, key.shape, value.shape, mask, enable_gqa)
+    if problem is not None:
+        raise GraphqError(f"attention: {problem}")
+    return aten.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+
+
+@lru_cache(maxsize=64)  # layers ask for the same shapes, one after the other
+def _attention_problem(
+    q: Sequence[int], k: Sequence[int], v: Sequence[int], mask: Sequence[int] | None, enable_gqa: bool
+) -> str | None:
+    """Why attention of these shapes would read beyond its tensors; None where it does not."""
     fits = min(len(q), len(k), len(v)) >= 2 and k[-2] == v[-2] and q[-1] == k[-1]
     batch = q[:-2]
     if fits and not batch == k[:-2] == v[:-2]:
@@ -65,17 +81,14 @@ def scaled_dot_product_attention(
             except RuntimeError:
                 fits = False
     if not fits:
-        raise GraphqError(f"attention: queries {list(q)}, keys {list(k)} and values {list(v)} do not fit")
-    if attn_mask is not None:
-        mask, scores = attn_mask.shape, (*batch, q[-2], k[-2])
-        fits = len(mask) <= len(scores) and all(
-            own in (1, size) for own, size in zip(mask[::-1], scores[::-1], strict=False)
-        )  # torch.broadcast_shapes costs more than a short attention does
-        if not fits:
-            raise GraphqError(f"attention: a mask {list(mask)} for scores {list(scores)}")
-    return aten.scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )
+        return f"queries {list(q)}, keys {list(k)} and values {list(v)} do not fit"
+    if mask is not None:
+        scores = (*batch, q[-2], k[-2])
+        if len(mask) > len(scores) or any(
+            own not in (1, size) for own, size in zip(mask[::-1], scores[::-1], strict=False)
+        ):
+            return f"a mask {list(mask)} for scores {list(scores)}"
+    return None
 
 
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:

@@ -25,6 +25,7 @@ class StaticCache(DynamicCache):
         super().__init__()
         self.max_length = max_length
         self._memory: dict[int, Tensor] = {}
+        self._returned: dict[int, Tensor] = {}
 
     def append(self, place: int, past: Tensor, new: Tensor, axis: int) -> Tensor:
         """``past`` with ``new`` behind it, as ``Program`` asks for it.
@@ -36,6 +37,16 @@ class StaticCache(DynamicCache):
         start, count = past.shape[axis], new.shape[axis]
         if start + count > self.max_length:
             raise SpecError(f"cache: {start + count} tokens; it was made for max_length={self.max_length}")
+        memory = self._memory.get(place)
+        if memory is None or past is not self._returned.get(place) or new.dtype != memory.dtype:
+            memory = self._with(place, past, new, axis)
+        memory.narrow(axis, start, count).copy_(new)
+        self._returned[place] = made = memory.narrow(axis, 0, start + count)
+        return made
+
+    def _with(self, place: int, past: Tensor, new: Tensor, axis: int) -> Tensor:
+        """The memory of a place, which begins with ``past``."""
+        start = past.shape[axis]
         shape = (*new.shape[:axis], self.max_length, *new.shape[axis + 1 :])
         memory = self._memory.get(place)
         if memory is None or (memory.shape, memory.dtype, memory.device) != (shape, new.dtype, new.device):
@@ -44,8 +55,7 @@ class StaticCache(DynamicCache):
         held = memory.narrow(axis, 0, start)
         if start and (past.data_ptr() != held.data_ptr() or past.stride() != held.stride()):
             held.copy_(past.clone())
-        memory.narrow(axis, start, count).copy_(new)
-        return memory.narrow(axis, 0, start + count)
+        return memory
 
 
 @final

@@ -21,7 +21,9 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from graphq.capture.source import Source
-from graphq.runtime import ops
+from graphq.runtime import kernels, ops
+from graphq.runtime.region_call import RegionCall
+from graphq.runtime.regions import Region, ordered, regions
 from graphq.runtime.rows import quantizer
 
 aten: Any = torch.ops.aten
@@ -142,27 +144,67 @@ class _Writer:
         self.modules: dict[str, str] = {"": "root"}
         self.lookups: list[str] = []
         self.lines: list[str] = []
+        self.functions: dict[Region, str] = {}
         self.quantized = _quantized(graph)
         self.made: set[fx.Node] = set(graph.graph.find_nodes(op="placeholder"))
 
     def written(self) -> tuple[str, dict[str, Any]]:
         """The code, which defines ``run``, and its global names."""
         nodes = list(self.graph.graph.nodes)
-        last: dict[fx.Node, fx.Node] = {n: node for node in nodes for n in (node, *node.all_input_nodes)}
-        ends: dict[fx.Node, list[fx.Node]] = {}
-        for node, end in last.items():
-            ends.setdefault(end, []).append(node)
         for number, node in enumerate(nodes):
             self.names[node] = f"v{number}"
-        for node in nodes:
-            if node.op != "placeholder":
-                self.write(node)
-                dead = [self.names[n] for n in ends.get(node, ()) if n in self.made]
-                if dead and node.op != "output":
-                    self.lines.append(f"del {', '.join(dead)}")
+        found = regions(self.graph) if kernels.features() else []
+        functions = [self.function(region) for region in found]
+        self.body(ordered(self.graph, found))
         inputs = [self.names[n] for n in nodes if n.op == "placeholder"]
-        body = [f"def run({', '.join(['root', 'append', *inputs])}):", *self.lookups, *self.lines]
-        return "\n    ".join(body) + "\n", self.constants
+        run = [f"def run({', '.join(['root', 'append', *inputs])}):", *self.lookups, *self.lines]
+        return "".join("\n    ".join(lines) + "\n" for lines in (*functions, run)), self.constants
+
+    def function(self, region: Region) -> list[str]:
+        """The lines of a region op by op, a function of its modules and its inputs."""
+        self.functions[region] = f"ops{len(self.functions)}"
+        modules, made = self.modules, self.made
+        self.modules = {path: f"m{place}" for place, path in enumerate(region.modules)}
+        self.made, self.lines = set(region.inputs), []
+        self.body(region.nodes, region.outputs)
+        arguments = [*self.modules.values(), *(self.names[n] for n in region.inputs)]
+        head = f"def {self.functions[region]}({', '.join(arguments)}):"
+        lines = [head, *self.lines, f"return {self.tuple(region.outputs)}"]
+        self.modules, self.made, self.lines = modules, made, []
+        return lines
+
+    def body(self, items: Sequence[fx.Node | Region], kept: Sequence[fx.Node] = ()) -> None:
+        """The lines of nodes and regions; what no line reads any more is let go, but for what is ``kept``."""
+        last: dict[fx.Node, fx.Node | Region] = {}
+        for item in items:
+            is_region = isinstance(item, Region)
+            last |= dict.fromkeys((*item.outputs, *item.inputs) if is_region else (item, *item.all_input_nodes), item)
+        ends: dict[fx.Node | Region, list[fx.Node]] = {}
+        for node, end in last.items():
+            ends.setdefault(end, []).append(node)
+        for item in items:
+            if isinstance(item, fx.Node) and item.op == "placeholder":
+                continue
+            if isinstance(item, Region):
+                self.call(item)
+            else:
+                self.write(item)
+            dead = [self.names[n] for n in ends.get(item, ()) if n in self.made and n not in kept]
+            if dead and not (isinstance(item, fx.Node) and item.op == "output"):
+                self.lines.append(f"del {', '.join(dead)}")
+
+    def call(self, region: Region) -> None:
+        """The line of a region."""
+        names = ", ".join(self.names[n] for n in region.outputs)
+        modules = "".join(f"{self.module(path)}, " for path in region.modules)
+        call = (
+            f"{self.constant(RegionCall(region))}({self.functions[region]}, ({modules}), {self.tuple(region.inputs)})"
+        )
+        self.lines.append(f"{names}, = {call}  # {_printable(f'{region.nodes[0].name} to {region.nodes[-1].name}')}")
+        self.made.update(region.outputs)
+
+    def tuple(self, nodes: Sequence[fx.Node]) -> str:
+        return f"({''.join(f'{self.names[n]}, ' for n in nodes)})"
 
     def write(self, node: fx.Node) -> None:
         """The line of a node."""
@@ -175,8 +217,7 @@ class _Writer:
         self.made.update(made)
         names = ", ".join(self.names[n] for n in made)
         # A file's own words stand in quotes, or in a comment that nothing in them can end.
-        comment = "".join(c if c.isprintable() else " " for c in f"{node.name}: {node.target}")
-        self.lines.append(f"{names} = {self.expression(node)}  # {comment}")
+        self.lines.append(f"{names} = {self.expression(node)}  # {_printable(f'{node.name}: {node.target}')}")
 
     def expression(self, node: fx.Node) -> str:
         """What a node computes."""
@@ -236,6 +277,10 @@ class _Writer:
             self.modules[path] = f"m{len(self.modules)}"
             self.lookups.append(f"{self.modules[path]} = {above}._modules[{name!r}]")
         return self.modules[path]
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def _is_tensor(value: object) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 from graphq.runtime.kernels import native
 from graphq.runtime.kernels.choice import features
 
-_RULES: Final = {"int8": 0, "int8/half": 1, "int8/by_sign": 2, "int8/asym": 3, "int8/asym/joint": 4}
+RULES: Final = {"int8": 0, "int8/half": 1, "int8/by_sign": 2, "int8/asym": 3, "int8/asym/joint": 4}
 _TYPES: Final = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -18,7 +18,7 @@ def quantized_rows(x: Tensor, format: str, block: Sequence[int]) -> tuple[Tensor
 
     None where the library does not: for other formats, dtypes, blocks and devices, and for what is not finite.
     """
-    rule, x_type = _RULES.get(format), _TYPES.get(x.dtype)
+    rule, x_type = RULES.get(format), _TYPES.get(x.dtype)
     if rule is None or x_type is None or not x.is_cpu or not x.dim() or block[-1] != -1:
         return None
     known = features()

@@ -7,11 +7,13 @@
 #endif
 #include <immintrin.h>
 #include <cstring>
-#include "weight.h"
+#include "steps.h"
 namespace avx512 {
 #include "engine.h"
 #include "inputs.h"
 #include "avx512.h"
+#include "plain.h"
+#include "elementwise.h"
 
 template <bool TABLE> struct Float32 : Float32Input {
   using Vec = __m512;
@@ -80,6 +82,10 @@ int float32(const Call &call, int64_t threads) {
 #pragma clang attribute pop
 #endif
 #else
-#include "weight.h"
-namespace avx512 { int float32(const Call &call, int64_t threads) { return portable::float32(call, threads); } }
+#include "steps.h"
+namespace avx512 {
+int float32(const Call &call, int64_t threads) { return portable::float32(call, threads); }
+void elementwise(const Step &s, const void *a, const void *b, void *out) { portable::elementwise(s, a, b, out); }
+void plain(const PlainCall &c, int64_t first, int64_t end) { portable::plain(c, first, end); }
+}
 #endif

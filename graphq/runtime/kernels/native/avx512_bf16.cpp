@@ -7,11 +7,12 @@
 #endif
 #include <immintrin.h>
 #include <cstring>
-#include "weight.h"
+#include "steps.h"
 namespace avx512_bf16 {
 #include "engine.h"
 #include "inputs.h"
 #include "avx512.h"
+#include "plain.h"
 
 struct Bfloat16 : Bfloat16Input {
   using Vec = __m512i;
@@ -61,6 +62,44 @@ struct Nibbles : Bfloat16 {
   }
 };
 
+// As ``dot`` of elementwise.h, of inputs that are bfloat16 themselves.
+template <int M, int R> INLINE void dot(const PlainCall &c, int64_t row, int64_t n) {
+  const uint16_t *x = c.x_half + row * c.k, *w = (const uint16_t *)c.w + n * c.k;
+  __m512 acc[M][R];
+  for (int m = 0; m < M; m++) for (int r = 0; r < R; r++) acc[m][r] = _mm512_setzero_ps();
+  const int64_t step = 32 * R, whole = c.k / step * step;
+  for (int64_t i = 0; i < whole; i += step)
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+      const __m512bh v = (__m512bh)raw((const uint8_t *)(w + i + 32 * r));
+#pragma GCC unroll 4
+      for (int m = 0; m < M; m++)
+        acc[m][r] = _mm512_dpbf16_ps(acc[m][r], (__m512bh)raw((const uint8_t *)(x + m * c.k + i + 32 * r)), v);
+    }
+  for (int64_t i = whole; i < c.k; i += 32) {
+    const __mmask32 mask = c.k - i < 32 ? (1u << (c.k - i)) - 1 : ~0u;
+    const __m512bh v = (__m512bh)_mm512_maskz_loadu_epi16(mask, w + i);
+    for (int m = 0; m < M; m++)
+      acc[m][0] = _mm512_dpbf16_ps(acc[m][0], (__m512bh)_mm512_maskz_loadu_epi16(mask, x + m * c.k + i), v);
+  }
+  for (int m = 0; m < M; m++) {
+    __m512 sum = acc[m][0];
+    for (int r = 1; r < R; r++) sum = _mm512_add_ps(sum, acc[m][r]);
+    put(c, row + m, n, _mm512_reduce_add_ps(sum));
+  }
+}
+
+void plain(const PlainCall &c, int64_t first, int64_t end) {
+  for (int64_t n = first; n < end; n++)
+    for (int64_t row = 0; row < c.m;) {
+      const int64_t rows = c.m - row;
+      if (rows >= 4) dot<4, 1>(c, row, n);
+      else if (rows >= 2) dot<2, 2>(c, row, n);
+      else dot<1, 4>(c, row, n);
+      row += rows >= 4 ? 4 : rows >= 2 ? 2 : 1;
+    }
+}
+
 int bfloat16(const Call &call, int64_t threads) {
   return call.weight->is_integer ? Engine<Bfloat16>::run<Nibbles>(call, threads) : Engine<Bfloat16>::run(call, threads);
 }
@@ -69,6 +108,9 @@ int bfloat16(const Call &call, int64_t threads) {
 #pragma clang attribute pop
 #endif
 #else
-#include "weight.h"
-namespace avx512_bf16 { int bfloat16(const Call &call, int64_t threads) { return portable::float32(call, threads); } }
+#include "steps.h"
+namespace avx512_bf16 {
+int bfloat16(const Call &call, int64_t threads) { return portable::float32(call, threads); }
+void plain(const PlainCall &c, int64_t first, int64_t end) { portable::plain(c, first, end); }
+}
 #endif

@@ -1,7 +1,7 @@
 // The library's functions: what the processor has, threads, tiles of a weight and back, products.
 #include <cstdlib>
 #include <cstring>
-#include "weight.h"
+#include "steps.h"
 
 #if defined(_WIN32)
 #define EXPORT extern "C" __declspec(dllexport)
@@ -10,7 +10,7 @@
 #endif
 
 // -- the processor --
-EXPORT int32_t graphq_abi() { return 1; }
+EXPORT int32_t graphq_abi() { return 2; }
 
 // Bits: 1 << Level.
 EXPORT int32_t graphq_levels() {
@@ -163,23 +163,27 @@ EXPORT void graphq_unpack(const Packing *p, int64_t threads) { in_parallel(unpac
 
 // -- products --
 // 0: done; 1: no memory; 2: no such product at this level.
-EXPORT int32_t graphq_linear(const Weight *weight, const void *x, const float *x_scale, const int8_t *x_zero, void *y,
-                             int64_t m, int32_t x_type, int32_t y_type, int32_t product, int32_t level, int64_t threads) {
-  const Call whole{weight, x, x_scale, x_zero, y, m, x_type, y_type}, *call = &whole;
-  if (m <= 0) return 0;
-  const int64_t tiles = (weight->n + LANES - 1) / LANES;
+int32_t linear(const Call &call, int32_t product, int32_t level, int64_t threads) {
+  const Weight &weight = *call.weight;
+  if (call.m <= 0) return 0;
+  const int64_t tiles = (weight.n + LANES - 1) / LANES;
   if (threads > tiles) threads = tiles;
-  if (m * weight->n * weight->k < 1 << 17) threads = 1;  // starting others takes longer
+  if (call.m * weight.n * weight.k < 1 << 17) threads = 1;  // starting others takes longer
   switch (product) {
     case PRODUCT_FLOAT32:
-      return level >= AVX512 ? avx512::float32(*call, threads)
-             : level == AVX2 ? avx2::float32(*call, threads) : portable::float32(*call, threads);
-    case PRODUCT_BFLOAT16: return level == AVX512_BF16 ? avx512_bf16::bfloat16(*call, threads) : 2;
+      return level >= AVX512 ? avx512::float32(call, threads)
+             : level == AVX2 ? avx2::float32(call, threads) : portable::float32(call, threads);
+    case PRODUCT_BFLOAT16: return level == AVX512_BF16 ? avx512_bf16::bfloat16(call, threads) : 2;
     case PRODUCT_INT8:
-      return level == AVX512_VNNI ? avx512_vnni::int8(*call, threads)
-             : level == AVX2 ? avx2::int8(*call, threads) : portable::int8(*call, threads);
+      return level == AVX512_VNNI ? avx512_vnni::int8(call, threads)
+             : level == AVX2 ? avx2::int8(call, threads) : portable::int8(call, threads);
   }
   return 2;
+}
+
+EXPORT int32_t graphq_linear(const Weight *weight, const void *x, const float *x_scale, const int8_t *x_zero, void *y,
+                             int64_t m, int32_t x_type, int32_t y_type, int32_t product, int32_t level, int64_t threads) {
+  return linear(Call{weight, x, x_scale, x_zero, y, m, x_type, y_type}, product, level, threads);
 }
 
 // -- activations --
@@ -194,13 +198,16 @@ void quantize_part(void *data, int64_t part, int64_t parts) {
 }
 
 // 0, or 1 where a row holds what is not finite.
-EXPORT int32_t graphq_quantize(const void *x, int8_t *codes, float *scale, int8_t *zero, int64_t m, int64_t k,
-                               int32_t x_type, int32_t rule, int32_t level, int64_t threads) {
-  const Quantizing rows{x, codes, scale, zero, m, k, x_type, rule};
+int32_t quantize_rows(const Quantizing &rows, int32_t level, int64_t threads) {
   Quantization q{&rows, level, 0};
-  if (m <= 0) return 0;
-  if (threads > m) threads = m;
-  if (m * k < 1 << 15) threads = 1;
+  if (rows.m <= 0) return 0;
+  if (threads > rows.m) threads = rows.m;
+  if (rows.m * rows.k < 1 << 15) threads = 1;
   in_parallel(quantize_part, &q, threads);
   return q.failed;
+}
+
+EXPORT int32_t graphq_quantize(const void *x, int8_t *codes, float *scale, int8_t *zero, int64_t m, int64_t k,
+                               int32_t x_type, int32_t rule, int32_t level, int64_t threads) {
+  return quantize_rows(Quantizing{x, codes, scale, zero, m, k, x_type, rule}, level, threads);
 }

@@ -1,9 +1,11 @@
 // Products for any processor.
 #include <cstring>
-#include "weight.h"
+#include "steps.h"
 namespace portable {
 #include "engine.h"
 #include "inputs.h"
 #include "generic.h"
 #include "quantize.h"
+#include "plain.h"
+#include "elementwise.h"
 }
