@@ -132,7 +132,7 @@ class Inspection:
         layers = [("layer", "weight", "input", "rule", "bytes", "why float")]
         layers += [(x.name, x.weight, x.input, x.rule, str(x.nbytes), x.reason) for x in self.layers]
         spec = [f"  {printable(line)}" for line in self.spec.splitlines()]
-        return "\n".join([*_aligned(facts), "spec", *spec, "", *_aligned(layers), "", *_aligned(files)])
+        return "\n".join([*aligned(facts), "spec", *spec, "", *aligned(layers), "", *aligned(files)])
 
 
 def inspect(path: str | Path) -> Inspection:
@@ -215,7 +215,8 @@ def _dtype(source: Source) -> str:
     return str(source.dtype).removeprefix("torch.")
 
 
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """A line for each row, whose cells stand below each other; what is not printable is escaped."""
     rows = [tuple(map(printable, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -17,13 +17,26 @@ Artifact = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A directory 
 def inspect(
     artifact: Artifact,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: one object.")] = False,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Also show what computes each layer here, of a torch artifact, and why.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Show what an artifact holds: layers and their formats, source, spec, versions, files. Loads no weights."""
-    from graphq.artifacts.inspect import inspect
+    from graphq.artifacts.inspect import aligned, inspect
 
     found = inspect(artifact)
-    typer.echo(json.dumps(found.to_json(), indent=1) if as_json else str(found))
+    chosen: dict[str, str] = {}
+    if kernels:
+        from graphq.lowering.torch.module import load
+
+        chosen = load(artifact, verify=False).kernels  # which leaves large weights in their file
+    if as_json:
+        typer.echo(json.dumps(found.to_json() | ({"kernels": chosen} if kernels else {}), indent=1))
+        return
+    typer.echo(str(found))
+    if kernels:
+        typer.echo("\n".join(["", *aligned([("layer", "computed here by"), *chosen.items()])]))
 
 
 @one_line_errors

@@ -13,6 +13,7 @@ import graphq
 from graphq.artifacts.inspect import inspect
 from graphq.cli import app
 from graphq.errors import TargetError
+from graphq.runtime.kernels import using
 from tests.models import MLP
 
 PLACED: dict[str, Any] = {"profile": "ort-cpu", "ops": [], "tensors": {}, "fallback": None}
@@ -218,3 +219,18 @@ def test_what_is_not_printable_is_escaped(artifacts: Path, tmp_path: Path) -> No
 
 def test_a_folder_that_is_no_artifact(tmp_path: Path) -> None:
     assert shown(tmp_path, status=1).stderr == f"{tmp_path}: not a graphq artifact: graphq.json is missing\n"
+
+
+def test_what_computes_each_layer_here(artifacts: Path) -> None:
+    place = artifacts / "torch"
+    plain = shown(place).stdout
+    with using("torch"):
+        text, data = shown(place, "--kernels").stdout, json.loads(shown(place, "--kernels", "--json").stdout)
+    wanted = dict(graphq.load(place).kernels)
+    assert set(wanted) == {"up"}
+    assert text.startswith(plain)
+    lines = text[len(plain) :].splitlines()
+    assert lines[:2] == ["", "layer  computed here by"]
+    assert lines[2] == f"up     {data['kernels']['up']}"
+    assert "kernels" not in json.loads(shown(place, "--json").stdout)
+    assert "graphq.load reads torch artifacts" in shown(artifacts / "onnx", "--kernels", status=1).stderr
