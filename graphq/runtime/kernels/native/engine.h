@@ -138,6 +138,7 @@ template <class P> struct Engine {
   }
 
   // -- a few rows: codes are decoded in registers --
+  // Tiles are one stream, which the processor fetches ahead by itself: with prefetches it takes a third longer.
   template <int B, int M> static void direct(const Job &job, const Grid &grid, const typename P::Tables &shared,
                                              int64_t tile) {
     const typename P::Tables tables(shared);  // its own, which stay in registers
@@ -156,7 +157,6 @@ template <class P> struct Engine {
         for (int r = 0; r < R; r++) acc[m][r] = P::zero();
       for (int64_t c = 0; c < chunks; c++, p += chunk_bytes(B), x += CHUNK * M) {
         Vec v[CHUNK * S];
-        for (int i = 0; i < chunk_bytes(B); i += 64) __builtin_prefetch(p + 4096 + i);
         P::template decode<B>(p, tables, v);
 #pragma GCC unroll 64
         for (int u = 0; u < CHUNK * S; u++)
