@@ -15,6 +15,8 @@ from typing import Any, Final, cast, final
 import torch
 from torch import Tensor
 
+from graphq.errors import GraphError
+
 PIECE: Final = 1 << 22  # elements that are read at once where rows are enough
 
 
@@ -64,7 +66,8 @@ class Deferred(ABC):
 class InFile(Deferred):
     """Rows ``start`` to ``stop`` of a tensor of a safetensors file, as ``dtype``.
 
-    The file is open no longer than it takes: the pages that were read are the system's again.
+    The file is open no longer than it takes: the pages that were read are the system's again. Reading raises
+    ``GraphError`` where the file is no longer what it was.
     """
 
     file: Path
@@ -75,13 +78,17 @@ class InFile(Deferred):
     start: int = 0
 
     def read(self) -> Tensor:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
-        with safe_open(self.file, framework="pt") as opened:
-            if not self.shape:
-                return cast(Tensor, opened.get_tensor(self.key)).to(self.dtype, copy=True)
-            held: Any = opened.get_slice(self.key)
-            return cast(Tensor, held[self.start : self.start + self.shape[0]]).to(self.dtype, copy=True)
+        try:
+            with safe_open(self.file, framework="pt") as opened:
+                held: Any = opened.get_slice(self.key) if self.shape else None
+                part = opened.get_tensor(self.key) if held is None else held[self.start : self.start + self.shape[0]]
+                if tuple(part.shape) == self.shape and part.dtype == self.stored:
+                    return cast(Tensor, part).to(self.dtype, copy=True)
+        except (OSError, SafetensorError) as error:
+            raise GraphError(f"{self.file}: {self.key}: cannot be read any more: {error}") from error
+        raise GraphError(f"{self.file}: {self.key}: was changed while it was compiled")
 
     def narrowed(self, axis: int, start: int, length: int) -> Deferred:
         if axis:

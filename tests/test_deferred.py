@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from graphq import deferred
 from graphq.deferred import Deferred, InFile, Joined, Made, Stacked
+from graphq.errors import GraphError
 
 W = {name: torch.randn(6, 4, generator=torch.Generator().manual_seed(i)).bfloat16() for i, name in enumerate("abcd")}
 
@@ -50,6 +51,25 @@ def test_rows_in_parts(
     assert torch.equal(torch.cat(parts), W["b"].float())
     some = files["b"].narrowed(0, 1, 3)
     assert torch.equal(torch.cat(list(some.pieces(multiple))), W["b"][1:4].float())
+
+
+def test_a_file_that_changes_is_named(files: dict[str, InFile]) -> None:
+    one = files["a"]
+    save_file({"a": W["a"].float()}, one.file)
+    with pytest.raises(GraphError, match=r"w\.safetensors: a: was changed while it was compiled$"):
+        one.read()
+    save_file({"a": W["a"][:2]}, one.file)
+    with pytest.raises(GraphError, match=r"w\.safetensors: a: was changed while it was compiled$"):
+        one.read()
+    save_file({"b": W["a"]}, one.file)
+    with pytest.raises(GraphError, match=r"w\.safetensors: a: cannot be read any more: "):
+        one.read()
+    one.file.write_bytes(one.file.read_bytes()[:-4])
+    with pytest.raises(GraphError, match=r"w\.safetensors: b: cannot be read any more: "):
+        files["b"].read()
+    one.file.unlink()
+    with pytest.raises(GraphError, match=r"w\.safetensors: a: cannot be read any more: "):
+        one.read()
 
 
 def test_experts_and_halves_of_their_rows(files: dict[str, InFile]) -> None:

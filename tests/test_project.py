@@ -23,7 +23,8 @@ HEAVY = ("compressed_tensors", "networkx", "onnx", "onnx_ir", "onnxruntime", "on
 # Each may import the ones above it, and none beside it; a name stands for its submodules too, but for graphq, which is
 # the public API.
 LAYERS = (
-    ("graphq.errors", "graphq.deferred"),
+    ("graphq.errors",),
+    ("graphq.deferred",),
     ("graphq.files", "graphq.memory", "graphq.phases", "graphq.state"),
     ("graphq.progress",),
     ("graphq.spec",),
@@ -46,8 +47,8 @@ LEAVES = {
     "graphq.frontends": {"graphq.errors", "graphq.spec"},
     "graphq.numerics": {"graphq.errors", "graphq.spec"},
     "graphq.packing": {"graphq.errors", "graphq.spec"},
-    "graphq.deferred": set[str](),
-    "graphq.state": {"graphq.deferred"},
+    "graphq.deferred": {"graphq.errors"},
+    "graphq.state": {"graphq.errors", "graphq.deferred"},
     "graphq.files": {"graphq.errors"},
 }
 TORCH_ALONE = {"graphq.numerics": {"jaxtyping", "torch"}, "graphq.packing": {"jaxtyping", "torch"}}  # and below them

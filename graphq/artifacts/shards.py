@@ -80,7 +80,7 @@ def write_shards(
     """The tensors are in files of at most ``shard_bytes`` (or of one tensor) in ``directory``, on the disk.
 
     Names are distinct. One tensor, or part of one, is held at a time. While a file is made its tensors are on the disk
-    twice.
+    twice. Raises ``TargetError`` where the disk is full or fails.
 
     stem: what the files' names begin with. numbered: one file has a number and an index, too. metadata: of each file's
     header; transformers wants its own.
@@ -155,7 +155,7 @@ class _File:
         for part in given.parts:
             assert part.dtype == given.dtype, (name, part.dtype, given.dtype)
             if part.numel():
-                self._spool.write(in_bytes(part))
+                self._write(self._spool, in_bytes(part))
         assert self._spool.tell() - start == given.nbytes, name
         self._entries[name] = _Entry(given.dtype, given.shape, start, given.nbytes)
 
@@ -172,13 +172,23 @@ class _File:
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         with path.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
+            self._write(file, len(text).to_bytes(8, "little") + text)
             for name in order:
                 self._copy(self._entries[name], file)
-            file.flush()
-            os.fsync(file.fileno())
+            self._write(file)
         self._spool.close()
         self._entries, self._spool = {}, self._empty()
+
+    def _write(self, file: IO[bytes], data: "bytes | memoryview | None" = None) -> None:
+        """``data`` is written; without it, all that was is on the disk."""
+        try:
+            if data is not None:
+                file.write(data)
+                return
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError as error:
+            raise TargetError(f"{self._directory.parent}: cannot be written to: {error.strerror}") from error
 
     def _copy(self, entry: _Entry, file: IO[bytes]) -> None:
         self._spool.seek(entry.start)
@@ -186,7 +196,7 @@ class _File:
         while left:
             data = self._spool.read(min(left, _COPIED))
             assert data
-            file.write(data)
+            self._write(file, data)
             left -= len(data)
 
 

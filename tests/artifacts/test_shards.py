@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -89,6 +91,32 @@ def test_a_tensor_in_parts(tmp_path: Path) -> None:
     assert same(dict(read_shards(tmp_path)), {"x": x, "y": x[0]})
     with pytest.raises(AssertionError, match="x"):  # never a file that lies about its shapes
         write_shards(tmp_path, [("x", InParts(x.dtype, (4, 3), [x[1:]]))])
+
+
+@pytest.mark.parametrize("room", [0, 10, 60, 150])
+def test_a_full_disk_is_named(tmp_path: Path, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "_SPOOLED", 0)
+    left = [room]
+    write = shards._File._write
+
+    def limited(self: Any, file: Any, data: Any = None) -> None:
+        class Full:
+            def write(self, data: Any) -> None:
+                left[0] -= len(data)
+                if left[0] < 0:
+                    raise OSError(28, "No space left on device")
+                file.write(data)
+
+            flush, fileno = file.flush, file.fileno
+
+        write(self, Full(), data)
+
+    monkeypatch.setattr(shards._File, "_write", limited)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(
+        TargetError, match=f"^{re.escape(str(tmp_path))}: cannot be written to: No space left on device$"
+    ):
+        write_shards(tmp_path / "out", [("a", torch.arange(10, dtype=torch.float64))])
 
 
 def damaged(change: str, directory: Path) -> None:
