@@ -109,7 +109,8 @@ def test_a_full_disk_is_named(tmp_path: Path, room: int, monkeypatch: pytest.Mon
 
             flush, fileno = file.flush, file.fileno
 
-        write(self, Full(), data)
+        full: Any = Full()
+        write(self, full, data)
 
     monkeypatch.setattr(shards._File, "_write", limited)
     (tmp_path / "out").mkdir()
