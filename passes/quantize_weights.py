@@ -283,7 +283,9 @@ def _given_scales(
     of a deferred weight that need its numbers are not there yet.
     """
     if amax is not None:
-        return None if deferred_of(w) is not None else fused_scales(w, quant, block, site.op.own_axes, amax())
+        if deferred_of(w) is not None:
+            return None
+        return fused_scales(w, quant, block, site.op.own_axes, amax(), source_of(gm).dtype)
     if isinstance(quant.method, Ofmr):
         observer = weight_observer_on(gm, site.op)
         if observer is None or not observer.has_observed:

@@ -32,6 +32,7 @@ def test_a_preset_as_a_recipe(model, tmp_path):
     assert shown.stderr.splitlines() == [
         BY_NAME,
         "note: int8/channel -> int8/half/channel: llm-compressor divides the extreme by (2^bits - 1) / 2",
+        "note: int8/half/channel -> int8/half/channel/source: llm-compressor computes weights in the model's dtype",
         "note: int8/token/dynamic -> int8/half/token/dynamic: llm-compressor divides the extreme by (2^bits - 1) / 2",
     ]
     assert r"- re:model\.layers\.[0-9]+\.mlp\.down_proj$" in shown.stdout
@@ -39,7 +40,7 @@ def test_a_preset_as_a_recipe(model, tmp_path):
     assert convert("w8a8", "--to", "llm-compressor", "--model", model, "--adapt", "--out", out).stdout == ""
     assert out.read_text() == shown.stdout
     assert {str(rule.decision) for rule in load_spec(out).rules if isinstance(rule.decision, Plan)} == {
-        "weight int8/half/channel, input int8/half/token/dynamic"
+        "weight int8/half/channel/source, input int8/half/token/dynamic"
     }
 
 

@@ -8,14 +8,24 @@ layers are no conventions: they are left as they are, for the writer to hold or 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, final
+from typing import Any, Final, Literal, final
 
 from graphq.frontends.llmc.run import TARGETS
 from graphq.frontends.llmc.tensor import mse
 from graphq.frontends.modelslim.write import SAVERS
 from graphq.spec.algorithms import Value, defaults
 from graphq.spec.folds import EVERYWHERE, NORMS, Folds
-from graphq.spec.formats import Divisor, ExponentRule, Float, FloatScale, Format, Int, Mx, MxElement
+from graphq.spec.formats import (
+    Divisor,
+    ExponentRule,
+    Float,
+    FloatScale,
+    Format,
+    Int,
+    Mx,
+    MxElement,
+    has_source_arithmetic,
+)
 from graphq.spec.plan import Plan
 from graphq.spec.quant import (
     MinMax,
@@ -26,7 +36,6 @@ from graphq.spec.quant import (
     PerToken,
     Quant,
     Ssz,
-    has_source_arithmetic,
 )
 from graphq.spec.rules import Algorithm, Order, Prefix, Run, Spec
 
@@ -42,8 +51,8 @@ class Conventions:
     none for any value. What it has no option for is as graphq has it by default. ``always``: those that are written.
     ``folds``: what an algorithm for all layers folds into, where that is not everything; None where a config says it.
     ``prefixes``: those that it has with an algorithm, and without one. ``averages``: whether the extremes of integer
-    inputs may be averaged over batches. ``source_arithmetic``: whether symmetric integer weights with a scale for each
-    channel are computed in the model's dtype.
+    inputs may be averaged over batches. ``source_arithmetic``: which weights are computed in the model's dtype:
+    symmetric integers with a scale for each ``channel``, or ``all`` that are by min-max.
     """
 
     tool: str
@@ -59,7 +68,7 @@ class Conventions:
     always: tuple[str, ...] = ()
     folds: tuple[tuple[str, Folds], ...] | None = ()
     averages: bool = True
-    source_arithmetic: bool = False
+    source_arithmetic: Literal["", "channel", "all"] = ""
     own_mse: bool = False
     own_hifloat8: bool = False
 
@@ -80,6 +89,7 @@ CONVENTIONS: Final[Mapping[str, Conventions]] = {
         },
         ("model", "calibration", "samples", "sequence_length"),
         folds=(("smooth-quant", NORMS),),
+        source_arithmetic="all",
     ),
     "llmc": Conventions(
         "LLMC",
@@ -122,7 +132,7 @@ CONVENTIONS: Final[Mapping[str, Conventions]] = {
         always=("steps",),
         folds=None,
         averages=False,
-        source_arithmetic=True,
+        source_arithmetic="channel",
     ),
     "amct": Conventions(
         "AMCT",
@@ -207,18 +217,28 @@ def _plan(plan: Plan, own: Conventions, notes: list[str]) -> Plan:
 
 def _weight(quant: Quant, own: Conventions, notes: list[str]) -> Quant:
     """The weight's own convention, the arithmetic, after those of every tensor."""
-    if quant.arithmetic == "source" and not own.source_arithmetic:
+    has_ssz = isinstance(quant.method, Ssz)
+    if quant.arithmetic == "source" and (not own.source_arithmetic or (has_ssz and own.source_arithmetic == "all")):
         plain = dataclasses.replace(quant, arithmetic="float32")
         notes.append(f"{quant} -> {plain}: graphq computes {own.tool}'s weights in float32")
         return _quant(plain, own, notes)
     made = _quant(quant, own, notes)
-    is_own = isinstance(made.granularity, PerChannel) or isinstance(made.format, Mx)
-    has_source = has_source_arithmetic(made.format) and isinstance(made.method, MinMax | Ssz)
-    if made.arithmetic == "source" or not (own.source_arithmetic and has_source and is_own):
+    is_source = _is_in_source(made, own)
+    if is_source == (made.arithmetic == "source"):
         return made
-    source = dataclasses.replace(made, arithmetic="source")
-    notes.append(f"{made} -> {source}: {own.tool} computes weights in the model's dtype")
-    return source
+    other = dataclasses.replace(made, arithmetic="source" if is_source else "float32")
+    how = "weights in the model's dtype" if is_source else "such weights in float32"
+    notes.append(f"{made} -> {other}: {own.tool} computes {how}")
+    return other
+
+
+def _is_in_source(quant: Quant, own: Conventions) -> bool:
+    """Whether the tool computes such weights in the model's dtype."""
+    if own.source_arithmetic == "all":
+        return quant.method == MinMax() and has_source_arithmetic(quant.format)
+    has_source = has_source_arithmetic(quant.format) and isinstance(quant.method, MinMax | Ssz)
+    is_own = isinstance(quant.granularity, PerChannel) or isinstance(quant.format, Mx)
+    return own.source_arithmetic == "channel" and has_source and is_own and not is_asymmetric(quant.format)
 
 
 def _quant(quant: Quant, own: Conventions, notes: list[str]) -> Quant:

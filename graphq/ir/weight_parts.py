@@ -15,8 +15,8 @@ from graphq.ir.layers import PLAN, Site
 from graphq.ir.views import Op
 from graphq.numerics import Scales
 from graphq.numerics.ranges import weight_scales
-from graphq.numerics.source_arithmetic import source_codes, source_scales
-from graphq.spec.formats import Int, Nvfp4
+from graphq.numerics.source_arithmetic import source_codes, source_global_scale, source_scales
+from graphq.spec.formats import Int, Nvfp4, SourceFormat
 from graphq.spec.plan import weight_quants
 from graphq.spec.quant import Mse, Quant
 from graphq.state import defer, deferred_of, held_tensor
@@ -77,7 +77,8 @@ def _rounded(part: WeightPart, w: Tensor | None = None, scales: Scales | None = 
     assert part.quant is not None
     format, block = part.quant.format, part.block
     if part.quant.arithmetic == "source":
-        scales = scales or source_scales(part.w, part.source_dtype, format, block, part.quant.method)
+        assert isinstance(format, SourceFormat)
+        scales = scales or part.scales or source_scales(part.w, part.source_dtype, format, block, part.quant.method)
         scales = numerics.rounded_scales(scales, format, part.scale_dtype)
         if w is None:
             return QuantizedWeight(source_codes(part.w, part.source_dtype, scales, format, block), scales, block)
@@ -136,9 +137,15 @@ def report_noise(record: Callable[[str, float], None], site: Site, part: WeightP
         record(site.fqns[member], numerics.sqnr_db(part.w[pick], approximation[pick]))
 
 
-def fused_scales(w: Tensor, quant: Quant, block: list[int], own_axes: Sequence[int], amax: Tensor) -> Scales:
+def fused_scales(
+    w: Tensor, quant: Quant, block: list[int], own_axes: Sequence[int], amax: Tensor, source_dtype: torch.dtype
+) -> Scales:
     """The scales of an nvfp4 weight under the global one of those that share ``amax``: one number, or one an expert."""
     shape = [amax.numel() if axis in own_axes else 1 for axis in range(w.dim())]
+    if quant.arithmetic == "source":
+        assert isinstance(quant.format, Nvfp4)
+        whole = source_global_scale(amax, source_dtype).view(shape)
+        return source_scales(w, source_dtype, quant.format, block, quant.method, whole)
     return numerics.choose_scale(w, quant.format, block, numerics.nvfp4_global_scale(amax).view(shape))
 
 
@@ -195,7 +202,9 @@ class DeferredPart:
             check_finite(w, self.site, own.members)
             if part.amax is not None:
                 amax = part.amax() if index is None else part.amax()[index : index + 1]
-                own = replace(own, scales=fused_scales(w, part.quant, part.block, part.own_axes, amax))
+                own = replace(
+                    own, scales=fused_scales(w, part.quant, part.block, part.own_axes, amax, part.source_dtype)
+                )
             made = _rounded(own)
             if self.record is not None:
                 noise.add(w, numerics.dequantize(made.codes, made.scales, part.quant.format, made.block))

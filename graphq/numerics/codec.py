@@ -19,7 +19,16 @@ from graphq.numerics import fake_quantize as _fake_quantize
 from graphq.numerics.blocks import channel_block
 from graphq.numerics.ranges import weight_scales
 from graphq.numerics.source_arithmetic import source_codes, source_scales
-from graphq.spec.formats import BIAS_BITS, Int, TwoLevel, element_name, find_format, has_global_scale, is_asymmetric
+from graphq.spec.formats import (
+    BIAS_BITS,
+    Int,
+    SourceFormat,
+    TwoLevel,
+    element_name,
+    find_format,
+    has_global_scale,
+    is_asymmetric,
+)
 from graphq.spec.quant import (
     Entropy,
     Histogram,
@@ -129,6 +138,7 @@ def fake_quantize(
         raise SpecError(f"{quant}: x has no axes; give at least one")
     block = _block(x, quant)
     if quant.arithmetic == "source" and scale is None and zero_point is None and global_scale is None:
+        assert isinstance(quant.format, SourceFormat)
         scales = source_scales(x, x.dtype, quant.format, block, quant.method)
         codes = source_codes(x, x.dtype, scales, quant.format, block)
         return dequantize(codes, scales, quant.format, block).to(x.dtype)

@@ -116,7 +116,7 @@ def scale_from_extremes(
             return mx.shared_scale(extreme, format), None
         case Nvfp4():
             assert global_scale is not None, "chosen first"
-            return _nvfp4_scale(extreme, global_scale), None
+            return nvfp4_scale(extreme / 6.0, global_scale), None
         case TwoLevel():
             return _divisible(extreme / (7.0 if format.element == "int4" else 6.0), extreme), None
         case _:
@@ -173,12 +173,13 @@ def nvfp4_global_scale(amax: Tensor) -> Tensor:
     return divisor.where(amax.isfinite() & divisor.isfinite(), 1.0)
 
 
-def _nvfp4_scale(extreme: Tensor, global_scale: Tensor) -> Tensor:
-    scale = (extreme / 6.0).to(torch.float32) * global_scale.to(torch.float32)
+def nvfp4_scale(step: Tensor, global_scale: Tensor) -> Tensor:
+    """The scales of blocks whose extremes are six times ``step``, under their global scale, none of them 0."""
+    scale = step.to(torch.float32) * global_scale.to(torch.float32)
     codes = elements.encode(scale, "float8_e4m3fn")
     smallest = int(elements.encode(torch.tensor(_NVFP4_SMALLEST), "float8_e4m3fn"))
     codes = torch.where(codes == 0, smallest, codes)
-    return torch.where(extreme.isfinite(), codes, 0x7F).to(torch.uint8).view(torch.float8_e4m3fn)
+    return torch.where(step.isfinite(), codes, 0x7F).to(torch.uint8).view(torch.float8_e4m3fn)
 
 
 def choose_scale(x: Tensor, format: Format, block: Sequence[int], global_scale: Tensor | None = None) -> Scales:

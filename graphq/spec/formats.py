@@ -177,6 +177,9 @@ class TwoLevel:
 
 
 Format = Int | Float | Mx | Nvfp4 | TwoLevel  # every ``match`` on it ends in ``assert_never``
+SourceFormat = (
+    Int | Float | Mx | Nvfp4
+)  # those that tools compute in the dtype of the weights, ``has_source_arithmetic``
 
 
 def element_name(format: Format) -> str:
@@ -199,6 +202,22 @@ def code_bits(format: Format) -> int:
     found = re.search(r"\d+", element_name(format))
     assert found is not None
     return int(found[0])
+
+
+def has_source_arithmetic(format: Format) -> bool:
+    """Whether msModelSlim or compressed-tensors computes such weights in the dtype of the model: with their divisors,
+    zero points that are added before rounding, and float scales that take the extreme to the largest value. The scales
+    of compressed-tensors' mx formats are the same either way.
+    """
+    match format:
+        case Int(bits, True, "max" | "half" as divisor) if bits <= 8:
+            return format == Int(bits, divisor=divisor)
+        case Int(bits, False) if bits <= 8:
+            return format == Int(bits, False, joint=True)
+        case Float("float8_e4m3fn" | "float4_e2m1", "max") | Mx(rule="ascend") | Nvfp4():
+            return True
+        case _:
+            return False
 
 
 def is_asymmetric(format: Format) -> bool:

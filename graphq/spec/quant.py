@@ -13,7 +13,19 @@ from dataclasses import dataclass, replace
 from typing import Final, Literal, assert_never, final, get_args
 
 from graphq.errors import SpecError
-from graphq.spec.formats import BIAS_BITS, MX_BLOCK, NVFP4_BLOCK, Float, Format, Int, Mx, Nvfp4, TwoLevel, find_format
+from graphq.spec.formats import (
+    BIAS_BITS,
+    MX_BLOCK,
+    NVFP4_BLOCK,
+    Float,
+    Format,
+    Int,
+    Mx,
+    Nvfp4,
+    TwoLevel,
+    find_format,
+    has_source_arithmetic,
+)
 from graphq.spec.numbers import MAX_SIZE, check_size
 from graphq.spec.range_methods import (
     Entropy,
@@ -143,7 +155,7 @@ class Quant:
     An nvfp4 activation that is not dynamic has its global scale from calibration and those of its blocks from run time.
 
     ``arithmetic``: ``source`` rounds a weight, its scales and its quotients to the dtype that the source records, as
-    msModelSlim does (``graphq.numerics.source_arithmetic``).
+    msModelSlim does and compressed-tensors (``graphq.numerics.source_arithmetic``).
     """
 
     format: Format
@@ -160,10 +172,11 @@ class Quant:
         if self.arithmetic == "source":
             if not has_source_arithmetic(self.format):
                 raise SpecError(
-                    f"{self}: source is the arithmetic of symmetric integers, such as int8, of float8_e4m3fn and of mx"
-                    " formats by the rule ascend; leave it out"
+                    f"{self}: source is the arithmetic of int8, int8/half, int8/asym/joint, float8_e4m3fn, nvfp4"
+                    " and mx formats by the rule ascend; leave it out"
                 )
-            if self.dynamic or not isinstance(self.method, MinMax | Ssz):
+            is_own_ssz = isinstance(self.method, Ssz) and self.format == Int(getattr(self.format, "bits", 8))
+            if self.dynamic or not (self.method == MinMax() or is_own_ssz):
                 raise SpecError(f"{self}: source is the arithmetic of weights by min-max or ssz; leave it out")
         own = own_granularity(self.format)
         if own is not None and self.granularity != own:
@@ -211,17 +224,6 @@ class Quant:
         if self.arithmetic != "float32":
             parts.append(self.arithmetic)
         return "/".join(parts)
-
-
-def has_source_arithmetic(format: Format) -> bool:
-    """Whether weights of the format may be computed in the dtype that they are stored in."""
-    match format:
-        case Int(bits):
-            return format == Int(bits)
-        case Float("float8_e4m3fn", "max") | Mx(rule="ascend"):
-            return True
-        case _:
-            return False
 
 
 def has_powers_of_two(format: Format) -> bool:

@@ -124,7 +124,9 @@ def test_the_llmc_example_as_a_recipe():
     assert found.notes == (
         BY_NAME,
         "int4/asym/g128 -> int4/asym/joint/g128: llm-compressor rounds quotient and zero point together",
+        "int4/asym/joint/g128 -> int4/asym/joint/g128/source: llm-compressor computes weights in the model's dtype",
         "int8/asym/g128 -> int8/asym/joint/g128: llm-compressor rounds quotient and zero point together",
+        "int8/asym/joint/g128 -> int8/asym/joint/g128/source: llm-compressor computes weights in the model's dtype",
     )
     assert (
         "\n" + found.text
@@ -170,7 +172,9 @@ def test_a_recipe_as_mix_bits():
     found = convert_spec(load_spec(CONFIGS / "llm-compressor/int4_int8_gptq.yaml"), "llmc", llama(32), adapt=True)
     assert found.notes == (
         BY_NAME,
+        "int4/asym/joint/g128/source -> int4/asym/joint/g128: graphq computes LLMC's weights in float32",
         "int4/asym/joint/g128 -> int4/asym/g128: LLMC rounds the quotient, then adds the zero point",
+        "int8/half/g128/source -> int8/half/g128: graphq computes LLMC's weights in float32",
         "int8/half/g128 -> int8/g128: LLMC divides the extreme by 2^(bits-1) - 1",
     )
     assert (
@@ -250,8 +254,7 @@ spec:
 def test_msmodelslim_as_a_recipe():
     found = convert_spec(load_spec(CONFIGS / "modelslim/w8a8_static.yaml"), "llm-compressor", llama(32), adapt=True)
     assert found.notes == (
-        "int8/channel/source -> int8/channel: graphq computes llm-compressor's weights in float32",
-        "int8/channel -> int8/half/channel: llm-compressor divides the extreme by (2^bits - 1) / 2",
+        "int8/channel/source -> int8/half/channel/source: llm-compressor divides the extreme by (2^bits - 1) / 2",
         "int8/tensor -> int8/half/tensor: llm-compressor divides the extreme by (2^bits - 1) / 2",
         "smooth-quant: statistic magnitude -> range: llm-compressor's SmoothQuant measures from smallest to largest",
         "run.target ascend: left out: a recipe does not say it",
@@ -313,6 +316,10 @@ NOTES: list[tuple[dict[str, Any], str, str]] = [
     (doc("hifloat8/channel", "hifloat8/tensor/dynamic"), "amct", "hifloat8/tensor/dynamic -> hifloat8/unit/tensor/dynamic: AMCT casts inputs without a scale"),
     (doc("float8_e4m3fn/pow2/channel"), "llmc", "float8_e4m3fn/pow2/channel -> float8_e4m3fn/channel: LLMC takes the extreme to the format's largest value"),
     (doc("int4/g128/mse"), "llmc", "int4/g128/mse -> int4/g128/mse0.2:100:2.4:20: LLMC's mse has the norm 2.4 and tries every candidate"),
+    (doc("int8/half/channel/source"), "llmc", "int8/half/channel/source -> int8/half/channel: graphq computes LLMC's weights in float32"),
+    (doc("nvfp4"), "llm-compressor", "nvfp4 -> nvfp4/source: llm-compressor computes weights in the model's dtype"),
+    (doc("float8_e4m3fn/channel/source", "float8_e4m3fn/token/dynamic"), "modelslim", "float8_e4m3fn/channel/source -> float8_e4m3fn/channel: msModelSlim computes such weights in float32"),
+    (doc("int8/half/channel/source"), "modelslim", "int8/half/channel/source -> int8/channel/source: msModelSlim divides the extreme by 2^(bits-1) - 1"),
     (doc("int4/half/g128/mse"), "llmc", "int4/half/g128/mse -> int4/g128/mse0.2:100:2.4:20: LLMC divides the extreme by 2^(bits-1) - 1; LLMC's mse has the norm 2.4 and tries every candidate"),
     (doc("int8/channel", "int8/tensor/ema"), "modelslim", "int8/tensor/ema -> int8/tensor: msModelSlim takes the extremes of all batches"),
     (doc("int8/channel", "int8/tensor/ema"), "amct", "int8/tensor/ema -> int8/by_sign/tensor: AMCT divides a negative extreme by 2^(bits-1); AMCT takes the extremes of all batches"),
@@ -366,7 +373,7 @@ NAMES = "with --model MODEL_DIR, layers can be said by their names"
             ["llm-compressor: gptq: scales is search; llm-compressor's is plan", "llm-compressor: int4/g128: compressed-tensors' 4-bit integers are int4/half", "with --adapt, in llm-compressor's own conventions"],
         ),
         (doc("int4/g128", None, "gptq"), "llm-compressor", {"adapt": True}, [ADVICE, NAMES]),
-        (doc("int4/half/g128"), "llm-compressor", {}, [ADVICE, NAMES]),
+        (doc("int4/half/g128/source"), "llm-compressor", {}, [ADVICE, NAMES]),
         (doc("int8/channel", None, "gptq"), "llmc", {}, ["llmc: gptq: scales: 'search': LLMC's GPTQ has no such setting", "with --adapt, in LLMC's own conventions"]),
         (
             doc("int4/g128", DYNAMIC), "modelslim", {"layers": llama(2), "adapt": True},
@@ -392,6 +399,7 @@ NAMES = "with --model MODEL_DIR, layers can be said by their names"
             doc("int8/channel", None, {"awq": {"match": "q_proj#0"}}), "modelslim", {"layers": llama(2), "adapt": True},
             ["awq: q_proj#0: msModelSlim chooses what factors are folded into, not the layers that are scaled; write folds instead of match"],
         ),
+        (doc("int8/channel/ssz/source"), "llm-compressor", {"layers": llama(2), "adapt": True}, ["llm-compressor: int8/half/channel/ssz: llm-compressor has no observer like ssz"]),
         (doc("int4/g128/hqq"), "llm-compressor", {"layers": llama(2), "adapt": True}, ["llm-compressor: int4/half/g128/hqq: llm-compressor has no observer like hqq"]),
         (
             doc("int8/channel", None, "equalize"), "llm-compressor", {"layers": llama(2), "adapt": True},
@@ -399,7 +407,7 @@ NAMES = "with --model MODEL_DIR, layers can be said by their names"
         ),
         (doc(), "ollm", {}, ["'ollm' is not a dialect; did you mean llmc? (known: native, llmc, llm-compressor, amct, modelslim)"]),
     ],
-    ids=[str(number) for number in range(14)],
+    ids=[str(number) for number in range(15)],
 )  # fmt: skip
 def test_what_is_refused(given, dialect, options, lines):
     with pytest.raises(SpecError) as caught:
@@ -441,7 +449,7 @@ def test_experts_are_named_at_once():
 @pytest.mark.parametrize("match", ["experts#2", "*.experts.3.*", "q_proj#1", "mlp"])
 def test_odd_layers_are_named_one_by_one(match, dialect):
     layers = {fqn: dataclasses.replace(layer, dtype="bfloat16") for fqn, layer in moe().items()}
-    spec = load_spec(doc("int4/asym/joint/g128", rules=[{"match": match, "weight": "int8/asym/joint/g128"}]))
+    spec = load_spec(doc("int4/asym/joint/g128", rules=[{"match": match, "weight": "int8/asym/joint/g128/source"}]))
     found = convert_spec(spec, dialect, layers, adapt=True)
     assert plans_of(load_spec(found.text, dialect), layers) == plans_of(adapted(spec, dialect)[0], layers)
     kept = load_spec(doc("int4/asym/joint/g128", rules=[{"match": match, "float": True}]))
@@ -470,14 +478,16 @@ def test_algorithms_keep_their_layers():
 
 def test_smoothing_that_folds_everywhere_has_mappings_for_every_layer():
     everywhere = {"smooth-quant": {"statistic": "range"}}
-    text = convert_spec(load_spec(doc("int8/half/channel", None, everywhere)), "llm-compressor", llama(4)).text
+    text = convert_spec(load_spec(doc("int8/half/channel/source", None, everywhere)), "llm-compressor", llama(4)).text
     (found,) = load_spec(text).algorithms
     assert [str(match) for match in found.match] == [
         f"re:.*{p}_proj$" for p in ("q", "k", "v", "o", "gate", "up", "down")
     ]
     some = {"smooth-quant": {"match": ["re:.*o_proj$"]}}
     (found,) = load_spec(
-        convert_spec(load_spec(doc("int8/half/channel", None, some)), "llm-compressor", llama(4), adapt=True).text
+        convert_spec(
+            load_spec(doc("int8/half/channel/source", None, some)), "llm-compressor", llama(4), adapt=True
+        ).text
     ).algorithms
     assert ([str(match) for match in found.match], found.folds) == (["re:.*o_proj$"], EVERYWHERE)
 

@@ -23,11 +23,11 @@ AWQ_GPTQ = """\
 graphq: 1
 rules:
   - match: re:.*self_attn\\.(k|q|o|v)_proj$
-    weight: int4/half/g128
+    weight: int4/half/g128/source
   - match: =lm_head
     float: ignore
   - match: re:.*mlp\\.(down|gate|up)_proj$
-    weight: int8/half/channel
+    weight: int8/half/channel/source
     input: int8/half/token/dynamic
   - match: =lm_head
     float: ignore
@@ -51,9 +51,9 @@ GOLDEN = {
 graphq: 1
 rules:
   - match: re:.*self_attn.*
-    weight: int4/asym/joint/g128
+    weight: int4/asym/joint/g128/source
   - match: re:.*mlp.*
-    weight: int8/half/channel
+    weight: int8/half/channel/source
     input: int8/half/token/dynamic
   - match: =lm_head
     float: ignore
@@ -63,7 +63,7 @@ rules:
 graphq: 1
 rules:
   - match: kind:linear
-    weight: float8_e4m3fn/channel
+    weight: float8_e4m3fn/channel/source
     input: float8_e4m3fn/token/dynamic
   - match: =lm_head
     float: ignore
@@ -72,7 +72,7 @@ rules:
 graphq: 1
 rules:
   - match: kind:linear
-    weight: float8_e4m3fn/tensor
+    weight: float8_e4m3fn/tensor/source
     input: float8_e4m3fn/tensor
   - match: =lm_head
     float: ignore
@@ -85,25 +85,25 @@ run:
 graphq: 1
 rules:
   - match: re:.*up_proj.*
-    weight: float8_e4m3fn/tensor
+    weight: float8_e4m3fn/tensor/source
     input: float8_e4m3fn/token/dynamic
   - match: re:.*self_attn.v_proj.*
-    weight: float8_e4m3fn/channel
+    weight: float8_e4m3fn/channel/source
     input: float8_e4m3fn/token/dynamic
   - match: re:.*self_attn.q_proj.*
-    weight: float8_e4m3fn/channel
+    weight: float8_e4m3fn/channel/source
     input: float8_e4m3fn/token/dynamic
   - match: re:.*self_attn.o_proj.*
-    weight: float8_e4m3fn/channel
+    weight: float8_e4m3fn/channel/source
     input: float8_e4m3fn/token/dynamic
   - match: re:.*self_attn.k_proj.*
-    weight: float8_e4m3fn/channel
+    weight: float8_e4m3fn/channel/source
     input: float8_e4m3fn/token/dynamic
   - match: re:.*gate_proj.*
-    weight: float8_e4m3fn/tensor
+    weight: float8_e4m3fn/tensor/source
     input: float8_e4m3fn/token/dynamic
   - match: re:.*down_proj.*
-    weight: float8_e4m3fn/tensor
+    weight: float8_e4m3fn/tensor/source
     input: float8_e4m3fn/token/dynamic
   - match: =lm_head
     float: ignore
@@ -112,7 +112,7 @@ rules:
 graphq: 1
 rules:
   - match: kind:linear
-    weight: int8/half/g128
+    weight: int8/half/g128/source
   - match: =lm_head
     float: ignore
   - match: re:.*layers\\.0\\..*
@@ -129,19 +129,19 @@ rules:
 graphq: 1
 rules:
   - match: re:.*up_proj.*
-    weight: int4/asym/joint/g128
+    weight: int4/asym/joint/g128/source
   - match: re:.*self_attn.v_proj.*
-    weight: int4/asym/joint/g128
+    weight: int4/asym/joint/g128/source
   - match: re:.*self_attn.q_proj.*
-    weight: int4/asym/joint/g128
+    weight: int4/asym/joint/g128/source
   - match: re:.*self_attn.o_proj.*
-    weight: int4/asym/joint/g128
+    weight: int4/asym/joint/g128/source
   - match: re:.*self_attn.k_proj.*
-    weight: int4/asym/joint/g128
+    weight: int4/asym/joint/g128/source
   - match: re:.*gate_proj.*
-    weight: int4/asym/joint/g128
+    weight: int4/asym/joint/g128/source
   - match: re:.*down_proj.*
-    weight: int8/half/g128
+    weight: int8/half/g128/source
   - match: =lm_head
     float: ignore
 algorithms:
@@ -166,25 +166,25 @@ rules:
 graphq: 1
 rules:
   - match: re:.*up_proj.*
-    weight: nvfp4
+    weight: nvfp4/source
     input: nvfp4/ema
   - match: re:.*self_attn.v_proj.*
-    weight: nvfp4
+    weight: nvfp4/source
     input: nvfp4/ema
   - match: re:.*self_attn.q_proj.*
-    weight: nvfp4
+    weight: nvfp4/source
     input: nvfp4/ema
   - match: re:.*self_attn.o_proj.*
-    weight: nvfp4
+    weight: nvfp4/source
     input: nvfp4/ema
   - match: re:.*self_attn.k_proj.*
-    weight: nvfp4
+    weight: nvfp4/source
     input: nvfp4/ema
   - match: re:.*gate_proj.*
-    weight: nvfp4
+    weight: nvfp4/source
     input: nvfp4/ema
   - match: re:.*down_proj.*
-    weight: float8_e4m3fn/channel
+    weight: float8_e4m3fn/channel/source
     input: float8_e4m3fn/token/dynamic
   - match: =lm_head
     float: ignore
@@ -193,13 +193,13 @@ rules:
 graphq: 1
 rules:
   - match: kind:linear
-    weight: int4/half/g128
+    weight: int4/half/g128/source
   - match: re:.*self_attn.*
-    weight: int6/half/channel
+    weight: int6/half/channel/source
   - match: re:.*mlp.*
-    weight: int6/half/channel
+    weight: int6/half/channel/source
   - match: re:.*down_proj$
-    weight: int8/half/channel
+    weight: int8/half/channel/source
   - match: =model.layers.0.mlp.down_proj
     float: UNQUANTIZED
   - match: =lm_head
@@ -209,7 +209,7 @@ rules:
 graphq: 1
 rules:
   - match: kind:linear
-    weight: int4/asym/joint/g128
+    weight: int4/asym/joint/g128/source
   - match: =lm_head
     float: ignore
 algorithms:
@@ -222,7 +222,7 @@ algorithms:
 graphq: 1
 rules:
   - match: kind:linear
-    weight: int4/half/g128
+    weight: int4/half/g128/source
   - match: =lm_head
     float: ignore
 algorithms:
@@ -249,7 +249,7 @@ algorithms:
 graphq: 1
 rules:
   - match: kind:linear
-    weight: int4/half/g128
+    weight: int4/half/g128/source
     input: int4/half/token/dynamic
   - match: =lm_head
     float: ignore
@@ -265,7 +265,7 @@ algorithms:
 graphq: 1
 rules:
   - match: kind:linear
-    weight: int8/half/channel
+    weight: int8/half/channel/source
     input: int8/half/token/dynamic
   - match: =lm_head
     float: ignore
@@ -285,7 +285,7 @@ pipeline: independent
 graphq: 1
 rules:
   - match: kind:linear
-    weight: int8/half/channel
+    weight: int8/half/channel/source
     input: int8/asym/joint/tensor/ema
   - match: =lm_head
     float: ignore
@@ -348,20 +348,20 @@ def test_the_precedence_that_llm_compressor_was_seen_to_have():
     """Exact names, then expressions by the alphabet, then classes: as observed on its release 0.14."""
     found = decisions("precedence.yaml", llama(2))
     assert found["model.layers.0.mlp.down_proj"] == "float (UNQUANTIZED)"
-    assert found["model.layers.1.mlp.down_proj"] == "weight int8/half/channel"  # 'd' comes before 'm'
-    assert found["model.layers.1.mlp.gate_proj"] == "weight int6/half/channel"
+    assert found["model.layers.1.mlp.down_proj"] == "weight int8/half/channel/source"  # 'd' comes before 'm'
+    assert found["model.layers.1.mlp.gate_proj"] == "weight int6/half/channel/source"
     assert found["lm_head"] == "float (ignore)"
     spec = load_spec({"quant_stage": {"quant_modifiers": {"QuantizationModifier": {"scheme": "W8A16"}}}})
     resolved, _ = resolve(spec, llama(1))
-    assert str(resolved["lm_head"].decision) == "weight int8/half/g128"  # a linear like all others
+    assert str(resolved["lm_head"].decision) == "weight int8/half/g128/source"  # a linear like all others
     assert str(resolved["model.embed_tokens"].decision).startswith("float")
 
 
 def test_attention_and_mlp_have_plans_of_their_own():
     found = decisions("awq_gptq_sequential.yaml", llama(2))
-    assert {plan for fqn, plan in found.items() if "self_attn" in fqn} == {"weight int4/half/g128"}
+    assert {plan for fqn, plan in found.items() if "self_attn" in fqn} == {"weight int4/half/g128/source"}
     assert {plan for fqn, plan in found.items() if "mlp" in fqn} == {
-        "weight int8/half/channel, input int8/half/token/dynamic"
+        "weight int8/half/channel/source, input int8/half/token/dynamic"
     }
 
 

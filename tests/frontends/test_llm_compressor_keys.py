@@ -48,18 +48,20 @@ def first(recipe: dict[str, Any]) -> str:
 # The thirty names of compressed-tensors 0.19 with what its quant_scheme.py says of them.
 DOCUMENTED = {
     "UNQUANTIZED": "float (UNQUANTIZED)",
-    **{f"W{bits}A16": f"weight int{bits}/half/g128" for bits in (2, 3, 4, 5, 6, 7, 8)},
-    **{f"W{bits}A8": f"weight int{bits}/half/g128, input int8/half/token/dynamic" for bits in (2, 3, 4, 5, 6, 7)},
-    **{f"W{bits}A4": f"weight int{bits}/half/g128, input int4/half/token/dynamic" for bits in (2, 3, 4)},
-    "W4A16_ASYM": "weight int4/asym/joint/g128",
-    "W8A8": "weight int8/half/channel, input int8/half/token/dynamic",
-    "INT8": "weight int8/half/channel, input int8/half/token/dynamic",
-    "W4AFP8": "weight int4/half/g128, input float8_e4m3fn/token/dynamic",
-    "FP8": "weight float8_e4m3fn/tensor, input float8_e4m3fn/tensor",
-    "FP8_DYNAMIC": "weight float8_e4m3fn/channel, input float8_e4m3fn/token/dynamic",
-    "FP8_BLOCK": "weight float8_e4m3fn/128x128, input float8_e4m3fn/g128/dynamic",
-    "NVFP4A16": "weight nvfp4",
-    "NVFP4": "weight nvfp4, input nvfp4",
+    **{f"W{bits}A16": f"weight int{bits}/half/g128/source" for bits in (2, 3, 4, 5, 6, 7, 8)},
+    **{
+        f"W{bits}A8": f"weight int{bits}/half/g128/source, input int8/half/token/dynamic" for bits in (2, 3, 4, 5, 6, 7)
+    },
+    **{f"W{bits}A4": f"weight int{bits}/half/g128/source, input int4/half/token/dynamic" for bits in (2, 3, 4)},
+    "W4A16_ASYM": "weight int4/asym/joint/g128/source",
+    "W8A8": "weight int8/half/channel/source, input int8/half/token/dynamic",
+    "INT8": "weight int8/half/channel/source, input int8/half/token/dynamic",
+    "W4AFP8": "weight int4/half/g128/source, input float8_e4m3fn/token/dynamic",
+    "FP8": "weight float8_e4m3fn/tensor/source, input float8_e4m3fn/tensor",
+    "FP8_DYNAMIC": "weight float8_e4m3fn/channel/source, input float8_e4m3fn/token/dynamic",
+    "FP8_BLOCK": "weight float8_e4m3fn/128x128/source, input float8_e4m3fn/g128/dynamic",
+    "NVFP4A16": "weight nvfp4/source",
+    "NVFP4": "weight nvfp4/source, input nvfp4",
     "MXFP4A16": "weight mxfp4/even",
     "MXFP4": "weight mxfp4/even, input mxfp4/even/dynamic",
     "MXFP8A16": "weight mxfp8_e4m3/even",
@@ -78,46 +80,46 @@ def test_presets():
 @pytest.mark.parametrize(
     ("recipe", "decision"),
     [
-        (group(weights={}), "weight int8/half/tensor"),
+        (group(weights={}), "weight int8/half/tensor/source"),
         (group(input_activations={}), "input int8/half/tensor/ema"),
         (group(), "float (UNQUANTIZED)"),
-        (weights(group_size=-1), "weight int4/half/channel"),
-        (weights(group_size=64), "weight int4/half/g64"),
-        (weights(group_size=64, strategy="GROUP", type="INT"), "weight int4/half/g64"),
-        (weights(group_size=-1, strategy="tensor"), "weight int4/half/tensor"),
-        (weights(strategy="block", block_structure=[2, 4]), "weight int4/half/2x4"),
-        (weights(strategy="block", block_structure="2x4"), "weight int4/half/2x4"),
-        (weights(symmetric=False, zp_dtype="torch.int8"), "weight int4/asym/joint/tensor"),
-        (weights(scale_dtype="torch.float32", zp_dtype=None, dynamic=False), "weight int4/half/tensor"),
-        (weights(type="float"), "weight float4_e2m1/tensor"),
-        (weights(type="float", group_size=32), "weight float4_e2m1/g32"),
+        (weights(group_size=-1), "weight int4/half/channel/source"),
+        (weights(group_size=64), "weight int4/half/g64/source"),
+        (weights(group_size=64, strategy="GROUP", type="INT"), "weight int4/half/g64/source"),
+        (weights(group_size=-1, strategy="tensor"), "weight int4/half/tensor/source"),
+        (weights(strategy="block", block_structure=[2, 4]), "weight int4/half/2x4/source"),
+        (weights(strategy="block", block_structure="2x4"), "weight int4/half/2x4/source"),
+        (weights(symmetric=False, zp_dtype="torch.int8"), "weight int4/asym/joint/tensor/source"),
+        (weights(scale_dtype="torch.float32", zp_dtype=None, dynamic=False), "weight int4/half/tensor/source"),
+        (weights(type="float"), "weight float4_e2m1/tensor/source"),
+        (weights(type="float", group_size=32), "weight float4_e2m1/g32/source"),
         (weights(type="float", group_size=32, scale_dtype="torch.uint8"), "weight mxfp4/even"),
         (weights(type="float", num_bits=8, group_size=32, scale_dtype="uint8"), "weight mxfp8_e4m3/even"),
-        (weights(type="float", group_size=16, strategy="tensor_group"), "weight nvfp4"),
-        (weights(observer="minmax"), "weight int4/half/tensor"),
-        (weights(observer="static_minmax"), "weight int4/half/tensor"),
+        (weights(type="float", group_size=16, strategy="tensor_group"), "weight nvfp4/source"),
+        (weights(observer="minmax"), "weight int4/half/tensor/source"),
+        (weights(observer="static_minmax"), "weight int4/half/tensor/source"),
         (weights(observer="MSE"), "weight int4/half/tensor/mse"),
         (weights(observer="memoryless_mse"), "weight int4/half/tensor/mse"),
         (
             weights(observer="mse", observer_kwargs={"maxshrink": 0.5, "grid": 50.0, "norm": 2, "patience": 3}),
             "weight int4/half/tensor/mse0.5:50:2:3",
         ),
-        (inputs(), "weight int8/half/channel, input int8/half/tensor/ema"),
-        (inputs(observer="minmax", observer_kwargs={"averaging_constant": 0.1}), "weight int8/half/channel, input int8/half/tensor/ema0.1"),
-        (inputs(observer="static_minmax"), "weight int8/half/channel, input int8/half/tensor"),
-        (inputs(observer="memoryless_minmax"), "weight int8/half/channel, input int8/half/tensor/ema1"),
-        (inputs(observer="mse"), "weight int8/half/channel, input int8/half/tensor/mse"),
-        (inputs(dynamic=True, observer="minmax"), "weight int8/half/channel, input int8/half/tensor/dynamic"),
-        (inputs(num_bits=16, symmetric=False), "weight int8/half/channel, input int16/asym/joint/tensor/ema"),
-        (inputs(num_bits=4, type="float", strategy="tensor_group", group_size=16, dynamic="local"), "weight int8/half/channel, input nvfp4/ema"),
-        (inputs(num_bits=4, type="float", strategy="tensor_group", group_size=16, dynamic=True), "weight int8/half/channel, input nvfp4/dynamic"),
-        (inputs(type="float", group_size=128, dynamic=True), "weight int8/half/channel, input float8_e4m3fn/g128/dynamic"),
+        (inputs(), "weight int8/half/channel/source, input int8/half/tensor/ema"),
+        (inputs(observer="minmax", observer_kwargs={"averaging_constant": 0.1}), "weight int8/half/channel/source, input int8/half/tensor/ema0.1"),
+        (inputs(observer="static_minmax"), "weight int8/half/channel/source, input int8/half/tensor"),
+        (inputs(observer="memoryless_minmax"), "weight int8/half/channel/source, input int8/half/tensor/ema1"),
+        (inputs(observer="mse"), "weight int8/half/channel/source, input int8/half/tensor/mse"),
+        (inputs(dynamic=True, observer="minmax"), "weight int8/half/channel/source, input int8/half/tensor/dynamic"),
+        (inputs(num_bits=16, symmetric=False), "weight int8/half/channel/source, input int16/asym/joint/tensor/ema"),
+        (inputs(num_bits=4, type="float", strategy="tensor_group", group_size=16, dynamic="local"), "weight int8/half/channel/source, input nvfp4/ema"),
+        (inputs(num_bits=4, type="float", strategy="tensor_group", group_size=16, dynamic=True), "weight int8/half/channel/source, input nvfp4/dynamic"),
+        (inputs(type="float", group_size=128, dynamic=True), "weight int8/half/channel/source, input float8_e4m3fn/g128/dynamic"),
         (scheme("FP8", input_observer="minmax", weight_observer="mse"), "weight float8_e4m3fn/tensor/mse, input float8_e4m3fn/tensor/ema"),
-        (scheme("FP8", input_observer="memoryless_minmax"), "weight float8_e4m3fn/tensor, input float8_e4m3fn/tensor/ema1"),
+        (scheme("FP8", input_observer="memoryless_minmax"), "weight float8_e4m3fn/tensor/source, input float8_e4m3fn/tensor/ema1"),
         (scheme("W8A8", observer={"weights": "MSE", "input": "mse"}), "weight int8/half/channel/mse, input int8/half/token/dynamic"),
-        (scheme("W8A8", observer={"weights": "minmax"}, weight_observer="mse"), "weight int8/half/channel, input int8/half/token/dynamic"),
-        (scheme({"weights": {"num_bits": 3, "group_size": 32}}), "weight int3/half/g32"),
-        (scheme(None, config_groups={"W8A16": ["Linear"]}), "weight int8/half/g128"),
+        (scheme("W8A8", observer={"weights": "minmax"}, weight_observer="mse"), "weight int8/half/channel/source, input int8/half/token/dynamic"),
+        (scheme({"weights": {"num_bits": 3, "group_size": 32}}), "weight int3/half/g32/source"),
+        (scheme(None, config_groups={"W8A16": ["Linear"]}), "weight int8/half/g128/source"),
         (scheme(None, weight_observer="mse", config_groups={"g": {"targets": ["Linear"], "weights": {"observer": "minmax"}}}), "weight int8/half/tensor/mse"),
     ],
 )  # fmt: skip
@@ -128,36 +130,36 @@ def test_formats(recipe, decision):
 @pytest.mark.parametrize(
     ("recipe", "rules"),
     [
-        (scheme(), ["kind:linear: weight int4/half/g128"]),
-        (scheme(targets="re:.*mlp"), ["re:.*mlp: weight int4/half/g128"]),
+        (scheme(), ["kind:linear: weight int4/half/g128/source"]),
+        (scheme(targets="re:.*mlp"), ["re:.*mlp: weight int4/half/g128/source"]),
         (scheme(targets=["Linear", "LinearBase", "Conv2d", "Embedding"]), [
-            *("kind:linear: weight int4/half/g128",) * 2, "kind:embedding: weight int4/half/g128", "kind:conv2d: weight int4/half/g128"]),
+            *("kind:linear: weight int4/half/g128/source",) * 2, "kind:embedding: weight int4/half/g128/source", "kind:conv2d: weight int4/half/g128/source"]),
         (scheme({"W8A8": "re:.*b$", "w4a16": ["re:.*a$", "re:.*c$", "a.b"]}), [
-            "re:.*c$: weight int4/half/g128",
-            "re:.*b$: weight int8/half/channel, input int8/half/token/dynamic",
-            "re:.*a$: weight int4/half/g128",
-            "=a.b: weight int4/half/g128",
+            "re:.*c$: weight int4/half/g128/source",
+            "re:.*b$: weight int8/half/channel/source, input int8/half/token/dynamic",
+            "re:.*a$: weight int4/half/g128/source",
+            "=a.b: weight int4/half/g128/source",
         ]),
         # Full names above expressions above classes; the alphabet, not the config, orders expressions, a beginning first.
         (scheme({"W8A16": ["a.b", "re:.*mlp", "Linear"], "W4A16": ["re:.*mlp.*", "re:.*down", "a.a"]}), [
-            "kind:linear: weight int8/half/g128",
-            "re:.*mlp.*: weight int4/half/g128",
-            "re:.*mlp: weight int8/half/g128",
-            "re:.*down: weight int4/half/g128",
-            "=a.a: weight int4/half/g128",
-            "=a.b: weight int8/half/g128",
+            "kind:linear: weight int8/half/g128/source",
+            "re:.*mlp.*: weight int4/half/g128/source",
+            "re:.*mlp: weight int8/half/g128/source",
+            "re:.*down: weight int4/half/g128/source",
+            "=a.a: weight int4/half/g128/source",
+            "=a.b: weight int8/half/g128/source",
         ]),
-        (scheme({"W8A16": ["a"], "W4A16": ["a"]}), ["=a: weight int4/half/g128"]),
+        (scheme({"W8A16": ["a"], "W4A16": ["a"]}), ["=a: weight int4/half/g128/source"]),
         (scheme(ignore=["lm_head", "re:.*x", "Embedding", "LlamaRMSNorm"]), [
-            "kind:linear: weight int4/half/g128", "=lm_head: float (ignore)", "re:.*x: float (ignore)", "kind:embedding: float (ignore)"]),
-        (scheme(ignore="lm_head"), ["kind:linear: weight int4/half/g128", "=lm_head: float (ignore)"]),
+            "kind:linear: weight int4/half/g128/source", "=lm_head: float (ignore)", "re:.*x: float (ignore)", "kind:embedding: float (ignore)"]),
+        (scheme(ignore="lm_head"), ["kind:linear: weight int4/half/g128/source", "=lm_head: float (ignore)"]),
     ],
 )  # fmt: skip
 def test_rules(recipe, rules):
     assert [text(rule) for rule in load_spec(recipe).rules] == rules
 
 
-W4, W8 = "weight int4/half/g128", "weight int8/half/g128"
+W4, W8 = "weight int4/half/g128/source", "weight int8/half/g128/source"
 
 
 @pytest.mark.parametrize(
@@ -301,7 +303,7 @@ BARE = ": llm-compressor itself reads modifiers below a stage and a group alone,
 )  # fmt: skip
 def test_containers(recipe, notes):
     spec = load_spec(recipe)
-    assert [text(rule) for rule in spec.rules] == ["kind:linear: weight int4/half/g128"]
+    assert [text(rule) for rule in spec.rules] == ["kind:linear: weight int4/half/g128/source"]
     assert (spec.dialect, list(spec.notes)) == ("llm-compressor", notes)
 
 

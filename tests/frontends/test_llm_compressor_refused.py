@@ -107,7 +107,7 @@ ARGS = "config_groups.g.weights."
         (group(weights={}, output_activations={}), ["config_groups.g.output_activations: quantized outputs are not supported; write null"]),
         (group(weights={}, format="mixed-precision"), ["config_groups.g.format: 'mixed-precision' is not the format of a group"]),
         (group(weights={}, format="marlin-24"), ["config_groups.g.format: marlin-24 is withdrawn by compressed-tensors, and not supported"]),
-        (group(weights={}, format="int-quantized"), ["config_groups.g.format: int-quantized does not hold weight int8/half/tensor; pack-quantized or naive-quantized does"]),
+        (group(weights={}, format="int-quantized"), ["config_groups.g.format: int-quantized does not hold weight int8/half/tensor/source; pack-quantized or naive-quantized does"]),
         (group(format="pack-quantized"), ["config_groups.g.format: pack-quantized does not hold what is not quantized; dense does"]),
         (weights(type="float", num_bits=8, format=0), [f"{ARGS}format: unknown key"]),
         (scheme(None, config_groups={"g": {"weights": {}}, "W4A7": ["Linear"], "h": 3}), [
@@ -237,7 +237,7 @@ def test_a_checkpoint_s_config():
     for recipe in (config, {"hidden_size": 3, "quantization_config": config}, {"compression_config": config}):
         spec = load_spec(recipe)
         assert print_spec(spec) == (
-            "graphq: 1\nrules:\n  - match: kind:linear\n    weight: int8/half/tensor\n"
+            "graphq: 1\nrules:\n  - match: kind:linear\n    weight: int8/half/tensor/source\n"
             "  - match: =a.b\n    float: ignore\n    may_match_nothing: true\n"
         )
     assert (

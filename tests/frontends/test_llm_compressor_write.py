@@ -21,7 +21,7 @@ from tests.frontends.test_llm_compressor_keys import several
 from tests.frontends.test_llmc import llama
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
-W4, W8 = "weight: int4/half/g128", "weight: int8/half/channel"
+W4, W8 = "weight: int4/half/g128/source", "weight: int8/half/channel/source"
 
 
 def native(rules: list[str], rest: str = "") -> Spec:
@@ -43,8 +43,8 @@ def refused(spec: Spec) -> list[str]:
 def test_a_recipe_in_full():
     spec = native(
         [
-            f"kind:linear | {W4}/mse",
-            "re:.*mlp.* | weight: float8_e4m3fn/128x128\n    input: float8_e4m3fn/g128/dynamic",
+            f"kind:linear | {W4.replace('/source', '/mse')}",
+            "re:.*mlp.* | weight: float8_e4m3fn/128x128/source\n    input: float8_e4m3fn/g128/dynamic",
             "=lm_head | float: ignore",
         ],
         "algorithms:\n"
@@ -255,6 +255,9 @@ HALF = "compressed-tensors' 4-bit integers are int4/half"
             "int16/half/tensor: compressed-tensors has no int16/half",
             "hifloat8/tensor: compressed-tensors has no hifloat8",
             "int8/half/tensor/percentile: llm-compressor has no observer like percentile"]),
+        (["re:a | weight: int4/half/g128", "re:b | weight: nvfp4"], "", [
+            "int4/half/g128: llm-compressor computes such weights in the model's dtype; write int4/half/g128/source",
+            "nvfp4: llm-compressor computes such weights in the model's dtype; write nvfp4/source"]),
         (["re:a | weight: float8_e4m3fn/pow2/channel"], "", ["float8_e4m3fn/pow2/channel: compressed-tensors has no float8_e4m3fn/pow2"]),
         (["re:a | weight: float8_e5m2/channel"], "cache: int8/tensor\n", [
             "int8/tensor: compressed-tensors' 8-bit integers are int8/half", "float8_e5m2/channel: compressed-tensors has no float8_e5m2"]),

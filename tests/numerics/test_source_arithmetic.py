@@ -1,4 +1,8 @@
-"""Weights computed in the dtype of their source, as msModelSlim does: by hand, and beside torch's own 16-bit ops."""
+"""Weights computed in the dtype of their source, as msModelSlim and compressed-tensors do: by hand, beside torch's own
+16-bit ops, and beside compressed-tensors itself.
+"""
+
+from typing import Any
 
 import pytest
 import torch
@@ -6,10 +10,12 @@ from torch import Tensor
 
 import graphq
 from graphq import numerics
+from graphq.frontends.llm_compressor.args import write_args
 from graphq.numerics import Scales
+from graphq.numerics.codes import code_values
 from graphq.numerics.source_arithmetic import source_codes, source_scales
 from graphq.spec.formats import Float, Int, Mx
-from graphq.spec.quant import MinMax, Ssz
+from graphq.spec.quant import MinMax, Ssz, parse_quant
 
 BLOCK = [1, -1]
 
@@ -86,6 +92,52 @@ def test_scales_of_ssz_are_rounded() -> None:
     assert (scale < plain).any()
     found = source_scales(w.float(), torch.float32, Int(4), BLOCK, Ssz()).scale
     assert torch.equal(scale, found.to(torch.bfloat16).float())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("int8/half/channel", "int4/half/g32", "int3/half/tensor", "int4/asym/joint/g32", "int8/asym/joint/channel"),
+        *("float8_e4m3fn/channel", "float8_e4m3fn/tensor", "float8_e4m3fn/16x32", "float4_e2m1/g32", "nvfp4"),
+    ],
+)
+def test_as_compressed_tensors_computes(text: str, dtype: torch.dtype) -> None:
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import quantize
+    from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+
+    quant = parse_quant(f"{text}/source")
+    format: Any = quant.format
+    args = QuantizationArgs(**write_args(quant, "weights"))
+    w = torch.randn(32, 128, generator=torch.Generator().manual_seed(4)).to(dtype)
+    w[3] = 0
+    w[4] = w[4].abs() + 0.5
+    w[5, :32] = 0
+    block = numerics.weight_block(quant.granularity, 2, 0, 1)
+    low, high = numerics.block_extremes(w, block)
+    whole = generate_gparam(w.amin().view(1), w.amax().view(1)) if text == "nvfp4" else None
+    scale, zero_point = calculate_qparams(low, high, args, global_scale=whole)
+    scales = source_scales(w.float(), dtype, format, block, MinMax())
+    alive = (high > 0) | (low < 0)
+    same = alive if isinstance(format, Float) else torch.ones_like(alive)  # of floats zeros have msModelSlim's 2^-23
+    assert torch.equal(scales.scale.float()[same], scale.float()[same])
+    if whole is not None:
+        assert scales.global_scale is not None
+        assert torch.equal(scales.global_scale.view(1), whole)
+    if scales.zero_point is None:
+        assert not zero_point.any()
+        theirs = quantize(w, scale, None, args, global_scale=whole)
+    else:
+        # a zero point of zeros is the integer of a NaN there, which is anything
+        assert torch.equal(scales.zero_point[alive], zero_point[alive].to(torch.int8))
+        assert not scales.zero_point[~alive].any()
+        theirs = quantize(w, scale, scales.zero_point, args)
+    ours = source_codes(w.float(), dtype, scales, format, block)
+    assert torch.equal(code_values(ours, format), theirs.float())
+    if dtype == torch.bfloat16 and text != "float4_e2m1/g32":  # or this would test nothing
+        exact = numerics.choose_scale(w, format, block)
+        assert not torch.equal(numerics.quantize(w, exact, format, block), ours)
 
 
 def test_values_without_a_model() -> None:

@@ -1,7 +1,8 @@
 """``QuantizationArgs`` of compressed-tensors 0.19 as a ``Quant``, and back: every field, its defaults and its rules.
 
 https://github.com/vllm-project/compressed-tensors, quantization/quant_args.py. Its numbers: symmetric integers have the
-scale absmax / ((2^bits-1)/2), asymmetric ones round quotient and zero point together, mx exponents round to even.
+scale absmax / ((2^bits-1)/2), asymmetric ones round quotient and zero point together, mx exponents round to even;
+weights by min-max are computed in the model's dtype.
 """
 
 import re
@@ -10,7 +11,7 @@ from typing import Final, Literal
 from graphq.errors import SpecError
 from graphq.frontends.document import Plain, Section, nearest, show
 from graphq.frontends.llm_compressor.observer import read_method, write_method
-from graphq.spec.formats import Float, Format, Int, Mx, Nvfp4
+from graphq.spec.formats import Float, Format, Int, Mx, Nvfp4, has_source_arithmetic
 from graphq.spec.quant import (
     Granularity,
     MinMax,
@@ -21,6 +22,7 @@ from graphq.spec.quant import (
     PerTensor,
     PerToken,
     Quant,
+    RangeMethod,
 )
 
 Role = Literal["weights", "input_activations", "kv_cache_scheme"]
@@ -30,6 +32,7 @@ ARGS: Final = (
 )
 _STRATEGIES: Final = ("tensor", "channel", "group", "block", "token", "tensor_group", "attn_head")
 _DTYPES: Final = ("uint8", "int8", "float8_e4m3fn", "float16", "bfloat16", "float32", "float64")
+_MIN_MAX: Final = MinMax()
 _NULLABLE: Final = ("group_size", "strategy", "block_structure", "scale_dtype", "zp_dtype", "observer", "actorder")
 
 
@@ -69,7 +72,15 @@ def read_args(section: Section | None, role: Role, observer: str | None = None) 
     assert format is not None
     assert granularity is not None
     chosen = method or MinMax()
+    if role == "weights":
+        return given.made(lambda: weight_quant(format, granularity, chosen))
     return given.made(lambda: Quant(format, granularity, dynamic is True, chosen))
+
+
+def weight_quant(format: Format, granularity: Granularity, method: RangeMethod = _MIN_MAX) -> Quant:
+    """How a weight of this format is quantized: by min-max in the model's dtype."""
+    is_own = method == MinMax() and has_source_arithmetic(format)
+    return Quant(format, granularity, method=method, arithmetic="source" if is_own else "float32")
 
 
 def read_actorder(section: Section | None) -> str | None:
@@ -217,6 +228,9 @@ def _dtype(given: Section, key: str) -> str | None:
 def write_args(quant: Quant, role: Role) -> dict[str, Plain]:
     """The arguments that ``read_args`` reads as this. Raises ``SpecError`` for what they cannot say."""
     items = _write_format(quant)
+    own = weight_quant(quant.format, quant.granularity, quant.method) if role == "weights" else quant
+    if quant.arithmetic != own.arithmetic:
+        raise SpecError(f"{quant}: llm-compressor computes such weights in the model's dtype; write {own}")
     match quant.granularity:
         case PerGroup(size):
             items |= {"strategy": "tensor_group" if isinstance(quant.format, Nvfp4) else "group", "group_size": size}

@@ -6,8 +6,9 @@ quantized alike says its own format; a layer's group is found by its name, or by
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import count
 from typing import Any, Final, Literal
 
 import torch
@@ -17,7 +18,7 @@ from graphq.errors import SpecError
 from graphq.frontends.llm_compressor.args import write_args
 from graphq.lowering.checkpoints.compressed_tensors.layouts import layout_of
 from graphq.lowering.checkpoints.layers import QuantizedLinear
-from graphq.spec.formats import Float, Format, Int, Mx, Nvfp4
+from graphq.spec.formats import Float, Format, Int, Mx, Nvfp4, has_source_arithmetic
 from graphq.spec.quant import PerGroup, PerHead, PerTensor, Quant
 
 Consumer = Literal["vllm", "transformers", "any"]
@@ -40,7 +41,9 @@ _DEFAULTS: Final[Mapping[str, Any]] = {
 
 def weight_args(quant: Quant) -> dict[str, Any]:
     """``QuantizationArgs`` of a weight. Raises ``SpecError`` for a format that it cannot say."""
-    return _DEFAULTS | write_args(_stored(quant), "weights") | _zero_points(quant) | {"observer": "memoryless_minmax"}
+    named = _stored(quant)
+    own = replace(named, arithmetic="source" if has_source_arithmetic(named.format) else "float32")
+    return _DEFAULTS | write_args(own, "weights") | _zero_points(quant) | {"observer": "memoryless_minmax"}
 
 
 def input_args(quant: Quant) -> dict[str, Any]:
@@ -117,28 +120,35 @@ def latent_problem(source: Source) -> str | None:
 
 
 def quantization_config(
-    layers: Mapping[str, QuantizedLinear], linears: Sequence[str], cache: Quant | None = None
+    layers: Mapping[str, QuantizedLinear],
+    linears: Sequence[str],
+    cache: Quant | None = None,
+    names: Mapping[str, str] | None = None,
+    in_order: Container[str] = (),
 ) -> dict[str, Any]:
     """The value of ``quantization_config`` for these quantized layers of a model with these ``linears``, by name.
     ``cache``: how its cache is quantized, if it is.
 
-    Groups of layers that are quantized alike are ``group_0``, ``group_1`` ... in the layers' order.
+    names: of the group that a layer is in, where the spec has one for it; other groups of layers that are quantized
+    alike are ``group_0``, ``group_1`` ... in the layers' order. in_order: the layers whose columns were rounded in the
+    order of their activations, which is ``actorder: weight``.
     """
-    groups: dict[tuple[str, str], list[str]] = {}
+    groups: dict[tuple[str, str, str, bool], list[str]] = {}
     for name, layer in layers.items():
-        groups.setdefault((str(layer.weight), str(layer.input)), []).append(name)
+        key = (str(layer.weight), str(layer.input), (names or {}).get(name, ""), name in in_order)
+        groups.setdefault(key, []).append(name)
     others = [name for name in linears if name not in layers]
     made: dict[str, Any] = {}
-    for number, members in enumerate(groups.values()):
+    for (_, _, own, ordered), members in groups.items():
         layer, held = layers[members[0]], set(members)
         apart = [name for name in linears if name not in held]
         is_all = len(groups) == 1 and not any(layers[name].kind == "embedding" for name in members)
-        made[f"group_{number}"] = {
+        made[_free(own, made, {key[2] for key in groups})] = {
             "format": layout_of(layer.weight, layer.input),
             "input_activations": None if layer.input is None else input_args(layer.input),
             "output_activations": None,
             "targets": ["Linear"] if is_all else targets(members, apart),
-            "weights": weight_args(layer.weight),
+            "weights": weight_args(layer.weight) | ({"actorder": "weight"} if ordered else {}),
         }
     formats = list(dict.fromkeys(group["format"] for group in made.values()))
     return {
@@ -153,6 +163,14 @@ def quantization_config(
         "transform_config": {},
         "version": VERSION,
     }
+
+
+def _free(own: str, made: Container[str], taken: Container[str]) -> str:
+    """The name of a group that has its ``own``, or one that none of those that are ``made`` or ``taken`` has."""
+    if own and own not in made:
+        return own
+    stem = own or "group"
+    return next(name for i in count() if (name := f"{stem}_{i}") not in made and name not in taken)
 
 
 def targets(members: Iterable[str], others: Iterable[str]) -> list[str]:
