@@ -133,6 +133,17 @@ def unmatched(spec: Spec, layers: Mapping[str, Layer], modules: Iterable[str]) -
     return found
 
 
+def columns_in_order(spec: Spec, layers: Mapping[str, Layer]) -> frozenset[str]:
+    """The layers whose columns GPTQ, if it rounds them, takes in the order of their activations."""
+    asked = [a for a in spec.algorithms if a.name == "gptq" and dict(a.options).get("act_order", "static") == "static"]
+    return frozenset(
+        fqn
+        for algorithm in asked
+        for fqn, layer in layers.items()
+        if not algorithm.match or any(match.matches(layer) for match in algorithm.match)
+    )
+
+
 def preparations(spec: Spec, context: PassContext) -> list[Pass]:
     """The passes over the whole graph that come before any decision."""
     requests = _requests(spec, {}, context)

@@ -11,7 +11,7 @@ from typing import Any, Final, Literal, cast
 import torch
 from torch import Tensor, fx, nn
 
-from graphq.algorithms import PassContext, unmatched
+from graphq.algorithms import PassContext, columns_in_order, unmatched
 from graphq.artifacts.scratch import SCRATCH, give_scratch
 from graphq.capture import hugging_face
 from graphq.capture.adapters import without_adapters
@@ -279,7 +279,8 @@ def compile(  # noqa: A001
     copy_tensors(gm, shared)
     all_notes = [*source.notes, *notes, *kept_nothing, *dict.fromkeys(pass_notes)]
     bits, between = source.dtype.itemsize * 8, placed[-1] if placed else None
-    report = make_report(resolved, all_notes, bits, sqnr, spec_settings(parsed), widths, others, between)
+    in_order = columns_in_order(parsed, found)
+    report = make_report(resolved, all_notes, bits, sqnr, spec_settings(parsed), widths, others, between, in_order)
     timer.end("finish")
     unread = sqnr if deferred_tensors(gm) else None
     return Compiled(gm, parsed, dataclasses.replace(report, phases=timer.phases, caches=cached), seed, unread)

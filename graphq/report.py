@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -52,6 +52,7 @@ class LayerReport:
     """One layer. ``nbytes``: its stored weight, scales and zero points included; ``float_nbytes``: as it was.
 
     ``sqnr_db``: signal to quantization noise ratio of the weight in decibels, None where it was not measured.
+    ``group``: the name of the spec's group that it is in. ``in_order``: GPTQ rounds its columns by their activations.
     """
 
     layer: Layer
@@ -63,6 +64,8 @@ class LayerReport:
     nbytes: int
     float_nbytes: int
     sqnr_db: float | None = None
+    group: str = ""
+    in_order: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Plain data: ``layer``, ``weight``, ``input`` (null: float), ``rule``, ``source`` and what else is known.
@@ -82,6 +85,8 @@ class LayerReport:
             "bytes": self.nbytes,
             "float_bytes": self.float_nbytes,
             "sqnr_db": None if self.sqnr_db is None else _finite(self.sqnr_db),
+            **({"group": self.group} if self.group else {}),
+            **({"in_order": True} if self.in_order else {}),
         }
 
     @property
@@ -280,11 +285,13 @@ def make_report(
     stored_bits: Mapping[str, int] | None = None,
     unnamed: Iterable[Unnamed] = (),
     activations: ActivationsReport | None = None,
+    in_order: Container[str] = (),
 ) -> Report:
     """The report on decisions, and on weights that no rule can name; ``float_bits`` is the width of the source's dtype,
     ``sqnr`` what was measured.
 
     ``stored_bits``: the width that a layer's weight is stored in where it stays float, if that is another.
+    ``in_order``: the layers whose columns are rounded in the order of their activations.
     """
     layers: list[LayerReport] = []
     for fqn, found in resolved.items():
@@ -303,6 +310,8 @@ def make_report(
                 nbytes=stored_nbytes(found.layer, plan.weight) if plan and plan.weight else kept_nbytes,
                 float_nbytes=float_nbytes,
                 sqnr_db=(sqnr or {}).get(fqn),
+                group=found.rule.group if found.rule and plan else "",
+                in_order=plan is not None and plan.weight is not None and fqn in in_order,
             )
         )
     parameters: list[LayerReport] = []

@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import reprlib
-import shutil
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -14,6 +13,7 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor, fx
 
+from graphq.artifacts.companions import copy_companions
 from graphq.artifacts.fields import entry, is_text
 from graphq.artifacts.shards import in_bytes
 from graphq.artifacts.source import source_from_json, source_json
@@ -26,19 +26,6 @@ from graphq.state import first_names, tensor_of
 NAME: Final = MANIFEST
 Record = Mapping[str, Any]  # of a tensor: dtype, shape and digest
 _LONGEST: Final = 255  # bytes of a file's name on Linux's and macOS's file systems
-_COMPANIONS: Final = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "vocab.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-    "preprocessor_config.json",
-)
 
 
 @final
@@ -216,9 +203,7 @@ def write(
         "other_tensors": _records({name: t for name, t in held.items() if name not in quantized}),
     }
     if source.files is not None:
-        for name in _COMPANIONS:
-            if (Path(source.files) / name).is_file():
-                shutil.copyfile(Path(source.files) / name, directory / name)
+        copy_companions(Path(source.files), directory)
     if source.config is not None:
         if config is None:
             config = settings(source.config)

@@ -33,7 +33,8 @@ class Rule:
 
     ``may_match_nothing``: a pattern that keeps layers float and matches none is a line in the report, not an error.
     ``exclusive``: two rules that share this word may not both match one layer (empty: the later one wins).
-    ``only_if``: a layer that breaks one of these stays float, and the report says which.
+    ``only_if``: a layer that breaks one of these stays float, and the report says which. ``group``: the name of the
+    group of layers that it stands for in the spec, which targets that have names for groups keep.
     """
 
     match: Match
@@ -42,6 +43,7 @@ class Rule:
     may_match_nothing: bool = False
     exclusive: str = ""
     only_if: tuple[Constraint, ...] = ()
+    group: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         if self.only_if and isinstance(self.decision, KeepFloat):

@@ -48,7 +48,7 @@ def read_groups(section: Section, name: str, observers: Observers, groups: Group
     for key in section.values:
         if isinstance(section.values[key], list):
             decision = read_preset(section, key, key, observers)
-            _add(section, key, f"{name}.{key}", decision, groups)
+            _add(section, key, f"{name}.{key}", decision, groups)  # its name is the preset's
             continue
         group = section.section(key)
         if group is None:
@@ -60,7 +60,7 @@ def read_groups(section: Section, name: str, observers: Observers, groups: Group
         decision = read_scheme(group, observers, groups)
         if "targets" not in group.values:
             group.report("is missing", "targets")
-        _add(group, "targets", f"{name}.{key}", decision, groups)
+        _add(group, "targets", f"{name}.{key}", decision, groups, key)
 
 
 def _is_of_attention(group: Section) -> bool:
@@ -143,8 +143,10 @@ def _formats(plan: Plan | None) -> tuple[str, ...]:
             return ("naive-quantized", *["float-quantized"] * (plan.input is not None))
 
 
-def _add(section: Section, key: str, source: str, decision: Decision | None, groups: Groups) -> None:
-    """Adds the targets under ``key``. What an earlier group targets, too, is the later one's."""
+def _add(section: Section, key: str, source: str, decision: Decision | None, groups: Groups, name: str = "") -> None:
+    """Adds the targets under ``key``, of the group of this ``name``. What an earlier group targets, too, is the later
+    one's.
+    """
     for text, match, at in read_targets(section, key):
         if text in groups.targets:
             section.document.notes.append(
@@ -153,7 +155,7 @@ def _add(section: Section, key: str, source: str, decision: Decision | None, gro
             )
         if decision is not None:
             origin = section.document.origin(at, source)
-            rule = Rule(match, decision, origin)
+            rule = Rule(match, decision, origin, group=name)
             groups.targets[text] = (match, rule)
 
 

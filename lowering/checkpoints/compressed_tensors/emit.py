@@ -78,7 +78,12 @@ def emit(
         raise TargetError("\n".join(dict.fromkeys(f"{TARGET}: {line}" for line in problems)))
     linears = dict.fromkeys((*content.architecture.linears, *layers, *float_linears(content.graph)))
     cache = caches[0].quant if caches else None
-    config = content.config | {"quantization_config": quantization_config(layers, list(linears), cache)}
+    names = content.architecture.names
+    rows = {names.get(f"{row['layer']}.weight", "").removesuffix(".weight"): row for row in made_from.get("report", ())}
+    groups = {name: str(row["group"]) for name, row in rows.items() if "group" in row}
+    in_order = [name for name, row in rows.items() if row.get("in_order")]
+    settings = quantization_config(layers, list(linears), groups, in_order, cache)
+    config = content.config | {"quantization_config": settings}
     written = Written()
     of_caches = {name: manifest.record(tensor) for name, tensor in map(held_cache, caches)}
     with whole_directory(path, overwrite, manifest.sources(gm)) as directory:

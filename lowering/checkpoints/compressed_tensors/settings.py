@@ -122,9 +122,9 @@ def latent_problem(source: Source) -> str | None:
 def quantization_config(
     layers: Mapping[str, QuantizedLinear],
     linears: Sequence[str],
-    cache: Quant | None = None,
     names: Mapping[str, str] | None = None,
     in_order: Container[str] = (),
+    cache: Quant | None = None,
 ) -> dict[str, Any]:
     """The value of ``quantization_config`` for these quantized layers of a model with these ``linears``, by name.
     ``cache``: how its cache is quantized, if it is.

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import Tensor, fx
 
@@ -234,6 +235,29 @@ def test_the_configuration(root: Path, tmp_path: Path) -> None:
         "type": "int",
         "zp_dtype": None,
     }
+    loaded(tmp_path / "out")
+
+
+RECIPE = """
+quant_stage:
+  quant_modifiers:
+    GPTQModifier:
+      ignore: [lm_head]
+      config_groups:
+        wide: {targets: ['re:.*down_proj$'], weights: {num_bits: 8, strategy: channel}}
+        narrow: {targets: [Linear], weights: {num_bits: 4, group_size: 16}}
+"""
+
+
+@pytest.mark.parametrize("order", ["", "      actorder: null\n"])
+def test_what_a_recipe_says_of_its_groups(root: Path, tmp_path: Path, order: str) -> None:
+    source = saved("llama", torch.bfloat16, root)
+    recipe = RECIPE.replace("      ignore", f"{order}      ignore")
+    made = graphq.compile(source, yaml.safe_load(recipe), calibration=[(IDS,)], target="compressed-tensors")
+    made.emit("compressed-tensors", tmp_path / "out", consumer="any")
+    found = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["config_groups"]
+    assert {name: len(group["targets"]) for name, group in found.items()} == {"narrow": 6, "wide": 1}
+    assert {group["weights"]["actorder"] for group in found.values()} == {None if order else "weight"}
     loaded(tmp_path / "out")
 
 
