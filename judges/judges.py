@@ -119,6 +119,14 @@ JUDGES: Final = (
         "msModelSlim makes the same Ascend checkpoints of the same configs, byte for byte",
         "0.5 GB, 15 minutes",
     ),
+    Judge(
+        "llm-compressor",
+        ("llmcompressor==0.14.0.1", "torch==2.13.0"),
+        "run_llm_compressor.py",
+        "llm-compressor's checkpoints from the same recipes have the same tensors, settings and bytes",
+        "2.5 GB, 6 minutes",
+        apart=True,
+    ),
 )
 
 

@@ -164,6 +164,19 @@ def test_explain_says_what_a_target_cannot_hold(model, spec):
     assert wrong == "ascend: layout: 'v2' is not one of v1, v0\n"
 
 
+def test_explain_says_what_a_server_has_no_kernel_for(model, spec):
+    spec.write_text("graphq: 1\nrules:\n  - {match: down_proj, weight: int3/g16}\n")
+    explained = ("explain", model, "--spec", spec, "--target", "compressed-tensors")
+    assert graphq_(*explained).stdout.splitlines()[-1] == (
+        "note: compile refuses: compressed-tensors: model.layers.0.mlp.down_proj: int3/g16: vLLM has kernels for packed"
+        " weights of 4 and 8 bits; write int4, or say consumer=any (rules[0] (line 3))"
+    )
+    assert "refuses" not in graphq_(*explained, "--for", "any").stdout
+    assert graphq_("explain", model, "--spec", spec, "--target", "nosuch", status=1).stderr.startswith(
+        "nosuch: no such target; there are torch, onnx, compressed-tensors"
+    )
+
+
 def test_an_artifact_is_no_model(artifacts, spec):
     for target in ("torch", "onnx"):
         place = artifacts / target

@@ -9,7 +9,9 @@ from torch import fx
 
 from graphq.ir.fused import fused_layers
 from graphq.ir.layers import Site, sites
-from graphq.ir.views import TransposedLinear
+from graphq.ir.vectors import is_layer_norm
+from graphq.ir.views import TransposedLinear, ops_of
+from graphq.lowering.legalize import where
 from graphq.spec.plan import Decision, Plan
 from graphq.spec.rules import Resolved, Spec
 
@@ -56,24 +58,31 @@ def _unheld(one: Resolved, plan: Plan, is_transposed: bool) -> str | None:
     return None
 
 
-def algorithm_problems(spec: Spec, resolved: Mapping[str, Resolved]) -> Iterator[str]:
+def algorithm_problems(gm: fx.GraphModule, spec: Spec, resolved: Mapping[str, Resolved]) -> Iterator[str]:
     """A line for each algorithm that leaves behind what the architecture has no place for."""
     for algorithm in spec.algorithms:
-        where = f"{algorithm.source}: " if algorithm.source else ""
+        at = f"{algorithm.source}: " if algorithm.source else ""
         options = dict(algorithm.options)
         match algorithm.name:
             case "correct-bias":
                 bare = [f for f, one in resolved.items() if isinstance(one.decision, Plan) and not one.layer.bias]
                 if bare:
                     shown = ", ".join(bare[:2]) + (f" and {len(bare) - 2} more" if len(bare) > 2 else "")
-                    yield f"{where}correct-bias: {shown}: the architecture has no bias to put it in; leave it out"
+                    yield f"{at}correct-bias: {shown}: the architecture has no bias to put it in; leave it out"
             case _ if options.get("where") in ("multiply", "fold-or-multiply"):
-                yield f"{where}{algorithm.name}: where: {options['where']}: the architecture has no factors; write fold"
+                yield f"{at}{algorithm.name}: where: {options['where']}: the architecture has no factors; write fold"
             case "rotate" if options.get("r3") or options.get("r4"):
                 online = " and ".join(name for name in ("r3", "r4") if options.get(name))
-                yield f"{where}rotate: {online}: rotations at run time are not written; leave them out"
+                yield f"{at}rotate: {online}: rotations at run time are not written; leave them out"
+            case "rotate" if options.get("r1", True) and (norms := layer_norms(gm)):
+                yield f"{at}rotate: r1: {norms[0]}: a rotated layer norm has no mean to subtract; write r1: false"
             case _:
                 pass
+
+
+def layer_norms(gm: fx.GraphModule) -> list[str]:
+    """The modules of layer norms, which rotation turns into RMS norms: another architecture."""
+    return [where(op) for op in ops_of(gm) if is_layer_norm(op)]
 
 
 def fused_problems(found: Planned, stored: Callable[[Decision], Hashable], rule: str) -> Iterator[str]:

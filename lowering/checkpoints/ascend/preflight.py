@@ -49,7 +49,7 @@ def preflight(
 
     plans = {fqn: one.decision for fqn, one in resolved.items() if isinstance(one.decision, Plan)}
     weights = {fqn: (plan.weight, plan.input) for fqn, plan in plans.items() if plan.weight is not None}
-    lines = [*layer_problems(found, unloaded), *algorithm_problems(spec, resolved), *file_problems(weights, wanted)]
+    lines = [*layer_problems(found, unloaded), *algorithm_problems(gm, spec, resolved), *file_problems(weights, wanted)]
 
     reason = None if spec.cache is None else cache_problem(spec.cache)
     lines += [f"cache: {spec.cache}: {reason}"] if reason else []

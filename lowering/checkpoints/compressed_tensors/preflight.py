@@ -37,7 +37,7 @@ def preflight(
             one.layer.kind, plan.weight, plan.input, one.layer.shape, dtype, consumer
         )
 
-    lines = [*layer_problems(found, unloaded), *algorithm_problems(spec, resolved)]
+    lines = [*layer_problems(found, unloaded), *algorithm_problems(gm, spec, resolved)]
     reason = None if spec.cache is None else cache_problem(spec.cache, consumer) or latent_problem(source_of(gm))
     lines += [f"cache: {spec.cache}: {reason}"] if reason else []
     lines += [f"attention: {spec.attention}: checkpoints hold scales of caches alone"] if spec.attention else []

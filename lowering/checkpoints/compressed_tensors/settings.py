@@ -17,6 +17,7 @@ from graphq.capture.source import Source
 from graphq.errors import SpecError
 from graphq.frontends.llm_compressor.args import write_args
 from graphq.lowering.checkpoints.compressed_tensors.layouts import layout_of
+from graphq.lowering.checkpoints.compressed_tensors.vllm import unserved
 from graphq.lowering.checkpoints.layers import QuantizedLinear
 from graphq.spec.formats import Float, Format, Int, Mx, Nvfp4, has_source_arithmetic
 from graphq.spec.quant import PerGroup, PerHead, PerTensor, Quant
@@ -238,6 +239,8 @@ def consumer_problem(
         return f"{weight}: transformers dequantizes it to bfloat16, and fails on it in a model of float16"
     if consumer != "vllm":
         return None
+    if (reason := unserved(weight, given)) is not None:
+        return f"{reason}, or say consumer=any"
     if isinstance(weight.format, Int) and weight.format.bits < 8 and (rows % 32 or columns % 32):
         return f"{weight}: vLLM takes packed weights whose sizes are multiples of 32; this one is [{rows}, {columns}]"
     if isinstance(weight.format, Mx | Nvfp4) and rows % 16:

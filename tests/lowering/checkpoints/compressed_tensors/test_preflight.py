@@ -174,6 +174,18 @@ Q, K, V = (f"model.layers.0.self_attn.{name}_proj" for name in "qkv")
             "any",
             ["algorithms[0] (line 3): rotate: r3 and r4: rotations at run time are not written; leave them out"],
         ),
+        (
+            "opt",
+            "weight: int8/channel\nalgorithms: [rotate]",
+            "any",
+            [
+                (
+                    "algorithms[0] (line 3): rotate: r1: model.decoder.layers.0.self_attn_layer_norm: a rotated layer norm"
+                    " has no mean to subtract; write r1: false"
+                )
+            ],
+        ),
+        ("opt", "weight: int8/channel\nalgorithms: [{rotate: {r1: false}}]", "any", []),
         ("opt", "weight: int8/channel\nalgorithms: [correct-bias]", "any", []),
         (
             "llama",
