@@ -368,6 +368,43 @@ def test_calling_a_compiled_model():
         made.generate(X)
 
 
+WRITES = """
+import os, random, signal, sys, time
+import torch
+import graphq
+from tests.models import Blocks
+
+torch.set_num_threads(1)
+target, out = sys.argv[1:]
+x = torch.ones(2, 8)
+made = [graphq.compile(Blocks(), {"graphq": 1, "weight": w}, inputs=x) for w in ("int4/channel", "int8/channel")]
+made[0].emit(target, out)
+start = time.monotonic()
+made[1].emit(target, out, overwrite=True)
+took = time.monotonic() - start
+draw = random.Random(0)
+for trial in range(20):
+    writer = os.fork()
+    if not writer:
+        for _ in range(1000):
+            for one in made:
+                one.emit(target, out, overwrite=True)
+        os._exit(0)
+    time.sleep(draw.uniform(0, 3 * took))
+    os.kill(writer, signal.SIGKILL)
+    os.waitpid(writer, 0)
+    print(graphq.verify(out).ok, flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["torch", "onnx"])
+def test_whenever_a_writer_is_killed_the_old_artifact_stands_or_the_new(tmp_path, target):
+    command = [sys.executable, "-c", WRITES, target, str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["True"] * 20, done.stderr
+
+
 KILLED = """
 import sys, time
 import torch

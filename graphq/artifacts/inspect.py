@@ -216,7 +216,7 @@ def _dtype(source: Source) -> str:
 
 
 def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """A line for each row, whose cells stand below each other; what is not printable is escaped."""
+    """Rows of as many cells as lines of text, in columns, with what is not printable escaped."""
     rows = [tuple(map(printable, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -27,6 +27,7 @@ WEIGHTS: Final = "model" + SUFFIX
 INDEX: Final = "model" + INDEX_SUFFIX
 SHARD_BYTES: Final = 5_000_000_000
 _METADATA: Final = {"format": "pt"}
+_LARGEST_HEADER: Final = 100_000_000
 
 
 _SPOOLED: Final = 1 << 24  # bytes of a file that are kept in memory until it is full
@@ -219,6 +220,7 @@ def read_shards(directory: Path, stem: str = "model") -> Iterator[tuple[str, Ten
         if not path.is_file():  # safetensors waits for one who writes into a pipe
             raise TargetError(f"{path}: no such file")
         try:
+            check_header(path)
             with safe_open(path, framework="pt") as opened:
                 held = set(opened.keys())
                 wrong = held ^ names if names is not None else set[str]()
@@ -255,3 +257,29 @@ def shard_files(directory: Path, stem: str = "model") -> dict[str, set[str] | No
 def sound(x: Tensor) -> Tensor:
     """The tensor, whose bools are 0 or 1: a file can hold other bytes, which torch's kernels count on not to meet."""
     return x if x.dtype != torch.bool else x.view(torch.uint8) != 0
+
+
+def check_header(path: Path) -> None:
+    """Raises ``ValueError`` where the header of a safetensors file breaks a rule of the format that safetensors lets
+    pass: it begins with a brace, and no name stands twice. What else is wrong is left to safetensors.
+    """
+    with path.open("rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        if not 0 < size <= min(_LARGEST_HEADER, path.stat().st_size - 8):
+            return
+        text = opened.read(size)
+    if not text.startswith(b"{"):
+        raise ValueError("its header does not begin with {")
+    try:
+        json.loads(text, object_pairs_hook=_once)
+    except RecursionError as error:
+        raise ValueError("its header is nested too deep") from error
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name} stands twice in its header")
+        found[name] = value
+    return found

@@ -11,11 +11,14 @@ from graphq.cli.errors import fail, one_line_errors
 from graphq.errors import printable
 
 Artifact = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A directory that graphq compile wrote.")]
+Inspected = Annotated[
+    Path, typer.Argument(metavar="ARTIFACT", help="A directory that graphq compile wrote, or llm-compressor.")
+]
 
 
 @one_line_errors
 def inspect(
-    artifact: Artifact,
+    artifact: Inspected,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: one object.")] = False,
     kernels: Annotated[
         bool, typer.Option("--kernels", help="Also show what computes each layer here, of a torch artifact, and why.")
@@ -24,8 +27,11 @@ def inspect(
 ) -> None:
     """Show what an artifact holds: layers and their formats, source, spec, versions, files. Loads no weights."""
     from graphq.artifacts.inspect import aligned, inspect
+    from graphq.files import MANIFEST
+    from graphq.lowering.checkpoints.inspect import inspect_checkpoint
 
-    found = inspect(artifact)
+    is_other = not (artifact / MANIFEST).exists() and (artifact / "config.json").is_file()
+    found = inspect_checkpoint(artifact) if is_other else inspect(artifact)
     chosen: dict[str, str] = {}
     if kernels:
         from graphq.lowering.torch.module import load

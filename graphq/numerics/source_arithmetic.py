@@ -1,12 +1,12 @@
 """Scales and codes of weights whose every operation is rounded to the dtype that the weights are stored in.
 
 As msModelSlim computes them from a bfloat16 or float16 model: of integers (of the divisor ``max``) s = max(amax /
-largest, 2^-23) and round(w / s), of float8 s = amax / 448 and w / s, where the quotients are numbers of that dtype; of mx
-formats floor(log2(amax)) - emax, where the logarithm is one: rounded up to a whole number, it gives the next exponent.
-And as compressed-tensors 0.19 does (``calculate_qparams``, ``generate_gparam``, ``_quantize``): s = amax / ((2^bits -
-1) / 2), and the dtype's epsilon where that is 0; float8 as above; asymmetric integers have the span over 2^bits - 1, and
-their zero point is added to the quotient in that dtype, too; of nvfp4 the global scale and amax / 6 are rounded, and
-quotients are float32.
+largest, 2^-23) and round(w / s), of float8 s = amax / 448 and w / s, where the quotients are numbers of that dtype; of
+mx formats floor(log2(amax)) - emax, where the logarithm is one: rounded up to a whole number, it gives the next
+exponent. And as compressed-tensors 0.19 does (``calculate_qparams``, ``generate_gparam``, ``_quantize``): s = amax /
+((2^bits - 1) / 2), and the dtype's epsilon where that is 0; float8 as above; asymmetric integers have the span over
+2^bits - 1, and their zero point is added to the quotient in that dtype, too; of nvfp4 the global scale and amax / 6 are
+rounded, and quotients are float32.
 
 In float32 2.6 % of int8 codes of a bfloat16 model are others, off by one. Scales are given in float32, which holds them
 exactly. Of ssz the last scale is rounded, and its search is in float32.

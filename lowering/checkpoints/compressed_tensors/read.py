@@ -5,6 +5,7 @@ alphabetical order.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,14 @@ from graphq.errors import SpecError, TargetError
 from graphq.frontends.document import Document, Section, show
 from graphq.frontends.llm_compressor.args import read_args
 from graphq.frontends.llm_compressor.targets import matches_at_once
+from graphq.lowering.checkpoints.compressed_tensors.settings import VERSION
+from graphq.spec.formats import Int
 from graphq.spec.match import Regex
 from graphq.spec.quant import Quant
 
 _CLASSES: Final = ("Linear", "Embedding")
+_ACROSS_WORDS: Final = (3, 5, 6, 7)  # bits of codes that lie across words
+_SINCE: Final = (0, 18)
 
 
 @final
@@ -67,6 +72,7 @@ def read_schemes(directory: Path) -> Schemes:
             raise TargetError(f"{file}: quantization_config: is none of compressed-tensors")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise TargetError(f"{file}: damaged: {type(error).__name__}: {error}") from error
+    release = _release(file, settings.get("version", VERSION))
     document = Document(str(file), {"config_groups": groups})
     found: dict[str, Scheme] = {}
     patterns: dict[str, Regex] = {}
@@ -78,6 +84,11 @@ def read_schemes(directory: Path) -> Schemes:
         inputs = None if given is None else read_args(given.section("input_activations"), "input_activations")
         if document.problems or section is None or weight is None:
             raise TargetError("\n".join(document.problems) or f"{file}: config_groups.{name}: has no weights")
+        if isinstance(weight.format, Int) and weight.format.bits in _ACROSS_WORDS and release < _SINCE:
+            raise TargetError(
+                f"{file}: config_groups.{name}: {weight.format}: its codes lie otherwise in files of compressed-tensors"
+                f" before {_SINCE[0]}.{_SINCE[1]}, which are not read"
+            )
         for target in section.items("targets"):
             pattern = str(target)
             if pattern.startswith("re:"):
@@ -87,3 +98,11 @@ def read_schemes(directory: Path) -> Schemes:
                     raise TargetError(f"{file}: config_groups.{name}: targets: {show(pattern)}: {error}") from error
             found[pattern] = Scheme(str(section.values.get("format") or model_format), weight, inputs)
     return Schemes(found, patterns)
+
+
+def _release(file: Path, version: object) -> tuple[int, int]:
+    """The release of compressed-tensors that wrote a file. Raises ``TargetError`` for one that is not known."""
+    found = re.match(r"0\.(\d{1,4})\b", version) if isinstance(version, str) else None
+    if found is None:
+        raise TargetError(f"{file}: quantization_config: version: {show(version)}: is not known; 0.x is read")
+    return 0, int(found[1])

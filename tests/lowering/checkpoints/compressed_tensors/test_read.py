@@ -76,3 +76,37 @@ def test_a_configuration_that_is_no_file_is_not_waited_for(tmp_path: Path) -> No
     os.mkfifo(file)
     with pytest.raises(TargetError, match=r"config\.json: no such file$"):
         tensors(tmp_path)
+
+
+def with_version(directory: Path, version: object, bits: int = 8) -> Path:
+    file = checkpoint(directory, ["Linear"]) / "config.json"
+    found = json.loads(file.read_text())
+    found["quantization_config"]["version"] = version
+    found["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"] = bits
+    file.write_text(json.dumps(found))
+    return directory
+
+
+@pytest.mark.parametrize("version", ["1.0.0", "", "zero", None, 0.19, "0.", ["0.19"]])
+def test_versions_that_are_not_known(tmp_path: Path, version: object) -> None:
+    with pytest.raises(
+        TargetError, match=r"config\.json: quantization_config: version: .*: is not known; 0\.x is read$"
+    ):
+        tensors(with_version(tmp_path, version))
+
+
+@pytest.mark.parametrize("version", ["0.9.3", "0.19.0", "0.20.1a20261101", "0.21"])
+def test_versions_that_are_known(tmp_path: Path, version: str) -> None:
+    assert len(tensors(with_version(tmp_path, version))) == 3
+
+
+@pytest.mark.parametrize(
+    ("version", "bits", "is_read"), [("0.17.1", 3, False), ("0.18.0", 3, True), ("0.17.1", 4, True)]
+)
+def test_codes_that_lay_otherwise_before(tmp_path: Path, version: str, bits: int, is_read: bool) -> None:
+    place = with_version(tmp_path, version, bits)
+    if is_read:
+        assert len(tensors(place)) == 3
+        return
+    with pytest.raises(TargetError, match=r"config_groups\.group_0: int3.*lie otherwise in files.*before 0\.18, which"):
+        tensors(place)
