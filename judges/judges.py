@@ -120,6 +120,14 @@ JUDGES: Final = (
         "0.5 GB, 15 minutes",
     ),
     Judge(
+        "transformers",
+        ("transformers==5.17.0", "compressed-tensors==0.19.0", "torch==2.13.0"),
+        "run_transformers.py",
+        "transformers 5.17 loads compressed-tensors checkpoints and gives the QDQ form's logits",
+        "1.2 GB, 5 minutes",
+        apart=True,
+    ),
+    Judge(
         "llm-compressor",
         ("llmcompressor==0.14.0.1", "torch==2.13.0"),
         "run_llm_compressor.py",

@@ -193,6 +193,17 @@ def test_quantize_in_place(run: Callable[..., str], tmp_path: Path) -> None:
     assert made(tmp_path) == []
 
 
+def test_serve_with_vllm(tmp_path: Path) -> None:
+    printed = run(tmp_path, str(EXAMPLES / "serve_with_vllm.py"))
+    assert "group_0: pack-quantized, 4 bits, 6 targets\ngroup_1: int-quantized, 8 bits, 1 targets\n" in printed
+    sizes = re.search(r"^model.safetensors: (\d+) bytes before, (\d+) now$", printed, re.MULTILINE)
+    assert sizes is not None
+    assert int(sizes[2]) < 0.4 * int(sizes[1])
+    assert "\n'def main(argv=None):\\n    parser" in printed
+    assert "vllm serve build/serve_with_vllm --dtype bfloat16\n" in printed
+    assert made(tmp_path) == ["build/serve_with_vllm"]
+
+
 def test_write_a_pass(capsys: pytest.CaptureFixture[str]) -> None:
     example = runpy.run_path(str(EXAMPLES / "write_a_pass.py"), run_name="__main__")
     before, changes, after = capsys.readouterr().out.split("\n\n")

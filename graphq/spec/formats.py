@@ -177,9 +177,7 @@ class TwoLevel:
 
 
 Format = Int | Float | Mx | Nvfp4 | TwoLevel  # every ``match`` on it ends in ``assert_never``
-SourceFormat = (
-    Int | Float | Mx | Nvfp4
-)  # those that tools compute in the dtype of the weights, ``has_source_arithmetic``
+SourceFormat = Int | Float | Mx | Nvfp4  # those of which ``has_source_arithmetic`` may be true
 
 
 def element_name(format: Format) -> str:
