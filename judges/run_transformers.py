@@ -8,7 +8,8 @@ which 5.23 does not. Run by ``judges.py``, or as
 The language model of the examples, and small models of other families, with weights in float32, are compiled in each
 scheme here; the client's Python runs this script once more, loads each checkpoint and computes its logits. With float
 activations the largest difference is at most 1e-4 of the largest logit; with quantized ones, where a code that rounds
-the other way moves all that follows, 3e-2. No tensor may be missing, unexpected or of another shape.
+the other way moves all that follows, 3e-2. No tensor may be missing, unexpected or of another shape. nvfp4 and mx
+formats, which transformers dequantizes to bfloat16 whatever the model's dtype, are left to the tests.
 """
 
 import json
@@ -31,9 +32,6 @@ SCHEMES: Final = {  # the spec, and the bound on logits
     "W3A16": ("weight: int3/half/g32", 1e-4),
     "W8A16": ("weight: int8/half/g32", 1e-4),
     "FP8 weights": ("weight: float8_e4m3fn/channel", 1e-4),
-    "NVFP4 weights": ("weight: nvfp4", 1e-4),
-    "MXFP4 weights": ("weight: mxfp4/even", 1e-4),
-    "MXFP8 weights": ("weight: mxfp8_e4m3/even", 1e-4),
     "W8A8, dynamic": ("weight: int8/half/channel\ninput: int8/half/token/dynamic", 3e-2),
     "W8A8, static": ("weight: int8/half/channel\ninput: int8/half/tensor", 3e-2),
     "FP8, dynamic": ("weight: float8_e4m3fn/channel\ninput: float8_e4m3fn/token/dynamic", 3e-2),

@@ -25,6 +25,7 @@ from graphq.spec.formats import (
     Mx,
     MxElement,
     has_source_arithmetic,
+    is_asymmetric,
 )
 from graphq.spec.plan import Plan
 from graphq.spec.quant import (
@@ -217,8 +218,8 @@ def _plan(plan: Plan, own: Conventions, notes: list[str]) -> Plan:
 
 def _weight(quant: Quant, own: Conventions, notes: list[str]) -> Quant:
     """The weight's own convention, the arithmetic, after those of every tensor."""
-    has_ssz = isinstance(quant.method, Ssz)
-    if quant.arithmetic == "source" and (not own.source_arithmetic or (has_ssz and own.source_arithmetic == "all")):
+    is_slims = isinstance(quant.method, Ssz) or isinstance(quant.format, Mx)  # msModelSlim's alone
+    if quant.arithmetic == "source" and (not own.source_arithmetic or (is_slims and own.source_arithmetic == "all")):
         plain = dataclasses.replace(quant, arithmetic="float32")
         notes.append(f"{quant} -> {plain}: graphq computes {own.tool}'s weights in float32")
         return _quant(plain, own, notes)
