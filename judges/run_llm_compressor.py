@@ -33,8 +33,8 @@ _INT8: Final = {"num_bits": 8, "strategy": "channel"}
 _TOKEN: Final = {"num_bits": 8, "strategy": "token", "dynamic": True}
 _STATIC: Final = {"num_bits": 8, "strategy": "tensor"}
 _FLOAT8: Final = {"num_bits": 8, "type": "float", "strategy": "channel"}
-_NVFP4: Final = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
-_NVFP4 |= {"scale_dtype": "torch.float8_e4m3fn", "zp_dtype": "torch.float8_e4m3fn"}
+_BLOCKS: Final = {"scale_dtype": "torch.float8_e4m3fn", "zp_dtype": "torch.float8_e4m3fn", "group_size": 16}
+_NVFP4: Final = {"num_bits": 4, "type": "float", "strategy": "tensor_group", **_BLOCKS}
 _LOCAL: Final = _NVFP4 | {"dynamic": "local", "observer": "static_minmax"}
 _OTHERS: Final = ["re:.*self_attn\\..*", "re:.*(gate|up)_proj$"]
 

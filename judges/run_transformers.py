@@ -112,10 +112,8 @@ def score(told: str) -> int:
     transformers.logging.set_verbosity_error()
     for folder in map(Path, json.loads(told)):
         try:
-            model: Any
-            model, report = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, output_loading_info=True
-            )
+            load: Any = transformers.AutoModelForCausalLM.from_pretrained
+            model, report = load(folder, dtype=torch.float32, output_loading_info=True)
             if any(report.values()):
                 print(f"{folder}: {report}")
                 continue

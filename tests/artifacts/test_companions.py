@@ -33,7 +33,7 @@ def test_the_names_that_transformers_has_for_them() -> None:
         "PROCESSOR_NAME",
     )
     constants += ("IMAGE_PROCESSOR_NAME", "VIDEO_PROCESSOR_NAME", "AUDIO_TOKENIZER_NAME", "FEATURE_EXTRACTOR_NAME")
-    assert {getattr(utils, name) for name in constants} <= set(COMPANIONS)
-    assert f"{utils.CHAT_TEMPLATE_DIR}/*.jinja" in COMPANIONS
+    assert {vars(utils)[name] for name in constants} <= set(COMPANIONS)
+    assert f"{vars(utils)['CHAT_TEMPLATE_DIR']}/*.jinja" in COMPANIONS
     for tokenizer in (transformers.T5Tokenizer, transformers.GPT2Tokenizer, transformers.BertTokenizer):
         assert set(tokenizer.vocab_files_names.values()) <= set(COMPANIONS)
