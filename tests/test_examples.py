@@ -193,8 +193,8 @@ def test_quantize_in_place(run: Callable[..., str], tmp_path: Path) -> None:
     assert made(tmp_path) == []
 
 
-def test_serve_with_vllm(tmp_path: Path) -> None:
-    printed = run(tmp_path, str(EXAMPLES / "serve_with_vllm.py"))
+def test_serve_with_vllm(run: Callable[..., str], tmp_path: Path) -> None:
+    printed = run("serve_with_vllm.py")
     assert "group_0: pack-quantized, 4 bits, 6 targets\ngroup_1: int-quantized, 8 bits, 1 targets\n" in printed
     sizes = re.search(r"^model.safetensors: (\d+) bytes before, (\d+) now$", printed, re.MULTILINE)
     assert sizes is not None
