@@ -1,0 +1,159 @@
+"""The search for ops that fall back: in which order, how many, by which measure."""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from graphq.ir.pipeline import Pipeline
+from graphq.passes.annotate import Annotate
+from graphq.passes.fall_back import MEASURED, FallBack
+from graphq.report import ActivationsReport, FallbackReport
+from graphq.spec.fallback import Fallback
+from graphq.spec.match import parse_match
+from graphq.spec.plan import Plan
+from graphq.spec.profile import OpRule, Profile, int_activations, op_types
+from graphq.spec.quant import parse_quant
+from graphq.spec.rules import Rule, Spec
+from tests.models import capture
+
+X = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
+BOTH = OpRule(op_types("uint8 -> uint8", "uint16 -> uint16"))
+EIGHT = OpRule(op_types("uint8 -> uint8"))
+MOVES = OpRule(BOTH.types, "same")
+ROWS = {"Mul": BOTH, "Add": BOTH, "Tanh": BOTH, "Relu": BOTH, "Concat": BOTH, "Slice": MOVES}
+
+
+def search(
+    model: nn.Module, fallback: Fallback, batches: Sequence[tuple[Tensor, ...]] = ((X,),), **rows: OpRule
+) -> FallbackReport:
+    """What the search does for a consumer with these rows beside ``ROWS``."""
+    gm = capture(model, *batches[0])
+    nothing = Rule(parse_match("*"), Plan(parse_quant("int8/channel")), may_match_nothing=True)
+    Annotate(Spec((nothing,)), placed=True).run(gm)
+    told: list[ActivationsReport] = []
+    profile = Profile(
+        "test", "a test", int_activations("uint8", "uint16"), parse_quant("int8/channel"), {**ROWS, **rows}
+    )
+    Pipeline([FallBack(profile, (), fallback, placed=told.append)], strict=True).run(gm, list(batches))
+    assert told[0].fallback is not None
+    return told[0].fallback
+
+
+class Made(nn.Module):
+    """What ``made`` gives."""
+
+    def __init__(self, made: Any) -> None:
+        super().__init__()
+        self.made = made
+
+    def forward(self, x: Tensor) -> Any:
+        return self.made(x)
+
+
+def column(x: Tensor, size: float) -> Tensor:
+    """A product whose first column is ``size`` times as large as the others, and then cut off: its rounding is an error
+    of so many steps in what is left.
+    """
+    gain = torch.cat([torch.full((1,), size), torch.ones(7)])
+    return (x * gain)[:, 1:]
+
+
+def graded(x: Tensor) -> tuple[Tensor, ...]:
+    """Four culprits, an output each, the worst neither first nor last."""
+    return tuple(column(x, size) for size in (4.0, 32.0, 12.0, 2.0))
+
+
+def test_the_worst_come_first_and_a_floor_takes_no_more_than_it_needs() -> None:
+    model = Made(graded)
+    found = [search(model, Fallback(max_ops=most)) for most in range(1, 5)]
+    assert [len(report.ops) for report in found] == [1, 2, 3, 4]
+    assert all(few.after < more.after for few, more in itertools.pairwise(found[:3]))
+    for report in found[:3]:
+        again = search(model, Fallback(min_sqnr=report.after))  # met to the last digit
+        assert again.ops == report.ops
+        assert again.is_met
+        assert again.after == report.after
+        beyond = search(model, Fallback(min_sqnr=report.after + 0.01))
+        assert len(beyond.ops) > len(report.ops)
+        limited = search(model, Fallback(min_sqnr=report.after + 0.01, max_ops=len(report.ops)))
+        assert limited.ops == report.ops
+        assert not limited.is_met
+
+
+def test_a_floor_that_is_just_met_takes_nothing() -> None:
+    before = search(Made(graded), Fallback(max_ops=1)).before
+    report = search(Made(graded), Fallback(min_sqnr=before))
+    assert report.ops == ()
+    assert report.is_met
+    assert search(Made(graded), Fallback(min_sqnr=before + 0.01)).ops != ()
+
+
+def test_what_rounds_nothing_stays() -> None:
+    """Of tensors of two numbers each, which any grid holds, nothing is gained by 16 bits."""
+    model = Made(lambda x: torch.cat([column(x, 300.0), (x > 0).float()[:, 1:] * 255.0 + 0.0], 1))
+    report = search(model, Fallback(min_sqnr=250.0))
+    assert not report.is_met
+    assert "Add" not in {name for name, _ in report.ops}
+
+
+def test_the_worst_output_counts() -> None:
+    good = search(Made(lambda x: (x * 0.5).tanh()), Fallback(min_sqnr=1.0)).before
+    bad = search(Made(lambda x: column(x, 300.0).tanh()), Fallback(min_sqnr=1.0)).before
+    assert good > bad + 10
+    for outputs in (
+        lambda x: ((x * 0.5).tanh(), column(x, 300.0).tanh()),
+        lambda x: (column(x, 300.0).tanh(), (x * 0.5).tanh()),
+    ):
+        both = search(Made(outputs), Fallback(min_sqnr=1.0)).before
+        assert both == pytest.approx(bad, abs=1)
+
+
+def test_outputs_of_zeros_and_infinities() -> None:
+    """Elements that are infinite in the float model are not counted, and outputs that are 0 and stay so are no error."""
+    plain = search(Made(lambda x: column(x, 300.0).tanh()), Fallback(min_sqnr=1.0)).before
+    hidden = search(
+        Made(lambda x: torch.cat([column(x, 300.0).tanh(), torch.full_like(x, -torch.inf)], 1)), Fallback(min_sqnr=1.0)
+    )
+    assert hidden.before == pytest.approx(plain, abs=0.5)
+    zeros = search(Made(lambda x: (column(x, 300.0).tanh(), (x * 0.0).tanh())), Fallback(min_sqnr=1.0))
+    assert zeros.before == pytest.approx(plain, abs=0.5)
+
+
+def test_batches_are_measured_together_and_no_more_than_a_few() -> None:
+    """A batch among the first few counts, one behind them has no part in the figures but for ranges."""
+    model = Made(lambda x: column(x, 30.0).tanh())
+    calm = [(X * 0.01 * (1 + i / 10),) for i in range(MEASURED)]
+    few = search(model, Fallback(max_ops=1), [*calm[:-1], (X,)])
+    assert few.batches == MEASURED
+    more = search(model, Fallback(max_ops=1), [*calm, (X,)])
+    assert more.batches == MEASURED
+    assert more.before < few.before - 10  # small numbers on the grid of large ones, which are not measured
+
+
+class Bordered(nn.Module):
+    """A product that reads a culprit and gives a worse one to an op without 16 bits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.cat([x[:, :1] * 30.0, x[:, 1:]], 1)
+        gain = torch.cat([torch.full((1,), 30.0), torch.ones(7)])
+        return (wide * gain).tanh()[:, 1:]
+
+
+def test_an_op_that_is_float_for_one_tensor_is_not_told_to_be_in_16_bits() -> None:
+    report = search(Bordered(), Fallback(min_sqnr=250.0), Tanh=EIGHT)
+    ops = dict(report.ops)
+    assert "uint16" in ops.values()
+    assert [name for name, format in report.ops if format == "float"][-1].startswith("Tanh")
+    product = [name for name in ops if name.startswith("Mul")][-1]
+    assert ops[product] == "float"
+
+
+def test_nothing_to_gain_is_nothing_to_tell() -> None:
+    report = search(Made(lambda x: (x > 0).float() * 255.0), Fallback(max_ops=3))
+    assert report.ops == ()
+    assert report.before == report.after
+    assert [count for count, _ in report.tried] == [0]
