@@ -316,7 +316,7 @@ class _Rounding(nn.Module):
         super().__init__()
         self.scales, self.quant, self.on = scales, quant, True
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *terms: Tensor) -> Tensor:  # those that an observer sees beside a sum
         if not self.on:
             return x
         block = numerics.activation_block(self.quant.granularity, x.dim())
