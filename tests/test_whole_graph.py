@@ -106,6 +106,30 @@ def test_without_weights_the_same_is_said(tmp_path: Path) -> None:
     assert run.exit_code == 0, run.output
 
 
+class Recurrent(nn.Module):
+    """Two recurrent layers, one of two directions, and a cell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.ModuleDict({"lstm": nn.LSTM(4, 4, batch_first=True, bidirectional=True)})
+        self.gru, self.cell, self.head = nn.GRU(8, 4, batch_first=True), nn.GRUCell(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.gru(self.encoder["lstm"](x)[0])[0][:, -1]
+        return self.head(self.cell(y))
+
+
+def test_recurrent_layers_that_stay_float_are_named() -> None:
+    x = torch.randn(2, 3, 4)
+    notes = graphq.explain(Recurrent(), profile="qnn-htp", inputs=x).notes
+    assert [note for note in notes if "LSTM" in note or "GRU" in note] == [
+        "qnn-htp: ops in float: 2 LSTM (encoder.lstm): qnn-htp has no row for it: onnxruntime-qnn hands it to QNN in float16",
+        "qnn-htp: ops in float: 2 GRU (gru, cell): qnn-htp has no row for it: onnxruntime-qnn has no builder for it",
+    ]
+    notes = graphq.explain(Recurrent(), profile="openvino", inputs=x).notes
+    assert "openvino: ops in float: 2 LSTM (encoder.lstm): openvino has no row for it" in notes
+
+
 def test_dead_activations_are_noted_by_name() -> None:
     torch.manual_seed(0)
     made = graphq.compile(Net(), profile="generic-int8", inputs=IMAGE, calibration=[IMAGE])

@@ -19,7 +19,7 @@ from graphq.ir.integer_units import UnitGraph, integer_units, takes_weight
 from graphq.ir.layers import LAYER, PLAN
 from graphq.ir.op_kinds import INPUT, gives_no_negatives
 from graphq.ir.units import WITH_WEIGHT, Unit, module_of
-from graphq.ir.views import Op, Param, ops_of, view
+from graphq.ir.views import Op, Param, Recurrence, ops_of, view
 from graphq.spec.activations import ActivationRule, rule_for
 from graphq.spec.formats import Format, Int, codes_of, same_codes, with_codes
 from graphq.spec.plan import Plan
@@ -66,13 +66,20 @@ class Placement:
 
     def summary(self, profile: str) -> list[str]:
         """Lines on all: how many tensors are quantized, how many ops run in integers, how many stay float and why."""
-        ops = Counter(unit.kind for unit, _ in self.integer)
-        kept = Counter((unit.kind, reason) for unit, reason in self.why_float.items())
-        return [
-            f"{profile}: quantized tensors between ops: {_counted(self.tensors())}",
-            f"{profile}: ops in integers: {_counted(ops)}",
-            *(f"{profile}: ops in float: {count} {kind}: {reason}" for (kind, reason), count in kept.items()),
-        ]
+        ops = Counter(unit.kind for unit, _ in self.integer if not unit.gives_gates)
+        kept: dict[tuple[str, str], list[Unit]] = {}
+        for unit in (unit for unit in self.why_float if not unit.gives_gates):
+            kept.setdefault((unit.kind, self.why_float[unit]), []).append(unit)
+        lines = [f"quantized tensors between ops: {_counted(self.tensors())}", f"ops in integers: {_counted(ops)}"]
+        lines += [f"ops in float: {_named(units)}: {reason}" for (_, reason), units in kept.items()]
+        return [f"{profile}: {line}" for line in lines]
+
+
+def _named(units: Sequence[Unit]) -> str:
+    """How many of which kind; recurrences, which no consumer has in integers, by the names of their layers."""
+    layers = [str(unit.first.node.meta.get(LAYER)) for unit in units if isinstance(unit.first, Recurrence)]
+    named = ", ".join(dict.fromkeys(layer.rpartition(".")[0] or layer for layer in layers))
+    return f"{len(units)} {units[0].kind}" + (f" ({named})" if named else "")
 
 
 def _counted(counts: Mapping[str, int]) -> str:

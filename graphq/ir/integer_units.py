@@ -104,7 +104,7 @@ def _why_float(
     """
     name, rule = graph.profile.name, graph.profile.ops.get(unit.kind)
     if rule is None:
-        return f"{name} has no row for it"
+        return graph.profile.no_row(unit.kind)
     if rule.placed == "never":
         return f"{name} runs it faster so"
     if not unit.outputs or not unit.edges:

@@ -8,9 +8,9 @@ from torch import fx
 
 from graphq.ir.effect_table import effect
 from graphq.ir.effects import ReadsShape
-from graphq.ir.layers import LAYER
+from graphq.ir.layers import LAYER, gives_gates
 from graphq.ir.op_kinds import activations_of, is_float, kind_of
-from graphq.ir.views import Dequantize, Op, Quantize, Weighted, ops_of, view
+from graphq.ir.views import Dequantize, Linear, Op, Quantize, Weighted, ops_of, view
 from graphq.spec.profile import LINEAR
 
 WITH_WEIGHT: Final = (LINEAR, "Conv", "ConvTranspose")
@@ -36,6 +36,11 @@ class Unit:
         layer = self.first.node.meta.get(LAYER)
         path = module_of(self.first)
         return str(layer) if layer else f"{path}.{self.kind}" if path else self.kind
+
+    @property
+    def gives_gates(self) -> bool:
+        """Whether it is the linear of a recurrence, which consumers have as one op with that."""
+        return isinstance(self.first, Linear) and gives_gates(self.first)
 
 
 def module_of(op: Op) -> str:

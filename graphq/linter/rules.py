@@ -33,7 +33,8 @@ def judge(graph: Graph, profile: Profile, op: Op) -> Verdict:
         return Verdict("weights" if op.node.kind in ("MatMulNBits", "GatherBlockQuantized") else "integers", True)
     rule = row(profile, op.kind)
     if rule is None:
-        reason = f"{profile.name} has no form of {op.kind} in integers"
+        known = profile.lacks.get(op.kind)
+        reason = f"{profile.name} has no form of {op.kind} in integers" + (f": {known}" if known else "")
         problem = Problem(op.outputs[0], reason, "replace it, or keep it outside of what this consumer runs")
         return Verdict("float", profile.whole, problem if profile.whole else None)
     grids = [source_grid(graph, profile, name) for name in op.inputs]

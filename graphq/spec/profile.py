@@ -212,6 +212,7 @@ class Profile:
     scales: the types of scales with which ops run in integers; any, where there is none.
     overridable: whether initializers that are inputs, too, are no constants to it.
     strips: the types of codes whose quantizers it takes out, so that their tensors are in float.
+    lacks: what becomes of kinds that it has no row for, where that is known.
     """
 
     name: str
@@ -245,6 +246,12 @@ class Profile:
     scales: tuple[str, ...] = ()
     overridable: bool = False
     strips: tuple[str, ...] = ()
+    lacks: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    def no_row(self, kind: str) -> str:
+        """Why a kind of op that has no row stays float."""
+        known = self.lacks.get(kind)
+        return f"{self.name} has no row for it" + (f": {known}" if known else "")
 
     def activation(self) -> Quant:
         """The default of activations."""
