@@ -19,6 +19,7 @@ SCHEMES: Final = ("w8a8", "w8a8-a16", "w4")
 # 4-bit weights meet activations of 8 bits by block in ONNX Runtime's default session where the spelling leaves it that.
 BOUND: Final = {"w8a8": 2e-2, "w8a8-a16": 2e-2, "w4": 2e-2}
 UNSEEN: Final = 2  # ops that leave no trace of their names in what ran
+MOVES: Final = ("Transpose", "Reshape", "Squeeze", "Unsqueeze")  # which runtimes take away in pairs, or into others
 QUICK: Final = ("resnet", "bert")
 CONVOLUTIONS: Final = ("mobilenet-v2", "efficientnet", "unet", "densenet", "regnet")  # without a linear in groups of 32
 # Whose every convolution and linear is in integers on both.
@@ -76,7 +77,7 @@ def test_conforms(name: str, profile: str, scheme: str, tmp_path: Path) -> None:
     seen = [op for op in report.ops if op.ran is not None]
     assert seen
     assert not [str(op) for op in seen if op.counted and op.ran != op.runs], "prediction and observation differ"
-    assert sum(op.ran is None for op in report.counted) <= UNSEEN
+    assert sum(op.ran is None for op in report.counted if op.kind not in MOVES) <= UNSEEN
     if scheme == "w8a8" and name in WHOLE:
         layers = [op for op in report.ops if op.kind in ("Conv", "Linear", "Gemm")]
         assert len(layers) == sum(one.weight is not None and one.input is not None for one in compiled.report.layers)
