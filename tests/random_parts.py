@@ -388,7 +388,8 @@ class Volume(nn.Module):
     ) -> None:
         super().__init__()
         kind = nn.ConvTranspose3d if is_transposed else nn.Conv3d
-        own = (0, *(2 - p if is_transposed else p for p in padding))
+        rows, columns = padding
+        own = (0, 2 - rows, 2 - columns) if is_transposed else (0, rows, columns)
         self.conv: nn.Module = kind(width, out, (1, 3, 3), padding=own, groups=groups, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:

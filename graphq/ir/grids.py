@@ -50,7 +50,7 @@ class Quantizer:
 @final
 @dataclass(frozen=True)
 class Placement:
-    """All quantizers, in graph order; the units that run in integers with their types; lines for the report on what
+    """All quantizers and the units that run in integers with their types, in graph order; lines for the report on what
     could not be had; and why the other units that compute floats from data stay float.
     """
 
@@ -71,13 +71,13 @@ class Placement:
         for unit in (unit for unit in self.why_float if not unit.gives_gates):
             kept.setdefault((unit.kind, self.why_float[unit]), []).append(unit)
         lines = [f"quantized tensors between ops: {_counted(self.tensors())}", f"ops in integers: {_counted(ops)}"]
-        lines += [f"ops in float: {_named(units)}: {reason}" for (_, reason), units in kept.items()]
-        return [f"{profile}: {line}" for line in lines]
+        floats = [f"ops in float: {_named(units)}: {reason}" for (_, reason), units in kept.items()]
+        return [f"{profile}: {line}" for line in (*lines, *floats)]
 
 
 def _named(units: Sequence[Unit]) -> str:
     """How many of which kind; recurrences, which no consumer has in integers, by the names of their layers."""
-    layers = [str(unit.first.node.meta.get(LAYER)) for unit in units if isinstance(unit.first, Recurrence)]
+    layers = (str(unit.first.node.meta.get(LAYER)) for unit in units if isinstance(unit.first, Recurrence))
     named = ", ".join(dict.fromkeys(layer.rpartition(".")[0] or layer for layer in layers))
     return f"{len(units)} {units[0].kind}" + (f" ({named})" if named else "")
 
