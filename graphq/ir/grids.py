@@ -77,8 +77,7 @@ class Placement:
 
 def _named(units: Sequence[Unit]) -> str:
     """How many of which kind; recurrences, which no consumer has in integers, by the names of their layers."""
-    layers = (str(unit.first.node.meta.get(LAYER)) for unit in units if isinstance(unit.first, Recurrence))
-    named = ", ".join(dict.fromkeys(layer.rpartition(".")[0] or layer for layer in layers))
+    named = ", ".join(dict.fromkeys(module_of(unit.first) for unit in units if isinstance(unit.first, Recurrence)))
     return f"{len(units)} {units[0].kind}" + (f" ({named})" if named else "")
 
 
