@@ -7,8 +7,9 @@ https://github.com/vllm-project/llm-compressor. Run by ``judges.py``, or as
 The client's Python runs this script once more and makes a checkpoint of the language model of the examples from each
 recipe; here the recipe that it saved beside it is compiled. Compared are names, dtypes and shapes of all tensors, the
 keys and values of ``quantization_config``, and the bytes. All have to be equal, but for what ``EXPECTED`` says: a group
-keeps the recipe's name here and is ``group_0`` there; scales of inputs, which llm-compressor observes in bfloat16 and
-graphq in float32, are within ``NEAR``. Checkpoints that GPTQ made have codes of their own: it adds up errors.
+keeps the recipe's name here and is ``group_0`` there; scales of inputs and caches, which llm-compressor observes in
+bfloat16 and graphq in float32, are within ``NEAR``. Checkpoints that GPTQ made have codes of
+their own: it adds up errors.
 """
 
 import json
@@ -91,7 +92,6 @@ EXPECTED: Final = {  # what else may differ, and why
     "W4A8": "packed: fewer than 8 bits take fewer than 8",
     "W4AFP8": "packed: fewer than 8 bits take fewer than 8",
     "GPTQ_W4A16": "codes of GPTQ",
-    "KVFP8_W4A16": "caches that are not quantized yet",
 }
 
 
@@ -144,7 +144,7 @@ def compare(name: str, theirs: Path, ours: Path) -> tuple[list[str], bool]:
     is_packed = name in EXPECTED and EXPECTED[name].startswith("packed")
     if {n: (t.dtype, t.shape) for n, t in a.items()} != {n: (t.dtype, t.shape) for n, t in b.items()}:
         told = f"{len(a)}, {EXPECTED[name]}" if is_packed else "differ"
-    given = [n for n in a if n.rpartition(".")[2].startswith("input_")]
+    given = [n for n in a if n.rpartition(".")[2].startswith(("input_", "k_scale", "v_scale"))]
     if is_packed:  # as the two say what the codes are
         a, b = tensors(theirs), tensors(ours)
     different, total, farthest = Counter[str](), 0, 0.0
@@ -170,7 +170,9 @@ def compare(name: str, theirs: Path, ours: Path) -> tuple[list[str], bool]:
 def compare_settings(theirs: Path, ours: Path, is_packed: bool) -> tuple[str, bool]:
     """What differs in ``quantization_config``, and whether it may."""
     a, b = (json.loads((path / "config.json").read_text())["quantization_config"] for path in (theirs, ours))
-    lines = [key for key in ("ignore", "kv_cache_scheme", "quant_method", "quantization_status") if a[key] != b[key]]
+    lines = [key for key in ("ignore", "quant_method", "quantization_status") if a[key] != b[key]]
+    caches = [None if c["kv_cache_scheme"] is None else c["kv_cache_scheme"] | {"observer": None} for c in (a, b)]
+    lines += ["kv_cache_scheme"] * (caches[0] != caches[1])
     lines += ["keys"] * (a.keys() != b.keys()) + ["format"] * (a["format"] != b["format"] and not is_packed)
     groups = [sorted(map(_plain, c["config_groups"].values())) for c in (a, b)]
     if is_packed:
