@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from graphq.errors import PassError
 from graphq.ir import edit
+from graphq.ir.layers import TURNED
 from graphq.ir.views import Dequantize, GroupedLinear, Op, Param, ops_of, view
 from graphq.state import as_parameter, deferred_of, held_tensor, tensor_of
 
@@ -33,10 +34,14 @@ expert_linears = torch.ops.graphq.expert_linears.default
 
 
 def split_experts(gm: fx.GraphModule) -> None:
-    """Every stack of experts is read as one weight for each expert, ``[N, K]``, by ``graphq::expert_linears``."""
+    """Every stack of experts is read as one weight for each expert, ``[N, K]``, by ``graphq::expert_linears``.
+
+    A float stack that the source holds as ``[E, K, N]`` stays whole: files that know such a stack have it whole.
+    """
     made: dict[str, Op] = {}
+    turned = gm.meta.get(TURNED, frozenset())
     for op in ops_of(gm):
-        if isinstance(op, GroupedLinear):
+        if isinstance(op, GroupedLinear) and not (isinstance(op.weight, Param) and op.weight.fqn in turned):
             _split(gm, op, made)
     edit.drop_unused(gm)
 

@@ -1,7 +1,7 @@
 """Experts' products as ``graphq::grouped_linear``, whichever op the source's dtype and library chose for them.
 
 transformers traces ``transformers.grouped_mm_fallback`` in float32 and ``aten._grouped_mm`` in bfloat16; both take the
-weight as ``[E, K, N]``, a transposed view of the stored ``[E, N, K]``.
+weight as ``[E, K, N]``, a transposed view of the stored ``[E, N, K]``, or as it is stored (gpt-oss).
 """
 
 from dataclasses import dataclass
@@ -11,8 +11,11 @@ import torch
 from torch import fx
 
 from graphq.ir import edit
+from graphq.ir.index import GraphIndex
 from graphq.ir.pipeline import Batches, Pass
+from graphq.ir.products import readers_of
 from graphq.ir.views import Op, Param, Transpose, ops_of, view
+from graphq.passes.raise_linear import hold_turned
 from graphq.runtime import ops
 
 aten = torch.ops.aten
@@ -24,6 +27,7 @@ _PRODUCTS: Final = ("transformers.grouped_mm_fallback.default", "aten._grouped_m
 class RaiseGroupedLinear(Pass):
     """Every product of rows, each by the matrix of its group, is a ``grouped_linear``, by the parameter if it can be.
 
+    A parameter ``[E, K, N]`` that only such products read is held as ``[E, N, K]``, a view of the same numbers.
     ``aten._grouped_mm`` has other forms (batches of rows, a bias, a dtype of its own), which stay.
     """
 
@@ -31,12 +35,17 @@ class RaiseGroupedLinear(Pass):
 
     def run(self, gm: fx.GraphModule, batches: Batches | None = None) -> int:
         count = 0
+        columns, turned = _only_columns(gm), dict[str, Op]()
         for op in ops_of(gm):
             operands = _operands(op)
             if operands is None:
                 continue
             x, weight, offsets = operands
             stored = _transposed(weight)
+            if isinstance(weight, Param) and weight.fqn in columns:
+                if weight.fqn not in turned:
+                    turned[weight.fqn] = hold_turned(gm, op, weight.fqn, self.name)
+                stored = turned[weight.fqn]
             if not isinstance(stored, Param):
                 stored = edit.insert(gm, op, Transpose.target, weight, 1, 2, by=self.name)
             edit.replace(gm, op, ops.grouped_linear, x, stored, offsets, by=self.name)
@@ -44,6 +53,17 @@ class RaiseGroupedLinear(Pass):
         if count:
             edit.drop_unused(gm)
         return count
+
+
+def _only_columns(gm: fx.GraphModule) -> set[str]:
+    """The parameters ``[E, K, N]`` that nothing reads but grouped products by them as such."""
+    found: dict[str, set[fx.Node]] = {}
+    for op in ops_of(gm):
+        operands = _operands(op)
+        if operands is not None and isinstance(weight := operands[1], Param):
+            found.setdefault(weight.fqn, set()).add(op.node)
+    index = GraphIndex(gm)
+    return {fqn for fqn, nodes in found.items() if readers_of(index.reads(fqn)) == nodes}
 
 
 def _operands(op: Op) -> tuple[Op, Op, Op] | None:

@@ -14,6 +14,7 @@ from torch import fx
 from graphq.deferred import Made
 from graphq.ir import edit
 from graphq.ir.index import GraphIndex
+from graphq.ir.layers import TURNED
 from graphq.ir.pipeline import Batches, Pass
 from graphq.ir.products import Product, products, readers_of
 from graphq.ir.views import Cast, Linear, Op, Param
@@ -60,14 +61,7 @@ class RaiseLinear(Pass):
     def _turn(self, gm: fx.GraphModule, first: Product) -> Op:
         """The product's parameter held as ``[N, K]``; all that read it as ``[K, N]`` are about to go."""
         fqn = first.matrix.param.fqn
-        held = held_tensor(gm, fqn)
-        if (deferred := deferred_of(held)) is None:
-            rows = held.detach().t()
-        else:
-            turned = Made(deferred.shape[::-1], lambda: deferred.read().t())
-            rows = edit.deferred_tensor(gm, turned, held.dtype)
-        remove_tensor(gm, fqn)
-        return edit.add_tensor(gm, first.op, fqn, as_parameter(rows), by=self.name, like=first.op)
+        return hold_turned(gm, first.op, fqn, self.name)
 
     def _raise(self, gm: fx.GraphModule, product: Product, weight: Op) -> dict[Op, Op]:
         """The product's op, or the addition after it, is gone; what stands in its place, by it."""
@@ -96,6 +90,23 @@ class RaiseLinear(Pass):
         if product.beta != 1:
             bias = edit.insert(gm, product.op, aten.mul.Tensor, bias, product.beta, by=self.name)
         return edit.insert(gm, product.op, aten.add.Tensor, made, bias, by=self.name)
+
+
+def hold_turned(gm: fx.GraphModule, before: Op, fqn: str, by: str) -> Op:
+    """The parameter ``fqn`` held with its last two axes swapped, a view of the same numbers, and recorded so.
+
+    All that read it as it was are about to go.
+    """
+    held = held_tensor(gm, fqn)
+    if (deferred := deferred_of(held)) is None:
+        rows = held.detach().transpose(-2, -1)
+    else:
+        *stack, first, last = deferred.shape
+        turned = Made((*stack, last, first), lambda: deferred.read().transpose(-2, -1))
+        rows = edit.deferred_tensor(gm, turned, held.dtype)
+    remove_tensor(gm, fqn)
+    gm.meta[TURNED] = gm.meta.get(TURNED, frozenset[str]()) | {fqn}
+    return edit.add_tensor(gm, before, fqn, as_parameter(rows), by=by, like=before)
 
 
 def _only_columns(gm: fx.GraphModule, found: Iterable[Product]) -> set[str]:

@@ -567,3 +567,13 @@ def test_spec_convert(tmp_path):
 
 def test_spec_presets():
     assert "w4a16         int4/g128               float" in graphq_("spec", "presets").stdout.splitlines()
+
+
+def test_explain_takes_a_spec_for_a_target_that_graphq_lacks(model, tmp_path):
+    """Such configs are shipped by LLMC and msModelSlim; only what writes the artifact needs the target."""
+    file = tmp_path / "autoawq.yaml"
+    weight = "{bit: 4, symmetric: false, granularity: per_group, group_size: 16}"
+    file.write_text(f"quant: {{method: RTN, weight: {weight}}}\nsave: {{save_autoawq: true}}\n")
+    assert "int4/asym/g16" in graphq_("explain", model, "--spec", file).stdout
+    refused = graphq_("compile", model, "--spec", file, "--out", tmp_path / "out", status=1)
+    assert "autoawq" in refused.stderr

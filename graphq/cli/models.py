@@ -166,10 +166,12 @@ def explain(
     other = None if diff is None else load_spec(diff)
     model = model_directory(model, parsed.run)
     from graphq.explanation import compare, explain
+    from graphq.lowering.targets import TARGETS
 
     given, trust = example_inputs(inputs), trust_remote_code
     if other is None:
-        target = target or parsed.run.target or None
+        # A target that graphq lacks is refused where it would be written.
+        target = target or (parsed.run.target if parsed.run.target in TARGETS else None)
         options = _target_options(target, consumer, option)
         found = explain(
             model,

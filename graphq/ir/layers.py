@@ -31,6 +31,7 @@ LAYER: Final = "graphq.layer"
 PLAN: Final = "graphq.plan"
 BY: Final = "graphq.by"
 MADE_OF: Final = "graphq.made_of"  # of a graph: the parameters of the source in whose place it has others, by name
+TURNED: Final = "graphq.turned"  # of a graph: the parameters that it holds with the source's last two axes swapped
 
 PROJECTIONS: Final = frozenset(f"{name}_weight" for name in ("in_proj", "q_proj", "k_proj", "v_proj", "kv_proj"))
 _NamedOnly = Literal["", "embedding", "output head", "router", "outside of the repeated blocks"]

@@ -7,6 +7,7 @@ from typing import Any, Final, final
 from torch import Tensor, fx
 
 from graphq.capture.source import source_of
+from graphq.ir.layers import TURNED
 from graphq.lowering.checkpoints.architecture import Architecture, architecture_of
 from graphq.lowering.checkpoints.layers import QuantizedLinear, beyond, quantized_linears, rename, unstacked
 from graphq.lowering.checkpoints.written import FloatTensor
@@ -77,6 +78,7 @@ def _floats(
     state = gm.state_dict(keep_vars=True)
     same = first_names(state)
     tied = {architecture.names[a]: architecture.names[b] for a, b in architecture.tied.items()}
+    turned = {architecture.names.get(name, name) for name in gm.meta.get(TURNED, ())}
     found: dict[str, FloatTensor] = {}
     for name in architecture.names.values():
         if name not in state or name.removesuffix(".weight") in layers:
@@ -84,7 +86,7 @@ def _floats(
         other = tied.get(name)
         if not ties and other is not None and same.get(name, name) == same.get(other, other):
             continue
-        found[name] = FloatTensor(gm, name)
+        found[name] = FloatTensor(gm, name, name in turned)
     return found
 
 

@@ -8,7 +8,7 @@ from typing import Final, final
 from torch import fx
 
 from graphq.ir.fused import fused_layers
-from graphq.ir.layers import Site, sites
+from graphq.ir.layers import TURNED, Site, sites
 from graphq.ir.vectors import is_layer_norm
 from graphq.ir.views import TransposedLinear, ops_of
 from graphq.lowering.legalize import where
@@ -25,16 +25,22 @@ class Planned:
 
     sites: tuple[Site, ...]
     resolved: Mapping[str, Resolved]
+    turned: frozenset[str] = frozenset()
 
     @cached_property
     def transposed(self) -> frozenset[str]:
-        """The layers whose weight is stored as [inputs, outputs]."""
-        return frozenset(site.path for site in self.sites if isinstance(site.op, TransposedLinear))
+        """The layers whose weight is stored as [inputs, outputs], in the graph or (``turned``) in the source."""
+        return frozenset(
+            fqn
+            for site in self.sites
+            if isinstance(site.op, TransposedLinear) or site.param.fqn in self.turned
+            for fqn in site.fqns
+        )
 
 
 def planned(gm: fx.GraphModule, resolved: Mapping[str, Resolved]) -> Planned:
     """The layers of ``gm``."""
-    return Planned(tuple(sites(gm)), resolved)
+    return Planned(tuple(sites(gm)), resolved, gm.meta.get(TURNED, frozenset()))
 
 
 def layer_problems(found: Planned, problem: Callable[[Resolved, Plan], str | None]) -> Iterator[str]:

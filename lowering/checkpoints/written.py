@@ -19,10 +19,11 @@ from graphq.state import deferred_of, held_tensor, read_tensor
 @final
 @dataclass(frozen=True)
 class FloatTensor:
-    """The parameter or buffer ``name`` of a graph, which stays float."""
+    """The parameter or buffer ``name`` of a graph, which stays float; ``turned``: with its last two axes swapped."""
 
     gm: fx.GraphModule = field(repr=False)
     name: str
+    turned: bool = False
 
     def read(self) -> Tensor:
         """As an artifact holds it. Raises ``GraphError`` for a parameter that was not checked before and holds NaN."""
@@ -30,14 +31,20 @@ class FloatTensor:
         tensor = read_tensor(held)
         if tensor is not held:
             check_numbers(self.name, tensor)
-        return narrowed(tensor, stored_dtype(source_of(self.gm), self.name, held)).detach()
+        found = narrowed(tensor, stored_dtype(source_of(self.gm), self.name, held)).detach()
+        return found.transpose(-2, -1).contiguous() if self.turned else found
 
     def in_parts(self) -> InParts:
         """``read``; what is still in its file goes through memory in parts."""
         held = held_tensor(self.gm, self.name)
         dtype = stored_dtype(source_of(self.gm), self.name, held)
         deferred = deferred_of(held)
-        if deferred is None or deferred.dtypes() != frozenset({dtype}) or (plain := deferred.plain()) is None:
+        if (
+            self.turned
+            or deferred is None
+            or deferred.dtypes() != frozenset({dtype})
+            or (plain := deferred.plain()) is None
+        ):
             whole = self.read()
             return InParts(whole.dtype, tuple(whole.shape), (whole,))
         return InParts(dtype, plain.shape, self._checked(plain.pieces()))

@@ -9,7 +9,7 @@ from expecttest import assert_expected_inline
 from torch import Tensor, fx, nn
 
 from graphq.ir import edit
-from graphq.ir.layers import layers
+from graphq.ir.layers import TURNED, layers
 from graphq.ir.pipeline import Pipeline
 from graphq.ir.text import dump
 from graphq.ir.views import ops_of, view
@@ -115,12 +115,11 @@ def test_other_views_with_the_last_two_dimensions_swapped(view: Any) -> None:
 @pytest.mark.parametrize(
     ("product", "weight"),
     [
-        (lambda x, w, o: fallback(x, w, o), lambda w: w),
         (lambda x, w, o: fallback(x, w.permute(0, 1, 2), o), lambda w: w),
         (lambda x, w, o: fallback(x, w.flip(0).transpose(1, 2), o), lambda w: w.flip(0).transpose(1, 2)),
         (lambda x, w, o: fallback(x, (w * 2).transpose(1, 2), o), lambda w: (w * 2).transpose(1, 2)),
     ],
-    ids=["not transposed", "not permuted", "flipped", "scaled"],
+    ids=["not permuted", "flipped", "scaled"],
 )
 def test_other_weights_are_transposed_back(product: Any, weight: Any) -> None:
     """The op is raised all the same, but by no parameter of its own: there is no layer to quantize."""
@@ -132,6 +131,47 @@ def test_other_weights_are_transposed_back(product: Any, weight: Any) -> None:
     torch.testing.assert_close(run(gm, X), before, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(before, expected(gm, X, weight(tensor_of(gm, "proj"))), rtol=1e-5, atol=1e-5)
     assert_vals(gm, X)
+
+
+class Stored(nn.Module):
+    """Experts stored ``[E, K, N]``, as gpt-oss has them; ``product`` reads them."""
+
+    def __init__(self, product: Any) -> None:
+        super().__init__()
+        self.proj = nn.Parameter(torch.empty(4, 16, 8))
+        self.product = product
+
+    def forward(self, x: Tensor) -> Any:
+        return self.product(x, self.proj, route(x[:, :4])[1])
+
+
+@pytest.mark.parametrize(
+    ("product", "count"),
+    [(lambda x, w, o: fallback(x, w, o), 1), (lambda x, w, o: (fallback(x, w, o), fallback(x * 2, w, o)), 2)],
+    ids=["once", "twice"],
+)
+def test_experts_stored_with_inputs_first_are_held_with_outputs_first(product: Any, count: int) -> None:
+    """A view of the same numbers, once for all products, which are layers then; the graph says that it is turned."""
+    gm = capture(Stored(product), torch.ones(2, 16))
+    before, own = run(gm, X), tensor_of(gm, "proj")
+    assert raise_grouped(gm) == count
+    held = tensor_of(gm, "proj")
+    assert (held.shape, held.data_ptr()) == ((4, 8, 16), own.data_ptr())
+    assert torch.equal(held.transpose(1, 2), own)
+    assert "aten.transpose.int" not in targets(gm)
+    assert {name: layer.shape for name, layer in layers(gm).items()} == {f"{i}.proj": (8, 16) for i in range(4)}
+    assert gm.meta[TURNED] == {"proj"}
+    torch.testing.assert_close(run(gm, X), before, rtol=1e-6, atol=1e-6)
+    assert_vals(gm, X)
+
+
+def test_experts_that_are_read_otherwise_too_stay_as_they_are_stored() -> None:
+    gm = capture(Stored(lambda x, w, o: fallback(x, w, o) + w.sum()), torch.ones(2, 16))
+    before = run(gm, X)
+    assert raise_grouped(gm) == 1
+    assert not layers(gm)
+    assert (tensor_of(gm, "proj").shape, TURNED in gm.meta) == ((4, 16, 8), False)
+    torch.testing.assert_close(run(gm, X), before, rtol=1e-6, atol=1e-6)
 
 
 def test_other_dimensions_are_another_transpose() -> None:
