@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from graphq.errors import SpecError
 from graphq.frontends import load_spec, print_spec, write_spec
+from graphq.frontends.modelslim.qconfig import PD_MIX
 from graphq.spec.match import Layer
 from graphq.spec.rules import Spec, resolve
 
@@ -128,6 +129,11 @@ def test_smoothing(anti, algorithm, alike):
     assert f"spec.anti_cfg.anti_method: read as {alike} of the v1, for the v0's is compiled" in spec.notes
 
 
+def test_static_scales_are_those_of_pdmix():
+    spec = load_spec(cfg({"pdmix": True}))
+    assert (str(spec.rules[0].decision), spec.notes) == (STATIC, (f"spec.calib_cfg.pdmix: {PD_MIX}",))
+
+
 def test_the_run_and_what_is_noted():
     spec = load_spec(
         cfg(
@@ -170,8 +176,7 @@ def test_the_run_and_what_is_noted():
         (cfg({"w_bit": 4}), ["spec.calib_cfg.w_bit: W4A8 has is_dynamic: True, is_lowbit: True, open_outlier: False and a group_size"]),
         (cfg({"w_bit": 4, "a_bit": 4}), ["spec.calib_cfg.w_bit: msModelSlim has no weights of 4 bits with inputs of 4 bits"]),
         (cfg({"w_bit": 6}), ["spec.calib_cfg.w_bit: msModelSlim has no weights of 6 bits with inputs of 8 bits"]),
-        (cfg({"pdmix": True, "use_fa_quant": True, "fa_amp": 5}), [
-            "spec.calib_cfg.pdmix: static scales to decode and dynamic ones to prefill are not supported; leave it out",
+        (cfg({"use_fa_quant": True, "fa_amp": 5}), [
             "spec.calib_cfg.use_fa_quant: attention's own inputs are not quantized; leave it out",
         ]),
         (cfg({"act_method": 3}), ["spec.calib_cfg.act_method: 3 chooses a range by layers, which is not supported; write 1 (minmax) or 2 (histogram)"]),

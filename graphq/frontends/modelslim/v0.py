@@ -10,7 +10,7 @@ from typing import Final
 
 from graphq.frontends.document import Section, nearest, show
 from graphq.frontends.modelslim.globs import expand, is_name, read_patterns
-from graphq.frontends.modelslim.qconfig import LACKING, Rounding, Scalar, Side, plan_of, read_number
+from graphq.frontends.modelslim.qconfig import PD_MIX, Rounding, Scalar, Side, plan_of, read_number
 from graphq.spec.folds import EVERYWHERE, NORMS, Folds
 from graphq.spec.formats import Int
 from graphq.spec.match import Exact, Linears, Match
@@ -162,7 +162,7 @@ class _Plans:
                 if key in calib.values:
                     calib.unused(key, "an option of sparsity")
         if calib.boolean("pdmix"):
-            calib.report(LACKING["pd_mix"].partition("; ")[0] + "; leave it out", "pdmix")
+            calib.note(PD_MIX, "pdmix")
         if calib.boolean("use_fa_quant"):
             calib.report("attention's own inputs are not quantized; leave it out", "use_fa_quant")
         if calib.boolean("mm_tensor") is not False:
