@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from graphq.spec.match import Blocks, Exact, Kind, Layer, Linears, Match, Regex, Unnamed
 
@@ -43,12 +43,26 @@ def unnamed_hint(match: Match, unnamed: Iterable[Unnamed]) -> str:
 
 
 def nearest_layer(name: str, layers: Iterable[str]) -> str | None:
-    """The run of segments of any layer's path that is spelled most like ``name``; None when none comes close."""
+    """The run of segments of any layer's path that is spelled most like ``name``, else the layer, or the end of layers'
+    names, that is left of ``name`` without what stands in front; None when none comes close.
+    """
+    names = list(layers)
     width = name.count(".") + 1
     candidates: dict[str, None] = {}
-    for fqn in layers:
+    for fqn in names:
         segments = fqn.split(".")
         for start in range(max(1, len(segments) - width + 1)):
             candidates[".".join(segments[start : start + width])] = None
     found = difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)
-    return found[0] if found else None
+    return found[0] if found else _without_prefix(name, names)
+
+
+def _without_prefix(name: str, layers: Sequence[str]) -> str | None:
+    """``lm_head`` for ``language_model.lm_head``, as a model is called whose language half alone is captured."""
+    tail = name.partition(".")[2]
+    while tail:
+        ends = [fqn for fqn in layers if f".{fqn}".endswith(f".{tail}")]
+        if ends:
+            return ends[0] if len(ends) == 1 else tail
+        tail = tail.partition(".")[2]
+    return None
