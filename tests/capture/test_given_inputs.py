@@ -52,7 +52,8 @@ def test_an_encoder_decoder_from_its_directory(t5, tmp_path):
     compiled = graphq.compile(path, "w8a16", inputs=INPUTS)
     with torch.no_grad():
         wanted = model(**INPUTS).logits
-    found = compiled(**INPUTS)["logits"]
+    outputs: Any = compiled(**INPUTS)
+    found = outputs["logits"]
     assert (found - wanted).abs().max() < 0.05 * wanted.abs().max()
     source = source_of(compiled.graph)
     assert source.names == ("input_ids", "attention_mask", "decoder_input_ids")
