@@ -109,10 +109,13 @@ class Compiled(NotPickled):
         self._report = report
 
     def _learn(self) -> Report:
-        """The report, whose layers know their ratios now that all tensors were read."""
-        if self._sqnr is not None:
-            self._report, self._sqnr = self._report.with_sqnr(self._sqnr), None
-        return self._report
+        """The report, whose layers know their ratios as far as their tensors were read."""
+        if self._sqnr is None:
+            return self._report
+        known = self._report.with_sqnr(self._sqnr)
+        if self._is_read or all(one.layer.fqn in self._sqnr for one in known.layers if one.weight is not None):
+            self._report, self._sqnr = known, None
+        return known
 
     @property
     def module(self) -> CompiledModel:

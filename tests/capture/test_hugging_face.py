@@ -338,7 +338,8 @@ def test_an_encoder_decoder_needs_inputs() -> None:
     with pytest.raises(GraphError) as caught:
         capture_pretrained(transformers.T5ForConditionalGeneration(config))
     assert str(caught.value) == (
-        "T5ForConditionalGeneration is an encoder-decoder: pass example inputs (inputs=...) of its forward"
+        "T5ForConditionalGeneration is an encoder-decoder: pass example inputs of its forward (inputs=..., or --inputs"
+        " with a safetensors file)"
     )
 
 

@@ -26,7 +26,7 @@ def shown(spec: Spec) -> list[str]:
     ]
 
 
-PLANNED = ["kind:linear: weight int4/half/channel", "=lm_head: float (ignore)", "=a.b: float (ignore)"]
+PLANNED = ["kind:linear: weight int4/half/channel/source", "=lm_head: float (ignore)", "=a.b: float (ignore)"]
 GPTQ = "'scales': 'plan', 'block_size': 64}"
 
 
@@ -51,7 +51,7 @@ def test_what_gptq_ignores_is_rounded_to_nearest():
     """The plan of a layer that GPTQ alone leaves out is still that of the modifier before it."""
     spec = load_spec(several(plan(), ("GPTQModifier", {"block_size": 64, "ignore": ["c"]})))
     rounds = f"gptq {{'act_order': 'none', {GPTQ} re:(?!c$).*"
-    assert shown(spec) == [*PLANNED, *PLANNED, "=c: weight int4/half/channel", rounds]
+    assert shown(spec) == [*PLANNED, *PLANNED, "=c: weight int4/half/channel/source", rounds]
 
 
 def test_the_cache_of_the_modifier_before_holds():
@@ -122,7 +122,7 @@ def test_fields_of_2024_are_noted():
     }
     spec = load_spec(several(("GPTQModifier", fields)))
     assert shown(spec) == [
-        "kind:linear: weight int8/half/channel, input int8/half/token/dynamic",
+        "kind:linear: weight int8/half/channel/source, input int8/half/token/dynamic",
         "=lm_head: float (ignore)",
         "gptq {'act_order': 'static', 'scales': 'plan'}",
     ]
@@ -137,7 +137,7 @@ def test_fields_of_2024_are_noted():
     )
     static = {**group, "input_activations": {"num_bits": 8, "observer": "memoryless"}}
     spec = load_spec(several(("QuantizationModifier", {"config_groups": {"g": static}})))
-    assert str(spec.rules[0].decision) == "weight int8/half/channel, input int8/half/tensor/ema1"
+    assert str(spec.rules[0].decision) == "weight int8/half/channel/source, input int8/half/tensor/ema1"
 
 
 CONFIG: dict[str, Any] = {"quant_method": "compressed-tensors", "config_groups": {"W4A16": ["Linear"]}}

@@ -86,7 +86,8 @@ def on_blocks(blocks: int, monkeypatch: pytest.MonkeyPatch) -> fx.GraphModule:
 
 
 def test_every_example_is_here():
-    assert sorted(PLANS) == sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+    others = {"deepseek_w4a8_ascend"}  # of another model, which examples/deploy_ascend.py makes
+    assert sorted(PLANS) == sorted({path.stem for path in CONFIGS.glob("*.yaml")} - others)
 
 
 def check(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

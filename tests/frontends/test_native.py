@@ -234,6 +234,17 @@ algorithms:
       r4: true
   - gptq
 """,
+    "served_w4a16_w8a8": """\
+graphq: 1
+rules:
+  - match: blocks
+    weight: int4/g128
+  - match: down_proj
+    weight: int8/channel
+    input: int8/token/dynamic
+run:
+  target: compressed-tensors
+""",
 }
 
 

@@ -155,7 +155,10 @@ def test_the_text_of_a_format(text: str) -> None:
         ),
         (
             "int8/pow2/channel/source",
-            "int8/pow2/channel/source: source is the arithmetic of symmetric integers, such as int8; leave it out",
+            (
+                "int8/pow2/channel/source: source is the arithmetic of int8, int8/half, int8/asym/joint, float8_e4m3fn,"
+                " nvfp4 and mx formats by the rule ascend; leave it out"
+            ),
         ),
     ],
 )

@@ -174,9 +174,9 @@ def test_experts_are_stored_one_by_one(root: Path, tmp_path: Path, family: str, 
     assert verify(tmp_path / "out").ok
 
 
-def test_experts_that_are_no_layers_are_stored_as_they_are(root: Path, tmp_path: Path) -> None:
+def test_experts_that_are_stored_with_inputs_first_stay_so(root: Path, tmp_path: Path) -> None:
     source = saved("gpt_oss", torch.float32, root)
-    made = compiled(source, "weight: int4/g16")
+    made = compiled(source, "weight: int4/g16\nrules:\n  - {match: '*.experts.*', float: true}")
     made.emit("compressed-tensors", tmp_path / "out", consumer="any")
     held, own = load_file(tmp_path / "out" / "model.safetensors"), load_file(source / "model.safetensors")
     name = "model.layers.0.mlp.experts.gate_up_proj"
