@@ -24,12 +24,13 @@ class StoredTensor:
     nbytes: int
 
 
-def read_headers(directory: Path) -> dict[str, StoredTensor]:
-    """The tensors of ``directory`` by name. Raises ``TargetError`` naming a file that is missing or damaged, or that
-    the index says otherwise of.
+def read_headers(directory: Path, stem: str = "model") -> dict[str, StoredTensor]:
+    """The tensors of ``directory`` by name, of files that are called ``stem``.
+
+    Raises ``TargetError`` naming a file that is missing or damaged, or that the index says otherwise of.
     """
     found: dict[str, StoredTensor] = {}
-    for file, names in shard_files(directory).items():
+    for file, names in shard_files(directory, stem).items():
         path = directory / file
         if not path.is_file():  # safetensors waits for one who writes into a pipe
             raise TargetError(f"{path}: no such file")

@@ -28,9 +28,11 @@ def inspect(
     """Show what an artifact holds: layers and their formats, source, spec, versions, files. Loads no weights."""
     from graphq.artifacts.inspect import aligned, inspect
     from graphq.files import MANIFEST
+    from graphq.lowering.checkpoints.ascend.read import DESCRIPTION
     from graphq.lowering.checkpoints.inspect import inspect_checkpoint
 
-    is_other = not (artifact / MANIFEST).exists() and (artifact / "config.json").is_file()
+    others = ("config.json", DESCRIPTION)
+    is_other = not (artifact / MANIFEST).exists() and any((artifact / name).is_file() for name in others)
     found = inspect_checkpoint(artifact) if is_other else inspect(artifact)
     chosen: dict[str, str] = {}
     if kernels:

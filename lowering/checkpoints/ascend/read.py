@@ -90,13 +90,17 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def stem_of(directory: Path) -> str:
+    """What the files of weights in ``directory`` are called: by the first of the layouts that is there."""
+    return next((one for one in STEMS if any((directory / (one + end)).exists() for end in _ENDS)), STEM)
+
+
 def read_checkpoint(directory: Path) -> StoredCheckpoint:
     """All that a checkpoint holds. Raises ``TargetError`` naming the file and the tensor that is wrong."""
     description = read_description(directory)
     layers: dict[str, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}
-    stem = next((one for one in STEMS if any((directory / (one + end)).exists() for end in _ENDS)), STEM)
-    for name, tensor in read_shards(directory, stem):
+    for name, tensor in read_shards(directory, stem_of(directory)):
         layer, _, suffix = name.rpartition(".")
         tag, own = description.tags.get(name), description.tags.get(f"{layer}.weight")
         if tag is None:

@@ -1,6 +1,7 @@
 """Checkpoints that graphq did not write, seen without their weights; what is wrong with them is named."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,3 +113,55 @@ def test_what_is_damaged_is_named(written: Path, tmp_path: Path, change: Callabl
     with pytest.raises(TargetError) as caught:
         inspect_checkpoint(tmp_path)
     assert str(caught.value).startswith(f"{tmp_path}{message}")
+
+
+# -- msModelSlim's
+
+
+@pytest.fixture(scope="module")
+def described(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An Ascend checkpoint without graphq's manifest, and with a configuration of no quantization."""
+    root = tmp_path_factory.mktemp("described")
+    model, config = tiny_config("llama")
+    torch.manual_seed(0)
+    model(config).to(torch.bfloat16).save_pretrained(root / "source")
+    rules = [{"match": "down_proj", "weight": "int8/channel"}]
+    spec = {"graphq": 1, "weight": "int8/channel", "input": "int8/token/dynamic", "rules": rules}
+    graphq.compile(root / "source", spec, target="ascend").emit("ascend", root / "out")
+    (root / "out" / "graphq.json").unlink()
+    return root / "out"
+
+
+def test_what_a_checkpoint_of_msmodelslim_holds(described: Path) -> None:
+    found = inspect_checkpoint(described)
+    assert (found.format, found.model) == ("msModelSlim 1.0.0, W8A8_DYNAMIC", "LlamaForCausalLM, bfloat16")
+    layers = {layer.name: layer for layer in found.layers}
+    assert len(layers) == 14
+    down, q = layers["model.layers.0.mlp.down_proj"], layers["model.layers.0.self_attn.q_proj"]
+    assert (down.weight, down.input, down.format) == ("int8/channel", "float", "W8A16")
+    assert (q.weight, q.input, q.format) == ("int8/channel", "int8/token/dynamic", "W8A8_DYNAMIC")
+    (file,) = found.files
+    held = load_file(described / file)
+    everything = sum(t.numel() * t.itemsize for t in held.values())
+    assert sum(layer.nbytes for layer in found.layers) + found.others[1] == found.files[file] == everything
+    shown = CliRunner().invoke(app, ["inspect", str(described)])
+    assert shown.exit_code == 0
+    assert "W8A16" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tags: tags.pop("lm_head.weight"), "lm_head.weight: has no tag"),
+        (lambda tags: tags.update({"a.weight": "FLOAT"}), "a.weight: is in no file of weights"),
+    ],
+)
+def test_a_description_of_other_tensors(described: Path, tmp_path: Path, change: Any, message: str) -> None:
+    copied = Path(shutil.copytree(described, tmp_path / "copied"))
+    file = copied / "quant_model_description.json"
+    tags = json.loads(file.read_text())
+    change(tags)
+    file.write_text(json.dumps(tags))
+    with pytest.raises(TargetError) as caught:
+        inspect_checkpoint(copied)
+    assert str(caught.value) == f"{file}: {message}"
