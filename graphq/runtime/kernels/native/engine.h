@@ -138,7 +138,7 @@ template <class P> struct Engine {
   }
 
   // -- a few rows: codes are decoded in registers --
-  // Tiles are one stream, which the processor fetches ahead by itself: with prefetches it takes a third longer.
+  // Tiles are one stream, which the processor fetches ahead by itself: prefetches gained nothing.
   template <int B, int M> static void direct(const Job &job, const Grid &grid, const typename P::Tables &shared,
                                              int64_t tile) {
     const typename P::Tables tables(shared);  // its own, which stay in registers
