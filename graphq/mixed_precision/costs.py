@@ -1,9 +1,9 @@
 """What each group takes, and is predicted to lose, with each of its options."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, final
 
 from torch import fx
 
@@ -29,14 +29,14 @@ def group_sizes(
     if limit is None or limit.kind != "latency":
         held = compiler.stored_bits(gm)
         return tuple(tuple(group.nbytes(i, held) for i in range(len(group.options))) for group in groups)
-    known: dict[tuple[tuple[int, ...], Decision], int] = {}
+    known: dict[tuple[object, ...], int] = {}
     found: list[tuple[int, ...]] = []
     for group in groups:
         own: list[int] = []
         for decisions in group.decisions:
             total = 0
             for layer in group.layers:
-                key = (layer.shape, decisions[layer.fqn])
+                key = (layer.shape, layer.dtype, layer.bias, decisions[layer.fqn])
                 if key not in known:
                     known[key] = round(layer_latency(layer, decisions[layer.fqn], rows) / _NANO)
                 total += known[key]
@@ -45,22 +45,27 @@ def group_sizes(
     return tuple(found)
 
 
-def quantized_layers(
-    gm: fx.GraphModule, groups: Sequence[Group], options: Sequence[Option], batches: Sequence[tuple[Any, ...]]
-) -> dict[str, QuantizedLayers]:
-    """Of each option that quantizes, by its name."""
-    return {
-        option.name: QuantizedLayers(gm, quantized(gm, _uniform(groups, option.name), batches))
-        for option in options
-        if option.name != FLOAT
-    }
+@final
+class OptionLayers:
+    """The layers of ``gm`` as an option quantizes all of them, made when they are first asked for."""
+
+    def __init__(self, gm: fx.GraphModule, groups: Sequence[Group], batches: Sequence[tuple[Any, ...]]) -> None:
+        self._gm, self._groups, self._batches = gm, groups, batches
+        self._made: dict[str, QuantizedLayers] = {}
+
+    def of(self, option: str) -> QuantizedLayers:
+        """Those of the option of this name."""
+        if option not in self._made:
+            whole = quantized(self._gm, _uniform(self._groups, option), self._batches)
+            self._made[option] = QuantizedLayers(self._gm, whole)
+        return self._made[option]
 
 
 def group_costs(
     gm: fx.GraphModule,
     groups: Sequence[Group],
     options: Sequence[Option],
-    held: Mapping[str, QuantizedLayers],
+    held: OptionLayers,
     batches: Sequence[tuple[Any, ...]],
     kind: Sensitivity,
     seed: int,
@@ -75,11 +80,11 @@ def group_costs(
         for option in missing:
             found: dict[str, float] = {}
             for at, group in enumerate(groups):
-                loss = whole.of(dict.fromkeys(nodes[at], held[option.name]))
+                loss = whole.of(dict.fromkeys(nodes[at], held.of(option.name)))
                 found |= dict.fromkeys(group.paths, loss / len(group.paths))
             scores.put(option, found)
     elif missing and kind != "divergence":
-        by_option = layer_costs(gm, {option.name: held[option.name] for option in missing}, batches, kind, seed)
+        by_option = layer_costs(gm, {option.name: held.of(option.name) for option in missing}, batches, kind, seed)
         for option in missing:
             scores.put(option, by_option[option.name])
     by_name = {option.name: option for option in options}
@@ -98,8 +103,5 @@ def nodes_of(gm: fx.GraphModule, groups: Sequence[Group]) -> list[list[str]]:
 
 
 def _uniform(groups: Sequence[Group], name: str) -> dict[str, Decision]:
-    """Each layer as this option decides, where it differs from an earlier one; else as that one does."""
-    found: dict[str, Decision] = {}
-    for group in groups:
-        found |= group.decisions[group.options.index(name)] if name in group.options else group.decisions[0]
-    return found
+    """Each layer as this option decides."""
+    return {fqn: decision for group in groups for fqn, decision in group.decisions[group.choice_of[name]].items()}

@@ -17,7 +17,7 @@ from graphq.data.evaluate import perplexity
 from graphq.errors import SpecError
 from graphq.ir.layers import layers
 from graphq.mixed_precision.budget import Budget, parse_budget
-from graphq.mixed_precision.costs import group_costs, group_sizes, quantized_layers
+from graphq.mixed_precision.costs import OptionLayers, group_costs, group_sizes
 from graphq.mixed_precision.exchange import Mix
 from graphq.mixed_precision.knapsack import Front, pareto_front
 from graphq.mixed_precision.layer_groups import Group, layer_groups
@@ -155,7 +155,7 @@ def find(
         raise SpecError("calibration: no batches; a search needs at least one")
     groups = layer_groups(gm, chosen_from)
     sizes = group_sizes(gm, groups, limit, rows)
-    held = quantized_layers(gm, groups, chosen_from, batches)
+    held = OptionLayers(gm, groups, batches)
     costs = group_costs(gm, groups, chosen_from, held, batches, sensitivity, seed, scores)
     most = _most(limit, groups, sizes)
     front = pareto_front(sizes, costs, most)
@@ -195,9 +195,10 @@ def find(
 def _share(max_drop: float | str | None) -> float | None:
     if max_drop is None:
         return None
+    text = str(max_drop)
     try:
-        share = float(max_drop.removesuffix("%")) / 100 if str(max_drop).endswith("%") else float(max_drop)  # type: ignore[union-attr]
-    except (TypeError, ValueError) as error:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError as error:
         raise SpecError(f"max_drop: {max_drop!r} is no share: write 0.005 or 0.5%") from error
     if not 0 <= share < 10:
         raise SpecError(f"max_drop: {max_drop} is not from 0 to 1000%")

@@ -29,6 +29,7 @@ class Group:
     whose weight is not also that of another.
 
     ``options``: the names of those that differ for it, and ``decisions``: what each makes of each layer, by its name.
+    ``choice_of``: the place among these of what each option of the search decides, those that decide alike included.
     """
 
     layers: tuple[Layer, ...]
@@ -36,6 +37,7 @@ class Group:
     held: tuple[Layer, ...]
     options: tuple[str, ...]
     decisions: tuple[Mapping[str, Decision], ...]
+    choice_of: Mapping[str, int]
 
     @property
     def name(self) -> str:
@@ -95,8 +97,11 @@ def layer_groups(gm: fx.GraphModule, options: Sequence[Option]) -> list[Group]:
     groups: list[Group] = []
     for component in sorted(components, key=lambda fqns: place[fqns[0]]):
         choices: dict[tuple[Decision, ...], str] = {}
+        choice_of: dict[str, int] = {}
         for name, resolved in by_option.items():
-            choices.setdefault(tuple(resolved[fqn].decision for fqn in component), name)
+            decided = tuple(resolved[fqn].decision for fqn in component)
+            choices.setdefault(decided, name)
+            choice_of[name] = list(choices).index(decided)
         held = {weight_of[fqn]: found[fqn] for fqn in reversed(component)}
         groups.append(
             Group(
@@ -105,6 +110,7 @@ def layer_groups(gm: fx.GraphModule, options: Sequence[Option]) -> list[Group]:
                 held=tuple(reversed(held.values())),
                 options=tuple(choices.values()),
                 decisions=tuple(dict(zip(component, one, strict=True)) for one in choices),
+                choice_of=choice_of,
             )
         )
     return groups

@@ -1,18 +1,17 @@
 """Mixes within a budget: where a search begins, and the best of what it measures."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
 from torch import fx
 
-from graphq.mixed_precision.costs import nodes_of
+from graphq.mixed_precision.costs import OptionLayers, nodes_of
 from graphq.mixed_precision.divergence import Divergence
 from graphq.mixed_precision.exchange import Measured, Mix, improved
 from graphq.mixed_precision.knapsack import Front, pareto_front
 from graphq.mixed_precision.layer_groups import Group
 from graphq.mixed_precision.options import FLOAT
-from graphq.mixed_precision.quantized import QuantizedLayers
 
 
 @final
@@ -33,7 +32,7 @@ def total_size(sizes: Sequence[Sequence[int]], mix: Mix) -> int:
 def best_within(
     gm: fx.GraphModule,
     groups: Sequence[Group],
-    held: Mapping[str, QuantizedLayers],
+    held: OptionLayers,
     sizes: tuple[tuple[int, ...], ...],
     costs: tuple[tuple[float, ...], ...],
     most: float,
@@ -55,7 +54,7 @@ def best_within(
 
     def measure(mix: Mix) -> float:
         chosen = {
-            node: held[name]
+            node: held.of(name)
             for at, choice in enumerate(mix)
             if (name := groups[at].options[choice]) != FLOAT
             for node in nodes[at]

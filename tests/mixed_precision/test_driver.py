@@ -151,12 +151,26 @@ def test_scores_are_kept_and_only_what_is_new_is_measured(tmp_path, monkeypatch)
         return measure(gm, options, *rest)
 
     monkeypatch.setattr(costs_module, "layer_costs", counted)
-    again = search("4bits", exchanges=0, scores=file)
+    with monkeypatch.context() as patched:
+        patched.setattr(costs_module, "quantized", None)  # nothing is quantized for what is known
+        again = search("4bits", exchanges=0, scores=file)
     assert again.costs == first.costs
     assert asked == []
     search("4bits", exchanges=0, scores=file, options=f"{OPTIONS},int3/channel")
     assert asked == [["int3/channel"]]
     assert len(json.loads(file.read_text())["options"]) == 4
+
+
+def test_an_option_that_decides_as_another_has_its_scores(tmp_path):
+    """Where two options decide alike on a group, the file has the same costs of it for both."""
+    file = tmp_path / "scores.json"
+    rules = [{"match": "blocks", "weight": "int8/channel"}, {"match": "conv", "weight": "int3/channel"}]
+    search("5bits", exchanges=0, scores=file, options=["int2/channel", "int8/channel", {"graphq": 1, "rules": rules}])
+    narrow, wide, mixed = json.loads(file.read_text())["options"].values()
+    assert {path: mixed[path] for path in ("first", "second", "last")} == {
+        p: wide[p] for p in ("first", "second", "last")
+    }
+    assert mixed["conv"] not in (narrow["conv"], wide["conv"])
 
 
 @pytest.mark.parametrize(
