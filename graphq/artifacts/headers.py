@@ -5,10 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, final
 
-from safetensors import SafetensorError, safe_open
-
-from graphq.artifacts.shards import check_header, shard_files
-from graphq.errors import TargetError
+from graphq.artifacts.shards import each_tensor
 
 _BITS: Final = {"BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}  # others say theirs, as F8_E4M3 does
 
@@ -29,27 +26,14 @@ def read_headers(directory: Path, stem: str = "model") -> dict[str, StoredTensor
 
     Raises ``TargetError`` naming a file that is missing or damaged, or that the index says otherwise of.
     """
-    found: dict[str, StoredTensor] = {}
-    for file, names in shard_files(directory, stem).items():
-        path = directory / file
-        if not path.is_file():  # safetensors waits for one who writes into a pipe
-            raise TargetError(f"{path}: no such file")
-        try:
-            check_header(path)
-            with safe_open(path, framework="pt") as opened:
-                held = set(opened.keys())
-                wrong = held ^ names if names is not None else set[str]()
-                if wrong:
-                    raise TargetError(f"{path}: the index says otherwise of {', '.join(sorted(wrong)[:3])}")
-                if twice := held & found.keys():
-                    raise TargetError(f"{path}: {min(twice)}: is in another file, too")
-                found |= {name: _stored(file, opened.get_slice(name)) for name in sorted(held)}
-        except (OSError, ValueError, SafetensorError) as error:
-            raise TargetError(f"{path}: damaged or incomplete: {error}") from error
-    return found
+    found = each_tensor(directory, stem, lambda opened, name: _declared(opened.get_slice(name)))
+    return {name: _stored(file, *declared) for file, name, declared in found}
 
 
-def _stored(file: str, part: Any) -> StoredTensor:
-    dtype, shape = str(part.get_dtype()), tuple(part.get_shape())
+def _declared(part: Any) -> tuple[str, tuple[int, ...]]:
+    return str(part.get_dtype()), tuple(part.get_shape())
+
+
+def _stored(file: str, dtype: str, shape: tuple[int, ...]) -> StoredTensor:
     bits = _BITS.get(dtype) or int("".join(filter(str.isdigit, dtype.partition("_")[0])))
     return StoredTensor(file, dtype, shape, math.prod(shape) * bits // 8)

@@ -9,10 +9,10 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Final, final
+from typing import IO, Any, Final, TypeVar, final
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,6 +28,7 @@ INDEX: Final = "model" + INDEX_SUFFIX
 SHARD_BYTES: Final = 5_000_000_000
 _METADATA: Final = {"format": "pt"}
 _LARGEST_HEADER: Final = 100_000_000
+T = TypeVar("T")
 
 
 _SPOOLED: Final = 1 << 24  # bytes of a file that are kept in memory until it is full
@@ -213,9 +214,16 @@ def read_shards(directory: Path, stem: str = "model") -> Iterator[tuple[str, Ten
     Raises ``TargetError`` naming a file that is missing, damaged, no file of ``directory`` itself, or that the index
     says otherwise of.
     """
-    files = shard_files(directory, stem)
+    for _, name, tensor in each_tensor(directory, stem, lambda opened, name: sound(opened.get_tensor(name))):
+        yield name, tensor
+
+
+def each_tensor(directory: Path, stem: str, read: Callable[[Any, str], T]) -> Iterator[tuple[str, str, T]]:
+    """What ``read`` makes of each tensor of files that are called ``stem``, from the open file and the tensor's name;
+    with the names of both. Raises what ``read_shards`` raises, also for an error of the file in ``read``.
+    """
     seen: set[str] = set()
-    for file, names in files.items():
+    for file, names in shard_files(directory, stem).items():
         path = directory / file
         if not path.is_file():  # safetensors waits for one who writes into a pipe
             raise TargetError(f"{path}: no such file")
@@ -230,7 +238,7 @@ def read_shards(directory: Path, stem: str = "model") -> Iterator[tuple[str, Ten
                     if name in seen:
                         raise TargetError(f"{path}: {name}: is in another file, too")
                     seen.add(name)
-                    yield name, sound(opened.get_tensor(name))
+                    yield file, name, read(opened, name)
         except (OSError, ValueError, SafetensorError) as error:
             raise TargetError(f"{path}: damaged or incomplete: {error}") from error
 
