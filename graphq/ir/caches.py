@@ -6,7 +6,7 @@ the product that reads them: keys are compared with queries, values are summed b
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final, Literal, final
+from typing import Final, Literal, cast, final
 
 import torch
 from torch import fx
@@ -93,7 +93,7 @@ def _role(present: Op) -> Role:
                     if len(read) == 1:
                         return "key" if read == ["key"] else "value"
                 case Contracts():
-                    first, second = (view(node) for node in user.node.args[:2])  # type: ignore[arg-type]
+                    first, second = map(view, cast(tuple[fx.Node, ...], user.node.args[:2]))
                     return "value" if second == op and _is_of_softmax(first) else "key"
                 case AddsProduct() if user.node.args[0] is not op.node:
                     return "key"
