@@ -291,9 +291,22 @@ def im2col(
     return aten.im2col(x, kernel_size, dilation, padding, stride)
 
 
+def max_pool1d(
+    x: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int] = (),
+    padding: Sequence[int] = (0,),
+    dilation: Sequence[int] = (1,),
+    ceil_mode: bool = False,
+) -> Tensor:
+    """``aten.max_pool1d``, of sizes that its arithmetic holds: unlike the other poolings, it does not look itself."""
+    _check_windows(kernel_size, stride, padding, dilation)
+    return aten.max_pool1d(x, kernel_size, stride, padding, dilation, ceil_mode)
+
+
 def _check_windows(*sizes: Sequence[int]) -> None:
     for size in (s for given in sizes for s in given):
-        _require(0 <= size <= _LARGEST, "fold: a size, stride or padding out of range")
+        _require(0 <= size <= _LARGEST, "window: a size, stride, padding or dilation out of range")
 
 
 def grid_sampler(x: Tensor, grid: Tensor, interpolation_mode: int, padding_mode: int, align_corners: bool) -> Tensor:
@@ -355,6 +368,7 @@ SUBSTITUTES: Final[Mapping[str, Callable[..., Any]]] = {
     "aten.im2col.default": im2col,
     "aten.lstm.input": lstm,
     "aten.lstm_cell.default": lstm_cell,
+    "aten.max_pool1d.default": max_pool1d,
     "aten.rnn_relu.input": rnn_relu,
     "aten.rnn_relu_cell.default": rnn_relu_cell,
     "aten.rnn_tanh.input": rnn_tanh,

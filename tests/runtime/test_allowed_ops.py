@@ -150,6 +150,17 @@ def test_windows_and_modes_in_range() -> None:
             checked_ops.grid_sampler(ones(1, 1, 2, 2), ones(1, 2, 2, 2), *modes, False)
 
 
+def test_one_dimensional_pooling_takes_sizes_that_its_arithmetic_holds() -> None:
+    x = torch.arange(24.0).reshape(1, 2, 12)
+    assert torch.equal(checked_ops.max_pool1d(x, [3]), F.max_pool1d(x, 3))
+    args: list[Any] = [[3], [2], [1], [2]]
+    assert torch.equal(checked_ops.max_pool1d(x, *args, True), aten.max_pool1d(x, *args, True))
+    for place in range(4):  # the kernel's size, which is also the stride that is not given, reads beyond the tensor
+        for wrong in (2**63 - 1, -1, 2**31):
+            with pytest.raises(GraphqError, match="out of range"):
+                checked_ops.max_pool1d(x, *args[:place], [wrong], *args[place + 1 :])
+
+
 def attend(*shapes: tuple[int, ...], **options: Any) -> tuple[Any, Any]:
     """What the substitute and torch's own give for tensors of these shapes, the fourth that of the mask."""
     tensors = [torch.rand(shape, generator=torch.Generator().manual_seed(0)) for shape in shapes]
