@@ -46,10 +46,10 @@ ALGORITHMS: dict[str, list[dict[str, Any]]] = {  # and options to draw from
 }
 
 
-def check(seeds: Iterable[int]) -> None:
+def check(seeds: Iterable[int]) -> Counter[str]:
+    """In how many of the graphs of these seeds each pass changes something; that none changes a function is held."""
     changed: Counter[str] = Counter()
     failed: list[str] = []
-    seeds = list(seeds)
     for seed in seeds:
         how = f"python -m tests.random_graphs {seed}"
         try:
@@ -63,12 +63,13 @@ def check(seeds: Iterable[int]) -> None:
         if not error <= TOLERANCE:
             failed.append(f"{how}: {error:.1e}: {list(trial.counts)}\n{trial.model}")
     assert not failed, "\n\n".join(failed)
-    shares = {name: changed[name] * 100 / len(seeds) for name in SHARES}
-    assert not {name: share for name, share in shares.items() if share < SHARES[name]}
+    return changed
 
 
 def test_passes_leave_the_function_of_random_graphs_alone() -> None:
-    check(range(50))
+    changed = check(range(50))
+    shares = {name: changed[name] * 2 for name in SHARES}
+    assert not {name: share for name, share in shares.items() if share < SHARES[name]}
 
 
 @pytest.mark.slow
