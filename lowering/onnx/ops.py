@@ -289,6 +289,20 @@ def translations(given: Container[str] = ()) -> dict[Any, Callable[..., Any]]:
         outer = op18.Slice(op18.Shape(x), integers(0), integers(last))
         return op18.Reshape(y, op18.Concat(outer, integers(wide), axis=0))
 
+    def conv3d(
+        x: Any,
+        weight: Any,
+        bias: Any = None,
+        stride: Sequence[int] = (1,),
+        padding: Sequence[int] = (0,),
+        dilation: Sequence[int] = (1,),
+        groups: int = 1,
+    ) -> Any:
+        """A convolution without bias has none: onnxscript 0.7 gives it one of ``[C, 2]`` zeros, which nothing loads."""
+        stride, padding, dilation = (list(v) * (3 if len(v) == 1 else 1) for v in (stride, padding, dilation))
+        inputs = (x, weight) if bias is None else (x, weight, bias)
+        return op18.Conv(*inputs, strides=stride, pads=padding * 2, group=groups, dilations=dilation)
+
     def gelu(x: Any, approximate: str = "none") -> Any:
         return op20.Gelu(x, approximate=approximate)
 
@@ -304,6 +318,7 @@ def translations(given: Container[str] = ()) -> dict[Any, Callable[..., Any]]:
 
     return {
         torch.ops.aten.linear.default: linear,
+        torch.ops.aten.conv3d.default: conv3d,
         torch.ops.aten.gelu.default: gelu,
         torch.ops.aten.rms_norm.default: rms_norm,
         ops.dequantize: dequantize,

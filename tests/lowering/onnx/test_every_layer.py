@@ -93,6 +93,12 @@ class Film(nn.Module):
         return self.up(torch.relu(self.down(x)))
 
 
+def unbiased() -> nn.Module:
+    """Convolutions in three dimensions, for which torch's exporter makes biases of its own."""
+    first = nn.Conv3d(4, 6, 2, stride=(1, 2, 1), dilation=(1, 1, 2), groups=2, bias=False)
+    return nn.Sequential(first, nn.ReLU(), nn.Conv3d(6, 4, 3, padding=(1, 0, 2), bias=False))
+
+
 class Recurrent(nn.Module):
     """All that a recurrent layer gives, flat, and a head."""
 
@@ -138,6 +144,7 @@ MODELS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "standardized": (Residual, (2, 4, 6, 6)),
     "upward": (Upward, (2, 4, 5, 4)),
     "film": (Film, (2, 4, 4, 6, 4)),
+    "film without biases": (unbiased, (2, 4, 4, 6, 4)),
     "lstm": (lambda: both_ways(nn.LSTM), (2, 5, 6)),
     "gru": (lambda: both_ways(nn.GRU), (2, 5, 6)),
     "rnn": (lambda: both_ways(nn.RNN, bias=False, nonlinearity="relu"), (2, 5, 6)),
