@@ -16,7 +16,7 @@ from graphq.ir.op_kinds import kind_of
 from graphq.ir.pipeline import Batches, Pass
 from graphq.ir.units import module_of
 from graphq.ir.views import Linear, Op, Param, ops_of, view
-from graphq.observers.grids import BELOW
+from graphq.observers.grids import BELOW, HIDES
 from graphq.spec.profile import LINEAR, Profile
 from graphq.state import tensor_of
 
@@ -105,7 +105,8 @@ def attention_parts(gm: fx.GraphModule, op: Op, by: str) -> Op | None:
             number = edit.insert(
                 gm, op, aten._to_copy.default, hidden, by=by, like=op, options={"dtype": scores.val.dtype}
             )
-            mask = insert(aten.mul.Tensor, number, -BELOW)
+            holds = torch.finfo(scores.val.dtype).min <= HIDES  # float16 does not
+            mask = insert(aten.mul.Tensor, number, HIDES if holds else -BELOW)
         scores = insert(aten.add.Tensor, scores, mask)
     return insert(aten.matmul.default, insert(aten.softmax.int, scores, -1), value)
 

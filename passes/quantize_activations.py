@@ -1,9 +1,10 @@
 """Activations through ``graphq::quantize`` and ``graphq::dequantize``, with scales from observers or from run time."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Final, final
 
+import torch
 from torch import Tensor, fx
 
 from graphq import numerics
@@ -15,7 +16,7 @@ from graphq.ir.pipeline import Batches, Invariant, Pass
 from graphq.ir.views import Op, Param, Weighted, view
 from graphq.ir.weight_parts import QuantizedWeight
 from graphq.numerics import Scales
-from graphq.observers.grids import GridObserver
+from graphq.observers.grids import BELOW, GridObserver
 from graphq.observers.ranges import RangeObserver
 from graphq.passes.observe import observer_on, observers, remove_observers, to_quantize
 from graphq.passes.quantize_weights import hold_codes
@@ -24,6 +25,7 @@ from graphq.spec.formats import has_global_scale, is_asymmetric
 from graphq.spec.quant import Quant
 from graphq.state import remove_tensor, tensor_of
 
+aten = torch.ops.aten
 PADDING: Final = "; where a batch with padding brings other numbers, calibrate with one"
 
 
@@ -181,7 +183,31 @@ def one_value(observer: RangeObserver | GridObserver, quant: Quant) -> list[str]
 def scales_of_grids(gm: fx.GraphModule) -> dict[int, GridObserver]:
     """By the number of each grid, one of its observers, which has taken in what all of them saw."""
     found: dict[int, GridObserver] = {}
-    for _, one in observers(gm):
-        if isinstance(one, GridObserver) and (whole := found.setdefault(one.grid.number, one)) is not one:
+    watching = {op.node: one for op, one in observers(gm) if isinstance(one, GridObserver)}
+    for one in watching.values():
+        if (whole := found.setdefault(one.grid.number, one)) is not one:
             whole.merge(one)
+    for node, one in watching.items():
+        total = node.all_input_nodes[0]
+        if total.target is aten.add.Tensor:
+            for grid in _hiding(total.all_input_nodes, watching, found):
+                grid.depth = max(grid.depth, BELOW + one.spread)
     return found
+
+
+def _hiding(
+    read: Iterable[fx.Node], watching: Mapping[fx.Node, GridObserver], grids: Mapping[int, GridObserver]
+) -> Iterator[GridObserver]:
+    """The grids of what hides scores among the operands of a sum, and of all that hides and these are made of."""
+    pending = [node for node in read if node in watching]
+    seen = set(pending)
+    while pending:
+        node = pending.pop()
+        if node in watching:
+            grid = grids[watching[node].grid.number]
+            if not grid.hides:
+                continue
+            yield grid
+        new = [one for one in node.all_input_nodes if one not in seen]
+        seen.update(new)
+        pending += new

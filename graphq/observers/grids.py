@@ -14,6 +14,7 @@ from graphq.spec.formats import Int
 from graphq.spec.profile import Grid
 
 HIDDEN: Final = -1e8  # what is as low hides a score from a softmax; activations are not, and float16 holds none
+HIDES: Final = -1e9  # what graphq adds to a score that a mask hides
 BELOW: Final = 50.0  # how far below all that is visible hidden scores have to be: e^-50 of a weight is none
 
 
@@ -21,7 +22,8 @@ BELOW: Final = 50.0  # how far below all that is visible hidden scores have to b
 class GridObserver(Observer):
     """The range of a tensor that is to be on a grid, which several tensors may share.
 
-    Of elements that hide others (``HIDDEN``, such as -inf) it holds so much that they stay ``BELOW`` all the rest.
+    Of elements that hide others (``HIDDEN``, such as -inf) it holds so much that they stay ``BELOW`` all the rest, or
+    ``depth``, where they are added to scores that differ by more.
     ``moved``: everything that it holds was on the grid before, so that nothing is to be seen of it. ``numbers``: what
     the tensor may hold besides what is seen of it, or, where it is a sum and observed beside one term, what may be
     added to that.
@@ -30,6 +32,7 @@ class GridObserver(Observer):
     axis = None
     hides: Tensor
     reach: Tensor
+    bases: Tensor
 
     def __init__(
         self,
@@ -48,6 +51,8 @@ class GridObserver(Observer):
         self.ranges.role = role
         self.register_buffer("hides", torch.tensor(any(number <= HIDDEN for number in numbers)))
         self.register_buffer("reach", torch.tensor([torch.inf, -torch.inf]))
+        self.register_buffer("bases", torch.tensor([torch.inf, -torch.inf]))  # extremes of what numbers are added to
+        self.depth = BELOW
         self._added = [number for number in numbers if number > HIDDEN]
         if not is_sum:
             self._widen(self._added)
@@ -55,8 +60,7 @@ class GridObserver(Observer):
     def _widen(self, ends: Sequence[float]) -> None:
         """The range reaches as far as these."""
         if ends:
-            made = torch.tensor([min(ends), max(ends)], device=self.reach.device)
-            self.reach[0], self.reach[1] = torch.minimum(self.reach[0], made[0]), torch.maximum(self.reach[1], made[1])
+            _widen(self.reach, min(ends), max(ends))
 
     @property
     def has_observed(self) -> bool:
@@ -67,6 +71,14 @@ class GridObserver(Observer):
         """The one number that every element is, as far as is known; None where there may be more."""
         return None if self.hides or bool(self.reach[0] <= self.reach[1]) else self.ranges.only
 
+    @property
+    def spread(self) -> float:
+        """How far apart two scores are at most that a mask is added to; 0 where none was seen."""
+        low, high = self.bases
+        if self.ranges.has_observed and bool(low > high):
+            low, high = self.ranges.extremes()
+        return max(float(high - low), 0.0)
+
     def valid_part(self, x: Tensor, valid: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         return (x[valid], *(term[valid] if term.shape == x.shape else term for term in rest))
 
@@ -75,8 +87,11 @@ class GridObserver(Observer):
             return
         for term in rest:
             seen = term[term > HIDDEN]
-            if seen.numel() and self._added:
-                self._widen([float(seen.amin()) + min(self._added), float(seen.amax()) + max(self._added)])
+            if seen.numel():
+                low, high = float(seen.amin()), float(seen.amax())
+                _widen(self.bases, low, high)
+                if self._added:
+                    self._widen([low + min(self._added), high + max(self._added)])
         if bool((x <= HIDDEN).any()):
             self.hides.fill_(True)
             x = x[x > HIDDEN]
@@ -110,4 +125,8 @@ class GridObserver(Observer):
         low, high = torch.minimum(low, self.reach[0]), torch.maximum(high, self.reach[1])
         if not self.hides and bool((low == 0) & (high == 0)):
             high = torch.ones_like(high)
-        return Scales(*from_extremes(low.clamp(max=0) - BELOW if self.hides else low, high, format))
+        return Scales(*from_extremes(low.clamp(max=0) - self.depth if self.hides else low, high, format))
+
+
+def _widen(extremes: Tensor, low: float, high: float) -> None:
+    extremes[0], extremes[1] = extremes[0].clamp(max=low), extremes[1].clamp(min=high)

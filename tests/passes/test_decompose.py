@@ -206,7 +206,7 @@ def test_golden() -> None:
 %10: bool[5, 5] = aten.tril(%9)
 %11: bool[5, 5] = aten.bitwise_not(%10)
 %12: f64[5, 5] = aten._to_copy(%11, dtype=f64)
-%13: f64[5, 5] = aten.mul.Tensor(%12, -50.0)
+%13: f64[5, 5] = aten.mul.Tensor(%12, -1000000000.0)
 %14: f64[batch, 4, 5, 5] = aten.add.Tensor(%6, %13)
 %15: f64[batch, 4, 5, 5] = aten.softmax.int(%14, -1)
 %16: f64[batch, 4, 5, 8] = aten.matmul(%15, %3)

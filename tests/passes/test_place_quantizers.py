@@ -447,6 +447,34 @@ def test_calibration_without_padding_leaves_room_for_what_hides(low: float, way:
     assert torch.equal(hidden[1, :3], found[1, :3])  # what is hidden has no part in it
 
 
+class Causal(nn.Module):
+    """Attention of scores that differ by hundreds, the highest of which are hidden."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.out = way, nn.Linear(2, 2, bias=False)
+        self.out.weight.data.copy_(torch.eye(2))
+
+    def forward(self, q: Tensor, k: Tensor) -> Tensor:
+        if self.way == "fused":
+            return self.out(F.scaled_dot_product_attention(q, k, k, is_causal=True, scale=1.0))
+        low = {"least": torch.finfo(q.dtype).min, "number": -1e9}[self.way]
+        hidden = torch.ones(q.shape[-2], k.shape[-2]).tril().logical_not()
+        return self.out((q @ k.transpose(-1, -2) + hidden.to(q.dtype) * low).softmax(-1) @ k)
+
+
+@pytest.mark.parametrize("way", ["fused", "least", "number"])
+def test_scores_far_above_the_visible_ones_are_hidden(way: str) -> None:
+    """A number that hides what is 50 above lets through what is 100 above."""
+    k = torch.tensor([[[-10.0, 1], [-9, 2], [-10, 3], [10, 4], [10, 5]]])
+    q = torch.tensor([[[8.0, 0], [8, 0.1], [8, 0.2], [8, 0.3], [8, 0.4]]])
+    model = Causal(way)
+    made = graphq.compile(model, None, profile="generic-int8", inputs={"q": q, "k": k}, calibration=[{"q": q, "k": k}])
+    found, wanted = made(q=q, k=k), model(q, k)
+    assert isinstance(found, Tensor)
+    assert (found - wanted).abs().max() <= 0.5  # keys in steps of 0.08, weights of scores in steps of one
+
+
 def test_numbers_that_only_a_padded_batch_would_show_are_told() -> None:
     """Integers that nobody declares as a mask may be anything: a note says what to calibrate with."""
 
