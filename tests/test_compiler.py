@@ -490,7 +490,8 @@ def test_llmc_mixed_bits(name: str, captured32: fx.GraphModule, monkeypatch: pyt
     def capture(*_: object, **__: object) -> fx.GraphModule:  # which is tested elsewhere, and takes its time
         return copy.deepcopy(captured32)
 
-    monkeypatch.setattr(compiler, "capture", capture)
+    for module in ("compiler", "explanation"):
+        monkeypatch.setattr(f"graphq.{module}._captured", capture)
     config = ROOT / "examples" / "configs" / "llmc" / f"{name}.yaml"
     counts, special, quantized = LLMC[name]
     explained = graphq.explain("a model", config)

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import random
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -298,10 +299,15 @@ def test_what_a_layer_gets(dtype: str, bias: bool) -> None:
 
 
 def compile_one(one: Combination) -> None:
-    dtype = LEGAL[one][0].split(",")[0]
+    dtype, kinds, _ = LEGAL[one]
+    dtype = dtype.split(",")[0]
+    why = reason(one, "linear", dtype, False)
+    if why and kinds == "linear":
+        with pytest.raises(SpecError, match=rf"quantizes no layer[^\n]*\nlinear: stays float: {re.escape(why)}\n"):
+            graphq.compile(model(dtype), config(one), inputs=batch(dtype), calibration=[batch(dtype)])
+        return
     made = graphq.compile(model(dtype), config(one), inputs=batch(dtype), calibration=[batch(dtype)])
     found = {one.layer.fqn: one for one in made.report.layers}
-    why = reason(one, "linear", dtype, False)
     assert found["linear"].reason == why
     assert why or str(Plan(found["linear"].weight, found["linear"].input)) == plan(one)
     assert (found["conv2d"].weight is None) == (LEGAL[one][1] == "linear")
