@@ -39,7 +39,7 @@ def spell_translated(graph: fx.Graph, translated: Container[object]) -> bool:
     sizes of reshapes are numbers or the nodes that hold them. False: the graph is left as it was.
     """
     sizes: dict[object, fx.Node] = {}  # the first node that holds a symbolic size
-    spelled: dict[fx.Node, tuple[OpOverload, tuple[Any, ...]]] = {}
+    spelled: dict[fx.Node, tuple[OpOverload, tuple[Any, ...], dict[str, Any]]] = {}
     for node in graph.nodes:
         if isinstance(node.meta.get("val"), torch.SymInt):
             sizes.setdefault(node.meta["val"].node.expr, node)
@@ -47,22 +47,26 @@ def spell_translated(graph: fx.Graph, translated: Container[object]) -> bool:
             continue
         match node.target:
             case aten.__and__.Tensor:
-                spelled[node] = aten.bitwise_and.Tensor, node.args
+                spelled[node] = aten.bitwise_and.Tensor, node.args, {}
             case aten.adaptive_avg_pool2d.default if list(node.args[1]) == [1, 1]:
-                spelled[node] = aten.mean.dim, (node.args[0], [-1, -2], True)
+                spelled[node] = aten.mean.dim, (node.args[0], [-1, -2], True), {}
             case aten.reshape.default | aten.flatten.using_ints:
                 made = node.meta["val"].shape
                 given = node.args[1] if node.target is aten.reshape.default else [-1] * len(made)
                 shape = [_spelled(size, seen, sizes) for size, seen in zip(given, made, strict=True)]
                 if shape.count(-1) > 1:
                     return False
-                spelled[node] = aten.reshape.default, (node.args[0], shape)
+                spelled[node] = aten.reshape.default, (node.args[0], shape), {}
+            case aten.to.dtype if node.args[1] != node.args[0].meta["val"].dtype:
+                spelled[node] = aten._to_copy.default, node.args[:1], {"dtype": node.args[1]}
+            case aten._assert_tensor_metadata.default:
+                pass  # of a cast: what its operand is, which the exporter leaves out
             case target if target not in translated or _is_taken_apart(target):
                 return False
             case _:
                 pass
-    for node, (target, args) in spelled.items():
-        node.target, node.args, node.kwargs = target, args, {}
+    for node, (target, args, kwargs) in spelled.items():
+        node.target, node.args, node.kwargs = target, args, kwargs
     return True
 
 

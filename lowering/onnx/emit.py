@@ -28,6 +28,7 @@ from graphq.lowering.onnx.caches import holds_scales
 from graphq.lowering.onnx.decompositions import lean_decompositions
 from graphq.lowering.onnx.form import onnx_form, with_bytes
 from graphq.lowering.onnx.names import check_names, name_nodes, name_outputs, restore_names
+from graphq.lowering.onnx.promotions import lean_promotions
 from graphq.lowering.onnx.shapes import fix_sizes
 from graphq.lowering.onnx.spellings import spell
 from graphq.lowering.onnx.tensors import NAME, Initializers
@@ -195,8 +196,8 @@ def _export(gm: fx.GraphModule) -> Any:
 
     source = source_of(gm)
     ranges = {name: (low, high) for name, low, high in source.ranges}
-    lean = (lean_export(), kept_translations(), lean_decompositions())
-    with warnings.catch_warnings(), _quiet_exporter(), lean[0], lean[1], lean[2], torch.no_grad():
+    lean = (lean_export(), kept_translations(), lean_decompositions(), lean_promotions())
+    with warnings.catch_warnings(), _quiet_exporter(), lean[0], lean[1], lean[2], lean[3], torch.no_grad():
         warnings.simplefilter("ignore")
         exported = torch.export.export(
             gm, _samples(source), dynamic_shapes=dynamic_shapes(source.inputs, ranges), strict=False

@@ -67,6 +67,20 @@ def test_sizes_of_reshapes() -> None:
     assert found[-1] == "aten.reshape.default [[size, size, 30]] {}"
 
 
+def test_casts() -> None:
+    """What export asserts of their operand has no part in a file."""
+    x = torch.ones(3, 4)
+    found = spelled(lambda x: x.to(torch.float16), x)
+    assert found is not None
+    assert found[0].startswith("aten._assert_tensor_metadata.default ")
+    assert found[1:] == ["aten._to_copy.default [] {'dtype': torch.float16}"]
+    same = fx.Graph()
+    given = same.placeholder("x")
+    given.meta["val"] = x
+    same.call_function(aten.to.dtype, (given, torch.float32))
+    assert not spell_translated(same, TRANSLATED)  # which a decomposition leaves out
+
+
 def test_what_has_no_translation_is_decomposed() -> None:
     x = torch.ones(3, 4)
     sine = aten.sin.default
@@ -87,7 +101,7 @@ class Mixed(nn.Module):
         self.linear = nn.Linear(12, 12)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.linear((x * x.shape[1]).flatten(2))
+        y = self.linear((x.double() * x.shape[1]).flatten(2).float())
         y = y.reshape(x.shape[0], -1, 3, 4) * ((x > 0) & (x < 2))
         return nn.functional.adaptive_avg_pool2d(y, 1).reshape(x.shape[0], -1)
 
