@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import logging
 import os
 from collections.abc import Iterator
 
@@ -47,7 +48,8 @@ def pytest_collection_finish() -> None:
     """Garbage is looked for more rarely, and not among what was imported: libraries hold half a million objects."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
+    gc.enable()
+    gc.set_threshold(200_000, 20, 100)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -57,5 +59,8 @@ def _captured_once(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+gc.disable()  # until all is imported
+# Torch's own record of each export: pytest listens to loggers that hand nothing on, and torch writes it for a listener.
+logging.getLogger("torch.__trace").propagate = True
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
