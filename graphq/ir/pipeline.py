@@ -63,7 +63,8 @@ class Pipeline:
             before = fingerprint(gm) if self.strict else ""
             count = _run(step, gm, batches)
             _check(gm, (well_formed, *step.ensures), f"{step.name} promises")
-            gm.recompile()
+            if count:
+                gm.recompile()
             if self.strict and (fingerprint(gm) != before) != (count > 0):
                 found = "the same" if count else "another"
                 raise PassError(f"{step.name} reports {count} changes, but the graph is {found}")
