@@ -5,10 +5,13 @@ import gc
 import logging
 import os
 from collections.abc import Iterator
+from types import CodeType
+from typing import Any, cast
 
 import pytest
 import torch
 from hypothesis import settings
+from torch.fx import graph_module
 
 from tests.shared_captures import captured_once
 
@@ -59,6 +62,18 @@ def _captured_once(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+_CODES: dict[str, CodeType] = {}
+
+
+def _run_source(src: str, names: dict[str, Any], co_fields: dict[str, Any] | None = None) -> None:
+    """As torch makes the ``forward`` of a graph; equal texts are compiled once, and that is most of them."""
+    file = cast(Any, graph_module)._loader.cache(src, names, co_fields)
+    if src not in _CODES:
+        _CODES[src] = compile(src, file, "exec", dont_inherit=True)
+    exec(_CODES[src], names)  # noqa: S102
+
+
+graph_module._exec_with_source = _run_source
 gc.disable()  # until all is imported
 # Torch's own record of each export: pytest listens to loggers that hand nothing on, and torch writes it for a listener.
 logging.getLogger("torch.__trace").propagate = True

@@ -1,10 +1,12 @@
-"""Transformers models are captured once a process: of a second one that differs in its weights alone, the graph is copied.
+"""Transformers models are captured once a process: of a second one that differs in its weights alone, or that has none,
+the graph is copied.
 
 Hundreds of tests compile the same few tiny models, and export takes most of that time. ``tests/capture`` captures anew.
 """
 
 import contextlib
 import copy
+import json
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
@@ -16,15 +18,20 @@ from torch._subclasses.fake_tensor import FakeTensor
 from graphq.capture import hugging_face, unread
 from graphq.capture.export import FlatModel
 from graphq.capture.source import TensorInput
-from graphq.ir.edit import copy_graph
+from graphq.ir.edit import copy_graph, fake_mode_of
 from graphq.state import put_tensor, tensor_of
 
 _KEPT: dict[object, fx.GraphModule] = {}
 
 
-def _text(config: Any) -> str:
+# What a configuration says that no graph depends on; parameters say their dtype themselves.
+_SAID_ELSEWHERE = ("_name_or_path", "_commit_hash", "architectures", "dtype", "model_type", "transformers_version")
+
+
+def _text(config: Any, without: Sequence[str] = ("_name_or_path",)) -> str:
     """All that a configuration says, what it keeps to itself included, but for where it was read."""
-    return str(sorted((name, str(value)) for name, value in vars(config).items() if name != "_name_or_path"))
+    said = {name: value for name, value in vars(config).items() if name not in without}
+    return json.dumps(said, default=str, sort_keys=True)
 
 
 def _key(flat: FlatModel) -> object:
@@ -32,22 +39,42 @@ def _key(flat: FlatModel) -> object:
     modules = list(flat.model.modules())
     if any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in modules):
         return None
-    names: dict[int, str] = {}
-    tensors = [*flat.model.named_parameters(remove_duplicate=False), *flat.model.named_buffers(remove_duplicate=False)]
-    if any(isinstance(tensor, FakeTensor) for _, tensor in tensors):
-        return None
-    shapes = tuple((name, t.shape, t.dtype, names.setdefault(id(t), name)) for name, t in tensors)
-    return type(flat.model), str(flat.model), _text(flat.model.config), flat.names, shapes
+    model: Any = flat.model
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    first: dict[int, str] = {}
+    for name, tensor in tensors:
+        first.setdefault(id(tensor), name)
+    if any(isinstance(tensor, FakeTensor) for _, tensor in tensors) and model.config.tie_word_embeddings:
+        head, table = (
+            model.get_output_embeddings(),
+            model.get_input_embeddings(),
+        )  # which are tied when they have weights
+        first |= {id(head.weight): first[id(table.weight)]} if head is not None else {}
+    shapes = tuple((name, t.shape, t.dtype, first[id(t)]) for name, t in tensors)
+    return type(model), str(model), _text(model.config, _SAID_ELSEWHERE), flat.names, shapes
 
 
-def _copy(gm: fx.GraphModule, model: nn.Module | None = None) -> fx.GraphModule:
-    """A copy on the tensors of ``model``; what it does not hold is copied, unless it is fake."""
+def _without_weights(gm: fx.GraphModule) -> fx.GraphModule | None:
+    """A copy whose weights are fake; None for a graph that holds a constant which is fake."""
+    made, mode = copy_graph(gm), fake_mode_of(gm)
+    for name, tensor in gm.state_dict(keep_vars=True).items():
+        if not name.startswith("constants."):
+            put_tensor(made, name, mode.from_tensor(tensor, static_shapes=True))
+        elif isinstance(tensor, FakeTensor):
+            return None
+        else:
+            put_tensor(made, name, copy.deepcopy(tensor))
+    return made
+
+
+def _copy(gm: fx.GraphModule, model: nn.Module) -> fx.GraphModule:
+    """A copy on the tensors of ``model``, where it has any; what it does not hold is copied."""
     made = copy_graph(gm)
     for name, tensor in gm.state_dict(keep_vars=True).items():
-        if model is not None and not name.startswith("constants."):
-            put_tensor(made, name, tensor_of(model, name))
-        elif not isinstance(tensor, FakeTensor):
+        if name.startswith("constants."):
             put_tensor(made, name, copy.deepcopy(tensor))
+        elif not isinstance(own := tensor_of(model, name), FakeTensor):
+            put_tensor(made, name, own)
     return made
 
 
@@ -67,11 +94,12 @@ def captured_once() -> Generator[None]:
         if model is None:
             return export(flat, inputs, samples, limits, fixed)
         key = (model, str(inputs), str([(x.shape, x.dtype) for x in samples]), str(limits), str(fixed))
-        if key not in _KEPT:
-            made = export(flat, inputs, samples, limits, fixed)
-            _KEPT[key] = _copy(made)
-            return made
-        return _copy(_KEPT[key], flat.model)
+        if key in _KEPT:
+            return _copy(_KEPT[key], flat.model)
+        made = export(flat, inputs, samples, limits, fixed)
+        if (kept := _without_weights(made)) is not None:
+            _KEPT[key] = kept
+        return made
 
     def of_config_once(
         config: Any,
@@ -83,7 +111,11 @@ def captured_once() -> Generator[None]:
         key = (cls, _text(config), dtype, cache, str(shapes))
         if key not in _KEPT:
             _KEPT[key] = of_config(config, cls, dtype, cache, shapes)
-        return _copy(_KEPT[key])
+        made = copy_graph(_KEPT[key])
+        for name, tensor in made.state_dict(keep_vars=True).items():
+            if not isinstance(tensor, FakeTensor):
+                put_tensor(made, name, copy.deepcopy(tensor))
+        return made
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hugging_face, "export_flat", export_once)

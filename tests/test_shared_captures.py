@@ -8,6 +8,7 @@ import torch
 from graphq.capture import hugging_face
 from graphq.capture.hugging_face import capture_pretrained
 from graphq.capture.source import KEY
+from graphq.ir.edit import has_data
 from graphq.ir.text import dump
 from graphq.state import tensor_of
 from tests import shared_captures
@@ -62,6 +63,29 @@ def test_what_decides_a_graph_is_captured_anew() -> None:
     assert len({dump(gm) for gm in made[:5]}) == 5
     assert len({dump(gm) for gm in made[5:]}) == 2  # of three
     assert len(shared_captures._KEPT) == 7
+
+
+@pytest.mark.parametrize("first", ["model", "configuration"])
+def test_a_model_and_its_configuration_are_captured_once(first: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever comes first: the one graph is on the model's tensors, ties included, the other on none."""
+    exports: list[object] = []
+    export = hugging_face.export_flat
+    monkeypatch.setattr(hugging_face, "export_flat", lambda *args: (exports.append(args), export(*args))[1])
+    model, (cls, config) = small(), tiny_config("gpt2", n_layer=1)
+    with captured_once():
+        made = {
+            "model": lambda: capture_pretrained(model),
+            "configuration": lambda: hugging_face.capture_config(config, cls),
+        }
+        gms = {name: made[name]() for name in sorted(made, key=lambda name: name != first)}
+    assert len(exports) == 1
+    assert dump(gms["model"]) == dump(gms["configuration"]) == dump(capture_pretrained(model))
+    held = gms["model"].state_dict()
+    assert all(
+        tensor.data_ptr() == held[name].data_ptr() for name, tensor in model.state_dict().items() if name in held
+    )
+    assert has_data(gms["model"])
+    assert not has_data(gms["configuration"])
 
 
 def test_a_model_with_a_forward_of_its_own_is_captured_anew() -> None:
