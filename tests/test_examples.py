@@ -1,5 +1,6 @@
 """The examples do what they say: each runs in an empty directory, and its output is read."""
 
+import concurrent.futures
 import dataclasses
 import os
 import re
@@ -7,6 +8,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -109,13 +111,23 @@ def test_demo(tmp_path: Path) -> None:
     assert found["source"][1] == pytest.approx(13.408, rel=0.01)  # another patch release of Python has another text
 
 
-def test_deploy_torch(tmp_path: Path) -> None:
-    printed = run_alone(tmp_path, "deploy_torch.py")
+def check_deploy_torch(printed: str, directory: Path) -> None:
     files = "config.json, generation_config.json, graph.json, graphq.json, model.safetensors, tokenizer.json, tokenizer_config.json"
     assert f"build/deploy_torch: {files}\n" in printed
     assert "\ndef main(argv=None):\n    parser = argparse.ArgumentParser(" in printed
     assert printed.endswith("the same text from the compiled model: True\n")
-    assert made(tmp_path) == ["build/deploy_torch"]
+    assert made(directory) == ["build/deploy_torch"]
+
+
+def test_deploy_torch(run: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread takes the place of the fresh process, which ``tests/lowering/torch/test_module.py`` has, too."""
+    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", lambda count, _: ThreadPoolExecutor(count))
+    check_deploy_torch(run("deploy_torch.py"), tmp_path)
+
+
+@pytest.mark.slow
+def test_deploy_torch_from_a_fresh_process(tmp_path: Path) -> None:
+    check_deploy_torch(run_alone(tmp_path, "deploy_torch.py"), tmp_path)
 
 
 def test_export_onnx(run: Callable[..., str], tmp_path: Path) -> None:
