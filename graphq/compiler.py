@@ -50,6 +50,7 @@ from graphq.pipelines import (
     passes_for,
     placed_for,
     unmatched_activations,
+    with_steps,
 )
 from graphq.report import (
     ActivationsReport,
@@ -238,6 +239,7 @@ def compile(  # noqa: A001
     widths = stored_bits(gm)
     held = gm.state_dict(keep_vars=True).values() if isinstance(model, nn.Module) and not consume else ()
     shared = {storage_of(tensor) for tensor in held}
+    gm = with_steps(gm, parsed)
     resolved, notes = decide(gm, parsed)
     found = {fqn: one.layer for fqn, one in resolved.items()}
     problems, kept_nothing = unmatched_activations(gm, parsed)

@@ -31,6 +31,7 @@ from graphq.pipelines import (
     passes_for,
     placement,
     unmatched_activations,
+    with_steps,
 )
 from graphq.report import Difference, Report, algorithm_text, difference, make_report, spec_settings
 from graphq.spec.rules import Spec
@@ -98,6 +99,7 @@ def _captured(
 def _explained(
     gm: fx.GraphModule, spec: Spec, target: str | None = None, options: Mapping[str, Any] | None = None
 ) -> Report:
+    gm = with_steps(gm, spec)
     resolved, notes = decide(gm, spec)
     source = source_of(gm)
     without_layers, kept_nothing = unmatched_activations(gm, spec)

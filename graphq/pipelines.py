@@ -15,7 +15,7 @@ from graphq.ir.grids import place
 from graphq.ir.op_kinds import kind_of
 from graphq.ir.pipeline import Pass, Pipeline
 from graphq.ir.units import module_of
-from graphq.ir.views import ops_of
+from graphq.ir.views import Recurrence, ops_of
 from graphq.lowering.profiles import profile_named
 from graphq.passes.annotate import Annotate
 from graphq.passes.decompose import PARTS, Decompose
@@ -29,6 +29,7 @@ from graphq.passes.raise_rms_norm import RaiseRmsNorm
 from graphq.passes.remove_no_ops import RemoveNoOps
 from graphq.passes.round_to_stored import RoundToStored
 from graphq.passes.split_gate_up import SplitGateUp
+from graphq.passes.unroll_recurrent import UnrollRecurrent
 from graphq.report import ActivationsReport, activations_report
 from graphq.spec.match import Layer
 from graphq.spec.plan import Plan
@@ -54,7 +55,7 @@ def canonical_passes() -> list[Pass]:
 def forms_for(profile: Profile) -> list[Pass]:
     """What brings a graph into the ops that a consumer has: larger ones where it has those, or else their parts."""
     has_norm = "RMSNormalization" in profile.ops
-    return [FoldBatchNorm(), *([RaiseRmsNorm()] if has_norm else []), Decompose(profile)]
+    return [FoldBatchNorm(), *([RaiseRmsNorm()] if has_norm else []), UnrollRecurrent(profile), Decompose(profile)]
 
 
 def passes_for(
@@ -82,6 +83,21 @@ def placed_for(spec: Spec) -> Profile | None:
     static = any(plan.input is not None and not plan.input.dynamic for plan in plans)
     given = any(plan.output is not None for plan in plans)
     return profile_named(spec.profile or "generic-int8") if given or (static and spec.profile) else None
+
+
+def with_steps(gm: fx.GraphModule, spec: Spec) -> fx.GraphModule:
+    """The graph in which recurrences stand as their steps, where the spec's consumer runs these in integers: what can
+    be said of a layer of states depends on it. ``gm`` is left alone.
+    """
+    try:
+        profile = placed_for(spec)
+    except SpecError:  # no such profile, which compile refuses
+        return gm
+    if profile is None or not any(isinstance(op, Recurrence) for op in ops_of(gm)):
+        return gm
+    copied = copy_graph(gm)
+    Pipeline([UnrollRecurrent(profile)]).run(copied)
+    return copied
 
 
 def placement(gm: fx.GraphModule, spec: Spec) -> tuple[list[str], ActivationsReport | None]:

@@ -34,7 +34,7 @@ LOOSE: Final = {"uint8": 0.1, "uint16": 0.01}  # theirs: of weights drawn, 140 o
 STEPS: Final = {"uint8": 2.0, "uint16": 256.0}
 TAKEN: Final = (
     *("resnet", "mobilenet-v2", "efficientnet", "convnext", "regnet", "unet", "densenet", "vit", "swin", "segformer"),
-    *("detr", "bert", "distilbert", "whisper-encoder", "wav2vec2", "tcn", *LLAMAS),
+    *("detr", "bert", "distilbert", "whisper-encoder", "wav2vec2", "tcn", "bilstm", *LLAMAS),
 )
 # Ops that the simulator computes otherwise, by what they are fed.
 KNOWN: Final = {
@@ -80,7 +80,7 @@ def spec(activations: str) -> dict[str, Any] | None:
     """The profile's own spec, or that with all activations in 16 bits."""
     if activations == "uint8":
         return None
-    layers = "kind:linear|conv1d|conv2d|conv_transpose2d"
+    layers = "kind:linear|conv1d|conv2d|conv_transpose2d|recurrent"
     rule = {"match": layers, "weight": "int8/channel", "may_match_nothing": True}
     return {"graphq": 1, "rules": [rule], "activations": f"{activations}/tensor"}
 

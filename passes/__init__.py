@@ -12,7 +12,8 @@
 10. ``quantize_weights``: weights are codes, read through ``graphq::dequantize``.
 11. ``quantize_activations``: activations go through ``graphq::quantize`` and ``graphq::dequantize``, not observers.
 
-The algorithms that a spec asks for stand between these, in the order that ``graphq.algorithms`` writes out.
-``graphq.observers`` holds what ``observe`` puts in. What comes out is the QDQ form, from which ``graphq.lowering``
-makes artifacts.
+For a profile, ``fold_batch_norm``, ``raise_rms_norm``, ``unroll_recurrent`` and ``decompose`` bring the graph into the
+ops that its consumer has, before ``annotate``. The algorithms that a spec asks for stand between these, in the order
+that ``graphq.algorithms`` writes out. ``graphq.observers`` holds what ``observe`` puts in. What comes out is the QDQ
+form, from which ``graphq.lowering`` makes artifacts.
 """

@@ -120,14 +120,33 @@ class Recurrent(nn.Module):
 
 
 def test_recurrent_layers_that_stay_float_are_named() -> None:
-    x = torch.randn(2, 3, 4)
+    """Whose steps are too many to be written out; where they are not, none is float."""
+    x = torch.randn(2, 65, 4)
     notes = graphq.explain(Recurrent(), profile="qnn-htp", inputs=x).notes
+    lacks, steps = "qnn-htp has no row for it", "up to 64 steps, in a known number, run in integers"
     assert [note for note in notes if "LSTM" in note or "GRU" in note] == [
-        "qnn-htp: ops in float: 2 LSTM (encoder.lstm): qnn-htp has no row for it: onnxruntime-qnn hands it to QNN in float16",
-        "qnn-htp: ops in float: 2 GRU (gru, cell): qnn-htp has no row for it: onnxruntime-qnn has no builder for it",
+        f"qnn-htp: ops in float: 2 LSTM (encoder.lstm): {lacks}: onnxruntime-qnn hands it to QNN in float16; {steps}",
+        f"qnn-htp: ops in float: 1 GRU (gru): {lacks}: onnxruntime-qnn has no builder for it; {steps}",
     ]
+    few = graphq.explain(Recurrent(), profile="qnn-htp", inputs=x[:, :3])
+    assert not [note for note in few.notes if "ops in float" in note]
+    assert {one.layer.kind for one in few.layers} == {"recurrent", "linear"}
     notes = graphq.explain(Recurrent(), profile="openvino", inputs=x).notes
-    assert "openvino: ops in float: 2 LSTM (encoder.lstm): openvino has no row for it" in notes
+    why = "RNNSeq in float; codes as weights do not compile beside quantized tensors"
+    assert f"openvino: ops in float: 2 LSTM (encoder.lstm): openvino has no row for it: {why}" in notes
+
+
+def test_rules_for_the_ops_of_a_recurrence() -> None:
+    """Of its steps where these are written out, which a model whose recurrences stay whole does not have."""
+    x = torch.randn(2, 3, 4)
+    rules = activations({"quant": "uint8/tensor"}, {"quant": "uint16/tensor", "op": "Tanh"}, profile="qnn-htp")
+    made = graphq.compile(Recurrent(), rules, inputs=x, calibration=[x])
+    placed = made.report.activations
+    assert placed is not None
+    types = {op.types for op in placed.ops if op.kind == "Tanh"}
+    assert types == {"uint16 -> uint16"}
+    with pytest.raises(SpecError, match="Tanh: uint16/tensor: matches no op of the model"):
+        graphq.compile(Recurrent(), rules | {"profile": "ort-cpu"}, inputs=x, calibration=[x])
 
 
 def test_dead_activations_are_noted_by_name() -> None:

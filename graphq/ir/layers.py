@@ -30,6 +30,7 @@ from graphq.spec.match import Layer, LayerKind
 LAYER: Final = "graphq.layer"
 PLAN: Final = "graphq.plan"
 BY: Final = "graphq.by"
+RECURRENT: Final = "graphq.recurrent"  # of a graph: the weights of recurrences that stand as their steps, by name
 MADE_OF: Final = "graphq.made_of"  # of a graph: the parameters of the source in whose place it has others, by name
 TURNED: Final = "graphq.turned"  # of a graph: the parameters that it holds with the source's last two axes swapped
 
@@ -102,9 +103,11 @@ def layers(gm: fx.GraphModule) -> dict[str, Layer]:
     uses = list(sites(gm))
     embeddings = {site.path for site in uses if isinstance(site.op, LOOKUPS)}
     made_of: Mapping[str, tuple[str, ...]] = gm.meta.get(MADE_OF, {})
+    recurrent: frozenset[str] = gm.meta.get(RECURRENT, frozenset())
     found: dict[str, Layer] = {}
     for site in uses:
-        kind: LayerKind = "embedding" if site.path in embeddings else _kind(site.op)
+        kind: LayerKind = "recurrent" if site.param.fqn in recurrent else _kind(site.op)
+        kind = "embedding" if site.path in embeddings else kind
         shape = _layer_shape(site)
         for fqn in site.fqns:
             if fqn in found:

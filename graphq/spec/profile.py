@@ -19,6 +19,7 @@ Placed = Literal["always", "through", "between", "never"]
 Bias = Literal["int32", "float"]
 BiasNeeded = Literal["never", "float output", "always"]
 LINEAR: Final = "Linear"
+RECURRENCES: Final = ("LSTM", "GRU", "RNN")
 _EXTREMES: Final = MinMax()
 GEMM: Final = "Gemm"  # a linear's other row, where its spelling as Gemm has rules of its own
 
@@ -213,6 +214,8 @@ class Profile:
     overridable: whether initializers that are inputs, too, are no constants to it.
     strips: the types of codes whose quantizers it takes out, so that their tensors are in float.
     lacks: what becomes of kinds that it has no row for, where that is known.
+    steps: up to how many steps a recurrence is written as such, in ops that it runs in integers, instead of as one op.
+    float_weights: kinds whose weights it reads as floats alone where activations are quantized.
     """
 
     name: str
@@ -247,11 +250,18 @@ class Profile:
     overridable: bool = False
     strips: tuple[str, ...] = ()
     lacks: Mapping[str, str] = field(default_factory=dict[str, str])
+    steps: int = 0
+    float_weights: tuple[str, ...] = ()
 
     def no_row(self, kind: str) -> str:
         """Why a kind of op that has no row stays float."""
         known = self.lacks.get(kind)
-        return f"{self.name} has no row for it" + (f": {known}" if known else "")
+        steps = (
+            f"; up to {self.steps} steps, in a known number, run in integers"
+            if kind in RECURRENCES and self.steps
+            else ""
+        )
+        return f"{self.name} has no row for it" + (f": {known}" if known else "") + steps
 
     def activation(self) -> Quant:
         """The default of activations."""

@@ -85,9 +85,7 @@ def for_its_profile(spec: Spec) -> Spec:
 
 
 def default_spec(profile: Profile) -> Spec:
-    """Every linear and convolution in the profile's types, wherever it stands; recurrent layers where it has a row."""
-    recurrent = ("recurrent",) if "LSTM" in profile.ops else ()  # OpenVINO takes no codes as weights of an LSTM
-    rule = Rule(
-        Kind("|".join(_KINDS + recurrent)), Plan(profile.weight, profile.activation()), source=f"profile {profile.name}"
-    )
+    """Every linear and convolution in the profile's types, wherever it stands; recurrent layers where it has steps."""
+    kinds = (*_KINDS, "recurrent") if profile.steps else _KINDS
+    rule = Rule(Kind("|".join(kinds)), Plan(profile.weight, profile.activation()), source=f"profile {profile.name}")
     return Spec((rule,), profile=profile.name)

@@ -6,7 +6,7 @@ all that only moves elements: what the ONNX operator specification and all impor
 
 from typing import Final
 
-from graphq.lowering.profiles.whole_graph import ANY, FORMATS, FUSES, OPS
+from graphq.lowering.profiles.whole_graph import ANY, FORMATS, FUSES, OPS, STEPS
 from graphq.spec.profile import OpRule, Profile, int_activations, op_types
 from graphq.spec.quant import parse_quant
 
@@ -28,4 +28,5 @@ GENERIC_INT8: Final = Profile(
     fuses=FUSES,
     sources=("ONNX operator specification, QuantizeLinear and DequantizeLinear",),
     whole=True,
+    steps=STEPS,
 )

@@ -6,7 +6,7 @@ bias: a MatMul and an Add take a second requantization.
 
 from typing import Final
 
-from graphq.lowering.profiles.whole_graph import ANY, FORMATS, FUSES, OPS
+from graphq.lowering.profiles.whole_graph import ANY, FORMATS, FUSES, OPS, STEPS
 from graphq.spec.profile import OpRule, Profile, int_activations, op_types
 from graphq.spec.quant import parse_quant
 
@@ -17,7 +17,7 @@ _WEIGHTED: Final = op_types(
     "uint16 x int8/tensor -> uint16",
     "uint16 x int4/channel -> uint16",
 )
-_PAIRS: Final = op_types("uint8 x uint8 -> uint8", "uint16 x uint8 -> uint16")
+_PAIRS: Final = op_types("uint8 x uint8 -> uint8", "uint16 x int8 -> uint16")
 _NORM: Final = op_types("uint8 x uint8/tensor -> uint8", "uint16 x uint8/tensor -> uint16")
 
 QNN_HTP: Final = Profile(
@@ -31,8 +31,9 @@ QNN_HTP: Final = Profile(
         **{kind: OpRule(_WEIGHTED, bias="int32") for kind in ("Conv", "ConvTranspose", "Linear")},
         "MatMul": OpRule(
             _PAIRS,
-            because="a second operand of 16 bits is converted to 8 by onnxruntime-qnn, on a grid of its own making",
-            also=op_types("uint16 x uint16 -> uint16"),
+            because="a second operand of 16 bits is converted to 8 by onnxruntime-qnn, on a grid of its own making; of"
+            " uint8, a column with codes further than 127 from the zero point is rounded again, up to 240 steps off",
+            also=op_types("uint16 x uint8 -> uint16", "uint16 x uint16 -> uint16"),
         ),
         "LayerNormalization": OpRule(_NORM, bias="int32"),
         "RMSNormalization": OpRule(
@@ -53,6 +54,7 @@ QNN_HTP: Final = Profile(
         "compiled graphs of onnxruntime-qnn 2.7's simulator",
     ),
     whole=True,
+    steps=STEPS,
     lacks={"LSTM": "onnxruntime-qnn hands it to QNN in float16", "GRU": "onnxruntime-qnn has no builder for it"},
     least_multiplier=2.0**-21,  # channels by 7e-8 give nothing but code 0, those by 2.6e-7 what they should (2.7)
 )

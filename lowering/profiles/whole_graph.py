@@ -7,6 +7,7 @@ from graphq.spec.profile import FixedGrid, OpRule, op_types, same_types
 
 FORMATS: Final = ("uint8", "uint16")
 ANY: Final = same_types(FORMATS)
+STEPS: Final = 64  # of recurrences: some 15 ops each
 PAIRS: Final = op_types("uint8 x uint8 -> uint8", "uint16 x uint8 -> uint16", "uint16 x uint16 -> uint16")
 _UNIT: Final = {"uint8": FixedGrid(1 / 256, 0), "uint16": FixedGrid(1 / 65536, 0)}
 _BOTH_SIGNS: Final = {"uint8": FixedGrid(1 / 128, 128), "uint16": FixedGrid(1 / 32768, 32768)}

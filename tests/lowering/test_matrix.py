@@ -42,8 +42,11 @@ def _spec(name: str, scheme: str) -> dict[str, Any] | None:
             return None
         case "w8a8-a16":
             wide = {"quant": "uint16/tensor", "op": ["Linear", "Conv"], "module": "head" if name == "bilstm" else "*1*"}
-            rule = {"match": "*", "weight": "int8/channel", "may_match_nothing": True}
+            rule = {"match": "*", "weight": "int8/channel", "may_match_nothing": True}  # an LSTM's weights, too
             return {"graphq": 1, "rules": [rule], "activations": [{"quant": "uint8/tensor"}, wide]}
+        case _ if name == "bilstm":  # the head in groups, states in channels
+            recurrent = {"match": "kind:recurrent", "weight": "int4/channel"}
+            return {"graphq": 1, "rules": [{"match": "kind:linear", "weight": "int4/g32"}, recurrent]}
         case _ if name in CONVOLUTIONS:
             return {"graphq": 1, "rules": [{"match": "*", "weight": "int4/channel"}]}
         case _:

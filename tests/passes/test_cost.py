@@ -194,7 +194,7 @@ WORK: dict[str, Callable[[fx.GraphModule], Any]] = {
 # They run the graph, or work on one layer after the other, and every whole compile does.
 NOT_COUNTED = {
     *("auto-round", "calibrate", "correct-bias", "fold-batch-norm", "gptq", "quantize-activations"),
-    *("raise-grouped-linear", "stop-observing", "fall-back"),
+    *("raise-grouped-linear", "stop-observing", "fall-back", "unroll-recurrent"),
     *("cache-codes", "quantize-attention", "quantize-cache"),  # one attention after the other
 }
 

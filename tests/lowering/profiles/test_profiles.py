@@ -53,6 +53,11 @@ def test_a_table_is_whole(name):
     for source, made in profile.retypes.items():
         assert isinstance(parse_format(source), Int)
         assert parse_format(made) in profile.activations
+    assert set(profile.lacks) & set(profile.ops) == set()
+    assert set(profile.float_weights) <= {"LSTM", "GRU", "RNN"} - set(profile.ops)
+    if profile.steps:  # whose ops it always has in integers
+        parts = ("Linear", "Gather", "Slice", "Sigmoid", "Tanh", "Relu", "Mul", "Add", "Sub", "Unsqueeze", "Concat")
+        assert {profile.ops[kind].placed for kind in parts} == {"always"}
     if profile.weights_alone is not None:
         assert profile.weights_alone.because
         assert bool(profile.weights_alone.rounded) == bool(profile.weights_alone.exact)
