@@ -31,7 +31,8 @@ class Decompose(Pass):
 
     Attention is softmax(query * scale @ key^T + mask) @ value (Vaswani et al., arXiv 1706.03762, equation 1), heads of
     grouped queries repeated; SiLU is x * sigmoid(x); a roll joins two slices; a norm of groups of one channel is one of
-    instances; a batch norm that no layer takes up scales and shifts channels. An attention that drops at random stays.
+    instances; a batch norm that no layer takes up scales and shifts channels; a stack joins what has an axis more. An
+    attention that drops at random stays.
     Where the consumer wants linears as Gemm, and everything in integers, a linear of more or fewer axes than two
     multiplies rows, between two reshapes: what is quantized is then what the Gemm reads and gives.
     Where it wants everything in integers, an axis of size 1 that is repeated along a new axis beside it, with which it
@@ -260,6 +261,12 @@ def _rows(gm: fx.GraphModule, op: Op, by: str) -> Op:
     return edit.insert(gm, op, aten.reshape.default, made, [*sizes, outputs], by=by, like=op)
 
 
+def _stack(gm: fx.GraphModule, op: Op, by: str) -> Op:
+    axis = int(op.argument("dim")) % op.val.dim()
+    parts = [edit.insert(gm, op, aten.unsqueeze.default, view(x), axis, by=by, like=op) for x in op.argument("tensors")]
+    return edit.insert(gm, op, aten.cat.default, parts, axis, by=by, like=op) if len(parts) > 1 else parts[0]
+
+
 def _operand(op: Op, name: str) -> Op | None:
     given = op.argument(name)
     return None if given is None else view(given)
@@ -271,6 +278,7 @@ _DECOMPOSITIONS: Final[Mapping[str, tuple[tuple[str, ...], Callable[[fx.GraphMod
     "Silu": (("Sigmoid", "Mul"), _silu),
     "roll": (("Slice", "Concat"), _roll),
     "repeat_interleave": (("Unsqueeze", "Expand", "Reshape"), _repeat_interleave),
+    "stack": (("Unsqueeze", "Concat"), _stack),
     "BatchNormalization": (("Mul", "Add"), _batch_norm),
     "GroupNormalization": (("InstanceNormalization",), _group_norm),
 }

@@ -371,6 +371,14 @@ def test_a_roll_is_two_slices_joined() -> None:
     assert other_form(lambda m, x: x.roll(1, 1), table(Concat=WHOLE)) == []
 
 
+def test_a_stack_joins_what_has_an_axis_more() -> None:
+    rows, longer, joined = table(Unsqueeze=OpRule(TYPES, output="same"), Concat=WHOLE), "aten.unsqueeze", "aten.cat"
+    assert other_form(lambda m, x: torch.stack([x, x * 2], -1), rows) == ["aten.mul.Tensor", longer, longer, joined]
+    assert other_form(lambda m, x: torch.stack([x, x.relu()], 1), rows) == ["aten.relu", longer, longer, joined]
+    assert other_form(lambda m, x: torch.stack([x], 2), rows) == [longer]
+    assert other_form(lambda m, x: torch.stack([x, x]), table(Concat=WHOLE)) == []
+
+
 def test_groups_of_one_channel_are_instances() -> None:
     assert other_form(lambda m, x: m.norm(x), NORMS) == ["aten.instance_norm"]
     assert other_form(lambda m, x: m.norm(x), NORMS, groups=2) == []
