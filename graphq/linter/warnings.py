@@ -23,6 +23,7 @@ _INT32: Final = 2**31
 def warnings_of(graph: Graph, profile: Profile, verdicts: Mapping[Op, Verdict]) -> Iterator[LintWarning]:
     """Each of them, once for all that it holds of."""
     yield from _zero_points(graph)
+    yield from _float_weights(graph, profile)
     running = [op for op, verdict in verdicts.items() if verdict.runs == "integers"]
     yield from _saturation(graph, profile, running)
     yield from _weights_alone(profile, [op for op, verdict in verdicts.items() if verdict.runs == "weights"])
@@ -49,6 +50,21 @@ def _zero_points(graph: Graph) -> Iterator[LintWarning]:
             "no zero point: two vendors' compilers refuse or misread QuantizeLinear and DequantizeLinear without one"
         )
         yield LintWarning(_named(bare), reason, "write zero points of 0, in the codes' type")
+
+
+def _float_weights(graph: Graph, profile: Profile) -> Iterator[LintWarning]:
+    """Recurrent ops with codes as weights beside quantized activations, which the consumer does not load."""
+    if not any(node.kind == QUANTIZE for node in graph.nodes):
+        return
+    met = [
+        node
+        for node in graph.nodes
+        if node.kind in profile.float_weights and any(graph.grid(node.input(i)) is not None for i in (1, 2))
+    ]
+    if met:
+        reason = f"{profile.name} does not load codes as weights of {met[0].kind} beside quantized activations"
+        fix = f"write these weights as floats, as graphq's profile {profile.name} does"
+        yield LintWarning(_named([node.name for node in met]), reason, fix)
 
 
 def _saturation(graph: Graph, profile: Profile, running: Sequence[Op]) -> Iterator[LintWarning]:

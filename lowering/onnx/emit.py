@@ -126,9 +126,9 @@ def emit(
     if not bfloat16:
         _refuse_bfloat16(gm)
     check_names(gm)
-    prepared = onnx_form(gm, cache)
-    fix_sizes(prepared, {} if shapes is None else shapes)
     notes: list[str] = []
+    prepared = onnx_form(gm, cache, () if consumer is None else consumer.float_weights, notes.append)
+    fix_sizes(prepared, {} if shapes is None else shapes)
     if consumer is not None and consumer.static:
         free = ", ".join(name for name, low, high in source_of(prepared).ranges if low != high)
         notes += [f"onnx: {profile} wants sizes that are fixed, by shapes; these are free: {free}"] if free else []

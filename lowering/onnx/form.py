@@ -3,7 +3,7 @@
 Its codes, scales and zero points are those that the ONNX file holds, under the same names.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Final, final
@@ -19,7 +19,7 @@ from graphq.lowering.experts import split_experts
 from graphq.lowering.onnx.attention import spell_attention
 from graphq.lowering.onnx.bags import spell_bags
 from graphq.lowering.onnx.caches import spell_caches
-from graphq.lowering.onnx.recurrence import spell_recurrences
+from graphq.lowering.onnx.recurrence import hold_floats, spell_recurrences
 from graphq.lowering.stored import hold_stored
 from graphq.state import put_tensor, same_tensors, tensor_of
 
@@ -71,9 +71,15 @@ def _beside(upper: Tensor, form: OnnxBlock) -> Tensor:
     return upper.reshape(-1) if form.axis is not None and upper.numel() > 1 else upper.reshape(())
 
 
-def onnx_form(gm: fx.GraphModule, cache: bool = True) -> fx.GraphModule:
-    """A copy of the QDQ form ``gm`` in ONNX's terms; ``cache=False``: without the key/value cache."""
+def onnx_form(
+    gm: fx.GraphModule, cache: bool = True, floats: Collection[str] = (), note: Callable[[str], None] | None = None
+) -> fx.GraphModule:
+    """A copy of the QDQ form ``gm`` in ONNX's terms; ``cache=False``: without the key/value cache. ``floats``: kinds of
+    recurrences whose weights are held as floats beside quantized activations; ``note`` is told of which layers.
+    """
     made = copy_graph(gm)
+    if (layers := hold_floats(made, floats)) and note is not None:
+        note(f"onnx: {', '.join(layers)}: written as the floats that their codes stand for, which alone are read there")
     split_experts(made)
     spell_recurrences(made)
     spell_attention(made)

@@ -1,6 +1,6 @@
 """Recurrent layers as ONNX's LSTM, GRU and RNN: their weights are ``[1, gates, in]``, the gates in another order."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import count
 from typing import Any, Final, cast, final
 
@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphq.ir import edit
-from graphq.ir.views import Dequantize, Linear, Op, Param, Recurrence, ops_of
+from graphq.ir.op_kinds import kind_of
+from graphq.ir.views import Dequantize, Linear, Op, Param, Quantize, Recurrence, ops_of
+from graphq.lowering.legalize import where
 from graphq.runtime.ops import GATES
 from graphq.state import put_tensor, same_tensors, tensor_of
 
@@ -38,6 +40,38 @@ def _onnx_recurrence_fake(
 torch.library.register_fake("graphq::onnx_recurrence", _onnx_recurrence_fake, lib=_library)
 onnx_recurrence = torch.ops.graphq.onnx_recurrence.default  # exists in traces alone: ONNX has the kernel
 op18: Any = onnxscript.opset18
+
+
+def hold_floats(gm: fx.GraphModule, kinds: Collection[str]) -> tuple[str, ...]:
+    """The weights of recurrences of these ``kinds`` are floats, which their codes stand for, where activations are
+    quantized anywhere in the graph; the layers that they are of.
+    """
+    if not any(isinstance(op, Quantize) for op in ops_of(gm)):
+        return ()
+    layers: dict[str, None] = {}
+    made: dict[Op, Op] = {}
+    for op in ops_of(gm):
+        if not isinstance(op, Recurrence) or kind_of(op) not in kinds:
+            continue
+        for reader in (op.gates, op):
+            weight = reader.weight if isinstance(reader, Linear | Recurrence) else None
+            if not isinstance(weight, Dequantize) or not isinstance(weight.codes, Param):
+                continue
+            if weight not in made:
+                name = f"{weight.codes.fqn}_float"
+                made[weight] = edit.add_tensor(gm, weight, name, _decoded(gm, weight), by=_BY)
+            layers[where(reader)] = None
+            edit.redirect(reader, weight, made[weight], by=_BY)
+    edit.drop_unused(gm)
+    return tuple(layers)
+
+
+def _decoded(gm: fx.GraphModule, weight: Dequantize) -> Tensor:
+    held = [
+        tensor_of(gm, part.fqn) if isinstance(part, Param) else None
+        for part in (weight.codes, weight.scale, weight.zero_point, weight.global_scale)
+    ]
+    return Dequantize.target(*held, weight.format, list(weight.block), weight.dtype)
 
 
 def spell_recurrences(gm: fx.GraphModule) -> None:

@@ -124,5 +124,7 @@ OPENVINO: Final = Profile(
     whole_blocks=True,
     saturates="on x86 without VNNI (AVX2, and AVX-512 before 2019)",
     reads=(10, 28),
+    lacks=dict.fromkeys(("LSTM", "GRU"), "RNNSeq in float; codes as weights do not compile beside quantized tensors"),
+    float_weights=("LSTM", "GRU"),  # rnn.cpp: "expects Constant for port 4"
     strips=("uint16", "int16"),  # qdq_stripping.cpp, where all are on one grid on both sides
 )

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import onnx
 import pytest
@@ -122,3 +122,78 @@ def test_the_form_has_no_recurrence_of_torchs() -> None:
     made = compiled(lambda m, x: m.r(x)[0], gru(num_layers=2, bidirectional=True))
     assert spelled(made.graph) == [onnx_recurrence] * 4
     assert spelled(capture_module(Written(lambda m, x: x + 1, gru()), X)) == []
+
+
+HALF = {
+    "graphq": 1,
+    "rules": [
+        {"match": "kind:recurrent", "weight": "int8/channel"},
+        {"match": "head", "weight": "int8/channel", "input": "uint8/tensor"},
+    ],
+}
+
+
+@final
+class Headed(nn.Module):
+    """A recurrent layer of two directions, and a linear of its states."""
+
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self.r, self.head = kind(6, 4, batch_first=True, bidirectional=True), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.r(x)[0])
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_openvino_loads_recurrent_weights_beside_quantized_activations(kind: Any, tmp_path: Path) -> None:
+    """Those of an LSTM and a GRU as floats, which their codes stand for; nothing else differs."""
+    openvino = pytest.importorskip("openvino")
+    torch.manual_seed(0)
+    made = graphq.compile(Headed(kind).eval(), HALF, inputs=X, calibration=[X])
+    made.emit("onnx", tmp_path / "a", profile="openvino")
+    names = ", ".join(f"r.weight_{one}_l0{way}" for way in ("", "_reverse") for one in ("ih", "hh"))
+    note = f"onnx: {names}: written as the floats that their codes stand for, which alone are read there"
+    assert (note in made.report.notes) == (kind is not nn.RNN)
+    opened = openvino.Core().compile_model(
+        str(tmp_path / "a" / "model.onnx"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+    )
+    (found,) = opened(X.numpy()).values()
+    assert relative([found], made.graph(X)) <= 1e-5  # sums in another order
+    held = {t.name: t.data_type for t in onnx.load(tmp_path / "a" / "model.onnx").graph.initializer}
+    assert [n for n, t in held.items() if "weight_hh" in n and t == onnx.TensorProto.INT8 and "zero" not in n] == (
+        ["r.weight_hh_l0.weight", "r.weight_hh_l0_reverse.weight"] if kind is nn.RNN else []
+    )
+    assert held["head.weight"] == onnx.TensorProto.INT8
+    assert not [one for one in graphq.lint(tmp_path / "a", "openvino").warnings if "does not load" in one.reason]
+
+
+@pytest.mark.parametrize(
+    ("kind", "profile", "refused"),
+    [(nn.GRU, "openvino", True), (nn.RNN, "openvino", False), (nn.GRU, "ort-cpu", False)],
+)
+def test_lint_names_codes_that_openvino_does_not_load(kind: Any, profile: str, refused: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    made = graphq.compile(Headed(kind).eval(), HALF, inputs=X, calibration=[X])
+    made.emit("onnx", tmp_path / "a")
+    told = [str(one) for one in graphq.lint(tmp_path / "a", profile).warnings if "does not load" in one.reason]
+    if refused:
+        why = "openvino does not load codes as weights of GRU beside quantized activations"
+        assert told == [f"r/GRU, r/GRU_1: {why}; write these weights as floats, as graphq's profile openvino does"]
+    else:
+        assert not told
+
+
+def test_weights_alone_stay_codes(tmp_path: Path) -> None:
+    """Nothing is quantized beside them: OpenVINO computes the floats itself."""
+    openvino = pytest.importorskip("openvino")
+    torch.manual_seed(0)
+    spec = {"graphq": 1, "rules": [{"match": "*", "weight": "int4/channel"}]}
+    made = graphq.compile(Headed(nn.LSTM).eval(), spec, inputs=X)
+    made.emit("onnx", tmp_path / "a", profile="openvino")
+    exact = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+    opened = openvino.Core().compile_model(str(tmp_path / "a" / "model.onnx"), "CPU", exact)
+    (found,) = opened(X.numpy()).values()
+    assert relative([found], made.graph(X)) <= 1e-5  # sums in another order
+    held = {t.name: t.data_type for t in onnx.load(tmp_path / "a" / "model.onnx").graph.initializer}
+    assert held["r.weight_hh_l0.weight"] == onnx.TensorProto.INT4
