@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from graphq import compiler
+from graphq.data.masks import MaskedBatch
 from graphq.ir.pipeline import Pipeline
 from graphq.passes.annotate import Annotate
-from graphq.passes.fall_back import MEASURED, FallBack
+from graphq.passes.fall_back import MEASURED, FallBack, reference_outputs
 from graphq.report import ActivationsReport, FallbackReport
 from graphq.spec.fallback import Fallback
 from graphq.spec.match import parse_match
@@ -28,7 +30,11 @@ ROWS = {"Mul": BOTH, "Add": BOTH, "Tanh": BOTH, "Relu": BOTH, "Concat": BOTH, "S
 
 
 def search(
-    model: nn.Module, fallback: Fallback, batches: Sequence[tuple[Tensor, ...]] = ((X,),), **rows: OpRule
+    model: nn.Module,
+    fallback: Fallback,
+    batches: Sequence[tuple[Tensor, ...]] = ((X,),),
+    wanted: Sequence[MaskedBatch] | None = None,
+    **rows: OpRule,
 ) -> FallbackReport:
     """What the search does for a consumer with these rows beside ``ROWS``."""
     gm = capture(model, *batches[0])
@@ -38,7 +44,7 @@ def search(
     profile = Profile(
         "test", "a test", int_activations("uint8", "uint16"), parse_quant("int8/channel"), {**ROWS, **rows}
     )
-    Pipeline([FallBack(profile, (), fallback, placed=told.append)], strict=True).run(gm, list(batches))
+    Pipeline([FallBack(profile, (), fallback, wanted, placed=told.append)], strict=True).run(gm, list(batches))
     assert told[0].fallback is not None
     return told[0].fallback
 
@@ -157,3 +163,29 @@ def test_nothing_to_gain_is_nothing_to_tell() -> None:
     assert report.ops == ()
     assert report.before == report.after
     assert [count for count, _ in report.tried] == [0]
+
+
+class Pooled(nn.Module):
+    """The mean of valid tokens, integers of them, and the tokens."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        counts = mask[..., None].to(x.dtype)
+        return (x * counts).sum(1) / counts.sum(1), x.argmax(-1), x * 0.5
+
+
+def test_each_output_of_floats_has_its_own_valid_elements() -> None:
+    x, mask = torch.randn(2, 5, 8), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    gm = compiler.capture(Pooled(), {"x": x, "mask": mask}, mask="mask")
+    (found,) = reference_outputs(gm, [(x, mask)])
+    counted = [int(valid.full(y).sum()) for y, valid in zip(found, found.validity, strict=True)]
+    assert counted == [2 * 8, (3 + 5) * 8]
+
+
+def test_what_is_given_as_wanted_is_what_is_measured_by() -> None:
+    """Such as what the model gave before its weights were rounded."""
+    gm = capture(Made(lambda x: column(x, 30.0).tanh()), X)
+    wanted = reference_outputs(gm, [(X,)])
+    other = [type(one)([y + 0.5 for y in one], one.validity) for one in wanted]
+    own, given = (search(Made(lambda x: column(x, 30.0).tanh()), Fallback(max_ops=1), wanted=w) for w in (None, other))
+    assert given.before < 10 < own.before
+    assert given.weights < 10 < own.weights
