@@ -1,6 +1,7 @@
 """One step of a decode in ONNX Runtime: a Llama of width 1024 with weights of 4 bits, against its float file.
 
-    OMP_NUM_THREADS=1 python benchmarks/onnx_decode.py [--layers 24] [--vocabulary 32000] [--past 64] [--repeats 15]
+    OMP_NUM_THREADS=1 python benchmarks/onnx_decode.py [--layers 24] [--vocabulary 32000] [--past 64] [--repeats 15] \
+        [--plans "W4A16 g32" ...]
 
 24 layers with a head of their own have 0.37 B parameters. Weights are drawn. All are written for ``ort-cpu``: the float
 model; weights of 4 bits with float activations (MatMulNBits at accuracy level 0); and with activations in int8 by block
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--past", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--plans", nargs="+", default=list(PLANS)[1:], choices=list(PLANS)[1:], help="beside float")
     given = parser.parse_args()
     config = LlamaConfig(
         hidden_size=1024,
@@ -73,7 +75,8 @@ def main() -> None:
     model = LlamaForCausalLM(config).eval()
     sessions: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as place:
-        for name, plan in PLANS.items():
+        for name in ("float", *given.plans):
+            plan = PLANS[name]
             rules = [{"match": match, **(plan or {"float": True})} for match in ("blocks", "lm_head")]
             made = graphq.compile(model, {"graphq": 1, "rules": rules})
             made.emit("onnx", Path(place) / name.replace(" ", "_"), profile="ort-cpu")

@@ -32,9 +32,10 @@ LLAMAS: Final = {"llama": 2, "llama-one-head": 1}  # by name, heads of keys and 
 LOOSE: Final = {"uint8": 0.1, "uint16": 0.01}  # theirs: of weights drawn, 140 ops in a row
 STEPS: Final = {"uint8": 2.0, "uint16": 6.0}  # of 65,536: Sigmoid and Tanh 4, sums and norms 2
 # What is further off with 16 bits, whatever it is fed. The factor of a product (scale of the input times scale of the
-# weight by scale of the output) has 11 bits, and multiplies the zero point, too: the code is off by up to 2^-11 of itself,
-# 32 steps. Gelu and Softmax are interpolated.
-WIDE_STEPS: Final = {"Conv": 34.0, "ConvTranspose": 34.0, "Gemm": 34.0, "MatMul": 34.0, "Gelu": 64.0, "Softmax": 128.0}
+# weight by scale of the output) has 11 bits, and multiplies the zero point, too: a code is off by up to 2^-11 of it, or
+# 32 steps. Columns of a MatMul's second operand that 8 signed bits around its zero point do not hold are rounded
+# again. Gelu and Softmax are interpolated.
+WIDE_STEPS: Final = {"Conv": 34.0, "ConvTranspose": 34.0, "Gemm": 34.0, "MatMul": 256.0, "Gelu": 64.0, "Softmax": 128.0}
 TAKEN: Final = (
     *("resnet", "mobilenet-v2", "efficientnet", "convnext", "regnet", "unet", "densenet", "vit", "swin", "segformer"),
     *("detr", "bert", "distilbert", "whisper-encoder", "wav2vec2", "tcn", "bilstm", *LLAMAS),

@@ -17,7 +17,7 @@ _WEIGHTED: Final = op_types(
     "uint16 x int8/tensor -> uint16",
     "uint16 x int4/channel -> uint16",
 )
-_PAIRS: Final = op_types("uint8 x uint8 -> uint8", "uint16 x int8 -> uint16")
+_PAIRS: Final = op_types("uint8 x uint8 -> uint8", "uint16 x uint8 -> uint16")
 _NORM: Final = op_types("uint8 x uint8/tensor -> uint8", "uint16 x uint8/tensor -> uint16")
 
 QNN_HTP: Final = Profile(
@@ -31,9 +31,9 @@ QNN_HTP: Final = Profile(
         **{kind: OpRule(_WEIGHTED, bias="int32") for kind in ("Conv", "ConvTranspose", "Linear")},
         "MatMul": OpRule(
             _PAIRS,
-            because="a second operand of 16 bits is converted to 8 by onnxruntime-qnn, on a grid of its own making; of"
-            " uint8, a column with codes further than 127 from the zero point is rounded again, up to 240 steps off",
-            also=op_types("uint16 x uint8 -> uint16", "uint16 x uint16 -> uint16"),
+            because="a second operand of 16 bits is converted to 8 by onnxruntime-qnn, on a grid of its own making;"
+            " columns of uint8 with codes further than 127 from the zero point are rounded again, of int8 none",
+            also=op_types("uint16 x int8 -> uint16", "uint16 x uint16 -> uint16"),
         ),
         "LayerNormalization": OpRule(_NORM, bias="int32"),
         "RMSNormalization": OpRule(
