@@ -194,6 +194,18 @@ def test_a_row_without_16_bits_is_float_and_says_so() -> None:
     assert notes[0] == "fallback: 2 ops run in float, for test has no 16-bit types for Mul, Slice, Linear: Mul, c"
 
 
+def test_16_bits_that_take_another_weight_are_none() -> None:
+    rows = op_types("uint8 -> uint8", "uint16 -> uint16")
+    weighted = op_types("uint8 x int8/channel -> uint8", "uint16 x int4/channel -> uint16")
+    ops = {"Linear": OpRule(weighted), "Mul": OpRule(rows), "Slice": OpRule(rows, "same")}
+    profile = Profile("test", "a test", int_activations("uint8", "uint16"), parse_quant("int8/channel"), ops)
+    gm = compiler.capture(culprit(), X)
+    annotate(gm)
+    notes: list[str] = []
+    fall_back(gm, profile, Fallback(max_ops=2), notes)
+    assert notes[0] == "fallback: 2 ops run in float, for test has no 16-bit types for Mul, Slice, Linear: Mul, c"
+
+
 def annotate(gm: fx.GraphModule) -> None:
     plan = Plan(parse_quant("int8/channel"), parse_quant("uint8/tensor"))
     Annotate(Spec((Rule(parse_match("*"), plan, may_match_nothing=True),)), placed=True).run(gm)

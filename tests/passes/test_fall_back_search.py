@@ -14,6 +14,7 @@ from graphq.ir.pipeline import Pipeline
 from graphq.passes.annotate import Annotate
 from graphq.passes.fall_back import MEASURED, FallBack, reference_outputs
 from graphq.report import ActivationsReport, FallbackReport
+from graphq.spec.activations import ActivationRule
 from graphq.spec.fallback import Fallback
 from graphq.spec.match import parse_match
 from graphq.spec.plan import Plan
@@ -34,19 +35,34 @@ def search(
     fallback: Fallback,
     batches: Sequence[tuple[Tensor, ...]] = ((X,),),
     wanted: Sequence[MaskedBatch] | None = None,
+    rules: tuple[ActivationRule, ...] = (),
+    mask: str | None = None,
     **rows: OpRule,
 ) -> FallbackReport:
     """What the search does for a consumer with these rows beside ``ROWS``."""
-    gm = capture(model, *batches[0])
+    return searched(model, fallback, batches, wanted, rules, mask, **rows)[1]
+
+
+def searched(
+    model: nn.Module,
+    fallback: Fallback,
+    batches: Sequence[tuple[Tensor, ...]] = ((X,),),
+    wanted: Sequence[MaskedBatch] | None = None,
+    rules: tuple[ActivationRule, ...] = (),
+    mask: str | None = None,
+    **rows: OpRule,
+) -> tuple[ActivationsReport, FallbackReport]:
+    """The same, beside what runs in which types in the end."""
+    gm = capture(model, *batches[0]) if mask is None else compiler.capture(model, batches[0], mask=mask)
     nothing = Rule(parse_match("*"), Plan(parse_quant("int8/channel")), may_match_nothing=True)
     Annotate(Spec((nothing,)), placed=True).run(gm)
     told: list[ActivationsReport] = []
     profile = Profile(
         "test", "a test", int_activations("uint8", "uint16"), parse_quant("int8/channel"), {**ROWS, **rows}
     )
-    Pipeline([FallBack(profile, (), fallback, wanted, placed=told.append)], strict=True).run(gm, list(batches))
+    Pipeline([FallBack(profile, rules, fallback, wanted, placed=told.append)], strict=True).run(gm, list(batches))
     assert told[0].fallback is not None
-    return told[0].fallback
+    return told[0], told[0].fallback
 
 
 class Made(nn.Module):
@@ -189,3 +205,58 @@ def test_what_is_given_as_wanted_is_what_is_measured_by() -> None:
     own, given = (search(Made(lambda x: column(x, 30.0).tanh()), Fallback(max_ops=1), wanted=w) for w in (None, other))
     assert given.before < 10 < own.before
     assert given.weights < 10 < own.weights
+
+
+def test_what_masks_hide_is_not_measured() -> None:
+    class Tokens(nn.Module):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return column(x * mask[..., None].to(x.dtype) + x * 0.5, 30.0).tanh()
+
+    x, mask = torch.randn(2, 5, 8), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    other = torch.where(mask[..., None] == 0, x * 40, x)
+    found = [search(Tokens(), Fallback(max_ops=1), [(given, mask)], mask="mask") for given in (x, other)]
+    assert found[0].before == found[1].before
+    assert found[0].after == found[1].after
+
+
+def test_what_is_no_number_any_more_is_an_error() -> None:
+    """0 / 0, where a product that is small rounds to 0; and what is not 0, where the float model has nothing else."""
+    report = search(Made(lambda x: (x * x) / (x * x)), Fallback(max_ops=1))
+    assert report.before == -torch.inf
+    report = search(Made(lambda x: column(x, 300.0) - (x * 1.0)[:, 1:]), Fallback(max_ops=1))
+    assert report.before == -torch.inf
+
+
+WIDE = parse_quant("uint16/tensor")
+
+
+def test_what_is_in_16_bits_already_is_no_candidate() -> None:
+    report = search(Made(graded), Fallback(max_ops=9), rules=(ActivationRule(WIDE),))
+    assert report.ops == ()
+    assert torch.inf > report.before == report.after
+
+
+def test_what_others_read_in_16_bits_stays_in_8() -> None:
+    """A sum that a product reads anew in 16 bits gives 8 bits before and after another op falls back."""
+    rules = (ActivationRule(parse_quant("uint8/tensor")), ActivationRule(WIDE, ops=("Mul",)))
+
+    def made(x: Tensor) -> tuple[Tensor, ...]:
+        y = (x + 0.25).tanh()
+        return y * 0.5, torch.cat([y, x], 1), torch.cat([(x.relu() + 400.0)[:, :1], x], 1)[:, 1:]
+
+    for most in (0.5, 60.0):
+        report, fallen = searched(Made(made), Fallback(min_sqnr=most, max_ops=1), rules=rules)
+        assert len(fallen.ops) == (most > 1)
+        assert "Tanh" not in dict(fallen.ops)
+        assert {op.types for op in report.ops if op.kind == "Tanh"} == {"uint8 -> uint8"}
+
+
+def test_what_moves_elements_in_16_bits_on_the_way_follows() -> None:
+    moves = OpRule(op_types("uint8 -> uint8"), "same", also=op_types("uint16 -> uint16"))
+    report = search(Made(lambda x: column(x, 30.0).tanh()), Fallback(max_ops=2), Slice=moves)
+    assert set(dict(report.ops).values()) == {"uint16"}
+
+
+def test_what_gives_8_bits_alone_is_float() -> None:
+    report = search(Made(lambda x: column(x, 30.0).tanh()), Fallback(max_ops=2), Mul=EIGHT)
+    assert dict(report.ops) == {"Mul": "float", "Tanh": "float"}
