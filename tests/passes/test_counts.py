@@ -24,6 +24,7 @@ from graphq.passes.remove_no_ops import RemoveNoOps
 from graphq.passes.rotate import Rotate
 from graphq.passes.split_gate_up import SplitGateUp
 from graphq.passes.stop_observing import StopObserving
+from graphq.passes.unroll_recurrent import UnrollRecurrent
 from graphq.passes.untie import Untie
 from tests.graphs import annotated
 from tests.models import MLP, capture
@@ -58,6 +59,7 @@ def with_leftovers() -> fx.GraphModule:
         Untie(),
         Observe(),
         Decompose(GENERIC_INT8),
+        UnrollRecurrent(GENERIC_INT8),
         QuantizeBiases(GENERIC_INT8),
         AWQ(),
         GPTQ(),
