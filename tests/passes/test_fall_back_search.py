@@ -260,3 +260,18 @@ def test_what_moves_elements_in_16_bits_on_the_way_follows() -> None:
 def test_what_gives_8_bits_alone_is_float() -> None:
     report = search(Made(lambda x: column(x, 30.0).tanh()), Fallback(max_ops=2), Mul=EIGHT)
     assert dict(report.ops) == {"Mul": "float", "Tanh": "float"}
+
+
+def test_what_may_give_floats_stays_where_its_output_falls_back() -> None:
+    """Of a product whose output need not be quantized, what reads that falls back alone."""
+    report = search(
+        Made(lambda x: column(x, 30.0).tanh()), Fallback(max_ops=1), Mul=OpRule(BOTH.types, output="optional")
+    )
+    assert report.ops == (("Tanh", "uint16"),)
+
+
+def test_what_reads_one_wide_tensor_of_two_is_wide() -> None:
+    """Whatever it gave before."""
+    report, fallen = searched(Made(lambda x: (column(x, 30.0) + x[:, 1:].tanh()).tanh()), Fallback(max_ops=2))
+    assert fallen.ops == (("Mul", "uint16"), ("Add", "uint16"))
+    assert [op.types for op in report.ops if op.kind == "Add"] == ["uint16 -> uint16"]
