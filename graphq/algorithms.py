@@ -5,7 +5,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, assert_never, final
 
+from torch import Tensor
+
 from graphq.data.masks import MaskedBatch
+from graphq.ir.choices import Choices
 from graphq.ir.pipeline import Pass
 from graphq.passes.auto_round import AutoRound
 from graphq.passes.awq import AWQ
@@ -47,7 +50,8 @@ Layers = frozenset[str] | None  # by FQN; None for all
 @dataclass(frozen=True)
 class PassContext:
     """Whom passes tell: ``record`` each layer's error, ``note`` what the report should say, ``placed`` what runs in
-    which types; the seed of what they draw; and what is ``wanted``, the float model's outputs.
+    which types; the seed of what they draw; what is ``wanted``, the float model's outputs; and ``chosen``, where they
+    keep what they chose.
     """
 
     record: Callable[[str, float], None] | None = None
@@ -55,6 +59,7 @@ class PassContext:
     seed: int = 0
     placed: Callable[[ActivationsReport], None] | None = None
     wanted: Sequence[MaskedBatch] | None = None
+    chosen: dict[str, Tensor] | None = None
 
 
 @final
@@ -62,7 +67,7 @@ class PassContext:
 class Request:
     """An algorithm as a spec asks for it of one model.
 
-    layers: those it is for. rounded: those whose codes an algorithm of the spec chooses.
+    layers: those it is for. rounded: those whose codes an algorithm of the spec chooses. number: its place in the spec.
     """
 
     name: str
@@ -71,10 +76,17 @@ class Request:
     folds: Folds = EVERYWHERE
     rounded: Layers = frozenset()
     context: PassContext = PassContext()
+    number: int = 0
 
     @property
     def stage(self) -> Stage:
         return ALGORITHMS[self.name].stage
+
+    @property
+    def choices(self) -> Choices | None:
+        """Where its passes keep what they chose."""
+        chosen = self.context.chosen
+        return None if chosen is None else Choices(f"{self.number} {self.name}", chosen)
 
     def make(self) -> list[Pass]:
         """The passes that are the algorithm, in order. Raises ``KeyError`` for a name that there is not."""
@@ -94,7 +106,8 @@ def _awq(it: Request) -> list[Pass]:
     options = dict(it.options)
     clip = options.pop("clip", True) and it.rounded is not None
     unclipped = it.rounded or frozenset()
-    return [AWQ(it.layers, clip=clip, unclipped=unclipped, folds=it.folds, note=it.context.note, **options)]
+    told: dict[str, Any] = {"note": it.context.note, "choices": it.choices}
+    return [AWQ(it.layers, clip=clip, unclipped=unclipped, folds=it.folds, **told, **options)]
 
 
 # What makes each algorithm of graphq.spec.algorithms.
@@ -103,13 +116,15 @@ PASSES: Final[Mapping[str, Callable[[Request], list[Pass]]]] = {
     "fold-batch-norm": lambda it: [FoldBatchNorm()],
     "rotate": _rotate,
     "equalize": lambda it: [Equalize(it.layers, note=it.context.note, **it.options)],
-    "smooth-quant": lambda it: [SmoothQuant(it.layers, folds=it.folds, note=it.context.note, **it.options)],
+    "smooth-quant": lambda it: [
+        SmoothQuant(it.layers, folds=it.folds, note=it.context.note, choices=it.choices, **it.options)
+    ],
     "awq": _awq,
     "gptq": lambda it: [GPTQ(it.layers, record=it.context.record, note=it.context.note, **it.options)],
     "auto-round": lambda it: [
         AutoRound(it.layers, seed=it.context.seed, record=it.context.record, note=it.context.note, **it.options)
     ],
-    "correct-bias": lambda it: [CorrectBias(it.context.note)],
+    "correct-bias": lambda it: [CorrectBias(it.context.note, it.choices)],
 }
 
 
@@ -204,8 +219,8 @@ def _requests(spec: Spec, layers: Mapping[str, Layer], context: PassContext) -> 
         scopes.append((algorithm, frozenset(matched) if algorithm.match else None))
     rounded = _union([scope for algorithm, scope in scopes if ALGORITHMS[algorithm.name].stage == "round"])
     return [
-        Request(algorithm.name, scope, dict(algorithm.options), algorithm.folds, rounded, context)
-        for algorithm, scope in scopes
+        Request(algorithm.name, scope, dict(algorithm.options), algorithm.folds, rounded, context, number)
+        for number, (algorithm, scope) in enumerate(scopes)
     ]
 
 

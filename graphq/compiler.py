@@ -32,6 +32,7 @@ from graphq.data.batches import complete_all, first_batches, with_progress
 from graphq.errors import GraphError, SpecError
 from graphq.frontends import load_spec
 from graphq.ir.cache_plans import notes_of, plan_caches, problems_of
+from graphq.ir.choices import CHOICES
 from graphq.ir.layers import sites
 from graphq.ir.pipeline import Batches, Pipeline
 from graphq.ir.unnamed import unnamed
@@ -272,12 +273,14 @@ def compile(  # noqa: A001
         if batches is not None and (by_blocks or placed_for(parsed) is not None):
             batches = list(batches)  # several walks over the blocks, and over the whole graph, read them
         wanted = reference_outputs(gm, batches) if parsed.fallback and batches is not None else None
-        context = PassContext(sqnr.__setitem__, pass_notes.append, seed, placed.append, wanted)
+        chosen: dict[str, Tensor] = {}
+        context = PassContext(sqnr.__setitem__, pass_notes.append, seed, placed.append, wanted, chosen)
         timer.end("plan")
         passes = passes_for(parsed, found, context, by_blocks)
         Pipeline(passes, after=lambda step, _: timer.end(step.name)).run(gm, batches)
         if not reads:
             read_all(gm)
+    gm.meta[CHOICES] = chosen
     copy_tensors(gm, shared)
     all_notes = [*source.notes, *notes, *kept_nothing, *dict.fromkeys(pass_notes)]
     bits, between = source.dtype.itemsize * 8, placed[-1] if placed else None

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from graphq.ir import edit
 from graphq.ir.channel_groups import Group, Where, apply_factors, chosen_layers, groups, names_of, rounding_change
+from graphq.ir.choices import Choices
 from graphq.ir.index import GraphIndex
 from graphq.ir.labels import Reader
 from graphq.ir.layers import LAYER, PLAN
@@ -47,7 +48,7 @@ class AWQ(Pass):
     power: of the outputs' errors, which are added: 2, or 4 as AMCT has it.
     clip: whether weights are clamped to the range of the least output error: of layers with min-max ranges by channel
         or group that are not in ``unclipped``.
-    where, folds: see ``SmoothQuant``.
+    where, folds: see ``SmoothQuant``. choices: where factors and ranges are kept.
     """
 
     only: frozenset[str] | None = None
@@ -59,6 +60,7 @@ class AWQ(Pass):
     where: Where = "fold"
     folds: Folds = EVERYWHERE
     note: Callable[[str], None] | None = None
+    choices: Choices | None = None
     name: ClassVar[str] = "awq"
     requires: ClassVar = (annotated, with_weights)
 
@@ -92,7 +94,7 @@ class AWQ(Pass):
         for group in list(groups(gm, self.only, self.where, self.note, self.folds)):
             found = self._search(gm, group, moments)
             if found is not None:
-                count += apply_factors(index, group, found, self.name)
+                count += apply_factors(index, group, found, self.name, self.choices)
                 for reader in group.chosen:
                     scaled[reader.op] = group.at(torch.where(group.moved, found, 1.0), reader.channels)
         if self.clip:
@@ -143,16 +145,28 @@ class AWQ(Pass):
         (quant,) = quants
         if quant is None or not _can_clip(quant) or not self.unclipped.isdisjoint(names_of(op)):
             return 0
-        size = quant.granularity.size if isinstance(quant.granularity, PerGroup) else -1
-        old = tensor_of(index.gm, param.fqn).detach()
-        if isinstance(op, Convolution | ConvTranspose) and size > 0:
+        if isinstance(op, Convolution | ConvTranspose) and isinstance(quant.granularity, PerGroup):
             return 0
-        w = as_matrices(old.float(), op)
-        new = as_weight(awq.clipped(w, hessian, quant.format, [1, 1, size]), op, old).to(old.dtype)
+        old = tensor_of(index.gm, param.fqn).detach()
+        steps = awq.clip_steps(as_matrices(old.float(), op), hessian, quant.format, _rows_of(quant))
+        new = clipped(old, op, quant, steps)
         if torch.equal(new, old):
             return 0
-        edit.set_param(index.gm, param.fqn, lambda _: new.contiguous(), self.name, index.reads(param.fqn))
+        if self.choices is not None:
+            self.choices.keep(f"clip {param.fqn}", steps)
+        edit.set_param(index.gm, param.fqn, lambda _: new, self.name, index.reads(param.fqn))
         return 1
+
+
+def clipped(w: Tensor, op: Weighted, quant: Quant, steps: Tensor) -> Tensor:
+    """The weight ``w`` of ``op`` clamped to ``steps``, which are those of ``numerics.awq.clip_steps``."""
+    made = awq.clipped(as_matrices(w.float(), op), steps, quant.format, _rows_of(quant))
+    return as_weight(made, op, w).to(w.dtype).contiguous()
+
+
+def _rows_of(quant: Quant) -> list[int]:
+    """The blocks of a weight as matrices."""
+    return [1, 1, quant.granularity.size if isinstance(quant.granularity, PerGroup) else -1]
 
 
 def _can_clip(quant: Quant) -> bool:

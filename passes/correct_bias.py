@@ -15,6 +15,7 @@ from torch.fx.node import map_arg
 
 from graphq.ir import edit
 from graphq.ir.biases import bias_of, set_bias, weight_of
+from graphq.ir.choices import Choices
 from graphq.ir.effect_table import channel_axis
 from graphq.ir.index import GraphIndex
 from graphq.ir.layers import BY, LAYER
@@ -53,9 +54,11 @@ class CorrectBias(Pass):
     A layer without a bias gets one, ``<layer>.bias``. One bias of several uses makes up for the mean over all that they
     read, which leaves the least sum of squares of their mean errors, each use weighted by how much it reads. ``note``
     is told of each layer that is left as it is, and why; a layer that was corrected before is left without one.
+    ``choices``: where what is added to each bias is kept.
     """
 
     note: Callable[[str], None] | None = None
+    choices: Choices | None = None
     name: ClassVar[str] = "correct-bias"
     requires: ClassVar[tuple[Invariant, ...]] = (quantized_weights,)
 
@@ -107,8 +110,11 @@ class CorrectBias(Pass):
         old = bias_of(uses[0])
         wide = weight_of(uses[0]).val.dtype  # of the product, for which a stored weight may be cast
         dtype = tensor_of(gm, old.fqn).dtype if isinstance(old, Param) else wide
-        bias = rest / sum(int(y.count) for y in outputs)
-        set_bias(index, uses, name, bias.to(dtype), by=self.name)
+        bias = (rest / sum(int(y.count) for y in outputs)).to(dtype)
+        if self.choices is not None:
+            before = tensor_of(gm, old.fqn).detach().double() if isinstance(old, Param) else 0.0
+            self.choices.keep(f"bias {name}", bias.double() - before)
+        set_bias(index, uses, name, bias, by=self.name)
 
 
 def _output(gm: fx.GraphModule, op: Correctable) -> MeanObserver | None:

@@ -20,6 +20,7 @@ from graphq.ir.channel_groups import (
     groups,
     rounding_change,
 )
+from graphq.ir.choices import Choices
 from graphq.ir.index import GraphIndex
 from graphq.ir.layers import PLAN
 from graphq.ir.pipeline import Batches, Pass
@@ -53,6 +54,7 @@ class SmoothQuant(Pass):
     where: ``fold`` leaves a layer alone whose factors nothing can absorb, and notes why; ``fold-or-multiply``
         multiplies its input by them at run time; ``multiply`` folds nothing (AMCT).
     folds: what they may be folded into; layers that read something else are left alone.
+    choices: where the factors are kept.
     """
 
     only: frozenset[str] | None = None
@@ -61,6 +63,7 @@ class SmoothQuant(Pass):
     where: Where = "fold"
     folds: Folds = EVERYWHERE
     note: Callable[[str], None] | None = None
+    choices: Choices | None = None
     name: ClassVar[str] = "smooth-quant"
     requires: ClassVar = (annotated, with_weights)
 
@@ -82,7 +85,7 @@ class SmoothQuant(Pass):
                 )
             else:
                 factors = smoothing(activations, weights, float(self.alpha))
-            count += apply_factors(index, group, factors, self.name)
+            count += apply_factors(index, group, factors, self.name, self.choices)
         return count
 
     def _activations(self, gm: fx.GraphModule, group: Group) -> Tensor:

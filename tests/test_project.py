@@ -199,7 +199,9 @@ PATHS = re.compile(
     r"(?<![\w/.-])(?:\.\./)*((?:graphq|passes|lowering|tests|examples|benchmarks|docs|judges)/[\w./-]*\w)"
 )
 DOTTED = re.compile(r"(?<![\w./])graphq(?:\.[a-z_]\w*)+")
-OTHER_NAMES = {"graphq.json", "graphq.by", "graphq.layer", "graphq.plan", "graphq.source"}  # a file, keys of node.meta
+OTHER_NAMES = {  # files, and keys of node.meta
+    *("graphq.json", "graphq.choices", "graphq.by", "graphq.layer", "graphq.plan", "graphq.source"),
+}
 
 
 def absent(text: str) -> list[str]:

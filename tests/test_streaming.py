@@ -86,6 +86,7 @@ def test_a_report_that_is_asked_for_first(tmp_path: Path) -> None:
     ("family", "algorithms"),
     [
         ("llama", ["gptq"]),
+        ("llama", ["awq"]),
         pytest.param("mixtral", ["awq"], marks=pytest.mark.slow),
         pytest.param("llama", ["rotate", "gptq"], marks=pytest.mark.slow),
         pytest.param("opt", ["smooth-quant"], marks=pytest.mark.slow),
@@ -104,6 +105,7 @@ def test_block_by_block(family: str, algorithms: list[str], tmp_path: Path, monk
     assert [name for name, tensor in held.items() if tensor.numel() > 4096 and deferred_of(tensor) is None] == []
     found = emitted(late, tmp_path / "late")
     monkeypatch.setattr("graphq.compiler.why_whole", lambda *_: "asked for")
+    assert ("graphq.choices" in found) == (algorithms in (["awq"], ["smooth-quant"]))
     whole = graphq.compile(folder, spec, **options)
     assert not deferred_tensors(whole._graph)
     assert emitted(whole, tmp_path / "whole") == found

@@ -13,6 +13,7 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor, fx
 
+from graphq.artifacts.choices import CHOICES_FILE, write_choices
 from graphq.artifacts.companions import copy_companions
 from graphq.artifacts.fields import entry, is_text
 from graphq.artifacts.shards import in_bytes
@@ -20,6 +21,7 @@ from graphq.artifacts.source import source_from_json, source_json
 from graphq.capture.source import Source, source_of
 from graphq.errors import TargetError
 from graphq.files import FORMAT, MANIFEST
+from graphq.ir.choices import CHOICES
 from graphq.ir.views import Dequantize, Op, Param, Quantize, ops_of
 from graphq.state import first_names, tensor_of
 
@@ -199,9 +201,13 @@ def write(
         **made_from,
         "source": source_json(source),
         "computed_in": str(dtype).removeprefix("torch.") if dtype is not None else None,
+        "stored": str(source.stored).removeprefix("torch.") if source.stored is not None else None,
+        "choices": CHOICES_FILE if gm.meta.get(CHOICES) else None,
         "tensors": _records(quantized),
         "other_tensors": _records({name: t for name, t in held.items() if name not in quantized}),
     }
+    if gm.meta.get(CHOICES):
+        write_choices(directory, gm.meta[CHOICES])
     if source.files is not None:
         copy_companions(Path(source.files), directory)
     if source.config is not None:

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from graphq.ir import edit
 from graphq.ir.channels import Flow, Flows, move_factors, subgraph_of
+from graphq.ir.choices import Choices
 from graphq.ir.edit import free_path
 from graphq.ir.effects import Stopped
 from graphq.ir.index import GraphIndex
@@ -41,6 +42,11 @@ class Group:
     readers: tuple[Reader, ...]
     chosen: tuple[Reader, ...]
     flow: Flow | None
+
+    @property
+    def name(self) -> str:
+        """What no other group of the graph is called."""
+        return f"factors {self.readers[0].weight.fqn}"
 
     def by_label(self, values: Sequence[Tensor], labels: Sequence[Tensor], how: Literal["amax", "mean"]) -> Tensor:
         """Values of channels, brought together by label; 0 for labels without any."""
@@ -166,9 +172,14 @@ def _group_of_input(index: GraphIndex, op: Weighted, alike: Sequence[Weighted]) 
     return Group(count, torch.ones(count, dtype=torch.bool), tuple(readers), tuple(readers), None)
 
 
-def apply_factors(index: GraphIndex, group: Group, factors: Tensor, by: str) -> int:
-    """The inputs' channels are divided by ``factors``, and the weights multiplied; how many tensors changed."""
+def apply_factors(index: GraphIndex, group: Group, factors: Tensor, by: str, choices: Choices | None = None) -> int:
+    """The inputs' channels are divided by ``factors``, and the weights multiplied; how many tensors changed.
+
+    ``choices``: where the factors are kept.
+    """
     factors = torch.where(group.moved, factors.double(), 1.0)
+    if choices is not None:
+        choices.keep(group.name, factors)
     if group.flow is not None:
         return move_factors(index, group.flow, factors, by)
     gm, first = index.gm, group.readers[0].op

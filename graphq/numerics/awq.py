@@ -45,19 +45,16 @@ def output_error(error: Tensor, hessian: Tensor) -> Tensor:
     return ((error @ hessian.to(error.dtype)) * error).sum((-2, -1))
 
 
-def clipped(w: Tensor, hessian: Tensor, format: Format, block: Sequence[int]) -> Tensor:
-    """``w`` [B, N, K] clamped to the range, for each block along its last axis, of the least output error.
+def clip_steps(w: Tensor, hessian: Tensor, format: Format, block: Sequence[int]) -> Tensor:
+    """For each block along the last axis of ``w`` [B, N, K] which of ``SHARES`` of its range has the least output
+    error when ``w`` is clamped to it: uint8.
 
-    The block's own second moments weigh its error. ``block`` is [1, 1, size] or [1, 1, -1]; candidates are the block's
-    extremes, on both sides the larger one where the format is symmetric, times 1, 0.95, ... 0.5.
+    The block's own second moments weigh its error. ``block`` is [1, 1, size] or [1, 1, -1].
     """
     size = w.shape[2] if block[2] < 0 else min(block[2], w.shape[2])
-    low, high = block_extremes(w, block)
-    if not (isinstance(format, Int) and not format.symmetric):
-        high = torch.maximum(low.abs(), high.abs())
-        low = -high
-    least, best = torch.full_like(low, torch.inf), torch.ones_like(low)
-    for share in SHARES:
+    low, high = _range(w, format, block)
+    least, best = torch.full_like(low, torch.inf), torch.zeros_like(low, dtype=torch.uint8)
+    for step, share in enumerate(SHARES):
         tried = _clamped(w, low * share, high * share, block)
         scales = Scales(*scale_from_extremes(*block_extremes(tried, block), format))  # as when it is rounded at last
         error = fake_quantize(tried, scales, format, block) - w
@@ -67,9 +64,25 @@ def clipped(w: Tensor, hessian: Tensor, format: Format, block: Sequence[int]) ->
             own = hessian[:, first : first + size, first : first + size].to(part.dtype)
             losses.append(((part @ own) * part).sum(-1))
         loss = torch.stack(losses, -1)
-        best = torch.where(loss < least, share, best)
+        best = torch.where(loss < least, step, best)
         least = torch.minimum(loss, least)
-    return _clamped(w, low * best, high * best, block)
+    return best
+
+
+def clipped(w: Tensor, steps: Tensor, format: Format, block: Sequence[int]) -> Tensor:
+    """``w`` [B, N, K] clamped to the shares of its blocks' ranges that ``clip_steps`` gives."""
+    low, high = _range(w, format, block)
+    shares = torch.tensor(SHARES, dtype=low.dtype)[steps.long()]
+    return _clamped(w, low * shares, high * shares, block)
+
+
+def _range(w: Tensor, format: Format, block: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The extremes of each block, of which the larger one is on both sides where the format is symmetric."""
+    low, high = block_extremes(w, block)
+    if isinstance(format, Int) and not format.symmetric:
+        return low, high
+    high = torch.maximum(low.abs(), high.abs())
+    return -high, high
 
 
 def _clamped(w: Tensor, low: Tensor, high: Tensor, block: Sequence[int]) -> Tensor:

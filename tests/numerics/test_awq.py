@@ -14,6 +14,10 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def clipped(w: torch.Tensor, hessian: torch.Tensor, format: Format, block: list[int]) -> torch.Tensor:
+    return awq.clipped(w, awq.clip_steps(w, hessian, format, block), format, block)
+
+
 def test_factors_of_the_activations_alone() -> None:
     x = torch.tensor([1.0, 4.0, 16.0])
     # sqrt(x) = 1, 2, 4; over sqrt(4 * 1)
@@ -61,14 +65,14 @@ def test_clipping_never_raises_a_block_s_error(format: Format, size: int) -> Non
     hessian = x.mT @ x / 40
     block = [1, 1, size]
 
-    def losses(clipped: torch.Tensor) -> torch.Tensor:
-        error = fake_quantize(clipped, choose_scale(clipped, format, block), format, block) - w
+    def losses(made: torch.Tensor) -> torch.Tensor:
+        error = fake_quantize(made, choose_scale(made, format, block), format, block) - w
         width = 12 if size < 0 else size
         parts = [error[..., i : i + width] for i in range(0, 12, width)]
         hessians = [hessian[:, i : i + width, i : i + width] for i in range(0, 12, width)]
         return torch.stack([((p @ h) * p).sum(-1) for p, h in zip(parts, hessians, strict=True)])
 
-    found = awq.clipped(w, hessian, format, block)
+    found = clipped(w, hessian, format, block)
     assert (losses(found) <= losses(w) * (1 + 1e-5)).all()
     assert (losses(found) < losses(w) * 0.99).any() or (isinstance(format, Int) and format.bits == 8)
     assert (found.abs() <= w.abs()).all()
@@ -79,7 +83,7 @@ def test_clipping_finds_the_least_of_its_candidates() -> None:
     w, x = randn(1, 3, 8, seed=5).pow(3), randn(1, 30, 8, seed=6)
     hessian = x.mT @ x
     block = [1, 1, -1]
-    found = awq.clipped(w, hessian, INT4, block)
+    found = clipped(w, hessian, INT4, block)
     for row in range(3):
         tried: list[tuple[float, float]] = []
         for share in awq.SHARES:
@@ -94,13 +98,13 @@ def test_clipping_finds_the_least_of_its_candidates() -> None:
 
 def test_a_ragged_last_block() -> None:
     w, x = randn(1, 3, 10, seed=7), randn(1, 30, 10, seed=8)
-    found = awq.clipped(w, x.mT @ x, INT4, [1, 1, 4])
-    alone = awq.clipped(w[..., 8:], (x.mT @ x)[:, 8:, 8:], INT4, [1, 1, 4])
+    found = clipped(w, x.mT @ x, INT4, [1, 1, 4])
+    alone = clipped(w[..., 8:], (x.mT @ x)[:, 8:, 8:], INT4, [1, 1, 4])
     assert torch.equal(found[..., 8:], alone)
 
 
 def test_clipping_a_symmetric_range_leaves_the_smaller_side() -> None:
     w = torch.tensor([[[-8.0, 1.0, 1.0, 1.0]]])
-    found = awq.clipped(w, torch.diag(torch.tensor([1e-4, 1.0, 1.0, 1.0]))[None], INT4, [1, 1, -1])
+    found = clipped(w, torch.diag(torch.tensor([1e-4, 1.0, 1.0, 1.0]))[None], INT4, [1, 1, -1])
     assert found[0, 0, 0] > -8
     assert found[0, 0, 1:].tolist() == [1.0, 1.0, 1.0]

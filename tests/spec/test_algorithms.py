@@ -48,7 +48,7 @@ def test_options_and_their_defaults_are_those_of_a_pass(name: str) -> None:
     options = defaults(name)
     assert {option: fields[option] for option in options} == options
     assert all(type(fields[option]) is type(value) for option, value in options.items())
-    context = {"only", "unclipped", "folds", "note", "record", "seed"}
+    context = {"only", "unclipped", "folds", "note", "record", "seed", "choices"}
     assert fields.keys() - context == options.keys()
 
 
@@ -77,8 +77,12 @@ def test_who_is_told() -> None:
     def record(fqn: str, sqnr_db: float) -> None: ...
 
     for name in PASSES:
-        for step in Request(name, context=PassContext(record, note, 7)).make():
+        chosen: dict[str, torch.Tensor] = {}
+        request = Request(name, context=PassContext(record, note, 7, chosen=chosen), number=3)
+        for step in request.make():
             given = {"note": note, "record": record, "seed": 7}
+            choices = getattr(step, "choices", None)
+            assert choices is None or (choices.algorithm, choices.tensors) == (f"3 {name}", chosen)
             for field in fields_of(step).keys() & given.keys():
                 assert getattr(step, field) == given[field], (name, step.name, field)
 
