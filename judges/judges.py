@@ -135,6 +135,13 @@ JUDGES: Final = (
         "2.5 GB, 6 minutes",
         apart=True,
     ),
+    Judge(
+        "atheris",
+        ("atheris==3.0.0",),
+        "run_atheris.py",
+        "a minute of damage that is led by coverage finds GraphqError alone in the readers of files",
+        "0.1 GB, 2 minutes",
+    ),
 )
 
 
