@@ -2,14 +2,16 @@
 gives the integers and scales.
 
 What the artifact holds, unpacked (ONNX: UINT4 lowered by 8), is compared bit for bit with the digests in
-``graphq.json``, and its codes and weight scales, with a model directory, also with what the manifest's spec makes of
-that. Where a weight's scale depends on that of an input, which followed from calibration data, the artifact's is taken.
+``graphq.json``. With a model directory it is also compared with what the manifest's spec makes of that: codes and
+scales of weights bit for bit where they are rounded to nearest, with the artifact's scale of an input that a weight's
+depends on; else each weight by its signal to quantization noise ratio beside the folded one (``refold``); float tensors
+in any case.
 Files are compared by their digests: what a graph computes is what was written. A file that the target reads and that
 has no digest differs. A file of tensors that is not what was written is named only where no tensor in it is.
 """
 
 import dataclasses
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, final
@@ -18,13 +20,17 @@ import torch
 import yaml
 from torch import Tensor, fx
 
+from graphq import refold
 from graphq.artifacts import manifest
+from graphq.artifacts.choices import read_choices
 from graphq.artifacts.source import dtype_named
 from graphq.capture import hugging_face
-from graphq.capture.source import KEY, source_of
+from graphq.capture.source import KEY, record_stored, source_of
+from graphq.capture.unread import capture_unread
 from graphq.errors import SpecError, TargetError
 from graphq.frontends import load_spec
 from graphq.ir import edit
+from graphq.ir.edit import copy_graph
 from graphq.ir.layers import LAYER, PLAN, sites
 from graphq.ir.pipeline import Pipeline
 from graphq.ir.views import Op
@@ -36,14 +42,18 @@ from graphq.passes.annotate import Annotate
 from graphq.passes.observe import add_observers, to_quantize
 from graphq.passes.quantize_weights import QuantizeWeights
 from graphq.passes.stop_observing import StopObserving
-from graphq.pipelines import canonical_passes
+from graphq.pipelines import canonical_passes, placed_for
 from graphq.spec.plan import weight_quants
 from graphq.spec.quant import Ofmr, Quant
+from graphq.spec.rules import Spec
 from graphq.state import put_tensor
 
 _INPUT: Final = ("input_scale", "input_zero_point", "input_global_scale")
 _CACHE: Final = tuple(f"{role}_{part}" for role in ("key", "value", "state") for part in ("scale", "zero_point"))
-_TENSORS: Final = ("model.safetensors", "model.onnx", "model.onnx.data")
+_BIAS: Final = ("bias", "bias_scale")
+_BY_DATA: Final = {"input": _INPUT, "cache": _CACHE, "bias": _BIAS}
+_WEIGHTS: Final = ("weight", "weight_scale", "weight_zero_point", "weight_global_scale")
+_TENSORS: Final = (".safetensors", ".onnx", ".onnx.data")  # what files of tensors end in
 
 
 @final
@@ -79,29 +89,26 @@ def verify(path: str | Path, against: str | Path | None = None) -> Verification:
         for name in sorted(wanted | held)
         if (line := manifest.difference(name, wanted.get(name), held.get(name))) is not None
     ]
-    changed, added = _files(directory, described, skip=_TENSORS if differences else ())
+    changed, added = _files(directory, described, tensors=not differences)
     differences += changed
     notes = [f"{name}: graphq did not write it" for name in added]
     if against is None:
         return Verification(tuple(differences), len(recorded), tuple(notes))
-    made = manifest.stored_names(_recompile(directory, described, Path(against), held), held)
-    inputs = {name for name in recorded if name.rpartition(".")[2] in (*_INPUT, *_CACHE)}
-    for name in sorted((held.keys() - others.keys() | made.keys()) - inputs):
-        line = _difference(name, made.get(name), held.get(name))
-        if line is not None:
-            differences.append(f"{line} ({against})")
-    if inputs:
-        of = "input and cache" if any(name.rpartition(".")[2] in _CACHE for name in inputs) else "input"
+    lines, alone = _against(directory, described, Path(against), held, recorded)
+    differences += [f"{line} ({against})" for line in lines]
+    if alone:
+        kinds = [kind for kind, parts in _BY_DATA.items() if any(name.rpartition(".")[2] in parts for name in alone)]
+        of = " and ".join(kinds) or "activation"
         notes.append(
-            f"{len(inputs)} {of} scales and zero points, which need calibration data, were compared with the manifest"
+            f"{len(alone)} {of} scales and zero points, which need calibration data, were compared with the manifest"
             " only"
         )
     return Verification(tuple(differences), len(recorded), tuple(notes))
 
 
-def _files(directory: Path, described: Mapping[str, Any], skip: Container[str]) -> tuple[list[str], list[str]]:
-    """A line for each file of the artifact that is gone, differs (but those in ``skip``) or has no digest; and the
-    files that are not its own.
+def _files(directory: Path, described: Mapping[str, Any], tensors: bool) -> tuple[list[str], list[str]]:
+    """A line for each file of the artifact that is gone, differs (those of ``tensors`` only if asked for) or has no
+    digest; and the files that are not its own.
     """
     listed = manifest.listed_files(directory, described)
     found = manifest.file_digests(directory)
@@ -112,7 +119,7 @@ def _files(directory: Path, described: Mapping[str, Any], skip: Container[str]) 
             lines.append(f"{name}: missing")
         elif name not in listed:
             lines.append(f"{name}: the manifest has no digest of it")
-        elif listed[name] != found[name] and name not in skip:
+        elif listed[name] != found[name] and (tensors or not name.endswith(_TENSORS)):
             lines.append(f"{name}: differs from its digest in the manifest")
     return lines, sorted(found.keys() - own)
 
@@ -174,31 +181,67 @@ def _observe_stored(gm: fx.GraphModule, held: Mapping[str, Tensor]) -> None:
     add_observers(gm, list(made.values()), "verify")
 
 
-def _recompile(
-    directory: Path, described: Mapping[str, Any], model: Path, held: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """The codes, scales and zero points of the model's weights by the manifest's spec, for inputs with the scales of
-    the artifact's tensors ``held``.
+def _against(
+    directory: Path,
+    described: Mapping[str, Any],
+    model: Path,
+    held: Mapping[str, Tensor],
+    recorded: Mapping[str, object],
+) -> tuple[list[str], list[str]]:
+    """A line for each tensor that differs from what the manifest's spec makes of the model; and the tensors of the
+    QDQ form that nothing but the manifest can tell of.
     """
     file = directory / manifest.NAME
-    if described.get("algorithm") != "rtn":
-        raise TargetError(f"{file}: algorithm: {described.get('algorithm')}: cannot be run again without its data")
     try:
-        spec = load_spec(yaml.safe_load(described["spec"]))
+        spec, seed = load_spec(yaml.safe_load(described["spec"])), int(described["seed"])
         dtype = dtype_named(described["computed_in"] or "float32")
     except (KeyError, TypeError, AttributeError, ValueError, yaml.YAMLError, SpecError) as error:
         raise TargetError(f"{file}: damaged: {str(error).splitlines()[0]}") from error
-    cache = bool(manifest.source_of_artifact(directory, described).caches)
-    gm = hugging_face.capture_directory(model, dtype, cache=cache)
-    scales = TARGETS[described["target"]].scales(source_of(gm))
-    gm.meta[KEY] = dataclasses.replace(source_of(gm), scales=scales)
+    chosen: Mapping[str, Tensor] = {}
+    if wanted := refold.not_kept(spec):
+        if "choices" not in described:
+            raise TargetError(
+                f"{file}: holds nothing of what {' and '.join(wanted)} chose, which later versions of graphq keep: its"
+                " weights cannot be compared with a model's"
+            )
+        chosen = read_choices(directory) if described["choices"] is not None else {}
+    source = manifest.source_of_artifact(directory, described)
+    gm = hugging_face.capture_directory(model, dtype, cache=bool(source.caches), unread=capture_unread)
+    target = str(described["target"])
+    alone = [name for name in recorded if name.rpartition(".")[2] not in _WEIGHTS]
+    weights = recorded.keys() - set(alone)
     with torch.no_grad():
-        Pipeline([*canonical_passes(), Annotate(spec)]).run(gm)
-        for site in sites(gm):
-            for quant in weight_quants(site.op.node.meta.get(PLAN)):
-                if quant is not None and isinstance(quant.method, Ofmr):
-                    raise TargetError(f"{file}: {site.path}: {quant}: cannot be run again without its data")
-        _observe_stored(gm, held)
-        Pipeline([QuantizeWeights(), StopObserving()]).run(gm)
-    form = TARGETS[described["target"]].form(gm)
-    return manifest.named_tensors(manifest.quantized_tensors(form))
+        Pipeline(canonical_passes()).run(gm)
+        if dtype == torch.float32 and described.get("stored", "") is not None:
+            record_stored(gm)
+        anew = _rounded(copy_graph(gm), spec, target, held)
+        folded = refold.folded(gm, spec, seed, chosen, target)
+        lines: dict[str, str | None] = {}
+        if anew is not None:
+            made = manifest.stored_names(anew, held)
+            lines |= {name: _difference(name, made.get(name), held.get(name)) for name in weights | made.keys()}
+        else:
+            ratios = refold.recorded_ratios(described, file)
+            found = dict(refold.weight_differences(folded, held, ratios))
+            lines |= {f"{path}.weight": line for path, line in found.items()}
+            lost = sorted(name for name in weights if name.rpartition(".")[0] not in found)
+            lines |= {name: f"{name}: not in the model folded anew" for name in lost}
+        lines |= dict(refold.float_differences(folded, held, recorded))
+    return [line for _, line in sorted(lines.items()) if line is not None], alone
+
+
+def _rounded(gm: fx.GraphModule, spec: Spec, target: str, held: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """The codes, scales and zero points of weights that are rounded to nearest, for inputs with the scales of the
+    artifact's tensors ``held``; None where data or an algorithm chose them, or the whole graph's quantizers.
+    """
+    if any(algorithm.name != "rtn" for algorithm in spec.algorithms) or placed_for(spec) is not None:
+        return None
+    scales = TARGETS[target].scales(source_of(gm))
+    gm.meta[KEY] = dataclasses.replace(source_of(gm), scales=scales)
+    Annotate(spec).run(gm)
+    quants = [quant for site in sites(gm) for quant in weight_quants(site.op.node.meta.get(PLAN))]
+    if any(quant is not None and isinstance(quant.method, Ofmr) for quant in quants):
+        return None
+    _observe_stored(gm, held)
+    Pipeline([QuantizeWeights(), StopObserving()]).run(gm)
+    return manifest.named_tensors(manifest.quantized_tensors(TARGETS[target].form(gm)))

@@ -124,16 +124,16 @@ class QuantizeWeights(Pass):
 
 
 def planned_weights(
-    gm: fx.GraphModule, only: frozenset[str] | None = None, deferred: bool = False
+    gm: fx.GraphModule, only: frozenset[str] | None = None, deferred: bool = False, bare: bool = False
 ) -> Iterator[PlannedWeight]:
     """The weights with a plan that are held as floats, in graph order; ``only``: those of these layers.
 
     A parameter that other parts of a model hold, too, is left to the whole. With ``deferred`` those that are not read
-    yet stay so, as fake tensors.
+    yet stay so, as fake tensors. ``bare``: nothing is said of their scales.
     """
     layers = _layers(gm)
     reads = _reads(gm)
-    extremes = FusedExtremes(gm, layers.values())
+    extremes = None if bare else FusedExtremes(gm, layers.values())
     for fqn, site in layers.items():
         if _is_planned(site, only):
             held = held_tensor(gm, fqn)
@@ -193,7 +193,7 @@ def _is_planned(site: Site, only: frozenset[str] | None) -> bool:
 
 
 def _parts(
-    gm: fx.GraphModule, site: Site, quants: Sequence[Quant | None], w: Tensor, extremes: FusedExtremes
+    gm: fx.GraphModule, site: Site, quants: Sequence[Quant | None], w: Tensor, extremes: FusedExtremes | None
 ) -> Iterator[WeightPart]:
     plans: dict[Quant | None, list[int]] = {}
     for index, quant in enumerate(quants):
@@ -205,6 +205,9 @@ def _parts(
             yield WeightPart(tuple(members), None, part, [], None)
             continue
         block = scale_block(op, quant.granularity)
+        if extremes is None:
+            yield WeightPart(tuple(members), quant, part, block, None, tuple(op.own_axes))
+            continue
         amax = extremes.of(site.param.fqn, members) if isinstance(quant.format, Nvfp4) else None
         scales = _given_scales(gm, site, quant, part, block, amax)
         least = _least_scales(gm, site, quant, part)

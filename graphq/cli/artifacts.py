@@ -51,7 +51,8 @@ def inspect(
 def verify(
     artifact: Artifact,
     against: Annotated[
-        Path | None, typer.Option(metavar="MODEL_DIR", help="Compile this model anew and compare the weights with it.")
+        Path | None,
+        typer.Option(metavar="MODEL_DIR", help="Compare with this model, whose weights are folded or rounded anew."),
     ] = None,
     debug: Debug = False,
 ) -> None:

@@ -30,6 +30,17 @@ def checkpoint_form(gm: fx.GraphModule, target: str) -> fx.GraphModule:
     return made
 
 
+def graph_layers(form: fx.GraphModule) -> dict[str, str]:
+    """The names that layers of a ``checkpoint_form`` have in the graph it was made of, by those in it; nothing for
+    other graphs, whose names are kept.
+    """
+    architecture: Architecture | None = form.meta.get(_ARCHITECTURE)
+    if architecture is None:
+        return {}
+    names = architecture.names.items()
+    return {new.removesuffix(".weight"): old.removesuffix(".weight") for old, new in names if new.endswith(".weight")}
+
+
 @final
 @dataclass(frozen=True)
 class Content:

@@ -196,6 +196,7 @@ NOT_COUNTED = {
     *("auto-round", "calibrate", "correct-bias", "fold-batch-norm", "gptq", "quantize-activations"),
     *("raise-grouped-linear", "stop-observing", "fall-back", "unroll-recurrent"),
     *("cache-codes", "quantize-attention", "quantize-cache"),  # one attention after the other
+    *("hold-weights", "repeat-biases", "repeat-factors"),  # as the passes do that they stand for
 }
 
 
