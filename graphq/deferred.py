@@ -6,7 +6,7 @@ are. Experts of a stack and rows of a matrix are read without the rest where tha
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -46,6 +46,11 @@ class Deferred(ABC):
         """``f`` of the tensor, in its shape; ``f`` is pure."""
         return Made(self.shape, lambda: f(self.read()))
 
+    def turned(self) -> "Deferred":
+        """The tensor with its last two axes swapped."""
+        *stack, first, last = self.shape
+        return Turned((*stack, last, first), self)
+
     def pieces(self, multiple: int = 1) -> Iterator[Tensor]:
         """The tensor along its first axis, in order, in parts of about ``PIECE`` elements where it can be read so;
         each but the last has ``multiple`` rows, or several times as many.
@@ -78,17 +83,19 @@ class InFile(Deferred):
     start: int = 0
 
     def read(self) -> Tensor:
-        from safetensors import SafetensorError, safe_open
+        return read_together({"": self})[""]
 
-        try:
-            with safe_open(self.file, framework="pt") as opened:
-                held: Any = opened.get_slice(self.key) if self.shape else None
-                part = opened.get_tensor(self.key) if held is None else held[self.start : self.start + self.shape[0]]
-                if tuple(part.shape) == self.shape and part.dtype == self.stored:
-                    return cast(Tensor, part).to(self.dtype, copy=True)
-        except (OSError, SafetensorError) as error:
-            raise GraphError(f"{self.file}: {self.key}: cannot be read any more: {error}") from error
-        raise GraphError(f"{self.file}: {self.key}: was changed while it was compiled")
+    def read_from(self, opened: Any) -> Tensor:
+        """``read``, of the file as safetensors has opened it."""
+        held: Any = opened.get_slice(self.key) if self.shape else None
+        part = opened.get_tensor(self.key) if held is None else held[self.start : self.start + self.shape[0]]
+        if tuple(part.shape) != self.shape or part.dtype != self.stored:
+            raise GraphError(f"{self.file}: {self.key}: was changed while it was compiled")
+        return cast(Tensor, part).to(self.dtype, copy=True)
+
+    def member(self, index: int) -> Deferred:
+        one = self.narrowed(0, index, 1)
+        return Made(self.shape[1:], lambda: one.read()[0])
 
     def narrowed(self, axis: int, start: int, length: int) -> Deferred:
         if axis:
@@ -111,6 +118,50 @@ class InFile(Deferred):
         return frozenset({self.stored})
 
 
+def read_together(parts: Mapping[str, InFile]) -> dict[str, Tensor]:
+    """The numbers of each of ``parts``, by its name; each file is opened once. Raises what ``read`` raises."""
+    from safetensors import SafetensorError, safe_open
+
+    found: dict[str, Tensor] = {}
+    for file in dict.fromkeys(part.file for part in parts.values()):
+        own = {name: part for name, part in parts.items() if part.file == file}
+        key = ""
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name, part in own.items():
+                    key = part.key
+                    found[name] = part.read_from(opened)
+        except (OSError, SafetensorError) as error:
+            where = f"{file}: {key or next(iter(own.values())).key}"
+            raise GraphError(f"{where}: cannot be read any more: {error}") from error
+    return {name: found[name] for name in parts}
+
+
+@final
+@dataclass(frozen=True)
+class Turned(Deferred):
+    """``of`` with its last two axes swapped."""
+
+    shape: tuple[int, ...]
+    of: Deferred
+
+    def read(self) -> Tensor:
+        return self.of.read().transpose(-2, -1)
+
+    def member(self, index: int) -> Deferred:
+        return self.of.member(index).turned() if len(self.shape) > 2 else super().member(index)
+
+    def turned(self) -> Deferred:
+        return self.of
+
+    def plain(self) -> Deferred | None:
+        plain = self.of.plain()
+        return None if plain is None else plain.turned()
+
+    def dtypes(self) -> frozenset[torch.dtype]:
+        return self.of.dtypes()
+
+
 @final
 @dataclass(frozen=True)
 class Stacked(Deferred):
@@ -127,6 +178,9 @@ class Stacked(Deferred):
 
     def member(self, index: int) -> Deferred:
         return self.parts[index]
+
+    def turned(self) -> Deferred:
+        return Stacked(tuple(part.turned() for part in self.parts))
 
     def members(self, indices: Sequence[int]) -> "Stacked":
         """These indices of the first axis."""

@@ -11,7 +11,6 @@ from typing import Any, ClassVar, final
 import torch
 from torch import fx
 
-from graphq.deferred import Made
 from graphq.ir import edit
 from graphq.ir.index import GraphIndex
 from graphq.ir.layers import TURNED
@@ -101,9 +100,7 @@ def hold_turned(gm: fx.GraphModule, before: Op, fqn: str, by: str) -> Op:
     if (deferred := deferred_of(held)) is None:
         rows = held.detach().transpose(-2, -1)
     else:
-        *stack, first, last = deferred.shape
-        turned = Made((*stack, last, first), lambda: deferred.read().transpose(-2, -1))
-        rows = edit.deferred_tensor(gm, turned, held.dtype)
+        rows = edit.deferred_tensor(gm, deferred.turned(), held.dtype)
     remove_tensor(gm, fqn)
     gm.meta[TURNED] = gm.meta.get(TURNED, frozenset[str]()) | {fqn}
     return edit.add_tensor(gm, before, fqn, as_parameter(rows), by=by, like=before)

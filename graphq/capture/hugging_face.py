@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 Unread = Callable[[Path, torch.dtype, bool, Mapping[str, int] | None], fx.GraphModule | None]
+_QUANTIZATION: Final = "quantization_config"
 _UNTRUSTED: Final = (
     "auto_map names code that the directory brings along, which is run only with trust_remote_code=True"
     " (--trust-remote-code)"
@@ -104,7 +105,7 @@ def _cache_pairs(inputs: Sequence[TensorInput]) -> tuple[CachePair, ...]:
 
 def refuse_quantized(config: "PreTrainedConfig") -> None:
     """Raises ``GraphError`` if the configuration says that the weights are quantized already."""
-    found = getattr(config, "quantization_config", None)
+    found = getattr(config, _QUANTIZATION, None)
     if found is not None:
         settings = cast(dict[str, Any], found if isinstance(found, dict) else found.to_dict())
         raise GraphError(
@@ -241,14 +242,15 @@ def _sample(model: nn.Module, wanted: TensorInput, sizes: Mapping[str, int]) -> 
     return torch.ones(shape, dtype=wanted.dtype, device=_device(model))
 
 
-def read_config(path: Path, trust: bool = False) -> "PreTrainedConfig":
+def read_config(path: Path, trust: bool = False, quantized: bool = False) -> "PreTrainedConfig":
     """The configuration in a model directory. Raises ``GraphError`` naming what is missing or wrong.
 
-    ``trust``: code that the directory brings along is run, where it has a configuration of its own.
+    ``trust``: code that the directory brings along is run, where it has a configuration of its own. ``quantized``: of
+    weights that are quantized it is that of the model without them, and not refused.
     """
     if not path.is_dir():
         raise GraphError(f"{path}: no such model directory")
-    if (path / MANIFEST).is_file():
+    if (path / MANIFEST).is_file() and not quantized:
         raise GraphError(f"{path}: a graphq artifact, which is quantized already; graphq compiles float models")
     if not (path / "config.json").is_file():
         adapters.refuse_adapter_alone(path)
@@ -263,6 +265,8 @@ def read_config(path: Path, trust: bool = False) -> "PreTrainedConfig":
         if not trust and has_code(path):
             raise GraphError(f"{path / 'config.json'}: {_UNTRUSTED}") from None
         raise GraphError(f"{path / 'config.json'}: {str(error).strip().splitlines()[0]}") from error
+    if quantized and hasattr(config, _QUANTIZATION):
+        delattr(config, _QUANTIZATION)
     try:
         refuse_quantized(config)
     except GraphError as error:
@@ -339,14 +343,16 @@ def capture_directory(
     unread: "Unread | None" = None,
     check: bool = False,
     trust: bool = False,
+    quantized: bool = False,
 ) -> fx.GraphModule:
     """The graph of the model in a directory; its source dtype is the one its configuration records.
 
     ``weights=False`` reads the configuration alone: parameters are fake tensors on the CPU, the graph is the same.
     ``unread``: what captures it where parameters can stay in their files until they are used (``capture.unread``).
-    ``check``: as for ``capture_pretrained``, where weights are held. ``trust``: as for ``read_config``.
+    ``check``: as for ``capture_pretrained``, where weights are held. ``trust``, ``quantized``: as for ``read_config``;
+    weights that are quantized ``unread`` alone reads.
     """
-    config = read_config(path, trust)
+    config = read_config(path, trust, quantized)
     recorded: Any = getattr(config, "dtype", None)  # before a model made from it overwrites it
     notes = adapters.adapter_note(path)
     gm = unread(path, dtype, cache, shapes) if weights and unread is not None and not trust else None

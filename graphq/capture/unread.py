@@ -27,39 +27,49 @@ from graphq.capture.hugging_face import (
 )
 from graphq.capture.quiet import silent_transformers
 from graphq.capture.source import KEY, source_of
-from graphq.capture.weight_files import check_weight_files
-from graphq.deferred import Deferred, InFile, Joined, Stacked
+from graphq.capture.weight_files import HeldTensor, check_weight_files, held_tensors
+from graphq.deferred import Deferred, Joined, Stacked
 from graphq.errors import GraphError
 from graphq.state import as_parameter, defer, deferred_tensors, held_tensor, put_tensor, storage_of, tensor_of
 
-_DTYPES: Final = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _HALVES: Final = 2  # of an expert's rows: gate and up lie in one matrix
 _UNUSED: Final = r"rotary_emb\.inv_freq|(^|\.)position_ids$"  # which older checkpoints hold and models compute
 
 
 def capture_unread(
-    path: Path, dtype: torch.dtype, cache: bool = True, shapes: Mapping[str, int] | None = None
+    path: Path,
+    dtype: torch.dtype,
+    cache: bool = True,
+    shapes: Mapping[str, int] | None = None,
+    quantized: Mapping[str, HeldTensor] | None = None,
 ) -> fx.GraphModule | None:
     """The graph of a directory whose files hold all parameters of the model. None for a directory that transformers
     itself must load: where tensors are missing, or are stored in a way that is not followed.
 
-    Matrices are deferred, and read in ``dtype``; vectors and buffers are held.
+    Matrices are deferred, and read in ``dtype``; vectors and buffers are held. ``quantized``: the tensors of the model
+    by name where its files hold some as codes; these nobody else loads, and ``GraphError`` names what is missing.
     """
-    config = read_config(path)
+    config = read_config(path, quantized=quantized is not None)
     if adapters.adapter_note(path):
+        if quantized is not None:
+            raise GraphError(f"{path}: adapters are merged into float weights, and these are quantized")
         return None
     cls = model_class(path, config)
-    places = _places(check_weight_files(path))
+    places = held_tensors(check_weight_files(path)) if quantized is None else quantized
     model = _made_of(config, cls, dtype)
-    found = _deferred(model, places, dtype)
+    lacking: list[str] = []
+    found = _deferred(model, places, dtype, lacking)
     buffers = dict(model.named_buffers(remove_duplicate=False))
     if found is None or any(buffer.is_meta for buffer in buffers.values()):
+        if quantized is not None:
+            name = lacking[0] if lacking else next((n for n, buffer in buffers.items() if buffer.is_meta), "")
+            raise GraphError(f"{path}: {name}: {cls.__name__} has this tensor, and the files have none of its shape")
         return None
     ignored = [*(cast(Any, model)._keys_to_ignore_on_load_unexpected or ()), _UNUSED]
     unused = sorted(
         name for name in places.keys() - found.used if not any(re.search(pattern, name) for pattern in ignored)
     )
-    gm = capture_config(read_config(path), cls, dtype, cache, shapes)
+    gm = capture_config(read_config(path, quantized=quantized is not None), cls, dtype, cache, shapes)
     if not _hold(gm, found.tensors, buffers):
         return None
     gm.meta[KEY] = replace(source_of(gm), notes=(*source_of(gm).notes, *unused_note(model, unused)))
@@ -106,29 +116,6 @@ def check_numbers(name: str, tensor: Tensor) -> None:
         raise GraphError(f"{name}: the tensor holds NaN or Inf")
 
 
-@final
-@dataclass(frozen=True)
-class _Place:
-    """A tensor of a file."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-
-
-def _places(files: Sequence[Path]) -> dict[str, _Place]:
-    """Each tensor of the files by its name there."""
-    from safetensors import safe_open
-
-    found: dict[str, _Place] = {}
-    for file in files:
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 - no mapping
-                part: Any = opened.get_slice(name)
-                found[name] = _Place(file, part.get_dtype(), tuple(part.get_shape()))
-    return found
-
-
 class _Unheld(TorchFunctionMode):
     """``torch.empty``, which parameters are made with, takes no memory; what is computed does."""
 
@@ -161,8 +148,12 @@ class _Found:
     used: frozenset[str]
 
 
-def _deferred(model: nn.Module, places: Mapping[str, _Place], dtype: torch.dtype) -> _Found | None:
-    """Where the model's tensors are; None where a file lacks one, or holds it in another shape or an unknown dtype."""
+def _deferred(
+    model: nn.Module, places: Mapping[str, HeldTensor], dtype: torch.dtype, lacking: list[str]
+) -> _Found | None:
+    """Where the model's tensors are; None where a file lacks one, or holds it in another shape or an unknown dtype,
+    which then is in ``lacking``.
+    """
     own = dict(model.named_parameters(remove_duplicate=False))
     first = {id(p): name for name, p in reversed(own.items()) if name in places}
     state: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
@@ -171,22 +162,23 @@ def _deferred(model: nn.Module, places: Mapping[str, _Place], dtype: torch.dtype
     used = {key for key in keys.values() if key is not None}
     found: dict[str, Deferred] = {}
 
-    def in_file(key: str, shape: Sequence[int], wanted: torch.dtype) -> InFile | None:
+    def in_file(key: str, shape: Sequence[int], wanted: torch.dtype) -> Deferred | None:
         place = places.get(key)
-        if place is None or place.dtype not in _DTYPES or place.shape != tuple(shape):
-            return None
-        used.add(key)
-        return InFile(place.file, key, place.shape, _DTYPES[place.dtype], wanted)
+        read = None if place is None else place.deferred(tuple(shape), wanted)
+        if read is not None:
+            used.add(key)
+        return read
 
     for name, key in keys.items():
         wanted = dtype if state[name].is_floating_point() else state[name].dtype
         if key is not None:
             read = in_file(key, state[name].shape, wanted)
             if read is None:
+                lacking.append(name)
                 return None
             found[name] = read
     if other:
-        converted = _converted(model, {name: state[name] for name in other}, dtype, in_file)
+        converted = _converted(model, {name: state[name] for name in other}, dtype, in_file, lacking)
         if converted is None:
             return None
         found |= converted
@@ -197,7 +189,8 @@ def _converted(
     model: nn.Module,
     state: Mapping[str, Tensor],
     dtype: torch.dtype,
-    in_file: Callable[[str, Sequence[int], torch.dtype], InFile | None],
+    in_file: Callable[[str, Sequence[int], torch.dtype], Deferred | None],
+    lacking: list[str],
 ) -> dict[str, Deferred] | None:
     """Where these tensors are, whose names files do not have; None for one that is not found.
 
@@ -227,6 +220,7 @@ def _converted(
     for name, tensor in state.items():
         one = [_expert(where.get((name, i), {}), tensor, dtype, in_file) for i in range(_experts(tensor))]
         if None in one:
+            lacking.append(name)
             return None
         held = tuple(deferred for deferred in one if deferred is not None)
         made[name] = Stacked(held) if tensor.dim() == 3 else held[0]
@@ -241,7 +235,7 @@ def _expert(
     keys: Mapping[tuple[int, ...], str],
     tensor: Tensor,
     dtype: torch.dtype,
-    in_file: Callable[[str, Sequence[int], torch.dtype], InFile | None],
+    in_file: Callable[[str, Sequence[int], torch.dtype], Deferred | None],
 ) -> Deferred | None:
     """One index of a stack, or a tensor that is none, which is in one file or in one for each half of its rows."""
     dtype = dtype if tensor.is_floating_point() else tensor.dtype

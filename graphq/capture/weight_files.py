@@ -1,10 +1,58 @@
-"""The safetensors files of a model directory."""
+"""The safetensors files of a model directory, and the tensors in them."""
 
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Final, Protocol, final
+
+import torch
 
 from graphq.capture import adapters
+from graphq.deferred import Deferred, InFile
 from graphq.errors import GraphError
+
+_DTYPES: Final = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+class HeldTensor(Protocol):
+    """A tensor of a model as files hold it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def deferred(self, shape: tuple[int, ...], dtype: torch.dtype) -> Deferred | None:
+        """What reads it as a tensor of this shape and dtype; None where it is no such tensor."""
+        ...
+
+
+@final
+@dataclass(frozen=True)
+class FileTensor:
+    """A tensor of a file, by its name there; ``dtype`` as safetensors calls it."""
+
+    file: Path
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    def deferred(self, shape: tuple[int, ...], dtype: torch.dtype) -> Deferred | None:
+        if self.dtype not in _DTYPES or self.shape != shape:
+            return None
+        return InFile(self.file, self.key, self.shape, _DTYPES[self.dtype], dtype)
+
+
+def held_tensors(files: Sequence[Path]) -> Mapping[str, HeldTensor]:
+    """Each tensor of the files by its name there."""
+    from safetensors import safe_open
+
+    found: dict[str, HeldTensor] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - no mapping
+                part: Any = opened.get_slice(name)
+                found[name] = FileTensor(file, name, part.get_dtype(), tuple(part.get_shape()))
+    return found
 
 
 def first_names(names: list[str]) -> str:

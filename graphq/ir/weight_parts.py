@@ -1,5 +1,6 @@
 """Weights that are quantized as one, their codes and scales, and how these are made when they are read."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import final
@@ -12,6 +13,7 @@ from graphq import numerics
 from graphq.deferred import Deferred, Stacked
 from graphq.errors import GraphError
 from graphq.ir.layers import PLAN, Site
+from graphq.ir.stored_codes import QuantizedWeight, kept_codes
 from graphq.ir.views import Op
 from graphq.numerics import Scales
 from graphq.numerics.ranges import weight_scales
@@ -20,16 +22,6 @@ from graphq.spec.formats import Int, Nvfp4, SourceFormat
 from graphq.spec.plan import weight_quants
 from graphq.spec.quant import Mse, Quant
 from graphq.state import defer, deferred_of, held_tensor
-
-
-@final
-@dataclass(frozen=True)
-class QuantizedWeight:
-    """A weight as codes. The scales have the codes' rank; ``block`` as in ``graphq.numerics.blocks``."""
-
-    codes: Tensor
-    scales: Scales
-    block: list[int]
 
 
 @final
@@ -193,6 +185,12 @@ class DeferredPart:
 
     def _quantized(self, part: WeightPart, deferred: Deferred, index: int | None) -> QuantizedWeight:
         assert part.quant is not None
+        if part.scales is None and part.least is None:
+            kept = kept_codes(deferred, part.quant, part.block, part.scale_dtype)
+            if kept is not None:
+                if self.record is not None:
+                    self.record(self.site.fqns[part.members[0]], math.inf)
+                return kept
         multiple = part.block[0]
         by_rows = multiple > 0 and part.scales is None and part.least is None and not isinstance(part.quant.method, Mse)
         each: list[QuantizedWeight] = []

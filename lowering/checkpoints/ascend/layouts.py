@@ -129,6 +129,9 @@ def decode(parts: Mapping[str, Tensor], tag: str) -> tuple[Tensor, Scales, Tenso
 
     Raises ``TargetError`` or ``KeyError`` for tensors that are none of the tag.
     """
+    if tag == "W8A8" and "weight_scale" not in parts:
+        scale = _from_products(parts)
+        parts = {**parts, "weight_scale": scale, "weight_offset": torch.zeros_like(scale)}
     weight, scale = parts["weight"], parts["weight_scale"]
     if weight.dim() != 2 or scale.dim() != 2:
         raise TargetError(f"weight {list(weight.shape)}, weight_scale {list(scale.shape)}: are not of two axes")
@@ -153,7 +156,22 @@ def decode(parts: Mapping[str, Tensor], tag: str) -> tuple[Tensor, Scales, Tenso
         return codes, _two_levels(parts, codes), {}
     _check_groups("weight_scale", scale, codes)
     zero_point = _zero_point("weight_offset", parts["weight_offset"], tuple(scale.shape))
-    return codes, Scales(scale, zero_point), _decode_input(parts) if tag in _STATIC else {}
+    return codes, Scales(scale, zero_point), decode_input(parts) if tag in _STATIC else {}
+
+
+def _from_products(parts: Mapping[str, Tensor]) -> Tensor:
+    """The scales ``[N, 1]`` of a weight of which msModelSlim stores the products with the input's scale alone.
+
+    Those that it computed are numbers of the model's dtype, which the dtype of the products tells: such numbers are
+    found again where they give the same products.
+    """
+    stored, given = parts["deq_scale"], parts["input_scale"]
+    _check("input_scale", given, torch.float32, (1,))
+    is_bits = stored.dtype == torch.int64
+    _check("deq_scale", stored, torch.int64 if is_bits else torch.float32, (parts["weight"].shape[0],))
+    products = stored.to(torch.int32).view(torch.float32) if is_bits else stored
+    near = (products / given).to(torch.float16 if is_bits else torch.bfloat16).to(torch.float32)
+    return torch.where(near * given == products, near, products / given).reshape(-1, 1)
 
 
 def _two_levels(parts: Mapping[str, Tensor], codes: Tensor) -> Scales:
@@ -163,7 +181,8 @@ def _two_levels(parts: Mapping[str, Tensor], codes: Tensor) -> Scales:
     return Scales(scale, None, upper)
 
 
-def _decode_input(parts: Mapping[str, Tensor]) -> Tensors:
+def decode_input(parts: Mapping[str, Tensor]) -> Tensors:
+    """What is fixed of an input, by the QDQ form's names."""
     scale = parts["input_scale"]
     _check("input_scale", scale, torch.float32, (1,))
     found = {"input_scale": scale.reshape(())}

@@ -32,6 +32,11 @@ def held_cache(one: CacheScales) -> tuple[str, Tensor]:
     return f"{one.attention}.{one.role}_scale", held
 
 
+def is_of_cache(name: str) -> bool:
+    """Whether a tensor of this name is the scales of a cache."""
+    return name.rpartition(".")[2] in _ROLES
+
+
 def decode_cache(name: str, tensor: Tensor) -> tuple[str, Tensor] | None:
     """The scales of a cache under the QDQ form's name; None for a tensor of another kind."""
     path, _, suffix = name.rpartition(".")

@@ -28,11 +28,15 @@ _SINCE: Final = (0, 18)
 @final
 @dataclass(frozen=True)
 class Scheme:
-    """How the layers of a group are stored and quantized."""
+    """How the layers of a group are stored and quantized. ``in_order``: their columns were rounded in the order of
+    their activations. ``group``: its name.
+    """
 
     format: str
     weight: Quant
     input: Quant | None
+    in_order: bool = False
+    group: str = ""
 
 
 @final
@@ -96,7 +100,9 @@ def read_schemes(directory: Path) -> Schemes:
                     patterns[pattern] = Regex(pattern.removeprefix("re:"))
                 except SpecError as error:
                     raise TargetError(f"{file}: config_groups.{name}: targets: {show(pattern)}: {error}") from error
-            found[pattern] = Scheme(str(section.values.get("format") or model_format), weight, inputs)
+            format = str(section.values.get("format") or model_format)
+            in_order = bool(weights is not None and weights.values.get("actorder"))
+            found[pattern] = Scheme(format, weight, inputs, in_order, name)
     return Schemes(found, patterns)
 
 

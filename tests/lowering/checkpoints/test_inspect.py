@@ -101,7 +101,7 @@ Q, FIRST = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.gate_proj"  # 
         ),
         (
             setting(lambda found: found.update(quant_method="gptq")),
-            "/config.json: quantization_config: is none of compressed-tensors",
+            "/config.json: quantization_config: quant_method: gptq: is not read; ",
         ),
         (lambda path: (path / "model.safetensors").unlink(), "/model.safetensors: no such file"),
     ],
