@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal, cast
 
@@ -17,7 +18,7 @@ from graphq.capture import hugging_face
 from graphq.capture.adapters import without_adapters
 from graphq.capture.given_inputs import capture_directory_on
 from graphq.capture.modules import capture_module, unwrapped
-from graphq.capture.source import record_stored, source_of, stored_dtype
+from graphq.capture.source import KEY, record_stored, source_of, stored_dtype
 from graphq.capture.unread import capture_unread, read_all
 from graphq.checks import (
     asks_for_nothing,
@@ -36,6 +37,7 @@ from graphq.ir.choices import CHOICES
 from graphq.ir.layers import sites
 from graphq.ir.pipeline import Batches, Pipeline
 from graphq.ir.unnamed import unnamed
+from graphq.lowering.checkpoints.sources.read import is_quantized, quantized_source
 from graphq.lowering.profiles import default_spec, for_its_profile, profile_named
 from graphq.lowering.targets import prepared, target_named
 from graphq.memory import bytes_of, check_directory, check_disk
@@ -117,6 +119,8 @@ def _captured(
     is_directory = isinstance(model, str | os.PathLike)
     if is_directory:
         path, held = Path(model), dtype or torch.float32
+        quantized = quantized_source(path)
+        given = "example inputs or code of the directory's own are given"
 
         def own(*arguments: Any) -> fx.GraphModule | None:
             found = None if whole else capture_unread(*arguments)
@@ -124,12 +128,25 @@ def _captured(
                 check_directory(path, held.itemsize, whole or f"{path}: transformers has to load it", memory)
             return found
 
-        if weights and (inputs is not None or trust):
-            check_directory(path, held.itemsize, "example inputs or code of the directory's own are given", memory)
+        unread = own if quantized is None else partial(capture_unread, quantized=quantized.tensors)
+
+        if inputs is not None or trust:
+            if quantized is not None:
+                raise GraphError(f"{path}: {given}, and its weights are quantized ({quantized.format}): leave them out")
+            if weights:
+                check_directory(path, held.itemsize, given, memory)
         if inputs is not None:
             gm = capture_directory_on(path, inputs, held, weights, cache, mask, shapes, check, trust)
         else:
-            gm = hugging_face.capture_directory(path, held, weights, cache, shapes, own, check, trust)
+            is_coded = quantized is not None
+            gm = hugging_face.capture_directory(path, held, weights, cache, shapes, unread, check, trust, is_coded)
+        if quantized is not None and weights and whole:
+            check_directory(path, held.itemsize, whole, memory, quantized.elements)
+            with torch.no_grad():
+                read_all(gm)
+        if quantized is not None:
+            source = source_of(gm)
+            gm.meta[KEY] = dataclasses.replace(source, dtype=quantized.dtype, notes=(*source.notes, quantized.note))
     elif not isinstance(cast(object, model), nn.Module):
         raise GraphError(f"model: a {type(model).__name__} is neither a module nor the path of a model directory")
     else:
@@ -235,7 +252,10 @@ def compile(  # noqa: A001
     if reads and deferred_tensors(gm):
         give_scratch(gm, scratch_dir)
     if isinstance(model, str | os.PathLike) and deferred_tensors(gm) and (why := _held_later(gm, parsed, reads)):
-        check_directory(Path(model), (dtype or torch.float32).itemsize if reads else _CODES, why, limit)
+        elements = None
+        if is_quantized(Path(model)):
+            elements = sum(tensor.numel() for tensor in gm.state_dict(keep_vars=True).values())
+        check_directory(Path(model), (dtype or torch.float32).itemsize if reads else _CODES, why, limit, elements)
     timer.end("capture")
     widths = stored_bits(gm)
     held = gm.state_dict(keep_vars=True).values() if isinstance(model, nn.Module) and not consume else ()

@@ -19,6 +19,7 @@ from graphq.errors import SpecError
 from graphq.ir.cache_plans import notes_of, plan_caches, problems_of
 from graphq.ir.pipeline import Pipeline
 from graphq.ir.unnamed import unnamed
+from graphq.lowering.checkpoints.sources.read import is_quantized
 from graphq.lowering.targets import unheld
 from graphq.passes.annotate import decide
 from graphq.passes.calibrate import Calibrate
@@ -146,7 +147,8 @@ def graph_after(
         raise SpecError(f"{after}: no such pass; there are {', '.join(names)}")
     passes = passes[: names.index(after) + 1]
     needed = any(isinstance(step, Calibrate | QuantizeWeights) for step in passes)
-    gm = hugging_face.capture_directory(Path(model), weights=needed)
+    is_coded = is_quantized(Path(model))
+    gm = capture(model, weights=needed) if is_coded else hugging_face.capture_directory(Path(model), weights=needed)
     source = source_of(gm)
     if needed:
         Pipeline(canonical_passes()).run(gm)

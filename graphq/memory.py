@@ -39,12 +39,13 @@ def in_words(size: int) -> str:
     return f"{size / (1 << 30):.1f} GiB" if size >= 1 << 30 else f"{max(size >> 20, 1)} MiB"
 
 
-def check_directory(path: Path, itemsize: int, why: str, memory: int | None) -> None:
+def check_directory(path: Path, itemsize: int, why: str, memory: int | None, elements: int | None = None) -> None:
     """Raises ``SpecError`` if the model in a directory, held whole in elements of ``itemsize`` bytes for the reason
-    ``why``, takes more than ``memory``; by default, than what is free.
+    ``why``, takes more than ``memory``; by default, than what is free. ``elements``: how many there are, where the
+    sizes of files do not tell.
     """
     limit = free_bytes() if memory is None else memory
-    needed = elements_of(path) * itemsize
+    needed = (elements_of(path) if elements is None else elements) * itemsize
     if limit is not None and needed + (_BESIDE if needed > _BESIDE else 0) > limit:
         there = f"{in_words(limit)} are {'free' if memory is None else 'allowed'}"
         raise SpecError(

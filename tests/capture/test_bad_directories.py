@@ -68,7 +68,7 @@ DIRECTORIES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "quantized": (
         config(quantization_config={"quant_method": "gptq", "bits": 4}),
-        "{}/config.json: quantization_config: this model is quantized already (gptq); graphq compiles float models",
+        "{}/config.json: quantization_config: quant_method: gptq: is not read; checkpoints of compressed-tensors, ",
     ),
     "unknown class": (
         config(architectures=["NoSuchModel"]),
