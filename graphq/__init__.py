@@ -6,6 +6,7 @@ from graphq.errors import GraphError, GraphqError, PassError, SpecError, TargetE
 
 if TYPE_CHECKING:
     from graphq.compiler import Compiled, compile  # noqa: A004
+    from graphq.conversion import convert_checkpoint
     from graphq.data import evaluate
     from graphq.explanation import compare, explain
     from graphq.frontends import convert_spec, load_spec, write_spec
@@ -27,6 +28,7 @@ _HOMES = {
     "compare": "graphq.explanation",
     "compile": "graphq.compiler",
     "explain": "graphq.explanation",
+    "convert_checkpoint": "graphq.conversion",
     "convert_spec": "graphq.frontends",
     "load_spec": "graphq.frontends",
     "write_spec": "graphq.frontends",
@@ -54,6 +56,7 @@ __all__ = [
     "compare",
     "compile",
     "convert",
+    "convert_checkpoint",
     "convert_spec",
     "decode",
     "dump",

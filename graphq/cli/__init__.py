@@ -1,5 +1,5 @@
-"""The command line: ``compile``, ``search``, ``explain``, ``spec``, ``dump``, ``eval``, ``inspect``, ``verify`` and
-``lint``.
+"""The command line: ``compile``, ``convert``, ``search``, ``explain``, ``spec``, ``dump``, ``eval``, ``inspect``,
+``verify`` and ``lint``.
 
 Results go to the standard output, everything else to the standard error. Exit status: 0; 1 for errors, a line each;
 2 for wrong usage; 130 when interrupted. Heavy libraries are imported when a command runs: ``--help`` answers at once.
@@ -10,6 +10,7 @@ from typing import Annotated, Final
 import typer
 
 from graphq.cli.artifacts import inspect, verify
+from graphq.cli.conversion import convert as convert_checkpoint
 from graphq.cli.evaluation import eval_
 from graphq.cli.lint import lint
 from graphq.cli.models import compile_, dump, explain
@@ -57,6 +58,7 @@ def _options(
 spec_app: Final = typer.Typer(help="Read and write specs.", no_args_is_help=True, rich_markup_mode=None)
 
 app.command(name="compile")(compile_)  # in the order of ``--help``
+app.command(name="convert")(convert_checkpoint)
 app.command()(search)
 app.command()(explain)
 app.command()(dump)

@@ -12,7 +12,8 @@ from graphq.errors import printable
 
 Artifact = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A directory that graphq compile wrote.")]
 Inspected = Annotated[
-    Path, typer.Argument(metavar="ARTIFACT", help="A directory that graphq compile wrote, or llm-compressor.")
+    Path,
+    typer.Argument(metavar="ARTIFACT", help="A directory that graphq compile wrote, or another quantized checkpoint."),
 ]
 
 

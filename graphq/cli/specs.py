@@ -31,6 +31,10 @@ def convert(
     debug: Debug = False,
 ) -> None:
     """Write a spec in another dialect. What that dialect cannot hold is an error that names it."""
+    if Path(spec).is_dir():
+        raise typer.BadParameter(
+            f"{spec} is a directory; a checkpoint is converted by graphq convert", param_hint="FILE"
+        )
     from graphq.files import write_text
     from graphq.frontends import convert_spec, load_spec
 

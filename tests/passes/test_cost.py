@@ -197,6 +197,7 @@ NOT_COUNTED = {
     *("raise-grouped-linear", "stop-observing", "fall-back", "unroll-recurrent"),
     *("cache-codes", "quantize-attention", "quantize-cache"),  # one attention after the other
     *("hold-weights", "repeat-biases", "repeat-factors"),  # as the passes do that they stand for
+    "carry-input-scales",  # one activation after the other
 }
 
 
