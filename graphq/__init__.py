@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from graphq.errors import GraphError, GraphqError, PassError, SpecError, TargetError
 
 if TYPE_CHECKING:
+    from graphq.comparison.driver import diff
     from graphq.compiler import Compiled, compile  # noqa: A004
     from graphq.conversion import convert_checkpoint
     from graphq.data import evaluate
@@ -27,6 +28,7 @@ _HOMES = {
     "fake_quantize": "graphq.numerics.codec",
     "compare": "graphq.explanation",
     "compile": "graphq.compiler",
+    "diff": "graphq.comparison.driver",
     "explain": "graphq.explanation",
     "convert_checkpoint": "graphq.conversion",
     "convert_spec": "graphq.frontends",
@@ -59,6 +61,7 @@ __all__ = [
     "convert_checkpoint",
     "convert_spec",
     "decode",
+    "diff",
     "dump",
     "encode",
     "evaluate",

@@ -36,6 +36,7 @@ LONG = (
     "test_matrix.py",
     "test_cli.py",
     "test_compiler.py",
+    "test_artifacts.py",
     "test_options.py",
     "test_verifier.py",
     "test_whole_graph.py",

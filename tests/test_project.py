@@ -38,7 +38,10 @@ LAYERS = (
     ("graphq.checks",),
     ("graphq.compiled",),
     ("graphq.compiler", "graphq.in_place"),
-    ("graphq.conversion", "graphq.explanation", "graphq.verifier", "graphq.linter", "graphq.mixed_precision"),
+    (
+        *("graphq.conversion", "graphq.explanation", "graphq.verifier", "graphq.linter"),
+        *("graphq.mixed_precision", "graphq.comparison"),
+    ),
     ("graphq",),
     ("graphq.cli",),
 )

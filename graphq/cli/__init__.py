@@ -1,4 +1,4 @@
-"""The command line: ``compile``, ``convert``, ``search``, ``explain``, ``spec``, ``dump``, ``eval``, ``inspect``,
+"""The command line: ``compile``, ``convert``, ``search``, ``explain``, ``spec``, ``dump``, ``eval``, ``diff``, ``inspect``,
 ``verify`` and ``lint``.
 
 Results go to the standard output, everything else to the standard error. Exit status: 0; 1 for errors, a line each;
@@ -11,6 +11,7 @@ import typer
 
 from graphq.cli.artifacts import inspect, verify
 from graphq.cli.conversion import convert as convert_checkpoint
+from graphq.cli.differences import diff
 from graphq.cli.evaluation import eval_
 from graphq.cli.lint import lint
 from graphq.cli.models import compile_, dump, explain
@@ -63,6 +64,7 @@ app.command()(search)
 app.command()(explain)
 app.command()(dump)
 app.command(name="eval")(eval_)
+app.command()(diff)
 app.command()(inspect)
 app.command()(verify)
 app.command()(lint)

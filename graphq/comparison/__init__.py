@@ -1,0 +1,1 @@
+"""Where two forms of a model differ, layer by layer."""
