@@ -7,7 +7,8 @@ https://github.com/EleutherAI/lm-evaluation-harness, ``lm_eval.models.huggingfac
 MODEL_DIR: a small causal language model of Python code; default: examples/models/stdlib-llama. Three local tasks are
 written into a temporary folder: multiple choice by log-likelihood, rolling perplexity, and generation until a stop
 word. The float model, W8A8, W4A16 and a loaded W4A16 artifact run them. Exit status 1, with a reason, where a number of
-a compiled model is further from the float model's than the bounds below, or an artifact differs from its model.
+a compiled model is further from the float model's than the bounds below, or an artifact differs from its model, or
+``graphq eval --task`` gives other numbers for the model directory than lm-eval's own model does.
 """
 
 import json
@@ -94,6 +95,17 @@ def measure(model: Any, tokenizer: Any, folder: Path) -> dict[str, Any]:
     }
 
 
+def of_graphq(directory: Path, folder: Path) -> dict[str, Any]:
+    """Accuracy and perplexity by byte, by ``graphq eval``."""
+    from graphq.capture.hugging_face import load_model
+    from graphq.data.language_model import language_model
+    from graphq.data.lm_eval_tasks import run_tasks
+
+    files = [str(folder / f"{name}.yaml") for name in ("choices", "rolling")]
+    found = run_tasks(language_model(load_model(directory), directory), files)
+    return {"accuracy": found["choices"]["acc"], "perplexity": found["rolling"]["byte_perplexity"]}
+
+
 def main(directory: Path) -> list[str]:
     """A line for each thing that is wrong."""
     import torch
@@ -110,6 +122,10 @@ def main(directory: Path) -> list[str]:
         source = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
         expected = measure(source, tokenizer, folder)
         print("float", expected)
+        own = of_graphq(directory, folder)
+        print("graphq eval", own)
+        if not all(abs(value / expected[name] - 1) <= 1e-5 for name, value in own.items()):
+            wrong.append(f"graphq eval gives {own}, lm-eval {expected}")
         for preset, within in PERPLEXITY_WITHIN.items():
             compiled = graphq.compile(directory, preset)
             found = measure(compiled, tokenizer, folder)

@@ -139,13 +139,16 @@ def _quantized(given: Given, sources: Sources) -> Side:
     if isinstance(given, Compiled):
         return Side(given.graph, given.spec, given.seed)
     if kind_of(given) == "artifact":
-        return _artifact(Path(cast(str, given)), sources)
+        return artifact_side(Path(cast(str, given)), sources)
     spec = load_spec(cast(Any, given))
     seed = spec.run.seed or 0
     return Side(sources.compiled(spec, seed, sources.dtype, sources.cache, "a spec"), spec, seed)
 
 
-def _artifact(directory: Path, sources: Sources) -> Side:
+def artifact_side(directory: Path, sources: Sources) -> Side:
+    """The QDQ form of an artifact, with the numbers that it holds. Raises ``SpecError`` without the model that it is
+    of, ``TargetError`` where it cannot be read.
+    """
     described = manifest.read(directory)
     spec = spec_of_artifact(directory, described)
     structure = structure_of(directory, spec)

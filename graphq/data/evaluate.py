@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from graphq.data.agreement import Agreement, AgreementOver
 from graphq.errors import GraphError, SpecError
 
 if TYPE_CHECKING:
@@ -160,24 +161,48 @@ def perplexity(model: Callable[..., Any], windows: Tensor, batch_size: int = 16)
     ``windows``: int64 ``[n, length]``, n >= 1, length >= 2; anything else raises ``SpecError``. Losses are computed in
     float32, whatever the logits' dtype. Raises ``GraphError`` where the model returns something else.
     """
-    if windows.dim() != 2 or windows.dtype != torch.int64:
-        raise SpecError(f"windows: {_describe(windows)}; they are int64 [n, length]")
-    if windows.shape[0] < 1 or windows.shape[1] < 2:
-        raise SpecError(f"windows: {_describe(windows)}; at least one window of at least 2 tokens is needed")
-    if batch_size < 1:
-        raise SpecError(f"batch_size: {batch_size} is not a positive number of windows")
-    by_name = _takes_input_ids(model)
+    _check_windows(windows, batch_size)
     losses: list[Tensor] = []
     with torch.inference_mode():
         for batch in windows.split(batch_size):
-            logits = _logits(model(input_ids=batch) if by_name else model(batch), batch)
+            logits = _logits(model, batch)
             # One window at a time: the float32 copy of a batch of logits can be gigabytes.
             for x, window in zip(logits, batch, strict=True):
                 losses.append(F.cross_entropy(x[:-1].float(), window[1:]))
         return torch.stack(losses).double().mean().exp().item()
 
 
-def _takes_input_ids(model: Callable[..., Any]) -> bool:
+def agreement(
+    reference: Callable[..., Any], model: Callable[..., Any], windows: Tensor, batch_size: int = 16
+) -> Agreement:
+    """How far the next tokens that ``model`` expects at every place of ``windows`` agree with those of ``reference``.
+
+    Both are called, and ``windows`` are, as for ``perplexity``, which raises the same errors. Two that have unlike
+    vocabularies are a ``GraphError``, too.
+    """
+    _check_windows(windows, batch_size)
+    over = AgreementOver()
+    with torch.inference_mode():
+        for batch in windows.split(batch_size):
+            over.add(_logits(reference, batch), _logits(model, batch))
+    return over.found()
+
+
+def _check_windows(windows: Tensor, batch_size: int) -> None:
+    if windows.dim() != 2 or windows.dtype != torch.int64:
+        raise SpecError(f"windows: {_describe(windows)}; they are int64 [n, length]")
+    if windows.shape[0] < 1 or windows.shape[1] < 2:
+        raise SpecError(f"windows: {_describe(windows)}; at least one window of at least 2 tokens is needed")
+    if batch_size < 1:
+        raise SpecError(f"batch_size: {batch_size} is not a positive number of windows")
+
+
+def _logits(model: Callable[..., Any], batch: Tensor) -> Tensor:
+    return logits_of(model(input_ids=batch) if takes_input_ids(model) else model(batch), batch)
+
+
+def takes_input_ids(model: Callable[..., Any]) -> bool:
+    """Whether a model is called by the name of its tokens, ``input_ids``, rather than by their place."""
     call = model.forward if isinstance(model, torch.nn.Module) else model
     try:
         parameters = inspect.signature(call).parameters.values()
@@ -187,7 +212,7 @@ def _takes_input_ids(model: Callable[..., Any]) -> bool:
     return any(p.kind is p.VAR_KEYWORD or (p.name == "input_ids" and p.kind in by_name) for p in parameters)
 
 
-def _logits(output: object, batch: Tensor) -> Tensor:
+def logits_of(output: object, batch: Tensor) -> Tensor:
     """The logits ``[batch, length, vocabulary]`` in what a model returned for ``batch``. Raises ``GraphError``."""
     found: object
     match output:
