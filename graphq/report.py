@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, final
 
 from graphq import numerics, packing
+from graphq.figures import plot_rows
 from graphq.ir.cache_plans import CachePlan, lines_of
 from graphq.ir.grids import Placement
 from graphq.phases import Phase
@@ -235,6 +236,12 @@ class Report:
         rows = [layer.to_json() for layer in self.layers]
         rows += [parameter.to_json() | {"kind": "parameter"} for parameter in self.parameters]
         return [row | {"dialect": dialect} for row in rows]
+
+    def plot(self) -> Any:
+        """A matplotlib ``Figure`` of bits, errors and bytes by block and role; notebooks show it. Raises
+        ``GraphqError`` where matplotlib is not installed.
+        """
+        return plot_rows(self.rows())
 
     def table(self) -> list[tuple[str, ...]]:
         """Layers and parameters as rows of text, a header first; a column in which nothing stands is left out."""

@@ -57,7 +57,7 @@ def test_help_names_the_commands_and_imports_nothing_heavy():
     code = "import sys, graphq.cli as c\ntry: c.main()\nfinally: print([m for m in ('torch','transformers','onnx') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
-    for command in ("compile", "explain", "dump", "eval", "diff", "inspect", "verify", "lint"):
+    for command in ("compile", "explain", "dump", "eval", "diff", "report", "inspect", "verify", "lint"):
         assert f"\n  {command}  " in done.stdout
         assert "--debug" in graphq_(command, "-h").stdout
 

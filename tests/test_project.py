@@ -32,6 +32,8 @@ LAYERS = (
     ("graphq.data",),
     ("graphq.runtime",),
     ("graphq.ir",),
+    ("graphq.heat_map",),
+    ("graphq.figures",),
     ("graphq.observers", "graphq.artifacts", "graphq.report"),
     ("graphq.passes",),
     ("graphq.algorithms", "graphq.lowering"),
@@ -42,6 +44,7 @@ LAYERS = (
         *("graphq.conversion", "graphq.explanation", "graphq.verifier", "graphq.linter"),
         *("graphq.mixed_precision", "graphq.comparison"),
     ),
+    ("graphq.pages",),
     ("graphq",),
     ("graphq.cli",),
 )

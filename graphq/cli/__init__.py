@@ -1,5 +1,5 @@
-"""The command line: ``compile``, ``convert``, ``search``, ``explain``, ``spec``, ``dump``, ``eval``, ``diff``, ``inspect``,
-``verify`` and ``lint``.
+"""The command line: ``compile``, ``convert``, ``search``, ``explain``, ``spec``, ``dump``, ``eval``, ``diff``,
+``report``, ``inspect``, ``verify`` and ``lint``.
 
 Results go to the standard output, everything else to the standard error. Exit status: 0; 1 for errors, a line each;
 2 for wrong usage; 130 when interrupted. Heavy libraries are imported when a command runs: ``--help`` answers at once.
@@ -15,6 +15,7 @@ from graphq.cli.differences import diff
 from graphq.cli.evaluation import eval_
 from graphq.cli.lint import lint
 from graphq.cli.models import compile_, dump, explain
+from graphq.cli.pages import report
 from graphq.cli.search import search
 from graphq.cli.specs import convert, presets
 
@@ -65,6 +66,7 @@ app.command()(explain)
 app.command()(dump)
 app.command(name="eval")(eval_)
 app.command()(diff)
+app.command()(report)
 app.command()(inspect)
 app.command()(verify)
 app.command()(lint)

@@ -78,7 +78,7 @@ class SideBySide:
 
     def clipped_share(self, node: fx.Node) -> float | None:
         """The share of the activations that the layer's own input quantizer clipped; None where it has none."""
-        quantizer = _input_quantizer(view(node))
+        quantizer = input_quantizer(view(node))
         if quantizer is None or quantizer not in self._compared.clipped:
             return None
         count, total = self._compared.clipped[quantizer]
@@ -163,7 +163,7 @@ class _Compared(fx.Interpreter):
         self.nodes = list(gm.graph.nodes)
         self.errors, self.merged = whole.errors, whole.merged
         self.layers = {node: (key, other) for key, (other, node) in whole.nodes.items()}
-        watched = (_input_quantizer(view(node)) for node in self.layers)
+        watched = (input_quantizer(view(node)) for node in self.layers)
         self.clipped: dict[fx.Node, list[int]] = {node: [0, 0] for node in watched if node is not None}
 
     def run_batch(
@@ -227,7 +227,7 @@ class _Compared(fx.Interpreter):
         return want.to(forced.dtype)
 
 
-def _input_quantizer(op: Op) -> fx.Node | None:
+def input_quantizer(op: Op) -> fx.Node | None:
     """The quantizer of a layer's input, through what only moves its codes."""
     assert isinstance(op, Weighted)
     x = op.input_op

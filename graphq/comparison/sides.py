@@ -80,20 +80,25 @@ class Sources:
             self._captured.append(compiler.capture(model, self.inputs, self.dtype, **keywords))
         return copy_graph(self._captured[0])
 
-    def compiled(self, spec: Spec, seed: int, dtype: torch.dtype | None, cache: bool, what: str) -> fx.GraphModule:
-        """The QDQ form by ``spec``, calibrated on the batches."""
+    def compiled(self, spec: Spec, seed: int, dtype: torch.dtype | None, cache: bool, what: str) -> Compiled:
+        """What ``compile`` makes of the model by ``spec``, calibrated on the batches."""
         keywords = dict(self._keywords(), cache=cache, trust_remote_code=self.trust_remote_code)
-        made = compiler.compile(
+        return compiler.compile(
             self.needed(what),
             spec,
             inputs=self.inputs,
-            calibration=self.batches,
+            calibration=self.batches or None,
             dtype=dtype,
             seed=seed,
             check_capture=False,
             **keywords,
         )
-        return made.graph
+
+    def beside(self, other: Side) -> fx.GraphModule:
+        """The graph of the model as it is, in the basis of the other side."""
+        gm = self.captured("a model")
+        _prepare(gm, replace(_FLOAT, algorithms=tuple(_preparing(other.spec))), other.seed)
+        return gm
 
     def _keywords(self) -> dict[str, Any]:
         return {"cache": self.cache, "mask": self.mask, "shapes": self.shapes}
@@ -123,7 +128,11 @@ def sides_of(a: Given, b: Given, sources: Sources) -> tuple[Side, Side]:
             "diff: A and B are prepared in unlike ways (rotate, fold-batch-norm), so that the values between their"
             " layers are not in one basis; compare each of them with the model"
         )
-    return first or _float_beside(second, sources), second or _float_beside(first, sources)
+    if first is not None and second is not None:
+        return first, second
+    other = cast(Side, first or second)
+    beside = Side(sources.beside(other), None)
+    return (beside, other) if first is None else (other, beside)
 
 
 def folds_of(side: Side, sources: Sources) -> dict[str, tuple[str, ...]]:
@@ -140,9 +149,15 @@ def _quantized(given: Given, sources: Sources) -> Side:
         return Side(given.graph, given.spec, given.seed)
     if kind_of(given) == "artifact":
         return artifact_side(Path(cast(str, given)), sources)
-    spec = load_spec(cast(Any, given))
+    return spec_side(given, sources)[1]
+
+
+def spec_side(given: Any, sources: Sources) -> tuple[Compiled, Side]:
+    """What ``compile`` makes of the model by a spec, in any form that it takes."""
+    spec = load_spec(given)
     seed = spec.run.seed or 0
-    return Side(sources.compiled(spec, seed, sources.dtype, sources.cache, "a spec"), spec, seed)
+    made = sources.compiled(spec, seed, sources.dtype, sources.cache, "a spec")
+    return made, Side(made.graph, spec, seed)
 
 
 def artifact_side(directory: Path, sources: Sources) -> Side:
@@ -156,16 +171,8 @@ def artifact_side(directory: Path, sources: Sources) -> Side:
     seed = described.get("seed")
     seed = seed if type(seed) is int else 0
     dtype = sources.dtype or computed_in(directory, described)
-    gm = sources.compiled(structure, seed, dtype, sources.cache and bool(source.caches), str(directory))
+    gm = sources.compiled(structure, seed, dtype, sources.cache and bool(source.caches), str(directory)).graph
     return Side(gm, spec, seed, tuple(take_numbers(gm, directory, described)))
-
-
-def _float_beside(other: Side | None, sources: Sources) -> Side:
-    """The model as it is, in the basis of the other side, with the decisions of nobody on its layers."""
-    assert other is not None
-    gm = sources.captured("a model")
-    _prepare(gm, replace(_FLOAT, algorithms=tuple(_preparing(other.spec))), other.seed)
-    return Side(gm, None)
 
 
 def _prepare(gm: fx.GraphModule, spec: Spec, seed: int) -> None:

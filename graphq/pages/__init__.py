@@ -1,0 +1,1 @@
+"""A quantized model on one page, and the same as data."""
