@@ -89,12 +89,44 @@ def search(
     model: nn.Module | str | os.PathLike[str],
     options: str | Iterable[str | Spec | Mapping[str, Any]],
     budget: str | Budget | None = None,
-    **how: Any,
+    *,
+    calibration: Iterable[object],
+    max_drop: float | str | None = None,
+    evaluate: Callable[[Compiled], float] | Tensor | None = None,
+    higher_is_better: bool = False,
+    sensitivity: Sensitivity = "gradient",
+    exchanges: int = EXCHANGES,
+    rows: int = 1,
+    scores: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    inputs: Inputs | None = None,
+    dtype: torch.dtype | None = None,
+    cache: bool = True,
+    mask: str | None = None,
+    shapes: Mapping[str, int] | None = None,
 ) -> Spec:
-    """The spec that gives each layer one of ``options`` so that the model loses least within ``budget``; see ``find``,
-    whose ``spec`` this is.
+    """The spec that gives each layer one of ``options`` so that the model loses least within ``budget``: the ``spec``
+    of what ``find`` finds, which takes the same and says what each is.
     """
-    return find(model, options, budget, **how).spec
+    return find(
+        model,
+        options,
+        budget,
+        calibration=calibration,
+        max_drop=max_drop,
+        evaluate=evaluate,
+        higher_is_better=higher_is_better,
+        sensitivity=sensitivity,
+        exchanges=exchanges,
+        rows=rows,
+        scores=scores,
+        seed=seed,
+        inputs=inputs,
+        dtype=dtype,
+        cache=cache,
+        mask=mask,
+        shapes=shapes,
+    ).spec
 
 
 def find(

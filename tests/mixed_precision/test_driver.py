@@ -1,7 +1,10 @@
 """A search finds the best mix there is where all can be tried, holds its budget, and says what it cannot do."""
 
+import inspect
 import itertools
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ import graphq
 from graphq.errors import SpecError
 from graphq.frontends import print_spec
 from graphq.mixed_precision import costs as costs_module
+from graphq.mixed_precision import driver
 from graphq.mixed_precision.divergence import Divergence
 from graphq.mixed_precision.driver import find
 from graphq.mixed_precision.quantized import QuantizedLayers, quantized
@@ -246,3 +250,21 @@ def test_refused(budget, how, message):
 def test_no_batches():
     with pytest.raises(SpecError, match=r"^calibration: no batches; a search needs at least one$"):
         find(MODEL, OPTIONS, "4bits", inputs=IMAGES[0], calibration=[])
+
+
+def test_search_takes_and_passes_on_what_find_takes(monkeypatch):
+    """One signature, which editors show; what is given arrives."""
+    ours, theirs = (inspect.signature(one) for one in (driver.search, driver.find))
+    assert ours.parameters == theirs.parameters
+    assert all(one.kind is not inspect.Parameter.VAR_KEYWORD for one in ours.parameters.values())
+    seen = {}
+
+    def find(*args, **named):
+        seen.update(theirs.bind(*args, **named).arguments)
+        return SimpleNamespace(spec="the spec")
+
+    monkeypatch.setattr(driver, "find", find)
+    given: Any = {name: object() for name in ours.parameters}
+    positional = [given.pop(name) for name in ("model", "options", "budget")]
+    assert driver.search(*positional, **given) == "the spec"
+    assert seen == given | dict(zip(("model", "options", "budget"), positional, strict=True))
