@@ -102,7 +102,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[object]], numbers: Seq
 
 def _maps(page: Page) -> list[str]:
     found = heat_map(page.rows)
-    largest = max((cell.nbytes for cell in found.cells.values()), default=1)
+    largest = max((cell.nbytes for cell in found.cells.values() if not cell.is_float), default=0)
     unit, name = (1e6, "MB") if largest >= 1e6 else (1e3, "kB")
     return [
         *_map(found, "Bits for each weight, scales included", lambda cell: cell.bits, "{:.2f}", 16.0),
@@ -118,7 +118,8 @@ def _ratio(cell: Cell) -> float | None:
 def _map(found: HeatMap, title: str, value: Callable[[Cell], float | None], form: str, most: float | None) -> list[str]:
     """A table with a colour for each number: the redder, the fewer bits, the lower the ratio, the fewer bytes."""
     numbers = {place: value(cell) for place, cell in found.cells.items()}
-    known = [one for one in numbers.values() if one is not None and math.isfinite(one)]
+    quantized = [numbers[place] for place, cell in found.cells.items() if not cell.is_float]
+    known = [one for one in quantized if one is not None and math.isfinite(one)]
     if not known:
         return []
     low, high = (0.0 if most else min(known)), most or max(known)

@@ -165,6 +165,15 @@ def test_colours_follow_the_numbers():
     assert styles == [f"background:hsl({hue} 70% 78%)" for hue in (10, 110, 210)]
 
 
+def test_what_stays_float_has_no_part_in_the_scales():
+    """An embedding of gigabytes leaves the colours, and the unit, to the layers that differ."""
+    rows = (row("m.0.up"), row("m.1.up", bytes=5120), row("embed", weight=None, bytes=2_000_000_000))
+    root = strictly(Page("t", (), rows, ""))
+    assert "Size, kB" in words(root)
+    styles = [cell.get("style") for cell in root.iter(f"{XHTML}td") if cell.get("style")]
+    assert styles[-2:] == [f"background:hsl({hue} 70% 78%)" for hue in (10, 210)]
+
+
 def test_a_thousand_layers():
     roles = ("q", "k", "v", "o", "gate", "up", "down", "router")
     rows = tuple(row(f"model.layers.{i}.{role}") for i in range(125) for role in roles)
