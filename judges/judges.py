@@ -52,6 +52,13 @@ JUDGES: Final = (
         "0.7 GB, 5 minutes",
     ),
     Judge(
+        "report",
+        ("PyQt6==6.11.0", "PyQt6-WebEngine==6.11.0"),
+        "run_report.py",
+        "Chromium draws a report of a thousand layers with hostile names, and loads and runs nothing for it",
+        "0.6 GB, 2 minutes",
+    ),
+    Judge(
         "qnn-htp",
         ("onnxruntime-qnn==2.7.0",),
         "run_qnn_htp.py",
