@@ -11,7 +11,7 @@ from graphq.ir.layers import LAYER, PLAN, layers, sites
 from graphq.ir.pipeline import Batches, Invariant, Pass
 from graphq.ir.unnamed import unnamed
 from graphq.spec.activations import is_tensor_quant
-from graphq.spec.match import Layer, Unnamed
+from graphq.spec.match import Blocks, Layer, Unnamed
 from graphq.spec.plan import Decision, KeepFloat, PerExpert, Plan
 from graphq.spec.quant import Ofmr, PerGroup, PerToken
 from graphq.spec.rules import Resolved, Spec, resolve
@@ -30,11 +30,29 @@ def decide_on(
 ) -> tuple[dict[str, Resolved], tuple[str, ...]]:
     """The same for layers, and for parameters that are none, that were found otherwise than in a graph."""
     resolved, notes = resolve(spec, found, others)
+    resolved, kept = _without_convolutions(resolved)
     problems = [problem for one in resolved.values() if (problem := _impossible(one)) is not None]
     if problems:
         raise SpecError(problems)
     resolved, more = _without_states(resolved)
-    return resolved, (*notes, *more)
+    return resolved, (*notes, *kept, *more)
+
+
+def _without_convolutions(resolved: Mapping[str, Resolved]) -> tuple[dict[str, Resolved], list[str]]:
+    """The decisions without those on depthwise convolutions along tokens, those of recurrent blocks, that a rule on all
+    blocks meets beside linears and that cannot have its plan: they stay float, with a line for each.
+    """
+    beside = {one.rule for one in resolved.values() if one.layer.kind in ("linear", "expert")}
+    found: dict[str, Resolved] = {}
+    notes: list[str] = []
+    for fqn, one in resolved.items():
+        of_all = one.rule is not None and isinstance(one.rule.match, Blocks) and one.rule in beside
+        depthwise = one.layer.kind == "conv1d" and one.layer.shape[1] == 1
+        if of_all and depthwise and (problem := _impossible(replace(one, rule=None))):
+            one = replace(one, decision=KeepFloat(problem.partition(": ")[2].partition("; ")[0]))
+            notes.append(f"{problem.partition('; ')[0]}; it stays float")
+        found[fqn] = one
+    return found, notes
 
 
 def _without_states(resolved: Mapping[str, Resolved]) -> tuple[dict[str, Resolved], list[str]]:

@@ -20,10 +20,11 @@ from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram
 from torch.utils._sympy.printers import PythonPrinter
 
+from graphq.capture.changes import fills, refuse_changes
 from graphq.capture.export_errors import SpecializedError, explain
 from graphq.capture.guards import unproved
 from graphq.capture.names import check_names
-from graphq.capture.sizes import MAX_SIZE, bounds_of, table_limits
+from graphq.capture.sizes import MAX_SIZE, bounds_of, table_limits, total_limit
 from graphq.capture.source import KEY, PAST, SEQUENCE, TOTAL, Source, TensorInput, source_of
 from graphq.capture.structure import Structure, flatten, kind_of, leaves
 from graphq.errors import GraphError
@@ -93,9 +94,12 @@ def export_flat(
                 deferred = True  # a condition that always holds, of which export makes a constant where it may not ask
                 continue
             before = ranges.get(error.dimension or "")
-            if before is None or error.bounds is None:
+            bounds = error.bounds
+            if before is not None and (error.guard or "").endswith(f" != {before[1]}"):
+                bounds = (before[0], before[1] - 1)  # the largest size alone, at which a slice is the whole table
+            if before is None or bounds is None:
                 raise
-            after = (max(before[0], error.bounds[0]), min(before[1], error.bounds[1]))
+            after = (max(before[0], bounds[0]), min(before[1], bounds[1]))
             if after == before:
                 raise
             ranges[str(error.dimension)] = after
@@ -106,8 +110,8 @@ def export_flat(
     source = source_of(gm)
     gm.meta[KEY] = replace(
         source,
-        ranges=tuple((d, low, high) for d, (low, high) in ranges.items()),
-        notes=(*source.notes, *notes),
+        ranges=(*((d, low, high) for d, (low, high) in ranges.items()), *source.ranges),
+        notes=(*source.notes, *notes, *(f"{d} is {low} to {high:,}" for d, low, high in source.ranges)),
     )
     return gm
 
@@ -139,9 +143,9 @@ def _export(
             raise
         except Exception as error:  # export raises many types; each becomes one line that names the user's code
             raise explain(error, flat.model, flat.names) from error
-    _refuse_changes(exported, flat)
+    refuse_changes(exported, flat.model, flat.names)
     found = [*_guards_of(exported), *(_asserted(exported, inputs) if deferred else [])]
-    guards = unproved(found, [i.shape for i in inputs], ranges)
+    longest, guards = total_limit(unproved(found, [i.shape for i in inputs], ranges))
     if guards:
         message = f"{type(flat.model).__name__} restricts its input sizes: {'; '.join(guards)}"
         dimension = next((d for d in ranges if re.search(rf"\b{d}\b", guards[0])), None)
@@ -159,6 +163,7 @@ def _export(
         structure=structure if output_kind == "structured" else None,
         dtype=max(set(dtypes), key=dtypes.count) if dtypes else torch.float32,
         blocks=block_lists(flat.model),
+        ranges=() if longest is None else ((TOTAL, 1, longest),),
         notes=tuple(
             f"{name} has no role in the captured computation"
             for name in sorted(state - {str(n.target) for n in gm.graph.nodes if n.op == "get_attr"})
@@ -168,26 +173,15 @@ def _export(
     return gm
 
 
-def _refuse_changes(exported: ExportedProgram, flat: FlatModel) -> None:
-    """Raises ``GraphError`` if a call of the model leaves other inputs or other buffers behind."""
-    signature = exported.graph_signature
-    changed = [name.removeprefix("model.") for name in signature.buffers_to_mutate.values()]
-    inputs = list(signature.user_inputs)
-    changed += [flat.names[inputs.index(name)] for name in signature.user_inputs_to_mutate.values()]
-    if changed:
-        names = ", ".join(changed)
-        raise GraphError(
-            f"{type(flat.model).__name__} changes {names} in place; a graph leaves its inputs and buffers alone"
-        )
-
-
 def _changes_in_place(node: fx.Node) -> bool:
     return isinstance(node.target, OpOverload) and node.target._schema.is_mutable  # pyright: ignore[reportPrivateUsage]
 
 
 def dynamic_shapes(inputs: Sequence[TensorInput], ranges: Mapping[str, tuple[int, int]]) -> tuple[dict[int, Any], ...]:
     """The dynamic dimensions of each input, as ``torch.export`` takes them; those of one size are not."""
-    dims: dict[str, Any] = {d: Dim(d, min=low, max=high) for d, (low, high) in ranges.items() if low < high}
+    dims: dict[str, Any] = {
+        d: Dim(d, min=low, max=high) for d, (low, high) in ranges.items() if low < high and d != TOTAL
+    }
     # A sum of two dimensions cannot be declared; the guard it leaves is checked like every other.
     dims |= {TOTAL: Dim.DYNAMIC} if {PAST, SEQUENCE} & dims.keys() else {}
     return tuple({axis: dims[d] for axis, d in enumerate(i.shape) if isinstance(d, str) and d in dims} for i in inputs)
@@ -247,16 +241,22 @@ def evaluating(model: nn.Module) -> Generator[None]:
             module.training = True
 
 
+def _alike(modules: nn.ModuleList) -> bool:
+    """Whether all are of one class, or their classes have a base of their own: hybrids mix two kinds of layers."""
+    classes = [type(module) for module in modules]
+    shared = set(classes[0].__mro__).intersection(*(cls.__mro__ for cls in classes))
+    own = [cls for cls in shared if issubclass(cls, nn.Module) and not cls.__module__.startswith("torch.")]
+    return len(set(classes)) == 1 or (bool(own) and all(cls.__name__ != "PreTrainedModel" for cls in own))
+
+
 def block_lists(model: nn.Module) -> tuple[str, ...]:
-    """Paths of the outermost lists of repeated blocks: ``ModuleList``s of one class of modules that hold modules."""
+    """Paths of the outermost lists of repeated blocks: ``ModuleList``s of like modules that hold modules."""
     lists: list[str] = []
     for name, module in model.named_modules():
-        if any(name.startswith(f"{outer}.") for outer in lists):
+        if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{outer}.") for outer in lists):
             continue
-        if isinstance(module, nn.ModuleList) and len(module) > 0:
-            classes = {type(child) for child in module}
-            if len(classes) == 1 and all(next(child.children(), None) is not None for child in module):
-                lists.append(name)
+        if len(module) and _alike(module) and all(next(child.children(), None) is not None for child in module):
+            lists.append(name)
     return tuple(lists)
 
 
@@ -289,6 +289,11 @@ def _own_graph(
     for node in unlifted.graph.nodes:
         if node.target in without or node.op == "call_module" or node.target is _METADATA:
             continue  # guards, proved above, and restatements of what ``val`` says
+        if node.target is torch.ops.aten.copy_.default:
+            continue  # into a buffer that the next call fills before it reads it
+        if node.target is torch.ops.aten.copy.default and fills(node, cast(fx.Node, node.args[0])):
+            new[node] = new[cast(fx.Node, node.args[1])]
+            continue
         if node.op == "get_attr":
             if not node.users:
                 continue

@@ -6,10 +6,8 @@ caches as flat tensors, positions explicit. Cache objects live in the wrapper th
 the inputs of their own kind.
 """
 
-import contextlib
-import inspect
 import json
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -19,13 +17,17 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graphq.capture import adapters
+from graphq.capture.caches import Caches, caches_of
 from graphq.capture.export import MINIMUM, FlatModel, export_flat, lean_export
 from graphq.capture.export_errors import SpecializedError
+from graphq.capture.language_models import arguments_of, causal_lm, experts_as, is_causal_lm, run_of
+from graphq.capture.loops import loop_over_text
 from graphq.capture.proof import prove, samples_of
 from graphq.capture.quiet import silent_transformers
 from graphq.capture.remote_code import class_of_code, has_code
+from graphq.capture.rope import frequencies_held, growing_frequencies
 from graphq.capture.sizes import MAX_SIZE, fixed_sizes, position_limit
-from graphq.capture.source import BATCH, KEY, PAST, SEQUENCE, TOTAL, CachePair, Source, TensorInput, with_total
+from graphq.capture.source import BATCH, KEY, PAST, SEQUENCE, TOTAL, Source, TensorInput, source_of, with_total
 from graphq.capture.weight_files import check_weight_files, first_names
 from graphq.errors import GraphError, SpecError
 from graphq.files import MANIFEST
@@ -61,32 +63,84 @@ def capture_pretrained(
     kind whose inputs cannot be made, or with a cache that is not plain keys and values.
     """
     refuse_quantized(model.config)
-    flat, inputs = _causal_lm(model, cache) if is_causal_lm(model) else _plain(model)
+    given = {} if shapes is None else shapes
+    if not is_causal_lm(model):
+        flat, inputs = _plain(model)
+        return _captured(model, flat, inputs, given, check)
+    try:
+        caches = caches_of(model, run_of(model))
+    except GraphError:
+        if cache:
+            raise
+        return _captured(model, *causal_lm(model, None, False), given, check)
+    if SEQUENCE in given or not caches.has_states:
+        kept = caches if cache else None
+        return _captured(model, *causal_lm(model, kept, given.get(SEQUENCE) == 1), given, check, kept)
+    loop = loop_over_text(model, run_of(model))
+    if loop is None:
+        kept = caches if cache else None
+        try:
+            return _captured(model, *causal_lm(model, kept, False), given, check, kept)
+        except SpecializedError as error:
+            if not cache:
+                raise
+            loop = str(error)
+    elif not cache:
+        raise GraphError(
+            f"{loop}; leave cache=False out for a graph of one token that keeps what the loop does, or declare the"
+            ' length of all texts with shapes={"sequence": ...}'
+        )
+    gm = _captured(model, *causal_lm(model, caches, True), {**given, SEQUENCE: 1}, check, caches)
+    gm.meta[KEY] = replace(source_of(gm), notes=(*source_of(gm).notes, f"texts are read token by token: {loop}"))
+    return gm
+
+
+def _captured(
+    model: "PreTrainedModel",
+    flat: FlatModel,
+    inputs: Sequence[TensorInput],
+    shapes: Mapping[str, int],
+    check: bool,
+    caches: Caches | None = None,
+) -> fx.GraphModule:
     longest = position_limit(model)
     limits = {SEQUENCE: longest} if longest is not None and not any(i.is_cache for i in inputs) else {}
     names = sorted({d for i in inputs for d in i.shape if isinstance(d, str) and d != TOTAL})
     ranges = [(name, MINIMUM.get(name, 1), limits.get(name, MAX_SIZE)) for name in names]
-    fixed, problems = fixed_sizes({} if shapes is None else shapes, ranges)
+    fixed, problems = fixed_sizes(shapes, ranges)
     if problems:
         raise SpecError(problems)
     sizes = with_total({name: fixed.get(name, _SAMPLE[name]) for name in names})
     try:
-        with _experts_as("grouped_mm", model):
+        with experts_as("grouped_mm", model), frequencies_held(model):
             gm = export_flat(flat, inputs, tuple(_sample(model, i, sizes) for i in inputs), limits, fixed)
     except SpecializedError as error:
         declared = f'{{"{error.dimension}": ...}}' if error.dimension else "..."
         raise SpecializedError(f"{error}; declare its one size with shapes={declared}") from error
-    source: Source = gm.meta[KEY]
+    source = _limited(gm.meta[KEY], growing_frequencies(model))
     gm.meta[KEY] = replace(
         source,
         **settings_of(model),
         dtype=_own_dtype(model),
-        caches=_cache_pairs(inputs),
+        caches=() if caches is None else caches.pairs,
         mask=next((i.name for i in inputs if i.name == "attention_mask"), None),
     )
     if check and (notes := prove(gm, flat, samples_of(model, gm.meta[KEY]))):
         gm.meta[KEY] = replace(gm.meta[KEY], notes=(*source.notes, *notes))
     return gm
+
+
+def _limited(source: Source, longest: int | None) -> Source:
+    """The same with no text longer than this, where the model's rotary frequencies would change."""
+    if longest is None:
+        return source
+    name = TOTAL if any(i.is_cache for i in source.inputs) else SEQUENCE
+    low, high = source.bounds.get(name, (1, MAX_SIZE))
+    if high <= longest:
+        return source
+    ranges = [one for one in source.ranges if one[0] != name]
+    note = f"{name} is {low} to {longest:,}: rotary frequencies grow with longer texts (rope_type dynamic)"
+    return replace(source, ranges=(*ranges, (name, low, longest)), notes=(*source.notes, note))
 
 
 def settings_of(model: "PreTrainedModel") -> dict[str, Any]:
@@ -95,12 +149,6 @@ def settings_of(model: "PreTrainedModel") -> dict[str, Any]:
     generation = getattr(model, "generation_config", None)
     own = json.dumps(generation.to_diff_dict(), sort_keys=True) if generation is not None else None
     return {"config": json.dumps(config, default=str, sort_keys=True), "generation_config": own}
-
-
-def _cache_pairs(inputs: Sequence[TensorInput]) -> tuple[CachePair, ...]:
-    """The caches of a causal language model: ``past_key_values.{i}.key`` comes back as ``present.{i}.key``."""
-    names = (i.name for i in inputs if i.is_cache)
-    return tuple(CachePair(name, name.replace("past_key_values", "present", 1)) for name in names)
 
 
 def refuse_quantized(config: "PreTrainedConfig") -> None:
@@ -118,100 +166,9 @@ def _own_dtype(model: "PreTrainedModel") -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
-@contextlib.contextmanager
-def _experts_as(implementation: str, model: "PreTrainedModel") -> Generator[None]:
-    """Experts in one product: the loops of transformers' eager implementation depend on the routing."""
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    before = [(c, c._experts_implementation) for c in configs.values() if hasattr(c, "_experts_implementation")]
-    for config, _ in before:
-        config._experts_implementation = implementation
-    try:
-        yield
-    finally:
-        for config, own in before:
-            config._experts_implementation = own
-
-
-def _arguments(model: "PreTrainedModel") -> set[str]:
-    return set(inspect.signature(model.forward).parameters)
-
-
-def is_causal_lm(model: "PreTrainedModel") -> bool:
-    """Whether the model predicts the next token and takes a key/value cache."""
-    return (
-        model.main_input_name == "input_ids"
-        and not getattr(model.config, "is_encoder_decoder", False)
-        and model.get_output_embeddings() is not None
-        and "past_key_values" in _arguments(model)
-        and (model.can_generate() or "CausalLM" in type(model).__name__)
-    )
-
-
-def _causal_lm(model: "PreTrainedModel", cache: bool) -> tuple[FlatModel, list[TensorInput]]:
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
-
-    total = TOTAL if cache else SEQUENCE
-    inputs = [
-        TensorInput("input_ids", torch.int64, (BATCH, SEQUENCE)),
-        TensorInput("attention_mask", torch.int64, (BATCH, total)),
-    ]
-    if "position_ids" in _arguments(model):
-        inputs.append(TensorInput("position_ids", torch.int64, (BATCH, SEQUENCE)))
-    shapes = _cache_shapes(model) if cache else []
-    for i, (key, value) in enumerate(shapes):
-        inputs.append(TensorInput(f"past_key_values.{i}.key", key.dtype, (BATCH, key.shape[1], PAST, key.shape[3])))
-        inputs.append(
-            TensorInput(f"past_key_values.{i}.value", value.dtype, (BATCH, value.shape[1], PAST, value.shape[3]))
-        )
-
-    def call(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        past = [tensors.pop(i.name) for i in inputs if i.is_cache]
-        if not cache:
-            return {"logits": module(**tensors, use_cache=False, return_dict=True).logits}
-        state = DynamicCache()  # no configuration: full-length layers, also where the model slides a window
-        for key, value in zip(past[::2], past[1::2], strict=True):
-            layer = DynamicLayer()
-            layer.keys, layer.values, layer.dtype, layer.device = key, value, key.dtype, key.device
-            layer.is_initialized = True
-            state.layers.append(layer)
-        result = module(**tensors, past_key_values=state, use_cache=True, return_dict=True)
-        outputs = {"logits": result.logits}
-        for i, layer in enumerate(result.past_key_values.layers):
-            outputs |= {f"present.{i}.key": layer.keys, f"present.{i}.value": layer.values}
-        return outputs
-
-    return FlatModel(model, [i.name for i in inputs], call), inputs
-
-
-def _cache_shapes(model: "PreTrainedModel") -> list[tuple[Tensor, Tensor]]:
-    """The keys and values of each layer after two tokens."""
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
-
-    state = DynamicCache()
-    with torch.no_grad(), _experts_as("batched_mm", model):  # grouped_mm has no fake kernel for float32
-        model(
-            input_ids=torch.zeros(1, 2, dtype=torch.int64, device=_device(model)), past_key_values=state, use_cache=True
-        )
-    layers = cast(list[Any], state.layers)
-    for i, layer in enumerate(layers):
-        if type(layer) is not DynamicLayer or layer.keys is None:
-            raise GraphError(
-                f"{type(model).__name__}: the cache of layer {i} is a {type(layer).__name__}, not keys and values"
-            )
-    if not layers:
-        raise GraphError(f"{type(model).__name__} leaves its cache empty; pass cache=False to compile it without one")
-    return [(layer.keys, layer.values) for layer in layers]
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
 def _plain(model: "PreTrainedModel") -> tuple[FlatModel, list[TensorInput]]:
     """An encoder or a vision model, by its main input."""
-    config, arguments = model.config, _arguments(model)
+    config, arguments = model.config, arguments_of(model)
     inputs: list[TensorInput]
     match model.main_input_name:
         case "input_ids" if not getattr(config, "is_encoder_decoder", False):
@@ -235,6 +192,10 @@ def _plain(model: "PreTrainedModel") -> tuple[FlatModel, list[TensorInput]]:
         return {name: value for name, value in result.items() if value is not None}
 
     return FlatModel(model, [i.name for i in inputs], call), inputs
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def _sample(model: nn.Module, wanted: TensorInput, sizes: Mapping[str, int]) -> Tensor:

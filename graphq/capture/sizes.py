@@ -21,6 +21,11 @@ _SAME_ELEMENTS: Final = frozenset(  # they leave each element an element of what
 )  # fmt: skip
 
 
+_SUM: Final = r"\(?(?:sequence \+ past_sequence|past_sequence \+ sequence|total_sequence)\)?"
+_SUM_AT_MOST: Final = re.compile(rf"(?:(?P<more>\d+) \+ )?{_SUM} <= (?P<limit>\d+)")
+_SUM_UNEQUAL: Final = re.compile(rf"{_SUM} != (?P<limit>\d+)")
+
+
 def fixed_sizes(shapes: object, ranges: Ranges) -> tuple[dict[str, int], list[str]]:
     """The sizes that ``shapes`` fixes, by dimension, and a line on each thing that is wrong with it.
 
@@ -84,6 +89,27 @@ def bounds_of(guard: str) -> tuple[int, int] | None:
             return None
         sizes.add(size)
     return (low if low > 2 else 0, high) if len(sizes) == 1 and re.fullmatch(r"[\w.\[\]()']+", sizes.pop()) else None
+
+
+def total_limit(guards: Sequence[str]) -> tuple[int | None, list[str]]:
+    """The largest sum of past and new tokens that ``guards`` allow, where some bound it, and those that do not."""
+    limits: list[int] = []
+    others: list[str] = []
+    unequal: list[int] = []
+    for guard in guards:
+        if found := _SUM_AT_MOST.fullmatch(guard):
+            limits.append(int(found["limit"]) - int(found["more"] or 0))
+        elif found := _SUM_UNEQUAL.fullmatch(guard):
+            unequal.append(int(found["limit"]))
+        else:
+            others.append(guard)
+    limit = min(limits, default=None)
+    for size in unequal:  # the last size alone, at which a slice would be the whole table
+        if limit is not None and size >= limit:
+            limit = min(limit, size - 1)
+        else:
+            others.append(f"total_sequence != {size}")
+    return limit, others
 
 
 def table_limits(gm: fx.GraphModule, ranges: Mapping[str, tuple[int, int]]) -> dict[str, int]:

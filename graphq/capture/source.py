@@ -3,6 +3,7 @@
 A ``Source`` is frozen data in ``gm.meta["graphq.source"]``; it survives ``deepcopy`` and is written into artifacts.
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,6 +23,7 @@ BATCH: Final = "batch"
 SEQUENCE: Final = "sequence"
 PAST: Final = "past_sequence"
 TOTAL: Final = "past_sequence + sequence"
+_KEYS_AND_VALUES: Final = re.compile(r"past_key_values\.\d+\.(key|value)(_scale|_zero_point)?")
 
 
 @final
@@ -114,6 +116,14 @@ class Source:
     def presents(self) -> frozenset[str]:
         """The outputs that are caches."""
         return frozenset(pair.present for pair in self.caches)
+
+    @cached_property
+    def has_states(self) -> bool:
+        """Whether its caches are more than keys and values (and what goes with their codes) of each layer."""
+        layers = {name.split(".")[1] for name in self.pasts if _KEYS_AND_VALUES.fullmatch(name)}
+        others = [name for name in self.pasts if not _KEYS_AND_VALUES.fullmatch(name)]
+        own = any(name.startswith("past_key_values.") for name in others)
+        return own or layers != {str(i) for i in range(len(layers))}
 
     @cached_property
     def is_causal_lm(self) -> bool:

@@ -135,7 +135,8 @@ def _language_model(path: Path, source_model: Path | None) -> Callable[..., Any]
     from graphq.artifacts import manifest
 
     if not (path / manifest.NAME).is_file():
-        from graphq.capture.hugging_face import is_causal_lm, load_model
+        from graphq.capture.hugging_face import load_model
+        from graphq.capture.language_models import is_causal_lm
 
         loaded = load_model(path)
         if not is_causal_lm(loaded):

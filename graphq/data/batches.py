@@ -47,6 +47,8 @@ def complete(source: Source, batch: object, where: str = "inputs") -> tuple[Tens
         )
     if SEQUENCE in sizes:
         sizes[TOTAL] = sizes[SEQUENCE] + sizes[PAST]
+        if sizes[TOTAL] > (longest := source.bounds.get(TOTAL, (0, MAX_SIZE))[1]) < MAX_SIZE:
+            raise SpecError(f"{where}: {sizes[TOTAL]} tokens; {TOTAL} is at most {longest} in this graph")
     _check_caches(source, given, sizes, where)
     unwritten = 0 if source.pasts & given.keys() else sizes[PAST]  # of a cache of fixed length, before the first call
     complete: list[Tensor] = []

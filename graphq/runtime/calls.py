@@ -15,7 +15,7 @@ from graphq.runtime.cache_layers import pairs_of
 
 Outputs = Tensor | tuple[Any, ...] | list[Any] | dict[str, Any]  # a tuple of a transformers model holds its cache
 _PAST: Final = "past_key_values"
-_PRESENT: Final = re.compile(r"present\.\d+\.(key|value)(_scale|_zero_point)?")
+_PRESENT: Final = re.compile(r"present\.\w+(\.\w+)*")
 _NEVER_RETURNED: Final = frozenset(  # an argument that asks for one of them is refused
     ["attentions", "aux_loss", "cross_attentions", "hidden_states", "loss", "router_logits"]
 )
@@ -146,12 +146,14 @@ def call(
         switches = {name: given.pop(name) for name in ("use_cache", "return_dict") if given.get(name) is not None}
         past = given.pop(_PAST, None) if _PAST not in source.names else None
         past = _static_cache(source, given, past)
-        tensors = cached(past)
+        tensors = dict(past.tensors) if hasattr(past, "tensors") else cached(past)
         for name in tensors.keys() & given.keys():
             raise TypeError(f"forward() got {name} twice, by its name and in {_PAST}")
         given |= tensors
         if source.is_causal_lm and not source.pasts and (_is_cache(past) or switches.get("use_cache")):
             raise TypeError(f"forward() was captured without a cache; it takes neither {_PAST} nor use_cache=True")
+    if is_transformers(source) and source.has_states:
+        return _with_states(source, run, _by_name(source, args, given), past, switches)
     batch = complete(source, _by_name(source, args, given))
     try:
         outputs = tuple(run(batch, append=past.append) if _is_cache(past) and hasattr(past, "append") else run(batch))
@@ -174,6 +176,28 @@ def call(
     return made if switches.get("return_dict", True) else made.to_tuple()
 
 
+def _with_states(
+    source: Source,
+    run: Callable[..., Iterable[Tensor]],
+    given: Mapping[str, object],
+    past: Any,
+    switches: Mapping[str, object],
+) -> Outputs:
+    """``call`` of a graph that keeps more than keys and values, for a text of any length."""
+    from graphq.runtime.stepping import StateCache, read_text
+
+    outputs: Mapping[str, Tensor] = read_text(source, run, given)
+    state: Any = None
+    if switches.get("use_cache", True):
+        ids = given.get("input_ids")
+        state = past if isinstance(past, StateCache) else StateCache()
+        state.hold(source, outputs, ids.shape[1] if isinstance(ids, Tensor) else 0)
+    else:
+        outputs = {name: x for name, x in outputs.items() if name not in source.presents}
+    made = ModelOutput(outputs, state)
+    return made if switches.get("return_dict", True) else made.to_tuple()
+
+
 def _static_cache(source: Source, given: dict[str, object], past: object) -> Any:
     """The cache that a call is to have: ``past``, or the one that its arguments, taken out of ``given``, ask for."""
     if "cache" in source.names or given.get("cache") is None:
@@ -189,6 +213,8 @@ def _static_cache(source: Source, given: dict[str, object], past: object) -> Any
         raise TypeError(f"forward() got a cache twice, as cache='static' and as {_PAST}")
     if not source.pasts:
         raise TypeError("forward() was captured without a cache; it takes no cache='static'")
+    if source.has_states:
+        raise TypeError("forward(): cache='static': this model keeps states beside keys and values")
     from graphq.runtime.key_value_cache import StaticCache
 
     return StaticCache(length)

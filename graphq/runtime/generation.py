@@ -15,6 +15,7 @@ from graphq.errors import GraphqError, SpecError
 from graphq.runtime.cache_layers import pairs_of
 from graphq.runtime.calls import cached
 from graphq.runtime.key_value_cache import StaticCache, hold, refusal
+from graphq.runtime.stepping import StateCache, read_text
 
 Run = Callable[..., tuple[Tensor, ...]]
 
@@ -54,6 +55,8 @@ class _Generator(PreTrainedModel, GenerationMixin):
         given: dict[str, Tensor | None] = {"input_ids": input_ids, "attention_mask": attention_mask}
         if any(i.name == "position_ids" for i in self.captured.inputs):
             given["position_ids"] = position_ids
+        if self.captured.has_states:
+            return self._with_states(given, past_key_values, use_cache)
         past = past_key_values if past_key_values is not None else DynamicCache()
         refused = refusal(past)
         if refused is not None:
@@ -70,6 +73,22 @@ class _Generator(PreTrainedModel, GenerationMixin):
             hold(past, pairs_of(outputs))
         return CausalLMOutputWithPast(
             logits=cast(Any, outputs["logits"]), past_key_values=None if use_cache is False else past
+        )
+
+    def _with_states(
+        self, given: dict[str, Tensor | None], past: Any, use_cache: bool | None
+    ) -> CausalLMOutputWithPast:
+        state = past if isinstance(past, StateCache) else StateCache()
+        if past is not state and past is not None and past.get_seq_length():
+            raise GraphqError(f"generate: a {type(past).__name__} of another model; leave past_key_values out")
+        named = {k: v for k, v in given.items() if v is not None} | state.tensors
+        outputs = read_text(self.captured, self.run, named)
+        if use_cache is not False:
+            ids = given["input_ids"]
+            assert ids is not None, "generate gives tokens"
+            state.hold(self.captured, outputs, ids.shape[1])
+        return CausalLMOutputWithPast(
+            logits=cast(Any, outputs["logits"]), past_key_values=None if use_cache is False else state
         )
 
 

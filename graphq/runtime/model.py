@@ -114,7 +114,13 @@ class CompiledModel(NotPickled, nn.Module):
         Raises ``GraphqError`` for models that are not causal language models with a cache. Needs transformers.
         """
         model = self._transformers_model()
-        if cache != "dynamic":
+        if self.source.has_states:
+            from graphq.runtime.stepping import StateCache
+
+            if cache != "dynamic":
+                raise SpecError(f"generate: cache={cache!r}: this model keeps states beside keys and values")
+            kwargs = {"past_key_values": StateCache(), **kwargs}
+        elif cache != "dynamic":
             from graphq.runtime.generation import static_cache
 
             kwargs = {"past_key_values": static_cache(cache, model.generation_config, args, kwargs), **kwargs}

@@ -199,9 +199,18 @@ def _export(gm: fx.GraphModule) -> Any:
     lean = (lean_export(), kept_translations(), lean_decompositions(), lean_promotions())
     with warnings.catch_warnings(), _quiet_exporter(), lean[0], lean[1], lean[2], lean[3], torch.no_grad():
         warnings.simplefilter("ignore")
-        exported = torch.export.export(
-            gm, _samples(source), dynamic_shapes=dynamic_shapes(source.inputs, ranges), strict=False
-        )
+        shapes = dynamic_shapes(source.inputs, ranges)
+        try:
+            exported = torch.export.export(gm, _samples(source), dynamic_shapes=shapes, strict=False)
+        except torch._dynamo.exc.UserError:  # pyright: ignore[reportPrivateUsage]
+            # Conditions that hold for all sizes, which capture has proved and export cannot, are asserted instead.
+            exported = torch.export.export(
+                gm,
+                _samples(source),
+                dynamic_shapes=shapes,
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=True,
+            )
         try:
             program = torch.onnx.export(
                 exported,

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import fx
+from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from graphq.capture.export import lean_export
+from graphq.capture.export import block_lists, lean_export
 from graphq.capture.hugging_face import capture_config
 from graphq.capture.modules import capture_module
 from graphq.ir.edit import fake_mode_of
@@ -46,3 +46,58 @@ def test_ops_are_listed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KeyError), lean_export():
         raise KeyError
     assert utils._materialize_cpp_cia_ops is spy
+
+
+class Layer(nn.Module):
+    """A base that two kinds of layers of a hybrid share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(2, 2)
+
+
+class Attention(Layer):
+    pass
+
+
+class Recurrence(Layer):
+    pass
+
+
+class Other(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(2, 2)
+
+
+class PreTrainedModel(nn.Module):
+    """As transformers' models share one, which does not make them blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(2, 2)
+
+
+class Text(PreTrainedModel):
+    pass
+
+
+class Vision(PreTrainedModel):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("members", "found"),
+    [
+        ([Layer(), Layer()], ("0",)),
+        ([Attention(), Recurrence(), Attention()], ("0",)),
+        ([Layer(), Recurrence()], ("0",)),
+        ([Attention(), Other()], ()),
+        ([Text(), Vision()], ()),
+        ([nn.Sequential(nn.Linear(2, 2)), Attention()], ()),
+        ([nn.Linear(2, 2), nn.Linear(2, 2)], ()),
+        ([], ()),
+    ],
+)
+def test_lists_of_blocks(members: list[nn.Module], found: tuple[str, ...]) -> None:
+    assert block_lists(nn.Sequential(nn.ModuleList(members))) == found

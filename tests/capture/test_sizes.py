@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 import graphq
+from graphq.capture.export import FlatModel, export_flat
 from graphq.capture.modules import capture_module
-from graphq.capture.sizes import MAX_SIZE, bounds_of, fixed_sizes, position_limit
-from graphq.capture.source import PAST, SEQUENCE, TOTAL, source_of
+from graphq.capture.sizes import MAX_SIZE, bounds_of, fixed_sizes, position_limit, total_limit
+from graphq.capture.source import BATCH, PAST, SEQUENCE, TOTAL, TensorInput, source_of
 from graphq.errors import GraphError, SpecError
 
 RANGES = [("batch", 1, MAX_SIZE), ("past_sequence", 0, 30), ("sequence", 2, 20)]
@@ -333,3 +334,73 @@ def test_positions_behind_a_row_of_padding() -> None:
     assert position_limit(Model(None)) == 20
     assert position_limit(Model(1)) == 18  # RoBERTa's: 514 rows for 512 tokens
     assert position_limit(nn.Linear(2, 2)) is None
+
+
+# -- what a model's code sets on past and new tokens together ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("guards", "limit", "others"),
+    [
+        ([], None, []),
+        (["sequence + past_sequence <= 2048"], 2048, []),
+        (["2 + sequence + past_sequence <= 130", "(past_sequence + sequence) <= 200"], 128, []),
+        (["sequence + past_sequence <= 128", "(sequence + past_sequence) != 128"], 127, []),
+        (["(sequence + past_sequence) != 128", "sequence + past_sequence <= 128"], 127, []),
+        (["sequence + past_sequence <= 128", "total_sequence != 200"], 128, []),
+        # One size in the middle is no bound, and neither is one of another sum.
+        (["sequence + past_sequence <= 128", "total_sequence != 7"], 128, ["total_sequence != 7"]),
+        (["total_sequence != 7"], None, ["total_sequence != 7"]),
+        (["sequence + batch <= 128", "sequence <= 4"], None, ["sequence + batch <= 128", "sequence <= 4"]),
+    ],
+)
+def test_bounds_of_a_sum(guards: list[str], limit: int | None, others: list[str]) -> None:
+    assert total_limit(guards) == (limit, others)
+
+
+class PastPositions(nn.Module):
+    """A table of 12 positions, of which past and new tokens take the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(12, 4))
+
+    def forward(self, x: Tensor, past: Tensor) -> Tensor:
+        total = past.shape[1] + x.shape[1]
+        return torch.cat([past, x], 1) + self.table[:total]
+
+
+class WholeTable(nn.Module):
+    """Looks whether its text is as long as its table, which export asks of the slice's memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(1, 1, 12, 12))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        n = ids.shape[1]
+        assert n <= 12
+        return self.table[0, 0, :n, :n].contiguous() * ids[:, None, :]
+
+
+def test_the_largest_size_may_be_left_out() -> None:
+    inputs = [TensorInput("ids", torch.float32, (BATCH, SEQUENCE))]
+    flat = FlatModel(WholeTable(), ["ids"], lambda module, tensors: module(**tensors))
+    gm = export_flat(flat, inputs, (torch.ones(2, 3),), {SEQUENCE: 12})
+    assert source_of(gm).bounds[SEQUENCE] == (1, 11)
+
+
+def test_a_sum_is_bounded_and_not_its_parts() -> None:
+    inputs = [
+        TensorInput("x", torch.float32, (BATCH, SEQUENCE, 4)),
+        TensorInput("past", torch.float32, (BATCH, PAST, 4)),
+    ]
+    flat = FlatModel(PastPositions(), ["x", "past"], lambda module, tensors: module(**tensors))
+    gm = export_flat(flat, inputs, (torch.ones(2, 3, 4), torch.ones(2, 5, 4)))
+    source = source_of(gm)
+    assert source.bounds[TOTAL] == (1, 12)
+    assert source.bounds[PAST][1] >= 10
+    assert source.bounds[SEQUENCE][1] >= 10
+    assert f"{TOTAL} is 1 to 12" in source.notes
+    x, past = torch.ones(1, 1, 4), torch.ones(1, 11, 4)
+    assert torch.equal(gm(x, past)[0], PastPositions.forward(flat.model, x, past))  # pyright: ignore[reportArgumentType]

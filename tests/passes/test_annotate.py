@@ -6,6 +6,7 @@ from expecttest import assert_expected_inline
 from torch import Tensor, fx, nn
 
 from graphq.errors import PassError, SpecError
+from graphq.frontends import load_spec
 from graphq.ir.layers import LAYER, PLAN
 from graphq.ir.pipeline import Pipeline
 from graphq.ir.text import dump
@@ -130,6 +131,41 @@ def test_a_convolutions_token_vectors() -> None:
         "rules.7: conv: input int8/token/dynamic: a convolution's input has no token vectors; use one scale per tensor"
     )
     assert annotate(gm, spec(conv=plan("int8/channel", "int8/tensor"))) == 2
+
+
+class ShortConvolution(nn.Module):
+    """A block of a recurrent model: a depthwise convolution along tokens between two linears."""
+
+    def __init__(self, groups: int = 8) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.conv = nn.Conv1d(8, 8, 3, groups=groups, padding=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.conv(self.up(x).transpose(1, 2))[..., : x.shape[1]].transpose(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("preset", "line"),
+    [
+        ("w8a8", "conv: input int8/token/dynamic: a convolution's input has no token vectors; it stays float"),
+        ("w4a16", "conv: weight int4/g128: a depthwise convolution has one input per channel; it stays float"),
+    ],
+)
+def test_short_convolutions_beside_linears_stay_float_where_no_rule_names_them(preset: str, line: str) -> None:
+    gm = capture(ShortConvolution(), torch.ones(2, 5, 8))
+    resolved, notes = decide(gm, load_spec(preset))
+    assert notes == (line,)
+    assert [isinstance(one.decision, Plan) for one in resolved.values()] == [True, False, True]
+    assert resolved["conv"].decision == KeepFloat(line.removeprefix("conv: ").removesuffix("; it stays float"))
+
+
+@pytest.mark.parametrize("model", [ShortConvolution(groups=1), nn.Sequential(nn.Conv1d(8, 8, 3, groups=8))])
+def test_other_convolutions_do_not(model: nn.Module) -> None:
+    """One that is not depthwise, and one without linears beside it."""
+    gm = capture(model, torch.ones(2, 5, 8) if isinstance(model, ShortConvolution) else torch.ones(2, 8, 5))
+    with pytest.raises(SpecError, match="has no token vectors; use one scale per tensor"):
+        decide(gm, load_spec("w8a8"))
 
 
 def test_groups_of_a_depthwise_convolution() -> None:
