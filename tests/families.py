@@ -27,7 +27,7 @@ from graphq.pipelines import canonical_passes, passes_for
 from graphq.runtime.model import CompiledModel
 from graphq.runtime.stepping import read_text
 from graphq.spec.plan import Plan
-from tests.family_models import FAMILIES, Family, text
+from tests.family_models import FAMILIES, IMAGE, Family, text
 
 GOLDEN: Final = Path(__file__).with_name("golden") / "families.json"
 KINDS: Final = {
@@ -123,6 +123,8 @@ def samples(source: Source, inputs: Mapping[str, Tensor] | None) -> list[list[Te
             shapes = [(one.shape, x.shape) for one, x in zip(source.inputs, given, strict=True)]
             held = {d: n for declared, shape in shapes for d, n in zip(declared, shape, strict=True)}
             size = {name: min(n, held[name]) for name, n in size.items()}
+            if "input_ids" in inputs and (inputs["input_ids"] == IMAGE).any():
+                size |= {name: held[name] for name in size if name == SEQUENCE}  # no place of an image is cut off
         if size in seen:
             continue
         seen.append(size)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 Inputs = Callable[[], dict[str, Tensor]]
+IMAGE: Final = 5  # the token that stands for a part of an image
 
 SIZES: Final[dict[str, Any]] = {
     **dict.fromkeys(["hidden_size", "d_model", "n_embd", "embed_dim", "word_embed_proj_dim", "dim"], 64),
@@ -180,7 +181,7 @@ def captions() -> dict[str, Tensor]:
     return {"input_ids": text(2, 7), "pixel_values": floats(2, 3, 32, 32)}
 
 
-def prompt(places: int, image: Tensor, token: int = 5, **others: Tensor) -> Inputs:
+def prompt(places: int, image: Tensor, token: int = IMAGE, **others: Tensor) -> Inputs:
     """Text with ``places`` tokens that stand for what becomes of the images, in each of two prompts."""
 
     def inputs() -> dict[str, Tensor]:
@@ -191,7 +192,7 @@ def prompt(places: int, image: Tensor, token: int = 5, **others: Tensor) -> Inpu
     return inputs
 
 
-def patches(places: int, width: int, grid: tuple[int, int, int], token: int = 5) -> Inputs:
+def patches(places: int, width: int, grid: tuple[int, int, int], token: int = IMAGE) -> Inputs:
     """Text with places of two images, which are given as patches with their numbers along time, height and width."""
     count = grid[0] * grid[1] * grid[2]
     kinds = (prompt(places, floats(1))()["input_ids"] == token).int()
