@@ -189,7 +189,12 @@ def _generates(gm: fx.GraphModule, model: Any) -> bool | None:
     if not compiled.can_generate():
         return None
     ids = text(1, 6)
-    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    options: dict[str, Any] = {
+        "max_new_tokens": NEW_TOKENS,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
     wanted = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
     return torch.equal(wanted, compiled.generate(ids, attention_mask=torch.ones_like(ids), **options))
 

@@ -215,8 +215,14 @@ _LONG = {
     "long_factor": [2.0] * 8,
 }
 _DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-_AUDIO = {"conv_dim": [16, 16], "conv_stride": [5, 4], "conv_kernel": [10, 4], "num_feat_extract_layers": 2}
-_AUDIO |= {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}
+_AUDIO = {
+    "conv_dim": [16, 16],
+    "conv_stride": [5, 4],
+    "conv_kernel": [10, 4],
+    "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 4,
+}
 
 
 def _language() -> list[Family]:

@@ -193,17 +193,18 @@ def _within(path: tuple[str, ...], value: Any) -> Iterator[tuple[tuple[str, ...]
 def _held(model: "PreTrainedModel", path: tuple[str, ...], tensor: Tensor) -> Held:
     """The input and output of the tensor of this place."""
     batch, tokens = _OBSERVED
+    top = path[0] if path else ""
     kind = path[1] if len(path) > 1 else ""
     shape: list[int | str] = [BATCH, *tensor.shape[1:]]
     if kind in _GROWING:
         axis, name = _GROWING[kind]
-        label = f"{path[0]}.{name}"
+        label = f"{top}.{name}"
         known = tensor.shape[axis] == tokens
         shape[axis] = PAST
     else:
-        own = (path[0], _STATES.get(kind, kind), *(path[2:] if path[2:] != ("0",) else ()))
+        own = (top, _STATES.get(kind, kind), *(path[2:] if path[2:] != ("0",) else ()))
         label = ".".join(part for part in own if part)
-        known = kind in _STATES or path[0] in _OWN_STATES or len(path) == 1
+        known = kind in _STATES or top in _OWN_STATES or len(path) == 1
     if not known or tensor.shape[0] != batch:
         layer = getattr(getattr(model, "config", None), "model_type", "")
         raise GraphError(

@@ -81,7 +81,13 @@ def test_states_of_tokens_that_are_padding(compiled: CompiledModel, short_convol
 def test_generation_equals_the_models(compiled: CompiledModel, short_convolutions: Any, how: dict[str, Any]) -> None:
     ids, mask = text(2, 5), torch.ones(2, 5, dtype=torch.long)
     mask[0, 0] = 0
-    options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, **how}
+    options: dict[str, Any] = {
+        "attention_mask": mask,
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "pad_token_id": 0,
+        **how,
+    }
     assert torch.equal(compiled.generate(ids, **options), short_convolutions.generate(ids, **options))
 
 
@@ -95,7 +101,12 @@ def test_a_loop_over_tokens_is_captured_for_one(recurrence: Any) -> None:
     ids = text(2, 7)
     with torch.no_grad():
         torch.testing.assert_close(compiled(ids).logits, recurrence(ids).logits, atol=1e-5, rtol=1e-5)
-    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    options: dict[str, Any] = {
+        "attention_mask": torch.ones_like(ids),
+        "max_new_tokens": 5,
+        "do_sample": False,
+        "pad_token_id": 0,
+    }
     assert torch.equal(compiled.generate(ids, **options), recurrence.generate(ids, **options))
 
 

@@ -13,6 +13,8 @@ X = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
 class Filled(nn.Module):
     """A buffer that is filled anew, and then read."""
 
+    table: Tensor
+
     def __init__(self, how: str = "copy") -> None:
         super().__init__()
         self.register_buffer("table", torch.ones(3))
