@@ -35,6 +35,7 @@ from graphq.frontends import load_spec
 from graphq.ir.cache_plans import notes_of, plan_caches, problems_of
 from graphq.ir.choices import CHOICES
 from graphq.ir.layers import sites
+from graphq.ir.parts import cut
 from graphq.ir.pipeline import Batches, Pipeline
 from graphq.ir.unnamed import unnamed
 from graphq.lowering.checkpoints.sources.read import is_quantized, quantized_source
@@ -42,7 +43,6 @@ from graphq.lowering.profiles import default_spec, for_its_profile, profile_name
 from graphq.lowering.targets import prepared, target_named
 from graphq.memory import bytes_of, check_directory, check_disk
 from graphq.passes.annotate import decide
-from graphq.passes.blockwise import cut
 from graphq.passes.fall_back import reference_outputs
 from graphq.phases import PhaseTimer
 from graphq.pipelines import (

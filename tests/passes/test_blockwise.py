@@ -8,9 +8,10 @@ from graphq.capture.source import SHARED, source_of
 from graphq.data.masks import MaskedBatch
 from graphq.errors import SpecError
 from graphq.ir.index import GraphIndex
+from graphq.ir.parts import Parts, cut
 from graphq.ir.pipeline import Batches, Pass, Pipeline, fingerprint
 from graphq.ir.text import dump
-from graphq.passes.blockwise import Blockwise, Parts, cut
+from graphq.passes.blockwise import Blockwise
 from graphq.passes.calibrate import Calibrate
 from graphq.passes.observe import Observe, observers
 from graphq.passes.quantize_activations import QuantizeActivations
