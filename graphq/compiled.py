@@ -9,6 +9,7 @@ from typing import Any, Final, final
 import torch
 from torch import fx
 
+from graphq.artifacts.journal import journal_of
 from graphq.capture.source import source_of
 from graphq.capture.unread import read_all
 from graphq.files import check_place
@@ -157,8 +158,17 @@ class Compiled(NotPickled):
         with torch.no_grad():
             notes = row.emit(graph, Path(path), made_from, **options)
         timer.end(f"emit {target}")
+        if (journal := journal_of(self._graph)) is not None:
+            journal.is_done = True
         notes = tuple(dict.fromkeys((*self.report.notes, *notes)))
         self.report = dataclasses.replace(self.report, notes=notes, phases=(*self.report.phases, *timer.phases))
+
+    def release(self) -> None:
+        """Another process may have the ``work_dir``. If an artifact was emitted what it holds is gone, and with it the
+        tensors that are read from there.
+        """
+        if (journal := journal_of(self._graph)) is not None:
+            journal.close()
 
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Write the torch artifact, which ``graphq.load`` reads."""

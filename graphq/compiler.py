@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphq.algorithms import PassContext, columns_in_order, unmatched
+from graphq.artifacts.inputs import inputs_of
+from graphq.artifacts.journal import Journal, kept
 from graphq.artifacts.scratch import SCRATCH, give_scratch
 from graphq.capture import hugging_face
 from graphq.capture.adapters import without_adapters
@@ -195,6 +197,7 @@ def compile(  # noqa: A001
     matmul_precision: Literal["highest", "medium"] = "highest",
     memory: int | str | None = None,
     scratch_dir: str | os.PathLike[str] | None = None,
+    work_dir: str | os.PathLike[str] | None = None,
 ) -> Compiled:
     """Compile ``model`` as ``spec`` says.
 
@@ -224,7 +227,9 @@ def compile(  # noqa: A001
     seed: of what an algorithm draws; by default the spec's, or 0.
     memory: bytes, or a size such as ``8GiB``: a directory that has to be held whole and does not fit is refused; by
         default what is free. ``scratch_dir``: where what became of blocks waits for being written; by default the
-        system's place for temporary files.
+        system's place for temporary files. ``work_dir``: a folder in which what is finished of a checkpoint that is
+        compiled by blocks outlives the process; the same compile goes on from there, and ``SpecError`` says what
+        changed if it is not the same. It is gone when ``emit`` is done and the result is no longer used.
     consume: take the caller's tensors instead of copying those that stay float; the model is unusable afterwards.
 
     The caller's model is never changed unless ``consume`` is true. Raises ``SpecError``, ``GraphError`` and
@@ -249,7 +254,8 @@ def compile(  # noqa: A001
     reads = target is not None and target_named(target).reads
     whole = why_whole(parsed, calibration is not None, reads)
     gm = _captured(model, inputs, dtype, True, cache, mask, shapes, whole, limit, check_capture, trust_remote_code)
-    if reads and deferred_tensors(gm):
+    is_kept = work_dir is not None and reads and isinstance(model, str | os.PathLike) and bool(deferred_tensors(gm))
+    if reads and deferred_tensors(gm) and not is_kept:
         give_scratch(gm, scratch_dir)
     if isinstance(model, str | os.PathLike) and deferred_tensors(gm) and (why := _held_later(gm, parsed, reads)):
         elements = None
@@ -274,9 +280,10 @@ def compile(  # noqa: A001
     check_tensors(gm, resolved, first=calibration is not None)
     if target is not None:
         prepared(gm, target, resolved, parsed, **(target_options or {}))
-    if SCRATCH in gm.meta and calibration is not None:
+    place = work_dir if is_kept else gm.meta.get(SCRATCH)
+    if place is not None and calibration is not None:
         planned = (one.layer.shape for one in resolved.values() if isinstance(one.decision, Plan))
-        check_disk(Path(gm.meta[SCRATCH]), sum(map(math.prod, planned)))  # a byte for each code
+        check_disk(Path(place), sum(map(math.prod, planned)))  # a byte for each code
     if consume and isinstance(model, nn.Module):
         for parameter in model.parameters():  # now that nothing is left to refuse before the work begins
             parameter.data = torch.empty(0, dtype=parameter.dtype)
@@ -297,7 +304,14 @@ def compile(  # noqa: A001
         context = PassContext(sqnr.__setitem__, pass_notes.append, seed, placed.append, wanted, chosen)
         timer.end("plan")
         passes = passes_for(parsed, found, context, by_blocks)
-        Pipeline(passes, after=lambda step, _: timer.end(step.name)).run(gm, batches)
+        journal = None
+        if is_kept:
+            given = {"target": target, "target options": target_options or {}, "example inputs": inputs, "seed": seed}
+            given |= {"dtype": dtype, "cache": cache, "shapes": shapes or {}, "matmul precision": matmul_precision}
+            made_from = inputs_of(Path(cast(Any, model)), parsed, cast(Any, batches), given)
+            journal = Journal(Path(cast(Any, work_dir)), made_from, pass_notes, sqnr)
+        with kept(gm, journal):
+            Pipeline(passes, after=lambda step, _: timer.end(step.name)).run(gm, batches)
         if not reads:
             read_all(gm)
     gm.meta[CHOICES] = chosen

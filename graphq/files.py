@@ -20,10 +20,14 @@ _RENAME_EXCHANGE: Final = 2
 
 @contextlib.contextmanager
 def whole_directory(
-    path: str | os.PathLike[str], overwrite: bool, keep: Iterable[str | os.PathLike[str]] = ()
+    path: str | os.PathLike[str],
+    overwrite: bool,
+    keep: Iterable[str | os.PathLike[str]] = (),
+    within: Path | None = None,
 ) -> Generator[Path]:
     """An empty directory beside ``path`` to write into; it becomes ``path`` when the block ends without an error.
 
+    ``within``: the directory to write into, which may hold what an interrupted process wrote, and stays after an error.
     Raises what ``check_place`` raises. An existing directory stays untouched until the new one is complete, and is then
     replaced in one step; a process that dies leaves the one or the other. Files can be read by whoever can read the
     directory, whatever the libraries that wrote them think.
@@ -33,13 +37,17 @@ def whole_directory(
     final = Path(path).resolve()
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        made = _empty_directory(final)
+        made = _empty_directory(final) if within is None else within
+        made.mkdir(exist_ok=True)
     except OSError as error:
         raise TargetError(f"{path}: cannot be made: {error.filename}: {error.strerror}") from error
+    is_whole = False
     try:
         yield made
         for file in made.rglob("*"):
             file.chmod(made.stat().st_mode & (0o777 if file.is_dir() else 0o666))
+        _sync(made)
+        is_whole = True
         if final.exists():
             if not overwrite:
                 raise TargetError(f"{final}: was made by somebody else meanwhile")
@@ -47,9 +55,9 @@ def whole_directory(
             _exchange(made, final)
         else:
             made.rename(final)
-            return
+        sync_directory(final.parent)
     finally:
-        if made.exists():
+        if made.exists() and (is_whole or within is None):
             shutil.rmtree(made)
 
 
@@ -73,6 +81,44 @@ def write_text(path: str | os.PathLike[str], text: str, overwrite: bool) -> None
         raise TargetError(f"{path}: exists; choose another place, or overwrite it (--overwrite)") from error
     except OSError as error:
         raise TargetError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def write_durably(path: Path, text: str) -> None:
+    """The file ``path`` holds ``text``, on the disk, or what it held before, whenever the system stops. Raises
+    ``TargetError`` where it cannot be written.
+    """
+    made = path.with_name(f"{path.name}.partial")
+    try:
+        with made.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        made.replace(path)
+        sync_directory(path.parent)
+    except OSError as error:
+        raise TargetError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def _sync(directory: Path) -> None:
+    """What a directory holds is on the disk."""
+    for file in directory.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+        else:
+            sync_directory(file)
+    sync_directory(directory)
+
+
+def sync_directory(path: Path) -> None:
+    """What was made, renamed and removed in a directory is so on the disk, where the system can say that."""
+    if os.name == "nt":
+        return
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def check_place(path: str | os.PathLike[str], overwrite: bool, keep: Iterable[str | os.PathLike[str]] = ()) -> None:

@@ -236,13 +236,14 @@ def sources(gm: fx.GraphModule) -> tuple[str, ...]:
 def file_digests(directory: Path) -> dict[str, str]:
     """SHA-256 of every file in an artifact, by its path in it; the manifest, which holds them, is left out."""
     return {
-        file.relative_to(directory).as_posix(): _file_digest(file)
+        file.relative_to(directory).as_posix(): file_digest(file)
         for file in sorted(directory.rglob("*"))
         if file.is_file() and file != directory / NAME
     }
 
 
-def _file_digest(file: Path) -> str:
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
@@ -273,7 +274,7 @@ def check_files(directory: Path, described: Mapping[str, Any], names: Iterable[s
     listed = listed_files(directory, described)
     for name in names:
         try:
-            found = _file_digest(directory / name)
+            found = file_digest(directory / name)
         except OSError as error:
             raise TargetError(f"{directory / name}: {error.strerror}") from error
         if name not in listed:

@@ -5,11 +5,12 @@ of ``save_pretrained``: ``model.safetensors``, or ``model-00001-of-00002.safeten
 (https://huggingface.co/docs/safetensors, https://huggingface.co/docs/transformers/big_models).
 """
 
+import contextlib
 import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final, TypeVar, final
@@ -78,6 +79,8 @@ def write_shards(
     *,
     numbered: bool = False,
     metadata: Mapping[str, str] | None = _METADATA,
+    finished: Sequence[Sequence[str]] = (),
+    after: Callable[[Sequence[str], Path], None] | None = None,
 ) -> None:
     """The tensors are in files of at most ``shard_bytes`` (or of one tensor) in ``directory``, on the disk.
 
@@ -85,25 +88,37 @@ def write_shards(
     twice. Raises ``TargetError`` where the disk is full or fails.
 
     stem: what the files' names begin with. numbered: one file has a number and an index, too. metadata: of each file's
-    header; transformers wants its own.
+    header; transformers wants its own. finished: the names in each of the files that ``directory`` holds already, the
+    first ones, as ``00001.partial`` and so on; what is of them is not taken again. after: told the names in each
+    further file, and where it is for now.
     """
-    shards: list[list[str]] = []
+    shards: list[list[str]] = [list(names) for names in finished]
+    there = frozenset(name for names in finished for name in names)
     total, left = 0, 0
     seen: set[str] = set()
+
+    def finish(file: _File) -> None:
+        shards.append(file.names)
+        path = directory / f"{len(shards):05}.partial"
+        file.finish(path)
+        if after is not None:
+            after(shards[-1], path)
+
     with _File(directory, metadata) as file:
         for name, tensor in tensors:
             assert name not in seen, name
             seen.add(name)
             size = tensor.nbytes if isinstance(tensor, InParts) else nbytes(tensor)
+            if name in there:
+                total += size
+                continue
             if file and size > left:
-                shards.append(file.names)
-                file.finish(directory / f"{len(shards):05}.partial")
+                finish(file)
             left = (left if file else shard_bytes) - size
             file.add(name, tensor)
             total += size
         if file or not shards:
-            shards.append(file.names)
-            file.finish(directory / f"{len(shards):05}.partial")
+            finish(file)
     count = len(shards)
     has_index = numbered or count > 1
     files = [f"{stem}-{i:05}-of-{count:05}{SUFFIX}" for i in range(1, count + 1)] if has_index else [stem + SUFFIX]
@@ -140,7 +155,8 @@ class _File:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._spool.close()
+        with contextlib.suppress(OSError):  # of a full disk, which was said
+            self._spool.close()
 
     @property
     def names(self) -> list[str]:
@@ -173,11 +189,14 @@ class _File:
             place += one.nbytes
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        with path.open("wb") as file:
-            self._write(file, len(text).to_bytes(8, "little") + text)
-            for name in order:
-                self._copy(self._entries[name], file)
-            self._write(file)
+        try:
+            with path.open("wb") as file:
+                self._write(file, len(text).to_bytes(8, "little") + text)
+                for name in order:
+                    self._copy(self._entries[name], file)
+                self._write(file)
+        except OSError as error:  # of closing a file that could not be written
+            raise self._unwritten(error) from error
         self._spool.close()
         self._entries, self._spool = {}, self._empty()
 
@@ -190,7 +209,10 @@ class _File:
             file.flush()
             os.fsync(file.fileno())
         except OSError as error:
-            raise TargetError(f"{self._directory.parent}: cannot be written to: {error.strerror}") from error
+            raise self._unwritten(error) from error
+
+    def _unwritten(self, error: OSError) -> TargetError:
+        return TargetError(f"{self._directory.parent}: cannot be written to: {error.strerror}")
 
     def _copy(self, entry: _Entry, file: IO[bytes]) -> None:
         self._spool.seek(entry.start)
@@ -200,6 +222,14 @@ class _File:
             assert data
             self._write(file, data)
             left -= len(data)
+
+
+def headers_of(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """The dtype and the shape of each tensor of a file that was written here."""
+    dtypes = {name: dtype for dtype, name in _DTYPES.items()}
+    with safe_open(path, framework="pt") as opened:
+        parts: dict[str, Any] = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
+        return {name: (dtypes[part.get_dtype()], tuple(part.get_shape())) for name, part in parts.items()}
 
 
 def in_bytes(tensor: Tensor) -> memoryview:

@@ -24,14 +24,19 @@ def one_line_errors(command: Callable[P, T]) -> Callable[P, T]:
             return command(*args, **kwargs)
         except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
             raise  # typer's own
-        except KeyboardInterrupt:
-            fail("interrupted", 130)
+        except KeyboardInterrupt as error:
+            fail("\n".join(["interrupted", *notes_of(error)]), 130)
         except Exception as error:
             if kwargs.get("debug"):
                 raise
-            fail(_in_words(error))
+            fail("\n".join([_in_words(error), *notes_of(error)]))
 
     return run
+
+
+def notes_of(error: BaseException) -> list[str]:
+    """What was added to an error that the user should know."""
+    return list(getattr(error, "__notes__", ()))
 
 
 def _in_words(error: Exception) -> str:

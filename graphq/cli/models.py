@@ -80,9 +80,12 @@ def compile_(
         str | None,
         typer.Option(metavar="SIZE", help="What a model held whole may take, such as 8GiB; default: what is free."),
     ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Do not go on with an interrupted compile to DIR, but start anew.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
-    """Quantize a model and write the artifact."""
+    """Quantize a model and write the artifact. One that was interrupted is continued by the same command."""
     from graphq.files import check_place
     from graphq.frontends import load_spec
     from graphq.lowering.targets import TARGETS, read_options
@@ -109,12 +112,16 @@ def compile_(
     read = [model, *specs, *filter(None, [calibration, inputs])]
     check_place(out, options.get("overwrite") is True, read)
     from graphq import compiler
+    from graphq.artifacts.journal import discard, told_how_to_go_on, work_folder
 
     batches = calibration_text(model, calibration, samples, sequence_length, run)
     sizes = options.get("shapes")
     # Calibration reads a window at a time, so that a batch of one can be fixed from the start; some take no other.
     fixed = {"batch": 1} if isinstance(sizes, Mapping) and cast(Mapping[str, int], sizes).get("batch") == 1 else None
-    with shown_progress(as_json):
+    work = work_folder(out)
+    if restart:
+        discard(work)
+    with shown_progress(as_json), told_how_to_go_on(work):
         made = compiler.compile(
             model,
             parsed,
@@ -131,9 +138,15 @@ def compile_(
             trust_remote_code=trust_remote_code,
             memory=memory,
             scratch_dir=next(parent for parent in out.absolute().parents if parent.exists()),
+            work_dir=work,
         )
-        made.emit(target_name, out, **options)
+        try:
+            made.emit(target_name, out, **options)
+        except BaseException:
+            made.release()
+            raise
     print_report(made.report, as_json)
+    made.release()
     for line in made.report.phase_lines():
         typer.echo(line, err=True)
     quantized = sum(layer.weight is not None or layer.input is not None for layer in made.report.layers)

@@ -45,7 +45,7 @@ def _lines(text: Callable[[Progress], str]) -> Callable[[Progress], None]:
     def tell(step: Progress) -> None:
         nonlocal last
         now = time.monotonic()
-        if now - last >= _EVERY:
+        if now - last >= _EVERY or step.is_resumed:
             last = now
             typer.echo(text(step), err=True)
 

@@ -109,7 +109,7 @@ def refusal(node: fx.Node) -> str | None:
         return f"{node.target} cannot be stored: graphq.runtime.allowed_ops does not list it"
     try:
         check_arguments(node.name, cast(Any, node.target), node.args, node.kwargs)
-        _to_json([node.args, *node.kwargs.values()])
+        argument_to_json([node.args, *node.kwargs.values()])
     except TargetError as error:
         return f"{node.target} cannot be stored: {str(error).removeprefix('graph.json: ')}"
     return None
@@ -140,19 +140,20 @@ def graph_to_json(gm: fx.GraphModule) -> dict[str, Any]:
         elif node.op != "output":
             entry["target"] = str(node.target)
         if node.args:
-            entry["args"] = [_to_json(a) for a in node.args]
+            entry["args"] = [argument_to_json(a) for a in node.args]
         if node.kwargs:
-            entry["kwargs"] = {k: _to_json(v) for k, v in node.kwargs.items()}
+            entry["kwargs"] = {k: argument_to_json(v) for k, v in node.kwargs.items()}
         if node.op == "call_module":
             module = gm.get_submodule(str(node.target))
             assert isinstance(module, QuantizedModule)
-            settings = {k: _to_json(v) for k, v in settings_of(module).items()}
+            settings = {k: argument_to_json(v) for k, v in settings_of(module).items()}
             modules[str(node.target)] = {"class": type(module).__name__, "settings": settings}
         nodes.append(entry)
     return {"nodes": nodes, "modules": modules}
 
 
-def _to_json(value: Any) -> Any:
+def argument_to_json(value: Any) -> Any:
+    """An argument of a node as plain data, other nodes by their names. Raises ``TargetError`` for what has no form."""
     match value:
         case fx.Node():
             return {"node": value.name}
@@ -165,9 +166,9 @@ def _to_json(value: Any) -> Any:
         case float() if not math.isfinite(value):
             return {"float": str(value)}
         case list() | tuple():
-            return [_to_json(v) for v in cast(list[Any], value)]
+            return [argument_to_json(v) for v in cast(list[Any], value)]
         case slice():
-            return {"slice": [_to_json(v) for v in (value.start, value.stop, value.step)]}
+            return {"slice": [argument_to_json(v) for v in (value.start, value.stop, value.step)]}
         case None | bool() | int() | float() | str():
             return value
         case _:
@@ -189,7 +190,7 @@ def _build(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> fx.GraphMo
     for path, described in data["modules"].items():
         if described["class"] not in _MODULES:
             raise TargetError(f"graph.json: {described['class']} is not a class of modules that artifacts may hold")
-        settings = {k: _from_json(v, {}) for k, v in described["settings"].items()}
+        settings = {k: argument_from_json(v, {}) for k, v in described["settings"].items()}
         dtype = settings.get("dtype", torch.float32)  # without one, the module refuses by itself
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize == 1:
             raise TargetError(f"graph.json: {path}: dtype: {dtype} is not one that graphs compute in")
@@ -210,8 +211,8 @@ def _build(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> fx.GraphMo
     nodes: dict[str, fx.Node] = {}
     for entry in data["nodes"]:
         op, name = entry["op"], entry["name"]
-        args = tuple(_from_json(a, nodes) for a in entry.get("args", ()))
-        kwargs = {_name(k): _from_json(v, nodes) for k, v in entry.get("kwargs", {}).items()}
+        args = tuple(argument_from_json(a, nodes) for a in entry.get("args", ()))
+        kwargs = {_name(k): argument_from_json(v, nodes) for k, v in entry.get("kwargs", {}).items()}
         match op:
             case "placeholder":
                 node = put_input(graph, _name(entry["target"]))
@@ -304,7 +305,8 @@ def _add_module(root: nn.Module, path: str, module: nn.Module) -> None:
     root.add_module(name, module)
 
 
-def _from_json(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
+def argument_from_json(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
+    """The argument that ``argument_to_json`` wrote. Raises ``TargetError``, or ``KeyError`` for an unknown node."""
     match value:
         case {"node": str(name)}:
             return nodes[name]
@@ -319,9 +321,9 @@ def _from_json(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
         case {"float": "inf" | "-inf" | "nan" as text}:
             return float(text)
         case {"slice": [start, stop, step]}:
-            return slice(*(_from_json(v, nodes) for v in (start, stop, step)))
+            return slice(*(argument_from_json(v, nodes) for v in (start, stop, step)))
         case list():
-            return [_from_json(v, nodes) for v in cast(list[Any], value)]
+            return [argument_from_json(v, nodes) for v in cast(list[Any], value)]
         case int() if not -_INT64 <= value < _INT64:
             raise TargetError(f"graph.json: an integer of {value.bit_length()} bits is not an argument")
         case None | bool() | int() | float() | str():

@@ -7,6 +7,7 @@ vLLM-Ascend casts those of most types to it as it loads them.
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Final
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from graphq.artifacts import manifest
+from graphq.artifacts.emission import Emission
 from graphq.artifacts.shards import INDEX_SUFFIX, SUFFIX, InParts, write_shards
 from graphq.capture.source import Source, source_of
 from graphq.errors import TargetError
@@ -41,7 +43,6 @@ from graphq.lowering.checkpoints.caches import CacheScales, cache_scales
 from graphq.lowering.checkpoints.content import Content, checkpoint_form, content_of, held, lost
 from graphq.lowering.checkpoints.layers import is_stored
 from graphq.lowering.checkpoints.written import FloatTensor, Written
-from graphq.progress import in_steps
 
 TARGET: Final = "ascend"
 FILES: Final = ("config.json", DESCRIPTION, *(stem + end for stem in STEMS for end in (INDEX_SUFFIX, SUFFIX)))
@@ -88,15 +89,20 @@ def emit(
     written = Written()
     of_caches = {name: manifest.record(tensor) for one in caches for name, tensor in held_cache(one).items()}
     description: dict[str, Any] = {}
+    options = {"target": TARGET, "shard_bytes": shard_bytes, "wanted": wanted}
+    learnt = {"layers": written.layers, "floats": written.floats, "description": description}
+    emission = Emission(gm, options, learnt)
     config = {key: value for key, value in content.config.items() if key != "quantization_config"}
-    with whole_directory(path, overwrite, manifest.sources(gm)) as directory:
+    with whole_directory(path, overwrite, manifest.sources(gm), emission.directory) as directory:
+        make = partial(_tensors, content, floats, rows, wanted, description, written)
         named = chain(
-            _tensors(content, floats, rows, wanted, description, written),
+            emission.tensors(content.architecture.names.values(), make),
             _tensors_of(caches, source_of(gm).dtype, description),
         )
         is_v0 = layout == "v0"
         stem = V0_STEM if is_v0 else STEM
-        write_shards(directory, named, shard_bytes, stem, numbered=not is_v0, metadata=None)
+        kept: dict[str, Any] = {"finished": emission.shards, "after": emission.after}
+        write_shards(directory, named, shard_bytes, stem, numbered=not is_v0, metadata=None, **kept)
         tags = [tag for tag in dict.fromkeys(description.values()) if tag != CACHE_TAG]
         sizes = [group_size_of(layer.weight) for layer in content.layers.values()]
         description |= {"version": VERSION, "model_quant_type": quant_type(tags), "metadata": {}}
@@ -107,6 +113,7 @@ def emit(
         records = written.all(floats, content.layers) | of_caches
         quantized = written.quantized(content.layers) | of_caches
         manifest.write(directory, content.graph, TARGET, made_from, records, quantized, config)
+    emission.end()
     return ()
 
 
@@ -122,30 +129,30 @@ def _tensors(
     wanted: Wanted,
     description: dict[str, Any],
     written: Written,
+    name: str,
 ) -> Iterator[tuple[str, Tensor | InParts]]:
-    """The tensors of the checkpoint, in the order of the source's modules, one layer after the other; ``description``
-    gets the tag of each.
+    """The tensors of the checkpoint for the source's tensor ``name``, which are held together; ``description`` gets the
+    tag of each.
 
     Raises ``TargetError`` for scales that were not read before and that vLLM-Ascend's dtype does not hold.
     """
     dtype = source_of(content.graph).dtype
-    for name in in_steps("tensors", content.architecture.names.values()):
-        path = name.removesuffix(".weight")
-        found = content.layers.get(path)
-        if found is not None:
-            layer = found.read()
-            if not found.is_read and wanted.consumer == "vllm-ascend" and not is_stored(layer, dtype):
-                raise TargetError(f"{TARGET}: {path}: {_not_stored(dtype)}")
-            written.layer(path, held(layer))
-            tag = str(tag_of(layer.weight, layer.input, wanted))
-            bias = floats.get(f"{path}.bias")
-            place = Place(bias if isinstance(bias, Tensor) else None, path in rows, dtype)
-            for suffix, tensor in encode(layer, tag, place).items():
-                description[f"{path}.{suffix}"] = tag
-                yield f"{path}.{suffix}", tensor
-        elif name in floats:
-            description[name] = FLOAT
-            yield name, written.float_tensor(name, floats[name])
+    path = name.removesuffix(".weight")
+    found = content.layers.get(path)
+    if found is not None:
+        layer = found.read()
+        if not found.is_read and wanted.consumer == "vllm-ascend" and not is_stored(layer, dtype):
+            raise TargetError(f"{TARGET}: {path}: {_not_stored(dtype)}")
+        written.layer(path, held(layer))
+        tag = str(tag_of(layer.weight, layer.input, wanted))
+        bias = floats.get(f"{path}.bias")
+        place = Place(bias if isinstance(bias, Tensor) else None, path in rows, dtype)
+        for suffix, tensor in encode(layer, tag, place).items():
+            description[f"{path}.{suffix}"] = tag
+            yield f"{path}.{suffix}", tensor
+    elif name in floats:
+        description[name] = FLOAT
+        yield name, written.float_tensor(name, floats[name])
 
 
 def _tensors_of(

@@ -6,6 +6,7 @@ model was compiled for this target.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Final
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphq.artifacts import manifest
+from graphq.artifacts.emission import Emission
 from graphq.artifacts.shards import INDEX, SHARD_BYTES, WEIGHTS, InParts, read_shards, write_shards
 from graphq.capture.source import Source, source_of
 from graphq.errors import GraphqError, TargetError
@@ -41,7 +43,6 @@ from graphq.lowering.checkpoints.compressed_tensors.settings import (
 from graphq.lowering.checkpoints.content import Content, checkpoint_form, content_of, held, lost
 from graphq.lowering.checkpoints.layers import float_linears, is_stored
 from graphq.lowering.checkpoints.written import Written
-from graphq.progress import in_steps
 
 TARGET: Final = "compressed-tensors"
 FILES: Final = ("config.json", INDEX, WEIGHTS)
@@ -85,32 +86,37 @@ def emit(
     settings = quantization_config(layers, list(linears), groups, in_order, cache)
     config = content.config | {"quantization_config": settings}
     written = Written()
+    options = {"target": TARGET, "consumer": consumer, "shard_bytes": shard_bytes}
+    emission = Emission(gm, options, {"layers": written.layers, "floats": written.floats})
     of_caches = {name: manifest.record(tensor) for name, tensor in map(held_cache, caches)}
-    with whole_directory(path, overwrite, manifest.sources(gm)) as directory:
-        named = chain(_tensors(content, dtype, written), (encode_cache(one, dtype) for one in caches))
-        write_shards(directory, named, shard_bytes)
+    with whole_directory(path, overwrite, manifest.sources(gm), emission.directory) as directory:
+        own = emission.tensors(content.architecture.names.values(), partial(_tensors, content, dtype, written))
+        named = chain(own, (encode_cache(one, dtype) for one in caches))
+        write_shards(directory, named, shard_bytes, finished=emission.shards, after=emission.after)
         records, quantized = written.all(floats, layers) | of_caches, written.quantized(layers) | of_caches
         manifest.write(directory, content.graph, TARGET, made_from, records, quantized, config)
+    emission.end()
     return ()
 
 
-def _tensors(content: Content, dtype: torch.dtype, written: Written) -> Iterator[tuple[str, Tensor | InParts]]:
-    """The tensors of the checkpoint, in the order of the source's modules; one layer is held at a time.
+def _tensors(
+    content: Content, dtype: torch.dtype, written: Written, name: str
+) -> Iterator[tuple[str, Tensor | InParts]]:
+    """The tensors of the checkpoint for the source's tensor ``name``, which are held together.
 
     Raises ``TargetError`` for scales that were not read before and are no numbers of ``dtype``.
     """
-    for name in in_steps("tensors", content.architecture.names.values()):
-        found = content.layers.get(name.removesuffix(".weight"))
-        if found is not None:
-            layer = found.read()
-            if not found.is_read and not is_stored(layer, dtype):
-                raise TargetError(f"{TARGET}: {layer.name}: {_not_stored(dtype)}")
-            written.layer(layer.name, held(layer))
-            layout = LAYOUTS[str(layout_of(layer.weight, layer.input))]
-            for suffix, tensor in (layout.encode(layer, dtype) | encode_input(layer, dtype)).items():
-                yield f"{layer.name}.{suffix}", tensor
-        elif name in content.floats:
-            yield name, written.float_tensor(name, content.floats[name])
+    found = content.layers.get(name.removesuffix(".weight"))
+    if found is not None:
+        layer = found.read()
+        if not found.is_read and not is_stored(layer, dtype):
+            raise TargetError(f"{TARGET}: {layer.name}: {_not_stored(dtype)}")
+        written.layer(layer.name, held(layer))
+        layout = LAYOUTS[str(layout_of(layer.weight, layer.input))]
+        for suffix, tensor in (layout.encode(layer, dtype) | encode_input(layer, dtype)).items():
+            yield f"{layer.name}.{suffix}", tensor
+    elif name in content.floats:
+        yield name, written.float_tensor(name, content.floats[name])
 
 
 def _problems(content: Content, consumer: Consumer) -> Iterator[str]:
