@@ -31,8 +31,20 @@ Fallback = Annotated[
 Dialect = Annotated[str | None, typer.Option(help="The spec's dialect, where it cannot be recognised, such as llmc.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON: the layers, and the ops between them.")]
 Calibration = Annotated[
-    Path | None, typer.Option(metavar="FILE|DIR", help="Text to calibrate on: a file, or all files in a directory.")
+    Path | None, typer.Option(metavar="FILE|DIR", help="Text to calibrate on, or records: a file or a directory.")
 ]
+CalibrationField = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="The field of JSON lines or parquet that holds the text, or messages; default: the one of those names.",
+    ),
+]
+Windows = Annotated[
+    Literal["packed", "padded"],
+    typer.Option(help="Of records: windows full of one after the other, or one for each, padded and masked."),
+]
+Shuffle = Annotated[int | None, typer.Option(metavar="SEED", help="Take records in an order that this seed draws.")]
 Samples = Annotated[
     int | None,
     typer.Option(min=1, help="Windows of text to calibrate on, fewer if the text ends before; default: 128."),

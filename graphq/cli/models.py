@@ -9,6 +9,7 @@ import typer
 
 from graphq.cli.arguments import (
     Calibration,
+    CalibrationField,
     Debug,
     Dialect,
     ExampleInputs,
@@ -21,9 +22,11 @@ from graphq.cli.arguments import (
     OptionalSpec,
     Profile,
     Samples,
+    Shuffle,
     SpecFile,
     SpecLength,
     TrustRemoteCode,
+    Windows,
 )
 from graphq.cli.errors import one_line_errors
 from graphq.cli.printing import print_report
@@ -59,6 +62,9 @@ def compile_(
     ] = None,
     consumer: ForConsumer = None,
     calibration: Calibration = None,
+    calibration_field: CalibrationField = None,
+    windows: Windows = "packed",
+    shuffle: Shuffle = None,
     samples: Samples = None,
     sequence_length: SpecLength = None,
     algorithm: Annotated[
@@ -114,7 +120,7 @@ def compile_(
     from graphq import compiler
     from graphq.artifacts.journal import discard, told_how_to_go_on, work_folder
 
-    batches = calibration_text(model, calibration, samples, sequence_length, run)
+    batches = calibration_text(model, calibration, samples, sequence_length, run, calibration_field, windows, shuffle)
     sizes = options.get("shapes")
     # Calibration reads a window at a time, so that a batch of one can be fixed from the start; some take no other.
     fixed = {"batch": 1} if isinstance(sizes, Mapping) and cast(Mapping[str, int], sizes).get("batch") == 1 else None
@@ -257,9 +263,17 @@ def model_directory(given: Path | None, run: "Run") -> Path:
 
 
 def calibration_text(
-    model: Path, place: Path | None, samples: int | None, length: int | None, run: "Run"
-) -> "Sequence[Tensor] | None":
-    """Batches of the text at ``place``, as many and as long as was given, or else as the spec says."""
+    model: Path,
+    place: Path | None,
+    samples: int | None,
+    length: int | None,
+    run: "Run",
+    field: str | None = None,
+    windows: Literal["packed", "padded"] = "packed",
+    shuffle: int | None = None,
+) -> "Sequence[Tensor] | Sequence[Mapping[str, Tensor]] | None":
+    """Batches of the text or records at ``place``, as many and as long as was given, or else as the spec says."""
     if place is None:
         return None
-    return calibration_batches(model, place, samples or run.samples or 128, length or run.sequence_length or 256)
+    samples, length = samples or run.samples or 128, length or run.sequence_length or 256
+    return calibration_batches(model, place, samples, length, field, windows, shuffle)

@@ -1,10 +1,12 @@
 """Text files as windows of tokens that a model of a directory reads: to calibrate on, and to measure perplexity on."""
 
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from graphq.data.records import RECORDS, record_files, texts_of
 from graphq.errors import SpecError
 
 if TYPE_CHECKING:
@@ -13,18 +15,75 @@ if TYPE_CHECKING:
     from graphq.data.evaluate import Tokenizer
 
 
-def calibration_batches(model: Path, place: Path, samples: int, length: int) -> "Sequence[Tensor]":
-    """The windows of the text in a file or directory, a batch each."""
+def calibration_batches(
+    model: Path,
+    place: Path,
+    samples: int,
+    length: int,
+    field: str | None = None,
+    windows: Literal["packed", "padded"] = "packed",
+    shuffle: int | None = None,
+) -> "Sequence[Tensor] | Sequence[Mapping[str, Tensor]]":
+    """Windows of the text in a file or directory, or of records in them, a batch each.
+
+    ``field``: that of a record in which its text stands. ``windows``: ``packed`` ones are full, of texts one after the
+    other; of ``padded`` ones each is the begin of one record, with a mask of its tokens. ``shuffle``: the seed of the
+    order of records. Raises ``SpecError`` for what cannot be read, and for options of records where there are none.
+    """
     from graphq.data.evaluate import load_tokenizer
 
+    if records := record_files(place):
+        texts = texts_of(records, field, model, shuffle)
+        return _of_records(model, records, texts, samples, length, windows)
+    given = (("--calibration-field", field), ("--windows", windows if windows != "packed" else None))
+    for option, value in (*given, ("--shuffle", shuffle)):
+        if value is not None:
+            raise SpecError(f"{place}: {option} {value}: is for records ({', '.join(RECORDS)}), and this is text")
     files = [place]
     if place.is_dir():
         files = sorted(file for file in place.iterdir() if file.is_file() and not file.name.startswith("."))
         if not files:
             raise SpecError(f"{place}: holds no files to calibrate on")
-    windows = file_windows(load_tokenizer(model), files, length, samples)
-    check_fit(model, windows)
-    return windows.split(1)
+    read = file_windows(load_tokenizer(model), files, length, samples)
+    check_fit(model, read)
+    return read.split(1)
+
+
+def _of_records(
+    model: Path,
+    files: Sequence[Path],
+    texts: Iterator[str],
+    samples: int,
+    length: int,
+    windows: Literal["packed", "padded"],
+) -> "Sequence[Tensor] | Sequence[Mapping[str, Tensor]]":
+    import torch
+
+    from graphq.data.evaluate import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    if windows == "padded":
+        rows = [tokenizer.encode(text)[:length] for text in itertools.islice(texts, samples)]
+        if not any(rows):
+            raise SpecError(f"{', '.join(map(str, files))}: hold no tokens to calibrate on")
+        found: list[Mapping[str, Tensor]] = []
+        for row in filter(None, rows):
+            ids = torch.tensor([row + [0] * (length - len(row))])
+            mask = torch.tensor([[1] * len(row) + [0] * (length - len(row))])
+            check_fit(model, ids)
+            found.append({"input_ids": ids, "attention_mask": mask})
+        return found
+    ids: list[int] = []
+    for text in texts:
+        ids += tokenizer.encode(text)
+        if len(ids) >= samples * length:
+            break
+    count = min(samples, len(ids) // length)
+    if not count:
+        raise SpecError(f"{', '.join(map(str, files))}: {len(ids)} tokens do not fill a window of {length}")
+    packed = torch.tensor(ids[: count * length]).view(count, length)
+    check_fit(model, packed)
+    return packed.split(1)
 
 
 def file_windows(tokenizer: "Tokenizer", files: Sequence[Path], length: int, most: int | None) -> "Tensor":

@@ -1,0 +1,150 @@
+"""Records as calibration batches: which text is read, in what order, and what is said of a wrong one."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from graphq.data.evaluate import load_tokenizer
+from graphq.data.model_text import calibration_batches
+from graphq.data.records import record_files, texts_of
+from graphq.errors import SpecError
+from tests.checkpoints import WORDS, write_tokenizer
+
+CHAT = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write_tokenizer(folder)
+    (folder / "config.json").write_text(json.dumps({"vocab_size": 100, "max_position_embeddings": 64}))
+    return folder
+
+
+def lines(file: Path, *records: Any) -> Path:
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return file
+
+
+def test_fields(model: Path, tmp_path: Path) -> None:
+    file = lines(tmp_path / "a.jsonl", {"text": "one", "id": 1}, {"content": "two", "other": "three"})
+    assert list(texts_of([file], None, model)) == ["one", "two"]
+    with pytest.raises(SpecError, match=rf"^{file}: line 1: no field other; it has text, id \(--calibration-field\)$"):
+        list(texts_of([file], "other", model))
+    later = texts_of([lines(tmp_path / "b.ndjson", {"x": "w1"}, {"x": 3})], "x", model)
+    assert next(later) == "w1"
+    with pytest.raises(SpecError, match=r"b\.ndjson: line 2: x: a int; a text, or a list of messages is wanted"):
+        next(later)
+
+
+def test_an_order_that_a_seed_draws(model: Path, tmp_path: Path) -> None:
+    file = lines(tmp_path / "a.jsonl", *({"text": str(n)} for n in range(50)))
+    first, again, other = (list(texts_of([file], None, model, seed)) for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+    assert sorted(map(int, first)) == list(range(50))
+    assert first != sorted(first, key=int)
+
+
+def test_conversations(model: Path, tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"}]
+    file = lines(tmp_path / "a.jsonl", {"messages": chat, "text": "not this"})
+    place = f"{file}: line 1: messages"
+    with pytest.raises(
+        SpecError, match=f"^{place}: a conversation, and the tokenizer of {model} has no chat template$"
+    ):
+        list(texts_of([file], None, model))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "chat_template": CHAT}
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert list(texts_of([file], None, model)) == ["user w1 w2 assistant w3 "]
+    assert list(texts_of([file], "text", model)) == ["not this"]
+    wrong = lines(tmp_path / "b.jsonl", {"messages": [{"role": "user"}]})
+    with pytest.raises(SpecError, match="a list of messages with role and content is wanted"):
+        list(texts_of([wrong], None, model))
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ('{"text": "w1"}\n\n{"text"\n', r"line 3: not JSON: "),
+        ("[1]\n", r"line 1: a list and no object with fields"),
+        ("{}\n", r"line 1: no field messages or conversations or text or content; it has none \(--calibration-field\)"),
+    ],
+)
+def test_damaged_lines(model: Path, tmp_path: Path, text: str, line: str) -> None:
+    (tmp_path / "a.jsonl").write_text(text)
+    with pytest.raises(SpecError, match=f"^{re.escape(str(tmp_path))}/a.jsonl: {line}"):
+        list(texts_of([tmp_path / "a.jsonl"], None, model))
+    (tmp_path / "a.jsonl").write_bytes(b"\xff\n")
+    with pytest.raises(SpecError, match="not UTF-8 text"):
+        list(texts_of([tmp_path / "a.jsonl"], None, model))
+
+
+def test_tables_need_their_library(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(SpecError, match=r"a\.parquet: is read with pyarrow; pip install pyarrow, or give JSON lines$"):
+        list(texts_of([tmp_path / "a.parquet"], None, model))
+
+
+def test_tables(model: Path, tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = arrow.table({"text": ["w1", "w2"], "id": [1, 2]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with arrow.OSFile(str(tmp_path / "b.arrow"), "wb") as sink, arrow.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    for name in ("a.parquet", "b.arrow"):
+        assert list(texts_of([tmp_path / name], None, model)) == ["w1", "w2"]
+    (tmp_path / "c.parquet").write_bytes(b"PAR1")
+    with pytest.raises(SpecError, match=r"c\.parquet: cannot be read: "):
+        list(texts_of([tmp_path / "c.parquet"], None, model))
+
+
+def test_files_of_records(tmp_path: Path) -> None:
+    place = tmp_path / "data"
+    for name in ("b.jsonl", "a.parquet", "cache-1.arrow", ".hidden.jsonl", "dataset_info.json"):
+        lines(place / name)
+    lines(place / "train" / "data-00000-of-00001.arrow")
+    found = [str(file.relative_to(place)) for file in record_files(place)]
+    assert found == ["a.parquet", "b.jsonl", "train/data-00000-of-00001.arrow"]
+    assert record_files(place / "dataset_info.json") == []
+
+
+# -- as batches
+
+
+def test_packed_windows(model: Path, tmp_path: Path) -> None:
+    texts = [" ".join(WORDS[2:9]), " ".join(WORDS[9:14]), "w90"]
+    file = lines(tmp_path / "a.jsonl", *({"text": text} for text in texts))
+    ids = [one for text in texts for one in load_tokenizer(model).encode(text)]
+    found: Any = calibration_batches(model, file, 3, 5)
+    assert torch.equal(torch.cat(found), torch.tensor(ids[:15]).view(3, 5))
+    assert torch.equal(torch.cat(list(calibration_batches(model, file, 2, 5))), torch.tensor(ids[:10]).view(2, 5))  # pyright: ignore[reportArgumentType, reportCallIssue]
+    with pytest.raises(SpecError, match=rf"^{file}: 16 tokens do not fill a window of 40$"):
+        calibration_batches(model, file, 3, 40)
+    with pytest.raises(SpecError, match="a window of 65 tokens is longer than the 64 that it reads"):
+        calibration_batches(model, lines(file, {"text": " ".join(WORDS * 2)}), 1, 65)
+
+
+def test_padded_windows(model: Path, tmp_path: Path) -> None:
+    file = lines(tmp_path / "a.jsonl", {"text": "w1 w2"}, {"text": " ".join(WORDS[2:20])}, {"text": "w9"})
+    found: Any = calibration_batches(model, file, 2, 6, windows="padded")
+    assert [one["input_ids"].tolist() for one in found] == [[[0, 3, 4, 0, 0, 0]], [[0, 2, 3, 4, 5, 6]]]
+    assert [one["attention_mask"].tolist() for one in found] == [[[1, 1, 1, 0, 0, 0]], [[1] * 6]]
+    with pytest.raises(SpecError, match="hold no tokens to calibrate on"):
+        calibration_batches(model, lines(file), 2, 6, windows="padded")
+
+
+def test_options_of_records_beside_text(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("w1 w2 w3")
+    for option, more in (("--windows padded", {"windows": "padded"}), ("--shuffle 0", {"shuffle": 0})):
+        with pytest.raises(SpecError, match=rf"a\.txt: {option}: is for records \(\.jsonl, .*\), and this is text"):
+            calibration_batches(model, tmp_path / "a.txt", 1, 2, **more)  # pyright: ignore[reportArgumentType]
+    assert torch.equal(calibration_batches(model, tmp_path / "a.txt", 1, 2)[0], torch.tensor([[0, 3]]))  # pyright: ignore[reportArgumentType]
