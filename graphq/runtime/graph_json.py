@@ -21,9 +21,11 @@ from graphq.runtime import ops as graphq_ops
 from graphq.runtime.allowed_ops import OVERLOADS
 from graphq.runtime.arguments import check_arguments
 from graphq.runtime.checked_ops import SUBSTITUTES
+from graphq.runtime.experts import PackedExperts
 from graphq.runtime.fused_layers import FusedLayer
 from graphq.runtime.linear import PackedLinear
 from graphq.runtime.modules import Int8Linear, PackedWeight, settings_of
+from graphq.runtime.packed_product import PackedProduct
 from graphq.runtime.quantized_module import QuantizedModule
 from graphq.state import put_input, put_tensor
 
@@ -68,6 +70,7 @@ _GRAPHQ_MOE: Final = {str(op): op for op in (graphq_ops.grouped_linear, graphq_o
 _MODULES: Final = {
     "PackedWeight": PackedWeight,
     "PackedLinear": PackedLinear,
+    "PackedExperts": PackedExperts,
     "Int8Linear": Int8Linear,
     "FusedLayer": FusedLayer,
 }
@@ -251,13 +254,15 @@ def _describe(x: Tensor) -> str:
 
 
 def _fits(args: tuple[Any, ...], module: nn.Module) -> bool:
-    """Whether a packed module is called with these: nothing, an input, or codes, their scales and zero points."""
+    """Whether a packed module is called with these: nothing, an input, or codes, their scales and zero points; and
+    behind the first of them experts' offsets.
+    """
     if isinstance(module, FusedLayer):
         return len(args) == 9
-    takes_codes = isinstance(module, Int8Linear) or (isinstance(module, PackedLinear) and module.takes_codes)
-    wanted = 3 if takes_codes else int(isinstance(module, PackedLinear))
-    if len(args) == 3 and args[2] is None:
-        args, wanted = args[:2], wanted - 1
+    takes_codes = isinstance(module, Int8Linear) or (isinstance(module, PackedProduct) and module.takes_codes)
+    wanted = (3 if takes_codes else int(isinstance(module, PackedProduct))) + isinstance(module, PackedExperts)
+    if takes_codes and len(args) == wanted and args[-1] is None:
+        args, wanted = args[:-1], wanted - 1
     return len(args) == wanted and all(isinstance(a, fx.Node) for a in args)
 
 
@@ -276,6 +281,8 @@ def _check_settings(path: str, module: QuantizedModule) -> None:
         raise TargetError(f"graph.json: {path}: row_axes: {row_axes} are not axes of {shape}")
     if isinstance(module, PackedLinear) and (len(shape) != 2 or len(row_axes) != 1):
         raise TargetError(f"graph.json: {path}: shape: {shape} is not that of a linear")
+    if isinstance(module, PackedExperts) and (len(shape) != 3 or list(row_axes) != [0, 1]):
+        raise TargetError(f"graph.json: {path}: shape: {shape} is not that of experts")
     if len(block) != len(shape) or not all(b == -1 or b > 0 for b in block):
         raise TargetError(f"graph.json: {path}: block: {block} does not divide {shape}")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from graphq import numerics
 from graphq.errors import PassError
 from graphq.numerics import Format, Scales
-from graphq.runtime.kernels import quantized_rows
+from graphq.runtime.kernels import bounds, quantized_rows
 from graphq.runtime.rows import Quantizer, quantizer
 from graphq.spec import formats
 from graphq.spec.formats import has_global_scale
@@ -151,26 +151,13 @@ def _quantize_dynamic_fake(x: Tensor, format: str, block: Sequence[int]) -> tupl
     return codes, *_choose_scale_fake(x, format, block)
 
 
-def _bounds(offsets: Tensor, experts: int, rows: int) -> list[tuple[int, int]]:
-    """The first row of each expert and the one after its last. Raises ``PassError`` for offsets that do not cut
-    ``rows`` rows into as many parts, one after the other.
-    """
-    ends: list[int] = offsets.tolist()
-    if offsets.dim() != 1 or len(ends) != experts:
-        raise PassError(f"{offsets.numel()} offsets for {experts} experts")
-    starts = [0, *ends[:-1]]
-    if any(not first <= last <= rows for first, last in zip(starts, ends, strict=True)):
-        raise PassError(f"offsets {ends} do not divide {rows} rows")
-    return list(zip(starts, ends, strict=True))
-
-
 def _grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """Rows of ``x[T, K]`` up to ``offsets[0]`` times ``weight[0, N, K]``, up to ``offsets[1]`` times ``weight[1]`` and
     so on; rows after the last offset are 0. A loop over experts: the reference, in any dtype.
     """
     _check_grouped(x, weight)
     out = x.new_zeros(x.shape[0], weight.shape[1])
-    for expert, (first, last) in enumerate(_bounds(offsets, weight.shape[0], x.shape[0])):
+    for expert, (first, last) in enumerate(bounds(offsets, weight.shape[0], x.shape[0])):
         out[first:last] = torch.nn.functional.linear(x[first:last], weight[expert])
     return out
 
@@ -239,7 +226,7 @@ def _select_rows(candidates: Sequence[Tensor], offsets: Tensor, choice: Sequence
     if not set(choice) <= set(range(len(candidates))):
         raise PassError(f"choice {list(choice)} of {len(candidates)} candidates")
     out = torch.zeros_like(candidates[0])
-    for expert, (first, last) in enumerate(_bounds(offsets, len(choice), out.shape[0])):
+    for expert, (first, last) in enumerate(bounds(offsets, len(choice), out.shape[0])):
         out[first:last] = candidates[choice[expert]][first:last]
     return out
 

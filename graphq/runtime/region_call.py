@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
-from graphq.runtime.linear import PackedLinear
 from graphq.runtime.modules import Int8Linear
+from graphq.runtime.packed_product import PackedProduct
 from graphq.runtime.region_steps import Lowered, NoSteps, lowered
 from graphq.runtime.regions import Region
 from graphq.runtime.tiled import Snapshot
@@ -97,7 +97,7 @@ class RegionCall:
     def _planned(self, modules: tuple[nn.Module, ...], inputs: tuple[Any, ...]) -> _Plan | None:
         if not all(type(x) is int or (type(x) in _PLAIN and x.is_cpu) for x in inputs):
             return None
-        if not all(isinstance(m, PackedLinear | Int8Linear) and m.weight.is_cpu for m in modules):
+        if not all(isinstance(m, PackedProduct | Int8Linear) and m.weight.is_cpu for m in modules):
             return None
         key = tuple((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in inputs)
         if key in self._plans:

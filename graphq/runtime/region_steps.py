@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphq.runtime import ops
+from graphq.runtime.experts import PackedExperts
 from graphq.runtime.kernels.steps import Assembler, Buffer, Program, Spread
-from graphq.runtime.linear import PackedLinear
 from graphq.runtime.modules import Int8Linear
+from graphq.runtime.packed_product import PackedProduct
 from graphq.runtime.regions import FLOATS, VIEWS, Region
 
 aten: Any = torch.ops.aten
 MOST_ROWS: Final = 16  # more are the work of kernels that torch calls one by one
+MOST_OF_EXPERTS: Final = 2 * MOST_ROWS  # each token has a row for each of its experts
 
 
 class NoSteps(Exception):  # noqa: N818 - no error
@@ -113,6 +115,7 @@ class _Maker:
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self.program = Assembler()
         self.modules = modules
+        self.most = MOST_OF_EXPERTS if any(isinstance(m, PackedExperts) for m in modules.values()) else MOST_ROWS
         self.values: dict[fx.Node, Any] = {}
 
     def tensor(self, node: Any) -> Value:
@@ -153,14 +156,16 @@ class _Maker:
 
     def rows(self, x: Value) -> Value:
         """``x`` where its last axis is one of rows that lie one after another. Raises ``NoSteps`` otherwise."""
-        if x.is_turned or not x.shape or prod(x.shape[:-1]) > MOST_ROWS:
+        if x.is_turned or not x.shape or prod(x.shape[:-1]) > self.most:
             raise NoSteps
         return x
 
     # -- linears --
     def linear(self, module: nn.Module, args: Sequence[Any]) -> Value:
-        assert isinstance(module, PackedLinear | Int8Linear), "what regions have"
-        x, scale, zero = (None if a is None else self.tensor(a) for a in (*args, *[None] * (3 - len(args))))
+        assert isinstance(module, PackedProduct | Int8Linear), "what regions have"
+        taken = [None if a is None else self.tensor(a) for a in args]
+        offsets = taken.pop(1) if isinstance(module, PackedExperts) else None
+        x, scale, zero = (*taken, *[None] * (3 - len(taken)))
         assert x is not None, "an argument"
         x, dtype = self.rows(x), module.graphq_form.dtype
         product, is_code = module.product(zero is not None), scale is not None
@@ -174,7 +179,12 @@ class _Maker:
                 raise NoSteps
         places = [-1 if part is None else part.place for part in (scale, zero)]
         out = Buffer((*x.shape[:-1], product.n), dtype)
-        return self.value(self.program.packed(product, x.place, places[0], places[1], out))
+        if offsets is None:
+            return self.value(self.program.packed(product, x.place, places[0], places[1], out))
+        is_cut = offsets.dtype in (torch.int32, torch.int64) and offsets.shape == (product.experts,)
+        if not is_cut or len(x.shape) != 2:
+            raise NoSteps
+        return self.value(self.program.packed(product, x.place, places[0], places[1], out, offsets.place))
 
     def plain_linear(self, input: Any, weight: Any, bias: Any = None) -> Value:
         x, w = self.rows(self.numbers(input)), self.values.get(weight)

@@ -15,8 +15,8 @@ from torch import fx
 from torch._ops import OpOverload
 
 from graphq.runtime import ops
-from graphq.runtime.linear import PackedLinear
 from graphq.runtime.modules import Int8Linear
+from graphq.runtime.packed_product import PackedProduct
 from graphq.state import tensor_of
 
 aten: Any = torch.ops.aten
@@ -105,7 +105,7 @@ def _region(graph: fx.GraphModule, members: list[fx.Node]) -> Region:
 def _is_anchor(graph: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a region may begin at it."""
     if node.op == "call_module":
-        return isinstance(graph.get_submodule(str(node.target)), PackedLinear | Int8Linear) and not node.kwargs
+        return isinstance(graph.get_submodule(str(node.target)), PackedProduct | Int8Linear) and not node.kwargs
     return node.target is ops.quantize_dynamic and not node.kwargs
 
 

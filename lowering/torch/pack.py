@@ -8,7 +8,7 @@ from torch import Tensor, fx
 
 from graphq.ir import edit
 from graphq.ir.edit import copy_graph
-from graphq.ir.views import Cast, Dequantize, Linear, Op, Param, TransposedLinear, Weighted, ops_of
+from graphq.ir.views import Cast, Dequantize, GroupedLinear, Linear, Op, Param, TransposedLinear, Weighted, ops_of
 from graphq.lowering.stored import hold_stored, stored
 from graphq.lowering.torch.fuse_attention import fuse_attention
 from graphq.lowering.torch.fuse_conv import FuseConv
@@ -18,6 +18,7 @@ from graphq.lowering.torch.fuse_rotary import fuse_rotary
 from graphq.lowering.torch.merge_equal import merge_equal
 from graphq.lowering.torch.move_codes import MoveCodes
 from graphq.numerics import Scales
+from graphq.runtime.experts import PackedExperts
 from graphq.runtime.kernels import is_integer
 from graphq.runtime.layers import INT8
 from graphq.runtime.linear import PackedLinear
@@ -50,6 +51,7 @@ def pack(gm: fx.GraphModule) -> fx.GraphModule:
             and isinstance(op.codes, Param)
             and (rows := _row_axes(op)) is not None
             and not _packed_linear(packed, op, first, held)
+            and not _packed_experts(packed, op, first, held)
         ):
             _packed_weight(packed, op, rows, first, held)
     merge_equal(packed)
@@ -82,7 +84,7 @@ def _is_linear(op: Op, weight: Dequantize) -> bool:
     return bias is None or (isinstance(bias, Param) and bias.val.shape == op.val.shape[-1:])
 
 
-def _has_codes(op: Linear | TransposedLinear) -> bool:
+def _has_codes(op: Linear | TransposedLinear | GroupedLinear) -> bool:
     """Whether its input is int8 codes with one scale for each token, or for all."""
     x = op.input_op
     return (
@@ -163,6 +165,26 @@ def _packed_linear(
     for use in uses:
         x = cast(Linear, use).input_op
         read = (x.codes, x.scale, x.zero_point) if takes_codes and isinstance(x, Dequantize) else (x,)
+        edit.call_module(gm, use, path, read)
+    return True
+
+
+def _packed_experts(
+    gm: fx.GraphModule, weight: Dequantize, first: Mapping[str, str], held: dict[object, Tensor]
+) -> bool:
+    """As ``_packed_linear``, of a stack of experts' weights."""
+    uses, fqn = weight.users, cast(Param, weight.codes).fqn
+    if not all(isinstance(use, GroupedLinear) and use.weight_op == weight for use in uses):
+        return False
+    takes_codes = is_integer(parse_format(weight.format)) and all(_has_codes(cast(GroupedLinear, use)) for use in uses)
+    codes, scales = _tensors(gm, weight)
+    form = (weight.format, list(weight.block), codes.shape, (0, 1), uses[0].val.dtype, takes_codes)
+    module = hold_weight(PackedExperts(*form), codes, scales)
+    module.weight = held.setdefault((first.get(fqn, fqn), weight.format, (0, 1)), module.weight)
+    edit.put_module(gm, path := fqn.removesuffix(".weight"), module)
+    for use in uses:
+        x, offsets = cast(GroupedLinear, use).input_op, cast(GroupedLinear, use).offsets
+        read = (x.codes, offsets, x.scale, x.zero_point) if takes_codes and isinstance(x, Dequantize) else (x, offsets)
         edit.call_module(gm, use, path, read)
     return True
 

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from graphq.runtime.kernels.rows import Rows, effective_scale
+from graphq.errors import PassError
+from graphq.runtime.kernels.offsets import bounds
+from graphq.runtime.kernels.rows import Rows, effective_scale, part_of
 
 _AT_A_TIME: Final = 1 << 18  # elements of a weight: what a core's own cache holds of their float32
 _WIDE: Final = {1: torch.float32, 2: torch.float64, 4: torch.complex128}  # so many float32 as one element to look up
@@ -74,4 +76,16 @@ def expanded_linear(x: Tensor, rows: Rows, bias: Tensor | None) -> Tensor:
         end = min(first + step, n)
         w = expanded(rows, first, end).to(x.dtype)
         out[..., first:end] = F.linear(x, w, None if bias is None else bias[first:end].to(x.dtype))
+    return out
+
+
+def expanded_experts(x: Tensor, rows: Rows, experts: int, offsets: Tensor) -> Tensor:
+    """``graphq::grouped_linear`` of ``x[T, K]`` with the weights of ``experts``, one behind another in ``rows``."""
+    if x.dim() != 2 or x.shape[1] != rows.columns:
+        raise PassError(f"rows {list(x.shape)} for experts of {rows.columns} features")
+    n = rows.count // experts
+    out = x.new_zeros(x.shape[0], n)
+    for expert, (first, last) in enumerate(bounds(offsets, experts, x.shape[0])):
+        if first < last:
+            out[first:last] = expanded_linear(x[first:last], part_of(rows, expert * n, (expert + 1) * n), None)
     return out

@@ -1,7 +1,7 @@
 """A packed weight as every kernel reads it: rows of codes, a table of what they stand for, scales beside them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, final
 
 import torch
@@ -88,6 +88,21 @@ def rows_of(
     )
 
 
+def stacked_rows(codes: Tensor, scales: Scales, format: Format, block: Sequence[int], shape: Sequence[int]) -> Rows:
+    """The rows of experts' weights ``[E, N, K]``, those of one expert behind those of another: ``[E * N, K]``."""
+
+    def each(part: Tensor | None) -> Tensor | None:
+        for axis in (0, 1):
+            if part is not None and part.shape[axis] != shape[axis]:
+                size = shape[axis] if part.shape[axis] == 1 else block[axis]
+                part = part.repeat_interleave(size, axis).narrow(axis, 0, shape[axis])
+        return None if part is None else part.reshape(shape[0] * shape[1], part.shape[2])
+
+    scale, zero_point, upper = map(each, scales)
+    assert scale is not None
+    return rows_of(codes, Scales(scale, zero_point, upper), format, [1, block[2]], [shape[0] * shape[1], shape[2]], 0)
+
+
 def is_integer(format: Format) -> bool:
     """Whether codes are integers, which can be multiplied with integers."""
     return isinstance(format, Int) or (isinstance(format, Mx | TwoLevel) and format.element in ("int8", "int4"))
@@ -99,6 +114,18 @@ def _values(format: Format, bits: int, integer: bool, is_signed: bool) -> Tensor
         half = 1 << (bits - 1)
         return ((pattern ^ half if is_signed else pattern) - half).to(torch.float32)
     return code_values(pattern.to(torch.uint8), format)
+
+
+def part_of(rows: Rows, first: int, end: int) -> Rows:
+    """Some of the rows."""
+    return replace(
+        rows,
+        codes=rows.codes[first:end],
+        count=end - first,
+        scale=rows.scale[first:end],
+        zero=None if rows.zero is None else rows.zero[first:end],
+        row_scale=None if rows.row_scale is None else rows.row_scale[first:end],
+    )
 
 
 def effective_scale(rows: Rows, first: int, end: int) -> Tensor:

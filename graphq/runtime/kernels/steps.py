@@ -19,8 +19,8 @@ BINARY: Final = {"add": 0, "sub": 1, "mul": 2}
 UNARY: Final = {
     "copy": 3, "square": 4, "rsqrt": 5, "neg": 6, "relu": 7, "sigmoid": 8, "silu": 9, "gelu_tanh": 10,
 }  # fmt: skip
-_MEAN, _ROLL, _QUANTIZE, _PACKED, _PLAIN = 11, 12, 13, 14, 15
-TYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+_MEAN, _ROLL, _QUANTIZE, _PACKED, _PLAIN, _GROUPED = 11, 12, 13, 14, 15, 16
+TYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.int32: 3, torch.int64: 4}
 _NONE: Final = -1
 _ALIGNED: Final = 64
 
@@ -29,15 +29,16 @@ class Step(ctypes.Structure):
     """``Step`` of native/steps.h."""
 
     _fields_ = (
-        *((name, c_int32) for name in ("op", "a_type", "b_type", "c_type", "out_type", "rule", "product", "level")),
-        *((name, c_int64) for name in ("a", "b", "c", "out", "out2", "out3")),
+        *((name, c_int32) for name in ("op", "a_type", "b_type", "c_type", "d_type", "out_type")),
+        *((name, c_int32) for name in ("rule", "product", "level", "unused")),
+        *((name, c_int64) for name in ("a", "b", "c", "d", "out", "out2", "out3")),
         *((name, c_int64) for name in ("n0", "n1", "n2", "modulus", "t0", "t1", "t2")),
         ("number", c_double),
         ("weight", c_void_p),
     )
 
 
-_PLACES: Final = ("a", "b", "c", "out", "out2", "out3")
+_PLACES: Final = ("a", "b", "c", "d", "out", "out2", "out3")
 
 
 @final
@@ -87,8 +88,8 @@ class Assembler:
         return len(self.buffers) - 1
 
     def _made(self, op: int, out: int, **fields: Any) -> int:
-        given = {"b": _NONE, "c": _NONE, "out2": _NONE, "out3": _NONE, "n1": 1, "modulus": 1, "level": self.level}
-        for operand in ("a", "b", "c"):
+        given = dict.fromkeys(("b", "c", "d", "out2", "out3"), _NONE) | {"n1": 1, "modulus": 1, "level": self.level}
+        for operand in ("a", "b", "c", "d"):
             if fields.get(operand, _NONE) >= 0:
                 given[f"{operand}_type"] = TYPES[self.buffers[fields[operand]].dtype]
         given["out_type"] = TYPES[self.buffers[out].dtype]
@@ -126,12 +127,14 @@ class Assembler:
         self._made(_QUANTIZE, codes, a=a, out2=scale, out3=zero, n0=n0, n2=n2, rule=RULES[format], level=level)
         return codes, scale, zero
 
-    def packed(self, product: Product, a: int, scale: int, zero: int, out: Buffer) -> int:
-        """A linear by a weight in tiles. ``scale``, ``zero``: of int8 codes, else -1."""
+    def packed(self, product: Product, a: int, scale: int, zero: int, out: Buffer, offsets: int = _NONE) -> int:
+        """A linear by a weight in tiles. ``scale``, ``zero``: of int8 codes, else -1; ``offsets``: of experts."""
         code, level = product.codes
         self.held.append(product)
         operands = {"a": a, "b": scale, "c": zero, "weight": ctypes.addressof(product.weight)}
-        return self._made(_PACKED, self.buffer(out), **operands, n0=prod(out.shape[:-1]), product=code, level=level)
+        op, experts = (_PACKED, 1) if product.experts is None else (_GROUPED, product.experts)
+        sizes = {"d": offsets, "n0": prod(out.shape[:-1]), "n1": experts}
+        return self._made(op, self.buffer(out), **operands, **sizes, product=code, level=level)
 
     def plain(self, a: int, w: int, bias: int, out: Buffer) -> int:
         """A linear by a weight as it is, with a bias or -1."""

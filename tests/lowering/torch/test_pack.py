@@ -1,7 +1,7 @@
 """Packing: which reads become packed weights, which linears integer products, and that the numbers stay."""
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from graphq.ir.text import dump
 from graphq.lowering.torch.pack import pack
 from graphq.passes.quantize_activations import QuantizeActivations
 from graphq.passes.quantize_weights import QuantizeWeights
+from graphq.runtime.experts import PackedExperts
 from graphq.runtime.modules import PackedWeight, codes_of
 from graphq.runtime.quantized_module import QuantizedModule
 from graphq.state import tensor_of
@@ -92,7 +93,7 @@ def test_packed_weights_compute_what_the_qdq_form_computes(name: str, weight: st
     before, state = dump(gm), {key: value.clone() for key, value in gm.state_dict().items()}
     packed = pack(gm)
     kinds = set(modules_of(packed).values())
-    assert kinds <= {"PackedWeight", "PackedLinear"}
+    assert kinds <= {"PackedWeight", "PackedLinear", "PackedExperts"}
     assert_close(packed, gm, x, 0 if kinds == {"PackedWeight"} else 1e-6)  # the same floats reach the same ops
     assert dump(gm) == before
     assert all(torch.equal(value, state[key]) for key, value in gm.state_dict().items())
@@ -170,9 +171,38 @@ def test_which_plans_multiply_integers(weight: str, input: str | None, kind: str
     assert_close(packed, gm, X, 1e-6)
 
 
-def test_experts_and_convolutions_do_not_multiply_integers() -> None:
-    gm = qdq(MoE(), X, weight="int8/channel", input="int8/token/dynamic")
-    assert "Int8Linear" not in {modules_of(pack(gm))[f"experts.{r}"] for r in ("gate_proj", "up_proj", "down_proj")}
+EXPERTS = [f"experts.{role}" for role in ("gate_proj", "up_proj", "down_proj")]
+
+
+@pytest.mark.parametrize(
+    ("weight", "input", "takes_codes"),
+    [
+        ("int8/channel", "int8/token/dynamic", True),
+        ("int8/asym/channel", "int8/tensor", True),
+        ("int4/g4", "int8/asym/token/dynamic", True),
+        ("int4/g4", "int6/token/dynamic", False),
+        ("float8_e4m3fn/channel", "int8/tensor", False),
+        ("int4/g4", None, False),
+    ],
+)
+def test_which_experts_multiply_integers(weight: str, input: str | None, takes_codes: bool) -> None:
+    gm = qdq(MoE(), X, weight=weight, **({} if input is None else {"input": input}))
+    packed = pack(gm)
+    assert [modules_of(packed)[path] for path in EXPERTS] == ["PackedExperts"] * 3
+    assert [cast(PackedExperts, packed.get_submodule(path)).takes_codes for path in EXPERTS] == [takes_codes] * 3
+    assert_close(packed, gm, X, 1e-6 if input is None else 0.02)  # an activation between two codes may get the other
+
+
+def test_experts_that_are_cast_or_read_otherwise_are_dequantized() -> None:
+    class Read(MoE):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.experts["down_proj"].amax()
+
+    kinds = modules_of(pack(qdq(Read(), X, weight="int8/channel")))
+    assert [kinds[path] for path in EXPERTS] == ["PackedExperts", "PackedExperts", "PackedWeight"]
+
+
+def test_convolutions_by_dynamic_scales_do_not_multiply_integers() -> None:
     x = floats(2, 4, 6, 6)
     gm = qdq(ConvBnRelu(), x, weight="int8/channel", input="int8/tensor/dynamic")
     packed = pack(gm)

@@ -1,4 +1,5 @@
 // The library's functions: what the processor has, threads, tiles of a weight and back, products.
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include "steps.h"
@@ -10,7 +11,7 @@
 #endif
 
 // -- the processor --
-EXPORT int32_t graphq_abi() { return 2; }
+EXPORT int32_t graphq_abi() { return 3; }
 
 // Bits: 1 << Level.
 EXPORT int32_t graphq_levels() {
@@ -184,6 +185,78 @@ int32_t linear(const Call &call, int32_t product, int32_t level, int64_t threads
 EXPORT int32_t graphq_linear(const Weight *weight, const void *x, const float *x_scale, const int8_t *x_zero, void *y,
                              int64_t m, int32_t x_type, int32_t y_type, int32_t product, int32_t level, int64_t threads) {
   return linear(Call{weight, x, x_scale, x_zero, y, m, x_type, y_type}, product, level, threads);
+}
+
+// -- experts --
+namespace {
+int64_t offset_of(const Grouping &by, int64_t expert) {
+  if (expert < 0) return 0;
+  return by.type == INT64 ? ((const int64_t *)by.offsets)[expert] : ((const int32_t *)by.offsets)[expert];
+}
+
+struct Experts {
+  const Call *call;
+  const Grouping *by;
+  const Grid *grid;
+  int32_t product, level;
+  std::atomic<int64_t> next{0};  // which expert a thread takes
+  std::atomic<int32_t> failed{0};
+};
+
+int32_t one_expert(const Experts &of, int64_t expert, int64_t threads) {
+  const Weight &all = *of.call->weight;
+  const int64_t first = offset_of(*of.by, expert - 1), rows = offset_of(*of.by, expert) - first;
+  if (!rows) return 0;
+  Weight own = all;
+  own.tiles += expert * of.grid->tiles * of.grid->tile_bytes;
+  if (own.row_scale) own.row_scale += expert * all.n;
+  if (own.sums) own.sums += expert * of.grid->tiles * of.grid->groups * LANES;
+  Call call = *of.call;
+  call.weight = &own;
+  call.m = rows;
+  call.x = (const uint8_t *)call.x + first * all.k * (call.x_type == FLOAT32 ? 4 : call.x_type == BFLOAT16 ? 2 : 1);
+  call.y = (uint8_t *)call.y + first * all.n * (call.y_type == FLOAT32 ? 4 : 2);
+  if (call.x_scale) call.x_scale += first;
+  if (call.x_zero) call.x_zero += first;
+  return linear(call, of.product, of.level, threads);
+}
+
+void experts_part(void *data, int64_t, int64_t) {
+  Experts &of = *(Experts *)data;
+  for (int64_t expert; (expert = of.next++) < of.by->experts;)
+    if (const int32_t failed = one_expert(of, expert, 1)) of.failed = failed;
+}
+}
+
+// 0: done; 1: no memory; 2: no such product at this level; 4: the offsets do not cut the rows.
+int32_t grouped(const Call &call, const Grouping &by, int32_t product, int32_t level, int64_t threads) {
+  const Weight &weight = *call.weight;
+  int64_t end = 0, active = 0;
+  for (int64_t e = 0; e < by.experts; e++) {
+    const int64_t next = offset_of(by, e);
+    if (next < end || next > call.m) return 4;
+    active += next > end;
+    end = next;
+  }
+  const int64_t size = weight.n * (call.y_type == FLOAT32 ? 4 : 2);
+  std::memset((uint8_t *)call.y + end * size, 0, (call.m - end) * size);
+  const Grid grid(weight);
+  Experts of{&call, &by, &grid, product, level};
+  if (end * weight.n * weight.k < 1 << 17) threads = 1;  // starting others takes longer
+  if (active >= 2 * threads) {  // each is the work of one thread
+    in_parallel(experts_part, &of, threads);
+    return of.failed;
+  }
+  for (int64_t e = 0; e < by.experts; e++)
+    if (const int32_t failed = one_expert(of, e, threads)) return failed;
+  return 0;
+}
+
+EXPORT int32_t graphq_grouped(const Weight *weight, const void *offsets, int64_t experts, int32_t offset_type, const void *x,
+                              const float *x_scale, const int8_t *x_zero, void *y, int64_t m, int32_t x_type,
+                              int32_t y_type, int32_t product, int32_t level, int64_t threads) {
+  const Call call{weight, x, x_scale, x_zero, y, m, x_type, y_type};
+  return grouped(call, Grouping{offsets, experts, offset_type}, product, level, threads);
 }
 
 // -- activations --

@@ -43,7 +43,7 @@ int32_t plain_linear(const Step &s, const void *a, const void *w, const void *bi
 }
 }
 
-// 0: done; 1: no memory; 2: no such step; 3: a row that is quantized holds what is not finite.
+// 0: done; 1: no memory; 2: no such step; 3: a row that is quantized holds what is not finite; 4: no rows of experts.
 EXPORT int32_t graphq_steps(const Step *steps, int64_t count, void *const *buffers, int64_t scratch, int64_t threads) {
   uint8_t *memory = (uint8_t *)scratch_alloc(scratch);
   if (!memory) return 1;
@@ -61,6 +61,11 @@ EXPORT int32_t graphq_steps(const Step *steps, int64_t count, void *const *buffe
       case STEP_PACKED: {
         const Call call{s.weight, a, (const float *)b, (const int8_t *)c, out, s.n0, s.a_type, s.out_type};
         failed = linear(call, s.product, s.level, threads);
+        break;
+      }
+      case STEP_GROUPED: {
+        const Call call{s.weight, a, (const float *)b, (const int8_t *)c, out, s.n0, s.a_type, s.out_type};
+        failed = grouped(call, Grouping{at(s.d), s.n1, s.d_type}, s.product, s.level, threads);
         break;
       }
       case STEP_PLAIN: failed = plain_linear(s, a, b, c, out, threads); break;

@@ -11,15 +11,16 @@ enum StepOp : int32_t {
   STEP_ROLL = 12,                            // each row [n0] of n2 numbers, turned to the right by ``modulus``
   STEP_QUANTIZE = 13,                        // each row [n0] of n2 numbers; ``rule``: of quantize.h
   STEP_PACKED = 14,                          // a linear of n0 rows with a weight in tiles
-  STEP_PLAIN = 15                            // a linear of n0 rows [n2] with a weight [n1, n2] as it is, and a bias or none
+  STEP_PLAIN = 15,                           // a linear of n0 rows [n2] with a weight [n1, n2] as it is, and a bias or none
+  STEP_GROUPED = 16                          // a linear of n0 rows by n1 experts in tiles, cut at the offsets ``d``
 };
 
 // Operands are places: p >= 0 the caller's buffer p, p < -1 the scratch memory from byte -2 - p on, -1 none.
 // Operand b of two is read at (i % modulus) * t0 + j * t1 + k * t2 for element [i, j, k] of [n0, n1, n2]; with b = -1 it
 // is ``number``. Types are ``Element``; what is computed is float32, and rounded to the type of ``out``.
 struct Step {
-  int32_t op, a_type, b_type, c_type, out_type, rule, product, level;
-  int64_t a, b, c, out, out2, out3;
+  int32_t op, a_type, b_type, c_type, d_type, out_type, rule, product, level, unused;
+  int64_t a, b, c, d, out, out2, out3;
   int64_t n0, n1, n2, modulus, t0, t1, t2;
   double number;
   const Weight *weight;
@@ -50,4 +51,5 @@ void plain(const PlainCall &, int64_t first, int64_t end);
 namespace avx512_bf16 { void plain(const PlainCall &, int64_t first, int64_t end); }
 
 int32_t linear(const Call &call, int32_t product, int32_t level, int64_t threads);    // of library.cpp
+int32_t grouped(const Call &call, const Grouping &by, int32_t product, int32_t level, int64_t threads);
 int32_t quantize_rows(const Quantizing &rows, int32_t level, int64_t threads);

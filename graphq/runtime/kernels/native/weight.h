@@ -15,7 +15,7 @@
 
 enum ScaleKind : int32_t { SCALE_F32 = 0, SCALE_E8M0 = 1, SCALE_E4M3 = 2 };
 enum Product : int32_t { PRODUCT_FLOAT32 = 0, PRODUCT_BFLOAT16 = 1, PRODUCT_INT8 = 2 };
-enum Element : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
+enum Element : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT32 = 3, INT64 = 4 };
 enum Level : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512_VNNI = 3, AVX512_BF16 = 4 };
 
 constexpr int LANES = 16;
@@ -57,6 +57,14 @@ struct Call {  // one product
   void *y;               // [m, n], contiguous: float32 or bfloat16
   int64_t m;
   int32_t x_type, y_type;
+};
+
+// Rows of one product by the weights of several experts, whose tiles, row scales and sums follow one another: expert e has
+// the rows from where the one before ends to offsets[e]. Those after the last are 0.
+struct Grouping {
+  const void *offsets;  // [experts] of int32 or int64
+  int64_t experts;
+  int32_t type;
 };
 
 enum Rule : int32_t { RULE_MAX = 0, RULE_HALF = 1, RULE_BY_SIGN = 2, RULE_ASYMMETRIC = 3, RULE_JOINT = 4 };
