@@ -8,8 +8,8 @@ from torch import Tensor
 
 from graphq.runtime import kernels, ops
 from graphq.runtime.kernels import Product, Rows
-from graphq.runtime.linear import numbers_of, packed_linear
 from graphq.runtime.modules import dequantized, scales_of
+from graphq.runtime.packed_op import numbers_of, packed_linear
 from graphq.runtime.packed_product import PackedProduct
 
 

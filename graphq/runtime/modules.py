@@ -18,7 +18,9 @@ from graphq import numerics, packing
 from graphq.errors import PassError
 from graphq.numerics import Scales
 from graphq.runtime import kernels
+from graphq.runtime.exactness import is_exact, largest_codes
 from graphq.runtime.kernels import Kernel, Product, Rows
+from graphq.runtime.packed_op import packed_linear
 from graphq.runtime.quantized_module import QuantizedModule
 from graphq.runtime.tiled import Snapshot, TiledModule
 from graphq.spec.formats import Format, code_bits, has_global_scale, is_asymmetric
@@ -205,7 +207,7 @@ class Int8Linear(TiledModule):
             return self._computed(_integer_product(q, self.weight, None), q, scale, zero_point, row_sums)
         scales, format, block = _columns(self)
         how = (_bias_of(self), True, format, block, form.shape, 0, form.dtype)
-        return torch.ops.graphq.packed_linear.default(q, scale, zero_point, self.weight, *scales, *how)
+        return packed_linear(q, scale, zero_point, self.weight, *scales, *how)
 
     def _computed(
         self, sums: Tensor, q: Tensor, scale: Tensor, zero_point: Tensor | None, row_sums: Tensor | None
@@ -347,25 +349,17 @@ def has_row_kernel(device: torch.device) -> bool:
     """Whether torch multiplies one row of int8 codes exactly here. oneDNN takes 20 microseconds to begin, this one."""
     if device.type != "cpu":
         return False
-    q, w = torch.full((1, 64), 127, dtype=torch.int8), torch.full((16, 64), 127, dtype=torch.int8)
-    w[1::2] = -128
-    try:
-        return bool((_row_product(q, w.t()) == (q.double() @ w.double().t())).all())
-    except (RuntimeError, NotImplementedError, AttributeError):
-        return False
+    q, w = largest_codes(1, 64), largest_codes(16, 64)
+    return is_exact(lambda: _row_product(q, w.t()), q.double() @ w.double().t())
 
 
 _PROBED: Final[list[bool]] = []
 
 
 def has_integer_kernel() -> bool:
-    """Whether oneDNN multiplies int8 exactly here: without VNNI, sums of two large products saturate in 16 bits."""
+    """Whether oneDNN multiplies int8 exactly here."""
     if not _PROBED:
-        q, w = torch.full((1, 64), 127, dtype=torch.int8), torch.full((16, 64), 127, dtype=torch.int8)
-        w[1::2] = -128
-        try:
-            got = _integer_product(q, w, cast(Tensor, _onednn.qlinear_prepack(w, None)))
-            _PROBED.append(bool((got == (q.double() @ w.double().t()).float()).all()))
-        except (RuntimeError, NotImplementedError, AttributeError):
-            _PROBED.append(False)
+        q, w = largest_codes(1, 64), largest_codes(16, 64)
+        wanted = q.double() @ w.double().t()
+        _PROBED.append(is_exact(lambda: _integer_product(q, w, _onednn.qlinear_prepack(w, None)), wanted))
     return _PROBED[0]
