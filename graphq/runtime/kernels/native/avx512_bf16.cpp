@@ -32,6 +32,30 @@ struct Bfloat16 : Bfloat16Input {
   template <int B> INLINE void decode(const uint8_t *p, const Words &words, __m512i *out) { pairs_of<B>(p, words, out); }
 };
 
+// 8-bit integers by arithmetic, which leaves the units of products more room than four tables of 64: the float32 of a code,
+// exact in bfloat16, is 2^23 + code less 2^23 + 128. Fused, that is 8 % faster at 32 rows and 12 % at 16; else no gain.
+struct Integers : Bfloat16 {
+  template <int B> static constexpr bool FUSED = B == 8;  // a loss of 4 % at 4 bits
+  template <int B> INLINE void decode(const uint8_t *p, const Words &words, __m512i *out) {
+    if constexpr (B == 8) {
+      const __m512i v = raw(p), low = _mm512_set1_epi32(0xff), whole = _mm512_set1_epi32(0x4b000000);
+      const __m512i high = _mm512_set1_epi32((int)0xffff0000);
+      const __m512 less = _mm512_set1_ps(0x1p23f + 128);
+      const auto number = [&](__m512i code) {  // of code & low | whole
+        const __m512i bits = _mm512_ternarylogic_epi32(code, low, whole, 0xea);
+        return _mm512_castps_si512(_mm512_sub_ps(_mm512_castsi512_ps(bits), less));
+      };
+      const auto pair = [&](__m512i a, __m512i b) {  // b & high | a >> 16
+        return _mm512_ternarylogic_epi32(b, high, _mm512_srli_epi32(a, 16), 0xea);
+      };
+      out[0] = pair(number(v), number(_mm512_srli_epi32(v, 16)));
+      out[1] = pair(number(_mm512_srli_epi32(v, 8)), number(_mm512_srli_epi32(v, 24)));
+    } else {
+      pairs_of<B>(p, words, out);
+    }
+  }
+};
+
 // For a few rows of inputs 8-bit integers are 16 times their high nibble plus the low one, a product each: finding both
 // in tables of 16 is cheaper than the whole in one of 256.
 struct Nibbles : Bfloat16 {
@@ -101,7 +125,7 @@ void plain(const PlainCall &c, int64_t first, int64_t end) {
 }
 
 int bfloat16(const Call &call, int64_t threads) {
-  return call.weight->is_integer ? Engine<Bfloat16>::run<Nibbles>(call, threads) : Engine<Bfloat16>::run(call, threads);
+  return call.weight->is_integer ? Engine<Integers>::run<Nibbles>(call, threads) : Engine<Bfloat16>::run(call, threads);
 }
 }
 #if defined(__clang__)

@@ -7,6 +7,7 @@
 // P::SPLIT<B>   Vecs that share an input (parts of codes that are no single number of the product's type)
 // P::SUPER      input rows that share a decoded panel: their inputs stay in a core's own cache
 // P::DIRECT     up to so many input rows are multiplied while codes are decoded, more by panels of decoded codes
+// P::FUSED<B>   whether the first block of rows is multiplied while codes are decoded
 // P::has<B>     whether there are such codes; others are not asked for
 // P::decode<B>  the Vecs of a chunk, in the order in which ``pack_row`` puts inputs
 
@@ -206,6 +207,36 @@ template <class P> struct Engine {
     }
   }
 
+  // As ``block``, of units whose codes are decoded on the way, where products leave room for it. The panel is for the blocks
+  // behind it.
+  template <int B, int MB> INLINE void first_block(const uint8_t *p, int64_t chunks, const typename P::Tables &shared,
+                                                   Vec *panel, bool keeps, const uint32_t *x, Acc *part, bool begins,
+                                                   const Job &job, int64_t row, V16 *y, const End *end) {
+    constexpr int CHUNK = chunk_k(B) / P::UNIT_K;
+    const typename P::Tables tables(shared);
+    Acc a[MB];
+#pragma GCC unroll 16
+    for (int m = 0; m < MB; m++) a[m] = begins ? P::zero() : part[m];
+    for (int64_t c = 0; c < chunks; c++, p += chunk_bytes(B), panel += CHUNK) {
+      Vec v[CHUNK];
+      P::template decode<B>(p, tables, v);
+#pragma GCC unroll 16
+      for (int u = 0; u < CHUNK; u++, x += MB) {
+        if (keeps) panel[u] = v[u];
+#pragma GCC unroll 16
+        for (int m = 0; m < MB; m++) a[m] = P::mac(a[m], v[u], x + m);
+      }
+    }
+    if (end) {
+#pragma GCC unroll 16
+      for (int m = 0; m < MB; m++)
+        y[m] += end->scale * valued(*job.call->weight, job, a[m], row + m, end->group, end->groups, end->zero, end->sums);
+    } else {
+#pragma GCC unroll 16
+      for (int m = 0; m < MB; m++) part[m] = a[m];
+    }
+  }
+
   // ``part``: sums of groups that are longer than a panel; ``end``: null while a group goes on.
   static void blocks(const Vec *panel, int64_t units, int64_t first_unit, const Job &job, int64_t r0, int64_t rows,
                      Acc *part, bool begins, V16 *y, const End *end) {
@@ -240,7 +271,10 @@ template <class P> struct Engine {
       const int64_t chunks = g + 1 < grid.groups ? grid.chunks : grid.last_chunks;
       for (int64_t c = 0; c < chunks; c += STEP) {
         const int64_t count = chunks - c < STEP ? chunks - c : STEP;
-        for (int64_t i = 0; i < count; i++, p += chunk_bytes(B)) {
+        const bool is_first = P::template FUSED<B> && rows_of(job.call->m, job.call->m - r0) == 16;
+        const uint8_t *codes = p;
+        if (is_first) p += count * chunk_bytes(B);
+        else for (int64_t i = 0; i < count; i++, p += chunk_bytes(B)) {
           for (int j = 0; j < chunk_bytes(B); j += 64) __builtin_prefetch(p + STEP * chunk_bytes(B) + j);  // the next panel
           P::template decode<B>(p, tables, panel + i * CHUNK);
         }
@@ -250,7 +284,11 @@ template <class P> struct Engine {
         if (ends)
           end = End{scales_of(p, w.scale), w.has_zero ? p + beside : nullptr,
                     w.sums ? w.sums + (tile * grid.groups + g) * LANES : nullptr, g, grid.groups};
-        blocks(panel, count * CHUNK, unit, job, r0, rows, part, c == 0, y, ends ? &end : nullptr);
+        const int64_t done = is_first ? 16 : 0;
+        if constexpr (P::template FUSED<B>) if (is_first)
+          first_block<B, 16>(codes, count, tables, panel, rows > 16, job.x + r0 * job.units + unit * 16, part, c == 0, job,
+                             r0, y, ends ? &end : nullptr);
+        blocks(panel, count * CHUNK, unit, job, r0 + done, rows - done, part + done, c == 0, y + done, ends ? &end : nullptr);
         unit += count * CHUNK;
         if (ends) p += beside + (w.has_zero ? 16 : 0);
       }

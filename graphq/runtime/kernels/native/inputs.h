@@ -3,6 +3,7 @@
 
 
 struct Float32Input {
+  template <int B> static constexpr bool FUSED = false;
   using Input = float;
   using Sum = float;
   static constexpr int UNIT_K = 1;
@@ -15,6 +16,7 @@ struct Float32Input {
 
 // Pairs of codes 0 and 2, then 1 and 3: what the bytes of a lane give when they are taken as 16-bit words.
 struct Bfloat16Input {
+  template <int B> static constexpr bool FUSED = false;
   using Input = uint16_t;
   using Sum = float;
   static constexpr int UNIT_K = 2;
@@ -26,6 +28,7 @@ struct Bfloat16Input {
 };
 
 struct Int16Input {  // int8 codes as pairs of 16 bits, in the same order
+  template <int B> static constexpr bool FUSED = false;
   using Input = int16_t;
   using Sum = int32_t;
   static constexpr int UNIT_K = 2;
@@ -37,6 +40,7 @@ struct Int16Input {  // int8 codes as pairs of 16 bits, in the same order
 };
 
 struct Int8Input {
+  template <int B> static constexpr bool FUSED = false;
   using Input = int8_t;
   using Sum = int32_t;
   static constexpr int UNIT_K = 4;
