@@ -50,7 +50,7 @@ _ALIKE: Final[Mapping[object, Callable[..., Any]]] = {  # the same op by the sam
     aten.reshape.default: torch.reshape,
     aten.roll.default: torch.roll,
     aten.rsqrt.default: torch.rsqrt,
-    aten.scaled_dot_product_attention.default: F.scaled_dot_product_attention,
+    aten.scaled_dot_product_attention.default: kernels.scaled_dot_product_attention,
     aten.select.int: torch.select,
     aten.sigmoid.default: torch.sigmoid,
     aten.silu.default: cast(Any, torch)._C._nn.silu,

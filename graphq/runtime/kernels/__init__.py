@@ -1,5 +1,6 @@
 """Which kernel computes a linear layer, and the kernels: C++ where it was built, torch everywhere."""
 
+from graphq.runtime.kernels.attention import scaled_dot_product_attention
 from graphq.runtime.kernels.choice import KERNELS, Choice, Kernel, Limit, choose, features, integer_kernel, using
 from graphq.runtime.kernels.expand import expanded_experts, expanded_linear
 from graphq.runtime.kernels.offsets import bounds
@@ -26,6 +27,7 @@ __all__ = [
     "part_of",
     "quantized_rows",
     "rows_of",
+    "scaled_dot_product_attention",
     "stacked_rows",
     "tile",
     "untile",

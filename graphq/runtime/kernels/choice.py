@@ -90,7 +90,12 @@ def using(limit: Limit) -> Generator[None]:
 
 def features() -> frozenset[str]:
     """The instruction sets that kernels may use here and now."""
-    return native.levels() & frozenset(LIMITS[_limit.get() or _from_environment()])
+    return _within(native.levels(), _limit.get() or _from_environment())
+
+
+@cache
+def _within(known: frozenset[str], limit: str) -> frozenset[str]:
+    return known & frozenset(LIMITS[limit])
 
 
 def choose(inputs: str, device: torch.device, *, size: int, group: int, is_integer: bool, is_supported: bool) -> Choice:

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import torch
 
-_ABI: Final = 3  # of the functions below
+_ABI: Final = 4  # of the functions below
 LEVELS: Final = ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16")  # as in native/weight.h
 OUT_OF_MEMORY: Final = "not enough memory"
 NOT_BUILT: Final = "graphq's kernels were not built when it was installed (a C++ compiler does it)"
@@ -77,6 +77,7 @@ def library() -> Any:
     found.graphq_quantize.argtypes = (
         c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int32, c_int32, c_int32, c_int64,
     )  # fmt: skip
+    found.graphq_attention.argtypes = (c_void_p, c_int32, c_int64)
     found.graphq_steps.argtypes = (c_void_p, c_int64, c_void_p, c_int64, c_int64)
     found.graphq_tiles_size.restype = c_int64
     found.graphq_tiles_size.argtypes = (POINTER(Weight),)

@@ -8,6 +8,7 @@
 #include <immintrin.h>
 #include <cstring>
 #define GENERIC_AVX2
+#include "attention.h"
 #include "steps.h"
 namespace avx2 {
 #include "engine.h"
@@ -16,11 +17,13 @@ namespace avx2 {
 #include "quantize.h"
 #include "plain.h"
 #include "elementwise.h"
+#include "attention_head.h"
 }
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif
 #else
+#include "attention.h"
 #include "steps.h"
 namespace avx2 {
 int float32(const Call &call, int64_t threads) { return portable::float32(call, threads); }
@@ -28,5 +31,6 @@ int int8(const Call &call, int64_t threads) { return portable::int8(call, thread
 int quantize(const Quantizing &q, int64_t row) { return portable::quantize(q, row); }
 void elementwise(const Step &s, const void *a, const void *b, void *out) { portable::elementwise(s, a, b, out); }
 void plain(const PlainCall &c, int64_t first, int64_t end) { portable::plain(c, first, end); }
+int attention(const Attention &a, int64_t head) { return portable::attention(a, head); }
 }
 #endif

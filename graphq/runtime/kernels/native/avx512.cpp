@@ -7,6 +7,7 @@
 #endif
 #include <immintrin.h>
 #include <cstring>
+#include "attention.h"
 #include "steps.h"
 namespace avx512 {
 #include "engine.h"
@@ -14,6 +15,7 @@ namespace avx512 {
 #include "avx512.h"
 #include "plain.h"
 #include "elementwise.h"
+#include "attention_head.h"
 
 template <bool TABLE> struct Float32 : Float32Input {
   using Vec = __m512;
@@ -82,10 +84,12 @@ int float32(const Call &call, int64_t threads) {
 #pragma clang attribute pop
 #endif
 #else
+#include "attention.h"
 #include "steps.h"
 namespace avx512 {
 int float32(const Call &call, int64_t threads) { return portable::float32(call, threads); }
 void elementwise(const Step &s, const void *a, const void *b, void *out) { portable::elementwise(s, a, b, out); }
 void plain(const PlainCall &c, int64_t first, int64_t end) { portable::plain(c, first, end); }
+int attention(const Attention &a, int64_t head) { return portable::attention(a, head); }
 }
 #endif

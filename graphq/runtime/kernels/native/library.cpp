@@ -11,7 +11,7 @@
 #endif
 
 // -- the processor --
-EXPORT int32_t graphq_abi() { return 3; }
+EXPORT int32_t graphq_abi() { return 4; }
 
 // Bits: 1 << Level.
 EXPORT int32_t graphq_levels() {

@@ -1,5 +1,6 @@
 // Products for any processor.
 #include <cstring>
+#include "attention.h"
 #include "steps.h"
 namespace portable {
 #include "engine.h"
@@ -8,4 +9,5 @@ namespace portable {
 #include "quantize.h"
 #include "plain.h"
 #include "elementwise.h"
+#include "attention_head.h"
 }
