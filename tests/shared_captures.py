@@ -34,6 +34,11 @@ def _text(config: Any, without: Sequence[str] = ("_name_or_path",)) -> str:
     return json.dumps(said, default=str, sort_keys=True)
 
 
+def is_fake(model: nn.Module) -> bool:
+    """Whether the model has no weights."""
+    return any(isinstance(tensor, FakeTensor) for tensor in model.parameters())
+
+
 def _key(flat: FlatModel) -> object:
     """What of a model decides its graph; None where that is more than its class and its configuration."""
     modules = list(flat.model.modules())
@@ -44,7 +49,7 @@ def _key(flat: FlatModel) -> object:
     first: dict[int, str] = {}
     for name, tensor in tensors:
         first.setdefault(id(tensor), name)
-    if any(isinstance(tensor, FakeTensor) for _, tensor in tensors) and model.config.tie_word_embeddings:
+    if is_fake(model) and model.config.tie_word_embeddings:
         head, table = (
             model.get_output_embeddings(),
             model.get_input_embeddings(),
@@ -79,8 +84,12 @@ def _copy(gm: fx.GraphModule, model: nn.Module) -> fx.GraphModule:
 
 
 @contextlib.contextmanager
-def captured_once() -> Generator[None]:
-    """Inside, the export of a transformers model, and the capture of a configuration, is done once a process."""
+def captured_once(apart: bool = False) -> Generator[None]:
+    """Inside, the export of a transformers model, and the capture of a configuration, is done once a process.
+
+    ``apart``: nothing is shared with what is outside, nor by a model and its configuration, which are to be compared.
+    """
+    kept = dict[object, fx.GraphModule]() if apart else _KEPT
     export, of_config = hugging_face.export_flat, hugging_face.capture_config
 
     def export_once(
@@ -93,12 +102,19 @@ def captured_once() -> Generator[None]:
         model = _key(flat)
         if model is None:
             return export(flat, inputs, samples, limits, fixed)
-        key = (model, str(inputs), str([(x.shape, x.dtype) for x in samples]), str(limits), str(fixed))
-        if key in _KEPT:
-            return _copy(_KEPT[key], flat.model)
+        key = (
+            model,
+            str(inputs),
+            str([(x.shape, x.dtype) for x in samples]),
+            str(limits),
+            str(fixed),
+            apart and is_fake(flat),
+        )
+        if key in kept:
+            return _copy(kept[key], flat.model)
         made = export(flat, inputs, samples, limits, fixed)
-        if (kept := _without_weights(made)) is not None:
-            _KEPT[key] = kept
+        if (shared := _without_weights(made)) is not None:
+            kept[key] = shared
         return made
 
     def of_config_once(
@@ -109,9 +125,9 @@ def captured_once() -> Generator[None]:
         shapes: Mapping[str, int] | None = None,
     ) -> fx.GraphModule:
         key = (cls, _text(config), dtype, cache, str(shapes))
-        if key not in _KEPT:
-            _KEPT[key] = of_config(config, cls, dtype, cache, shapes)
-        made = copy_graph(_KEPT[key])
+        if key not in kept:
+            kept[key] = of_config(config, cls, dtype, cache, shapes)
+        made = copy_graph(kept[key])
         for name, tensor in made.state_dict(keep_vars=True).items():
             if not isinstance(tensor, FakeTensor):
                 put_tensor(made, name, copy.deepcopy(tensor))

@@ -1,6 +1,7 @@
 """A directory whose weights stay in their files compiles to what it compiles to when they are loaded."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from graphq.deferred import InFile
 from graphq.ir.text import dump
 from graphq.state import deferred_tensors, tensor_of
 from tests.models import tiny
+from tests.shared_captures import captured_once
 
 W4: dict[str, Any] = {"graphq": 1, "weight": "int4/asym/g32"}
 
@@ -27,6 +29,13 @@ def saved(folder: Path, family: str = "llama", dtype: torch.dtype = torch.bfloat
     one = {"num_hidden_layers": 1} if family == "llama" else {}
     tiny(family, **one, **options).to(dtype).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _captured_once() -> Iterator[None]:
+    """Loaded models share their exports, and unread ones theirs."""
+    with captured_once(apart=True):
+        yield
 
 
 @pytest.fixture(scope="module")
