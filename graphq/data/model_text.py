@@ -68,10 +68,10 @@ def _of_records(
             raise SpecError(f"{', '.join(map(str, files))}: hold no tokens to calibrate on")
         found: list[Mapping[str, Tensor]] = []
         for row in filter(None, rows):
-            ids = torch.tensor([row + [0] * (length - len(row))])
+            padded = torch.tensor([row + [0] * (length - len(row))])
             mask = torch.tensor([[1] * len(row) + [0] * (length - len(row))])
-            check_fit(model, ids)
-            found.append({"input_ids": ids, "attention_mask": mask})
+            check_fit(model, padded)
+            found.append({"input_ids": padded, "attention_mask": mask})
         return found
     ids: list[int] = []
     for text in texts:

@@ -5,7 +5,7 @@ what became of them. No code is in it: an op is a node's own, or one of ``torch.
 """
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, final
 
 import torch
@@ -100,7 +100,9 @@ def text_of(val: Any) -> str:
     return str(val)
 
 
-def rebuild(gm: fx.GraphModule, record: list[Mapping[str, Any]], put_tensors: Callable[[fx.GraphModule], None]) -> None:
+def rebuild(
+    gm: fx.GraphModule, record: Sequence[Mapping[str, Any]], put_tensors: Callable[[fx.GraphModule], None]
+) -> None:
     """``gm``, a part as it was before passes changed it, has the graph of ``record``. ``put_tensors`` gives it the
     tensors that were made, when it holds no others than this reads. Raises ``TargetError`` for another part's record.
     """

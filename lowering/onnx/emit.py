@@ -8,11 +8,13 @@ import logging
 import re
 import warnings
 from collections.abc import Container, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor, fx
+from torch._dynamo.exc import UserError
 from torch._ops import OpOverload
 
 from graphq import numerics
@@ -200,17 +202,14 @@ def _export(gm: fx.GraphModule) -> Any:
     with warnings.catch_warnings(), _quiet_exporter(), lean[0], lean[1], lean[2], lean[3], torch.no_grad():
         warnings.simplefilter("ignore")
         shapes = dynamic_shapes(source.inputs, ranges)
+        export = partial(torch.export.export, gm, _samples(source), dynamic_shapes=shapes, strict=False)
         try:
-            exported = torch.export.export(gm, _samples(source), dynamic_shapes=shapes, strict=False)
-        except torch._dynamo.exc.UserError:  # pyright: ignore[reportPrivateUsage]
-            # Conditions that hold for all sizes, which capture has proved and export cannot, are asserted instead.
-            exported = torch.export.export(
-                gm,
-                _samples(source),
-                dynamic_shapes=shapes,
-                strict=False,
-                prefer_deferred_runtime_asserts_over_guards=True,
-            )
+            try:
+                exported = export()
+            except UserError:  # conditions that hold for all sizes, which capture has proved, are asserted instead
+                exported = export(prefer_deferred_runtime_asserts_over_guards=True)
+        except UserError as error:
+            raise TargetError(f"onnx: {str(error).strip().splitlines()[0]}") from error
         try:
             program = torch.onnx.export(
                 exported,

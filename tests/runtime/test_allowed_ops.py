@@ -154,11 +154,12 @@ def test_one_dimensional_pooling_takes_sizes_that_its_arithmetic_holds() -> None
     x = torch.arange(24.0).reshape(1, 2, 12)
     assert torch.equal(checked_ops.max_pool1d(x, [3]), F.max_pool1d(x, 3))
     args: list[Any] = [[3], [2], [1], [2]]
-    assert torch.equal(checked_ops.max_pool1d(x, *args, True), aten.max_pool1d(x, *args, True))
+    assert torch.equal(checked_ops.max_pool1d(x, *args, ceil_mode=True), aten.max_pool1d(x, *args, True))
     for place in range(4):  # the kernel's size, which is also the stride that is not given, reads beyond the tensor
         for wrong in (2**63 - 1, -1, 2**31):
+            changed: list[Any] = [[wrong] if i == place else given for i, given in enumerate(args)]
             with pytest.raises(GraphqError, match="out of range"):
-                checked_ops.max_pool1d(x, *args[:place], [wrong], *args[place + 1 :])
+                checked_ops.max_pool1d(x, *changed[:4])
 
 
 def attend(*shapes: tuple[int, ...], **options: Any) -> tuple[Any, Any]:
