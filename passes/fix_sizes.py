@@ -17,8 +17,11 @@ from torch.fx.node import map_arg
 
 from graphq.capture.source import KEY, PAST, SEQUENCE, TOTAL, Source, source_of
 from graphq.ir import edit
+from graphq.ir.effect_table import effect
+from graphq.ir.effects import ReadsShape
 from graphq.ir.pipeline import Batches, Pass
 from graphq.ir.views import view
+from graphq.runtime import ops
 from graphq.state import tensor_of
 
 aten = torch.ops.aten
@@ -26,6 +29,7 @@ _NUMBERS: Final = (int, float, bool)
 _SAME_ORDER: Final = frozenset(  # with the shape of what they are given they are what they are given
     [aten.view.default, aten.reshape.default, aten.expand.default, aten.slice.Tensor, aten.unflatten.int]
 )
+_UNSET: Final = (aten.empty_like.default, aten.new_empty.default)  # whose elements are nothing to rely on
 _LARGEST: Final = 1 << 24  # elements of a constant; a mask of 4,096 tokens has as many
 
 
@@ -34,9 +38,9 @@ _LARGEST: Final = 1 << 24  # elements of a constant; a mask of 4,096 tokens has 
 class FixSizes(Pass):
     """The graph for these ``sizes`` of its dimensions, by name, which are in their ranges; others stay dynamic.
 
-    Sizes are numbers. What is made of numbers and buffers alone is a buffer; what reads parameters, codes or scales
-    stays, and so does what draws at random. Reshapes to the shape at hand are gone. Inputs without elements are gone,
-    too, and the source with them.
+    Sizes are numbers. What is made of numbers and buffers alone is a buffer, and what is quantized of a tensor that is
+    held, its codes; other readers of parameters, codes or scales stay, and so does what draws at random. Reshapes to
+    the shape at hand are gone. Inputs without elements are gone, too, and the source with them.
     """
 
     sizes: Mapping[str, int]
@@ -105,8 +109,13 @@ class _Walk:
 
     def _call(self, node: fx.Node) -> None:
         target = cast(Callable[..., Any], node.target)
-        if _is_pure(node) and all(n in self.known for n in node.all_input_nodes):
-            args, kwargs = map_arg((node.args, node.kwargs), self.known.__getitem__)
+        if target is ops.quantize and all(n in self.known or n.op == "get_attr" for n in node.all_input_nodes):
+            args, kwargs = map_arg((node.args, node.kwargs), self._tensor)
+            with torch.no_grad():
+                self.known[node] = target(*args, **kwargs)
+            return
+        if _is_pure(node) and all(n in self.known or _gives_its_shape(n, node) for n in node.all_input_nodes):
+            args, kwargs = map_arg((node.args, node.kwargs), self._value)
             with torch.no_grad():
                 value = target(*args, **kwargs)
             if _is_small(value):
@@ -130,6 +139,14 @@ class _Walk:
         elif _is_identity(node):
             node.replace_all_uses_with(node.all_input_nodes[0])
             self.changes += 1
+
+    def _value(self, node: fx.Node) -> Any:
+        """What is known of a node's value, which is its shape at least."""
+        val = node.meta["val"]
+        return self.known[node] if node in self.known else torch.zeros(val.shape, dtype=val.dtype)
+
+    def _tensor(self, node: fx.Node) -> Any:
+        return self.known[node] if node in self.known else tensor_of(self.gm, str(node.target)).detach()
 
     def _skip_empty(self, node: fx.Node) -> None:
         """A concatenation has no parts without elements, as long as it has others."""
@@ -196,6 +213,14 @@ def _is_static(shape: torch.Size) -> bool:
 def _is_empty(node: fx.Node) -> bool:
     """Whether a node gives a tensor without elements, whatever the sizes that are not fixed."""
     return any(not isinstance(size, SymInt) and size == 0 for size in node.meta["val"].shape)
+
+
+def _gives_its_shape(x: fx.Node, reader: fx.Node) -> bool:
+    """Whether ``x`` is a tensor of whose shape, which is fixed, and of nothing else ``reader`` makes a constant."""
+    val = x.meta["val"]
+    if not isinstance(val, Tensor) or not _is_static(val.shape) or not _is_small(val):
+        return False
+    return isinstance(effect(view(reader)), ReadsShape) and reader.target not in _UNSET
 
 
 def _is_own(node: fx.Node) -> bool:

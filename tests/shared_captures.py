@@ -49,7 +49,7 @@ def _key(flat: FlatModel) -> object:
     first: dict[int, str] = {}
     for name, tensor in tensors:
         first.setdefault(id(tensor), name)
-    if is_fake(model) and model.config.tie_word_embeddings:
+    if is_fake(model) and getattr(model.config, "tie_word_embeddings", False):
         head, table = (
             model.get_output_embeddings(),
             model.get_input_embeddings(),

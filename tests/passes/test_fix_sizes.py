@@ -8,6 +8,7 @@ import torch
 from expecttest import assert_expected_inline
 from torch import Tensor, fx, nn
 
+import graphq
 from graphq.capture.source import source_of
 from graphq.data.batches import complete
 from graphq.ir.pipeline import Pipeline
@@ -201,6 +202,41 @@ def test_codes_and_scales_stay() -> None:
     assert set(gm.state_dict()) == names
     assert ops(gm).count("graphq.dequantize.default") == 2
     assert torch.equal(run(gm, x), before)
+
+
+class Queries(nn.Module):
+    """A learned token before the others, and zeros of the shape of what is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(floats(1, 1, 4))
+        self.up = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.cat([self.token.expand(x.shape[0], -1, -1), self.up(x)], 1)
+        return self.up(torch.zeros_like(h)) + h
+
+
+def test_what_is_quantized_of_constants_is_codes() -> None:
+    """With one size for the batch, an expanded parameter is itself, and what is made of a shape is a constant."""
+    torch.manual_seed(0)
+    x = floats(1, 3, 4)
+    made = graphq.compile(Queries().eval(), profile="generic-int8", inputs=x, calibration=[x])
+    gm = made.graph
+    gm.recompile()
+    before = run(gm, x)
+    assert ops(gm).count("graphq.quantize.default") == 10
+    fix(gm, batch=1, sequence=3)
+    quantized = [node.args[0] for node in gm.graph.nodes if str(node.target) == "graphq.quantize.default"]
+    assert len(quantized) == 9
+    assert not [node for node in quantized if isinstance(node, fx.Node) and node.op == "get_attr"]
+    assert torch.equal(run(gm, x), before)
+
+
+def test_what_is_not_set_is_no_constant() -> None:
+    gm = capture(Each(lambda m, x: torch.empty_like(x + 1)), floats(5, 4))
+    fix(gm, batch=2)
+    assert "empty_like.default" in ops(gm)
 
 
 def test_nothing_to_fix() -> None:
