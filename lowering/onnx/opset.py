@@ -329,8 +329,10 @@ def _fits(node: ir.Node, opset: int) -> bool:
 
 def _is_default(op_type: str, name: str, attribute: ir.Attr) -> bool:
     """Whether an attribute that older opsets lack has the value that stands for the older meaning."""
-    if name in ("allowzero", "block_size", "noop_with_empty_axes", "layout"):
+    if name in ("allowzero", "block_size", "noop_with_empty_axes", "layout", "antialias"):
         return attribute.as_int() == 0
+    if name == "keep_aspect_ratio_policy":
+        return attribute.as_string() == "stretch"
     if name == "reduction" and op_type in ("ScatterND", "ScatterElements"):
         return attribute.as_string() == "none"
     return (op_type, name) in (("QuantizeLinear", "saturate"), ("Cast", "saturate"), ("QuantizeLinear", "output_dtype"))

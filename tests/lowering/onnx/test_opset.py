@@ -84,6 +84,11 @@ REWRITTEN = {
         q = QuantizeLinear <saturate = 1> (x, s, z) y = DequantizeLinear (q, s, z)""",
         ["QuantizeLinear", "DequantizeLinear"],
     ),
+    "a resize that neither smooths nor keeps a ratio": (
+        """r = Constant <value_floats = [1.0, 1.0, 2.0]> ()
+        y = Resize <mode = "nearest", antialias = 0, keep_aspect_ratio_policy = "stretch"> (x, "", r)""",
+        ["Resize"],
+    ),
 }
 
 
@@ -97,6 +102,12 @@ def test_what_is_only_spelled_differently_needs_no_later_opset(name: str) -> Non
     assert ops(made) == expected
     alike = model(body.replace(", num_outputs = 2> (x, s)", "> (x, s)"), opset)  # ONNX refuses both at once
     assert np.array_equal(run(made)[0], run(alike)[0])
+
+
+@pytest.mark.parametrize("what", ['antialias = 1, mode = "linear"', 'keep_aspect_ratio_policy = "not_larger"'])
+def test_a_resize_that_older_opsets_lack_keeps_its_own(what: str) -> None:
+    body = f"s = Constant <value_ints = [2, 3, 2]> () y = Resize <{what}> (x, \"\", \"\", s)"
+    assert opset_of(lowered(model(body))) == 18
 
 
 def test_an_attribute_with_its_older_meaning_is_dropped() -> None:
