@@ -100,7 +100,7 @@ def test_each_block_is_done_once(model: Path, whole: dict[str, bytes], tmp_path:
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
-@pytest.mark.parametrize("done", [3, 9, 20])
+@pytest.mark.parametrize("done", [3, pytest.param(9, marks=pytest.mark.slow), 20])
 def test_finished_files_of_weights_stay(model: Path, whole: dict[str, bytes], tmp_path: Path, done: int) -> None:
     stop(model, tmp_path, "tensors", done)
     kept = [json.loads(file.read_text())["names"] for file in sorted((tmp_path / "work").glob("shard-*.json"))]

@@ -80,7 +80,7 @@ def assert_same(a: Compiled, b: Compiled) -> None:
 
 @pytest.mark.parametrize(
     "family",
-    ["llama", "gemma3", "mixtral", "deepseek", *(pytest.param(f, marks=pytest.mark.slow) for f in ("opt", "gpt2"))],
+    ["llama", "gemma3", "mixtral", *(pytest.param(f, marks=pytest.mark.slow) for f in ("deepseek", "opt", "gpt2"))],
 )
 def test_the_same_model(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: list[str]) -> None:
     """gemma3 and opt tie their head to the embedding, gpt2 stores buffers and transposes, mixtral and deepseek have

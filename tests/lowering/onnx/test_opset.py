@@ -106,7 +106,7 @@ def test_what_is_only_spelled_differently_needs_no_later_opset(name: str) -> Non
 
 @pytest.mark.parametrize("what", ['antialias = 1, mode = "linear"', 'keep_aspect_ratio_policy = "not_larger"'])
 def test_a_resize_that_older_opsets_lack_keeps_its_own(what: str) -> None:
-    body = f"s = Constant <value_ints = [2, 3, 2]> () y = Resize <{what}> (x, \"\", \"\", s)"
+    body = f's = Constant <value_ints = [2, 3, 2]> () y = Resize <{what}> (x, "", "", s)'
     assert opset_of(lowered(model(body))) == 18
 
 
