@@ -64,8 +64,12 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, after ``bos``; the tokenizer's own template of special tokens is not applied."""
-        ids = self.vocabulary.encode(text, add_special_tokens=False).ids
+        ids = self.encode_as_it_is(text)
         return ids if self.bos is None else [self.bos, *ids]
+
+    def encode_as_it_is(self, text: str) -> list[int]:
+        """Token ids of ``text`` alone, in which special tokens stand already, as a chat template writes them."""
+        return self.vocabulary.encode(text, add_special_tokens=False).ids
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:

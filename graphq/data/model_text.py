@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from graphq.data.records import RECORDS, record_files, texts_of
+from graphq.data.records import RECORDS, RecordText, record_files, texts_of
 from graphq.errors import SpecError
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def calibration_batches(
 def _of_records(
     model: Path,
     files: Sequence[Path],
-    texts: Iterator[str],
+    texts: Iterator[RecordText],
     samples: int,
     length: int,
     windows: Literal["packed", "padded"],
@@ -62,8 +62,9 @@ def _of_records(
     from graphq.data.evaluate import load_tokenizer
 
     tokenizer = load_tokenizer(model)
+    read = (tokenizer.encode_as_it_is(one.text) if one.from_template else tokenizer.encode(one.text) for one in texts)
     if windows == "padded":
-        rows = [tokenizer.encode(text)[:length] for text in itertools.islice(texts, samples)]
+        rows = [ids[:length] for ids in itertools.islice(read, samples)]
         if not any(rows):
             raise SpecError(f"{', '.join(map(str, files))}: hold no tokens to calibrate on")
         found: list[Mapping[str, Tensor]] = []
@@ -74,8 +75,8 @@ def _of_records(
             found.append({"input_ids": padded, "attention_mask": mask})
         return found
     ids: list[int] = []
-    for text in texts:
-        ids += tokenizer.encode(text)
+    for tokens in read:
+        ids += tokens
         if len(ids) >= samples * length:
             break
     count = min(samples, len(ids) // length)

@@ -8,8 +8,9 @@ import importlib
 import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final, cast, final
 
 from graphq.errors import SpecError
 
@@ -19,13 +20,22 @@ RECORDS: Final = (*JSON_LINES, *TABLES)
 _FIELDS: Final = ("messages", "conversations", "text", "content")  # that are looked for where none is named
 
 
+@final
+@dataclass(frozen=True)
+class RecordText:
+    """A record's text. from_template: a chat template wrote it, with the special tokens that the model is to see."""
+
+    text: str
+    from_template: bool = False
+
+
 def record_files(place: Path) -> list[Path]:
     """The files of records at ``place``, itself or in it, in order; none where there is text."""
     files = sorted(place.rglob("*")) if place.is_dir() else [place]
     return [file for file in files if file.suffix in RECORDS and not file.name.startswith((".", "cache-"))]
 
 
-def texts_of(files: Sequence[Path], field: str | None, model: Path, seed: int | None = None) -> Iterator[str]:
+def texts_of(files: Sequence[Path], field: str | None, model: Path, seed: int | None = None) -> Iterator[RecordText]:
     """The text of each record, in the files' order, or in one that ``seed`` draws.
 
     Raises ``SpecError`` for a file that is damaged, for a record without the field, and for one that is no text.
@@ -89,16 +99,16 @@ def _rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         raise SpecError(f"{file}: cannot be read: {error}") from error
 
 
-def _text(where: str, record: Mapping[str, Any], field: str | None, template: "_Template") -> str:
+def _text(where: str, record: Mapping[str, Any], field: str | None, template: "_Template") -> RecordText:
     name = field if field is not None else next((one for one in _FIELDS if one in record), None)
     if name is None or name not in record:
         wanted = f"field {field}" if field is not None else f"field {' or '.join(_FIELDS)}"
         raise SpecError(f"{where}: no {wanted}; it has {', '.join(record) or 'none'} (--calibration-field)")
     value = record[name]
     if isinstance(value, str):
-        return value
+        return RecordText(value)
     if isinstance(value, list):
-        return template.text(f"{where}: {name}", cast("list[Any]", value))
+        return RecordText(template.text(f"{where}: {name}", cast("list[Any]", value)), from_template=True)
     raise SpecError(f"{where}: {name}: a {type(value).__name__}; a text, or a list of messages is wanted")
 
 

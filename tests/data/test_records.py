@@ -26,6 +26,10 @@ def model(tmp_path: Path) -> Path:
     return folder
 
 
+def texts(files: list[Path], field: str | None, model: Path, seed: int | None = None) -> list[str]:
+    return [one.text for one in texts_of(files, field, model, seed)]
+
+
 def lines(file: Path, *records: Any) -> Path:
     file.parent.mkdir(exist_ok=True)
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -34,18 +38,18 @@ def lines(file: Path, *records: Any) -> Path:
 
 def test_fields(model: Path, tmp_path: Path) -> None:
     file = lines(tmp_path / "a.jsonl", {"text": "one", "id": 1}, {"content": "two", "other": "three"})
-    assert list(texts_of([file], None, model)) == ["one", "two"]
+    assert texts([file], None, model) == ["one", "two"]
     with pytest.raises(SpecError, match=rf"^{file}: line 1: no field other; it has text, id \(--calibration-field\)$"):
-        list(texts_of([file], "other", model))
+        texts([file], "other", model)
     later = texts_of([lines(tmp_path / "b.ndjson", {"x": "w1"}, {"x": 3})], "x", model)
-    assert next(later) == "w1"
+    assert next(later).text == "w1"
     with pytest.raises(SpecError, match=r"b\.ndjson: line 2: x: a int; a text, or a list of messages is wanted"):
         next(later)
 
 
 def test_an_order_that_a_seed_draws(model: Path, tmp_path: Path) -> None:
     file = lines(tmp_path / "a.jsonl", *({"text": str(n)} for n in range(50)))
-    first, again, other = (list(texts_of([file], None, model, seed)) for seed in (1, 1, 2))
+    first, again, other = (texts([file], None, model, seed) for seed in (1, 1, 2))
     assert first == again
     assert first != other
     assert sorted(map(int, first)) == list(range(50))
@@ -59,14 +63,14 @@ def test_conversations(model: Path, tmp_path: Path) -> None:
     with pytest.raises(
         SpecError, match=f"^{place}: a conversation, and the tokenizer of {model} has no chat template$"
     ):
-        list(texts_of([file], None, model))
+        texts([file], None, model)
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "chat_template": CHAT}
     (model / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert list(texts_of([file], None, model)) == ["user w1 w2 assistant w3 "]
-    assert list(texts_of([file], "text", model)) == ["not this"]
+    assert texts([file], None, model) == ["user w1 w2 assistant w3 "]
+    assert texts([file], "text", model) == ["not this"]
     wrong = lines(tmp_path / "b.jsonl", {"messages": [{"role": "user"}]})
     with pytest.raises(SpecError, match="a list of messages with role and content is wanted"):
-        list(texts_of([wrong], None, model))
+        texts([wrong], None, model)
 
 
 @pytest.mark.parametrize(
@@ -80,17 +84,17 @@ def test_conversations(model: Path, tmp_path: Path) -> None:
 def test_damaged_lines(model: Path, tmp_path: Path, text: str, line: str) -> None:
     (tmp_path / "a.jsonl").write_text(text)
     with pytest.raises(SpecError, match=f"^{re.escape(str(tmp_path))}/a.jsonl: {line}"):
-        list(texts_of([tmp_path / "a.jsonl"], None, model))
+        texts([tmp_path / "a.jsonl"], None, model)
     (tmp_path / "a.jsonl").write_bytes(b"\xff\n")
     with pytest.raises(SpecError, match="not UTF-8 text"):
-        list(texts_of([tmp_path / "a.jsonl"], None, model))
+        texts([tmp_path / "a.jsonl"], None, model)
 
 
 def test_tables_need_their_library(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     with pytest.raises(SpecError, match=r"a\.parquet: is read with pyarrow; pip install pyarrow, or give JSON lines$"):
-        list(texts_of([tmp_path / "a.parquet"], None, model))
+        texts([tmp_path / "a.parquet"], None, model)
 
 
 def test_tables(model: Path, tmp_path: Path) -> None:
@@ -101,10 +105,10 @@ def test_tables(model: Path, tmp_path: Path) -> None:
     with arrow.OSFile(str(tmp_path / "b.arrow"), "wb") as sink, arrow.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
     for name in ("a.parquet", "b.arrow"):
-        assert list(texts_of([tmp_path / name], None, model)) == ["w1", "w2"]
+        assert texts([tmp_path / name], None, model) == ["w1", "w2"]
     (tmp_path / "c.parquet").write_bytes(b"PAR1")
     with pytest.raises(SpecError, match=r"c\.parquet: cannot be read: "):
-        list(texts_of([tmp_path / "c.parquet"], None, model))
+        texts([tmp_path / "c.parquet"], None, model)
 
 
 def test_files_of_records(tmp_path: Path) -> None:
@@ -140,6 +144,24 @@ def test_padded_windows(model: Path, tmp_path: Path) -> None:
     assert [one["attention_mask"].tolist() for one in found] == [[[1, 1, 1, 0, 0, 0]], [[1] * 6]]
     with pytest.raises(SpecError, match="hold no tokens to calibrate on"):
         calibration_batches(model, lines(file), 2, 6, windows="padded")
+
+
+def test_a_chat_template_writes_the_special_tokens_itself(model: Path, tmp_path: Path) -> None:
+    """A text of a template starts as the template has it, with one ``<s>`` or none; other texts start with one."""
+    import tokenizers
+
+    vocabulary = tokenizers.Tokenizer.from_file(str(model / "tokenizer.json"))
+    vocabulary.add_special_tokens(["<s>"])
+    vocabulary.save(str(model / "tokenizer.json"))
+    file = lines(tmp_path / "a.jsonl", {"messages": [{"role": "w1", "content": "w2"}]}, {"text": "w3 w4"})
+    for begin, first in (("{{ bos_token }}", [0, 3, 4]), ("", [3, 4])):
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "chat_template": begin + CHAT}
+        (model / "tokenizer_config.json").write_text(json.dumps(settings))
+        padded: Any = calibration_batches(model, file, 2, 4, windows="padded")
+        found = [one["input_ids"][one["attention_mask"] == 1].tolist() for one in padded]
+        assert found == [first, [0, 5, 6]]
+        packed: Any = calibration_batches(model, file, 1, len(first) + 3)
+        assert packed[0].tolist() == [[*first, 0, 5, 6]]
 
 
 def test_options_of_records_beside_text(model: Path, tmp_path: Path) -> None:
