@@ -19,7 +19,7 @@ import torch
 from typer.testing import CliRunner
 
 import graphq
-from graphq.artifacts.journal import Journal, changes, discard, how_to_go_on
+from graphq.artifacts.journal import Journal, changes, discard, how_to_go_on, told_how_to_go_on
 from graphq.cli import app
 from graphq.errors import TargetError
 from graphq.progress import Progress, listening
@@ -280,6 +280,11 @@ def test_two_at_once(model: Path, tmp_path: Path) -> None:
         Journal(tmp_path / "work", inputs, [], {})
     with pytest.raises(TargetError, match="another compile is at work"):
         discard(tmp_path / "work")
+    (tmp_path / "work" / "steps" / "0-00001.json").write_text("{}")
+    with pytest.raises(TargetError) as caught, told_how_to_go_on(tmp_path / "work"):
+        Journal(tmp_path / "work", inputs, [], {})
+    assert not hasattr(caught.value, "__notes__")  # nothing was interrupted
+    (tmp_path / "work" / "steps" / "0-00001.json").unlink()
     first.close()
     assert not (tmp_path / "work").exists()  # nothing was finished
     (tmp_path / "work").mkdir()
@@ -288,6 +293,54 @@ def test_two_at_once(model: Path, tmp_path: Path) -> None:
         Journal(tmp_path / "work", inputs, [], {})
     with pytest.raises(TargetError, match="exists and is not what an interrupted compile left"):
         discard(tmp_path / "work")
+
+
+def test_what_holds_nothing_finished_is_begun_anew(tmp_path: Path) -> None:
+    """A process that was killed before its first block was finished keeps nobody from another compile."""
+    first = Journal(tmp_path / "work", {"seed": "0"}, [], {})
+    (tmp_path / "work" / "values-0").mkdir()
+    first._lock.close()  # pyright: ignore[reportPrivateUsage] as when the process is killed
+    second = Journal(tmp_path / "work", {"seed": "1"}, [], {})
+    assert json.loads((tmp_path / "work" / "inputs.json").read_text()) == {"seed": "1"}
+    assert not (tmp_path / "work" / "values-0").exists()
+    second.close()
+
+
+@pytest.mark.parametrize("removed", range(5))
+def test_killed_while_it_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removed: int) -> None:
+    """At whatever file the removal stops: nothing is kept, and what is left is no obstacle to any compile."""
+    work, gone, unlink = tmp_path / "work", 0, os.unlink
+    first = Journal(work, {"seed": "0"}, [], {})
+
+    def make(place: Path) -> dict[str, Any]:
+        place.mkdir()
+        (place / "codes").write_text("1")
+        return {}
+
+    first.commit("0-00001", make)
+    first.artifact.mkdir()
+    first.commit_shard({})
+    first.close()
+    assert "1 finished blocks and 1 finished files of weights" in how_to_go_on(work)
+
+    def killed(*args: Any, **more: Any) -> None:
+        nonlocal gone
+        gone += 1
+        if gone > removed:
+            raise KeyboardInterrupt
+        unlink(*args, **more)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "unlink", killed)
+        discard(work)
+    gc.collect()
+    assert (how_to_go_on(work) == "") == (removed > 0)
+    assert (work / "lock").exists()
+    if removed:
+        Journal(work, {"seed": "1"}, [], {}).close()
+    else:
+        discard(work)
+    assert not work.exists()
 
 
 def test_a_damaged_record(model: Path, tmp_path: Path) -> None:

@@ -31,6 +31,11 @@ _SHARD: Final = "shard"
 
 
 @final
+class AtWorkError(TargetError):
+    """Another process has the folder."""
+
+
+@final
 class Journal:
     """The journal in ``folder`` of a compile that is made from ``inputs``, each in words or a digest by its name, and
     that tells its report ``notes``, and the layers' ratios ``sqnr``.
@@ -62,7 +67,8 @@ class Journal:
 
     def _open(self, inputs: Mapping[str, str]) -> None:
         kept = self.folder / _INPUTS
-        if not kept.exists():
+        if not kept.exists() or not _has_finished(self.folder):  # a process was killed as it began, or as it removed
+            _remove(self.folder, with_lock=False)
             (self.folder / _STEPS).mkdir(exist_ok=True)
             write_durably(kept, json.dumps(inputs, indent=1))
             sync_directory(self.folder.parent)
@@ -199,7 +205,8 @@ class Journal:
         if self._lock.closed:
             return
         if self.is_done or not (self.steps or self._shards):
-            shutil.rmtree(self.folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                _remove(self.folder)
         self._lock.close()
 
 
@@ -263,7 +270,7 @@ def discard(folder: Path) -> None:
         return
     _check_own(folder)
     lock = _locked(folder)
-    shutil.rmtree(folder)
+    _remove(folder)
     lock.close()
 
 
@@ -272,6 +279,8 @@ def told_how_to_go_on(folder: Path) -> Generator[None]:
     """An error says what is kept in the folder of an interrupted compile."""
     try:
         yield
+    except AtWorkError:
+        raise  # nothing was interrupted
     except BaseException as error:
         if line := how_to_go_on(folder):
             error.add_note(line)
@@ -280,9 +289,9 @@ def told_how_to_go_on(folder: Path) -> Generator[None]:
 
 def how_to_go_on(folder: Path) -> str:
     """A line on what an interrupted compile left in its folder; empty where it left nothing."""
-    steps, shards = len(list((folder / _STEPS).glob("*.json"))), len(list(folder.glob(f"{_SHARD}-*.json")))
-    if not steps and not shards:
+    if not (folder / _INPUTS).exists() or not _has_finished(folder):
         return ""
+    steps, shards = len(list((folder / _STEPS).glob("*.json"))), len(list(folder.glob(f"{_SHARD}-*.json")))
     counts = ((steps, "blocks"), (shards, "files of weights"))
     finished = " and ".join(f"{count} finished {kind}" for count, kind in counts if count)
     return f"{folder}: {finished} are kept; the same command goes on from there, with --restart anew"
@@ -317,6 +326,26 @@ def _writing(folder: Path) -> Generator[None]:
         raise TargetError(f"{folder}: cannot be written to: {error.strerror}") from error
 
 
+def _has_finished(folder: Path) -> bool:
+    """Whether a block or a file of weights is finished there."""
+    return any((folder / _STEPS).glob("*.json")) or any(folder.glob(f"{_SHARD}-*.json"))
+
+
+def _remove(folder: Path, with_lock: bool = True) -> None:
+    """The folder is gone, or all of it but the lock. Where a process is stopped meanwhile, nothing of it is kept: what
+    tells the inputs goes first, and the lock, which tells whose folder it is, last.
+    """
+    (folder / _INPUTS).unlink(missing_ok=True)
+    for place in folder.iterdir():
+        if place.is_dir():
+            shutil.rmtree(place)
+        elif place.name != _LOCK:
+            place.unlink()
+    if with_lock:
+        (folder / _LOCK).unlink()
+        folder.rmdir()
+
+
 def _check_own(folder: Path) -> None:
     """Raises ``TargetError`` for a folder that holds something, but nothing of a compile."""
     if not (folder / _LOCK).exists() and any(folder.iterdir()):
@@ -333,5 +362,5 @@ def _locked(folder: Path) -> Any:
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             opened.close()
-            raise TargetError(f"{folder}: another compile is at work there") from error
+            raise AtWorkError(f"{folder}: another compile is at work there") from error
     return opened
