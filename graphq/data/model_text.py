@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from graphq.data.records import RECORDS, RecordText, record_files, texts_of
+from graphq.data.records import JSON_LINES, RECORDS, RecordText, record_files, texts_of
 from graphq.errors import SpecError
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ def calibration_batches(
     for option, value in (*given, ("--shuffle", shuffle)):
         if value is not None:
             raise SpecError(f"{place}: {option} {value}: is for records ({', '.join(RECORDS)}), and this is text")
+    if place.suffix.lower() == ".json":
+        raise SpecError(f"{place}: JSON; records are JSON lines ({', '.join(JSON_LINES)}), text is .txt")
     files = [place]
     if place.is_dir():
         files = sorted(file for file in place.iterdir() if file.is_file() and not file.name.startswith("."))

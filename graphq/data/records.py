@@ -32,7 +32,7 @@ class RecordText:
 def record_files(place: Path) -> list[Path]:
     """The files of records at ``place``, itself or in it, in order; none where there is text."""
     files = sorted(place.rglob("*")) if place.is_dir() else [place]
-    return [file for file in files if file.suffix in RECORDS and not file.name.startswith((".", "cache-"))]
+    return [file for file in files if file.suffix.lower() in RECORDS and not file.name.startswith((".", "cache-"))]
 
 
 def texts_of(files: Sequence[Path], field: str | None, model: Path, seed: int | None = None) -> Iterator[RecordText]:
@@ -57,7 +57,7 @@ def _in_order(files: Sequence[Path], seed: int | None) -> Iterable[tuple[str, Ma
 
 def _records(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The records of a file, each with its place in words."""
-    if file.suffix in TABLES:
+    if file.suffix.lower() in TABLES:
         yield from _rows(file)
         return
     try:
@@ -87,7 +87,7 @@ def _rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         raise SpecError(f"{file}: is read with pyarrow; pip install pyarrow, or give JSON lines") from error
     number = 0
     try:
-        is_parquet = file.suffix == ".parquet"  # the others are as datasets' save_to_disk writes them
+        is_parquet = file.suffix.lower() == ".parquet"  # the others are as datasets' save_to_disk writes them
         batches = (
             parquet.ParquetFile(file).iter_batches() if is_parquet else arrow.ipc.open_stream(arrow.OSFile(str(file)))
         )
@@ -105,11 +105,20 @@ def _text(where: str, record: Mapping[str, Any], field: str | None, template: "_
         wanted = f"field {field}" if field is not None else f"field {' or '.join(_FIELDS)}"
         raise SpecError(f"{where}: no {wanted}; it has {', '.join(record) or 'none'} (--calibration-field)")
     value = record[name]
-    if isinstance(value, str):
-        return RecordText(value)
-    if isinstance(value, list):
-        return RecordText(template.text(f"{where}: {name}", cast("list[Any]", value)), from_template=True)
-    raise SpecError(f"{where}: {name}: a {type(value).__name__}; a text, or a list of messages is wanted")
+    if not isinstance(value, str | list):
+        raise SpecError(f"{where}: {name}: a {type(value).__name__}; a text, or a list of messages is wanted")
+    is_text = isinstance(value, str)
+    text = value if is_text else template.text(f"{where}: {name}", cast("list[Any]", value))
+    check_text(f"{where}: {name}", text)
+    return RecordText(text, from_template=not is_text)
+
+
+def check_text(where: str, text: str) -> None:
+    """Raises ``SpecError`` for what tokenizers do not take: half of a pair of surrogates, as JSON can escape."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise SpecError(f"{where}: not UTF-8 text: {error.reason}") from error
 
 
 class _Template:

@@ -90,6 +90,24 @@ def test_damaged_lines(model: Path, tmp_path: Path, text: str, line: str) -> Non
         texts([tmp_path / "a.jsonl"], None, model)
 
 
+def test_text_that_no_tokenizer_takes(model: Path, tmp_path: Path) -> None:
+    for record in ({"text": "w1 \ud800"}, {"messages": [{"role": "user", "content": "\ud800"}]}):
+        file = lines(tmp_path / "a.jsonl", record)
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "chat_template": CHAT}
+        (model / "tokenizer_config.json").write_text(json.dumps(settings))
+        (name,) = record
+        with pytest.raises(SpecError, match=rf"^{file}: line 1: {name}: not UTF-8 text: surrogates not allowed$"):
+            texts([file], None, model)
+
+
+def test_json_in_a_file_of_another_name(model: Path, tmp_path: Path) -> None:
+    """Records are not read as text, braces and all."""
+    file = lines(tmp_path / "a.json", {"text": " ".join(WORDS)})
+    with pytest.raises(SpecError, match=rf"^{file}: JSON; records are JSON lines \(\.jsonl, \.ndjson\), text is .txt$"):
+        calibration_batches(model, file, 1, 4)
+    assert record_files(lines(tmp_path / "A.JSONL", {})) == [tmp_path / "A.JSONL"]
+
+
 def test_tables_need_their_library(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
