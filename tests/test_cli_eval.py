@@ -99,6 +99,32 @@ def test_tasks_alone(model, artifacts, monkeypatch):
     assert asked == [("OnnxSession", ["mine"], 5, None), ("LlamaForCausalLM", ["mine"], 5, None)]
 
 
+def test_another_that_cannot_read_the_tokens(model, words, tmp_path):
+    """What is compared reads the same tokens, or is refused by name, before anything runs."""
+    other = save_checkpoint(tmp_path / "small", vocab_size=50)
+    options = ("--text", words, "--sequence-length", 12)
+    done = graphq_("eval", model, "--against", other, *options, status=1)
+    assert done.stderr.startswith(f"{other}: the tokenizer gives token ")
+    assert done.stderr.endswith(", the model knows 50\n")
+    short = save_checkpoint(tmp_path / "short", max_position_embeddings=8)
+    done = graphq_("eval", model, "--against", short, *options, status=1)
+    assert done.stderr == f"{short}: a window of 12 tokens is longer than the 8 that it reads\n"
+    done = graphq_("eval", other, "--generate", "w5 w90", status=1)
+    assert done.stderr == f"{other}: the tokenizer gives token 92, the model knows 50\n"
+
+
+def test_no_number_is_null_in_json(model, words, monkeypatch):
+    monkeypatch.setattr(evaluate, "perplexity", lambda *_: float("inf"))
+    done = graphq_("eval", model, "--text", words, "--sequence-length", 12, "--json")
+    assert '"perplexity": [\n  null\n ]' in done.stdout
+    assert graphq_("eval", model, "--text", words, "--sequence-length", 12).stdout.startswith("perplexity inf (")
+
+
+def test_text_that_is_none(model):
+    done = graphq_("eval", model, "--generate", "w1 \udcff", status=1)
+    assert done.stderr == "prompt: not UTF-8 text: surrogates not allowed\n"
+
+
 def test_refused(model, artifacts):
     done = graphq_("eval", artifacts / "ascend", status=1)
     assert "--against MODEL_DIR reads it back into its model's graph" in done.stderr

@@ -1,6 +1,7 @@
 """``eval``: how good a language model in a directory or an artifact is, by itself and beside another."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -61,8 +62,14 @@ def eval_(
     lines: list[str] = []
     if text or windows or not (task or generate):
         read = _windows(model, text, windows, sequence_length)
+        for path, _ in calls:
+            check_fit(path, read)
         numbers = [evaluate.perplexity(call, read) for _, call in calls]
-        found |= {"perplexity": numbers, "windows": len(read), "sequence_length": sequence_length}
+        found |= {
+            "perplexity": _finite(numbers),
+            "windows": len(read),
+            "sequence_length": sequence_length,
+        }
         beside = f", {numbers[1]:.4f} of {against}" if against is not None else ""
         lines.append(f"perplexity {numbers[0]:.4f}{beside} ({len(read)} windows of {sequence_length} tokens)")
         if against is not None:
@@ -71,11 +78,17 @@ def eval_(
             lines.append(str(agreement))
     if task or generate:
         models = [language_model(call, path) for path, call in calls]
-        found["tasks"], told = _tasks(models, task or [], limit, shots)
+        measured, told = _tasks(models, task or [], limit, shots)
+        found["tasks"] = {name: {key: _finite(x) for key, x in row.items()} for name, row in measured.items()}
         found["texts"], written = _texts(models, generate or [], tokens)
         lines += told + written
-    for line in [json.dumps(found, indent=1)] if as_json else map(printable, lines):
+    for line in [json.dumps(found, indent=1, allow_nan=False)] if as_json else map(printable, lines):
         typer.echo(line)
+
+
+def _finite(numbers: list[float]) -> list[float | None]:
+    """The numbers as JSON has them, which knows no others."""
+    return [one if math.isfinite(one) else None for one in numbers]
 
 
 def _windows(model: Path, text: list[Path] | None, count: int | None, length: int) -> "Tensor":
@@ -86,7 +99,6 @@ def _windows(model: Path, text: list[Path] | None, count: int | None, length: in
         read = file_windows(tokenizer, text, length, count)
     else:
         read = evaluate.standard_library_windows(tokenizer, count=count or 320, length=length)
-    check_fit(model, read)
     return read
 
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from graphq.data.evaluate import Tokenizer, load_tokenizer, logits_of, takes_input_ids
+from graphq.data.model_text import check_fit
+from graphq.data.records import check_text
 from graphq.errors import SpecError
 
 _LONGEST: Final = 2048  # where the configuration says nothing, as lm-eval has it
@@ -21,12 +23,15 @@ _LONGEST: Final = 2048  # where the configuration says nothing, as lm-eval has i
 @final
 @dataclass(frozen=True)
 class LanguageModel:
-    """call: gives logits for token ids. longest: how many tokens it reads at once. ends: the ids that end a text."""
+    """call: gives logits for token ids. longest: how many tokens it reads at once. ends: the ids that end a text.
+    folder: whose configuration says which tokens it knows.
+    """
 
     call: Callable[..., Any]
     tokenizer: Tokenizer
     longest: int
     ends: tuple[int, ...] = ()
+    folder: Path | None = None
 
     @property
     def start(self) -> int:
@@ -61,7 +66,10 @@ class LanguageModel:
         """The likeliest text behind the prompt, token by token: ``most`` tokens, or up to one that ends a text, or to
         the first of the texts ``until``, which is left out.
         """
+        check_text("prompt", prompt)
         tokens = self.tokenizer.vocabulary.encode(prompt).ids or [self.start]
+        if self.folder is not None:
+            check_fit(self.folder, torch.tensor([tokens[-self.longest :]]))
         first = len(tokens)
         for _ in range(most):
             found = int(self.logits(tokens)[-1].argmax())
@@ -92,4 +100,6 @@ def language_model(call: Callable[..., Any], folder: str | Path) -> LanguageMode
     longest = next((size for size in sizes if type(size) is int and size > 0), _LONGEST)
     ends = config.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [ends]
-    return LanguageModel(call, load_tokenizer(folder), longest, tuple(one for one in ends if type(one) is int))
+    return LanguageModel(
+        call, load_tokenizer(folder), longest, tuple(one for one in ends if type(one) is int), Path(folder)
+    )

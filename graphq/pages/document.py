@@ -195,9 +195,13 @@ def _histograms(side: Side, sources: Sources) -> tuple[dict[str, Histogram], dic
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a file. Raises ``SpecError`` where it holds none."""
     try:
-        found: Any = json.loads(file.read_text(encoding="utf-8"))
+        found: Any = json.loads(file.read_text(encoding="utf-8"), parse_constant=_no_constant)
     except (OSError, ValueError, RecursionError) as error:
         raise SpecError(f"{file}: not a file of JSON: {error}") from error
     if not isinstance(found, dict):
         raise SpecError(f"{file}: not an object of JSON")
     return cast(dict[str, Any], found)
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")

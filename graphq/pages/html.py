@@ -160,7 +160,7 @@ def _evaluations(found: Sequence[Mapping[str, Any]]) -> list[str]:
     for one in found:
         name = one["model"]
         for value, of in zip(one.get("perplexity") or (), (name, one.get("against")), strict=False):
-            rows.append((of, "perplexity", f"{value:.4f}"))
+            rows.append((of, "perplexity", _measured(value)))
         agreement = one.get("agreement") or {}
         rows += [
             (name, f"{key} beside {one.get('against')}", f"{value:.6g}")
@@ -170,8 +170,12 @@ def _evaluations(found: Sequence[Mapping[str, Any]]) -> list[str]:
         for task, metrics in (one.get("tasks") or {}).items():
             for metric, values in metrics.items():
                 for value, of in zip(values, (name, one.get("against")), strict=False):
-                    rows.append((of, f"{task}: {metric}", f"{value:.4f}"))
+                    rows.append((of, f"{task}: {metric}", _measured(value)))
     return ["<h2>Evaluation</h2>", _table(("model", "measure", "value"), rows, (2,))] if rows else []
+
+
+def _measured(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"  # as JSON has it
 
 
 def _search(search: Mapping[str, Any] | None) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 
 import graphq
 from graphq.errors import SpecError, TargetError
-from graphq.pages.document import page_of
+from graphq.pages.document import page_of, read_json
 from tests.models import Blocks
 from tests.pages.test_html import strictly, words
 
@@ -77,6 +77,12 @@ def test_a_damaged_manifest(artifact, tmp_path, key, value):
     (folder / "graphq.json").write_text(json.dumps(held))
     with pytest.raises(TargetError, match=f"damaged: report: {key}"):
         page_of(folder)
+
+
+def test_numbers_that_json_has_not(tmp_path):
+    (tmp_path / "eval.json").write_text('{"model": "m", "perplexity": [Infinity]}')
+    with pytest.raises(SpecError, match=r"eval\.json: not a file of JSON: Infinity is no JSON"):
+        read_json(tmp_path / "eval.json")
 
 
 def test_refused(model, artifact):

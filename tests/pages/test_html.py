@@ -157,6 +157,11 @@ def test_what_it_shows():
         assert text in shown, text
 
 
+def test_no_number_is_said():
+    page = Page("t", (), (), "", evaluations=({"model": "m", "perplexity": [None], "tasks": {"t": {"acc": [None]}}},))
+    assert words(strictly(page)).count("not finite") == 2
+
+
 def test_colours_follow_the_numbers():
     rows = tuple(row(f"m.{i}.up", sqnr_db=10.0 * i) for i in range(3))
     root = strictly(Page("t", (), rows, ""))
