@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from graphq.cli.arguments import Debug, ExampleInputs, TrustRemoteCode
+from graphq.cli.arguments import CalibrationField, Debug, ExampleInputs, TrustRemoteCode
 from graphq.cli.errors import one_line_errors
 from graphq.cli.models import example_inputs
 from graphq.data.model_text import calibration_batches
@@ -25,6 +25,7 @@ def diff(
     calibration: Annotated[
         Path | None, typer.Option(metavar="FILE|DIR", help="Text to compare on: a file, or all files in a directory.")
     ] = None,
+    calibration_field: CalibrationField = None,
     samples: Annotated[int, typer.Option(min=1, help="Windows of it, fewer if the text ends before.")] = 8,
     sequence_length: Annotated[int, typer.Option("--sequence-length", min=2, help="Tokens in a window.")] = 256,
     inputs: ExampleInputs = None,
@@ -46,7 +47,7 @@ def diff(
     if calibration is not None:
         if place is None:
             raise typer.BadParameter("none is given, whose tokenizer reads the text", param_hint="--model")
-        batches = calibration_batches(place, calibration, samples, sequence_length)
+        batches = calibration_batches(place, calibration, samples, sequence_length, calibration_field)
     elif given is not None:
         batches = [given]
     else:

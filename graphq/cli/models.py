@@ -217,6 +217,7 @@ def dump(
         str | None, typer.Option(metavar="PASS", help="Stop after this pass, such as annotate; default: the last.")
     ] = None,
     calibration: Calibration = None,
+    calibration_field: CalibrationField = None,
     samples: Samples = None,
     sequence_length: SpecLength = None,
     dialect: Dialect = None,
@@ -228,7 +229,7 @@ def dump(
     from graphq.ir.text import dump
 
     parsed = load_spec(spec, dialect)
-    batches = calibration_text(model, calibration, samples, sequence_length, parsed.run)
+    batches = calibration_text(model, calibration, samples, sequence_length, parsed.run, calibration_field)
     typer.echo(dump(graph_after(model, parsed, after, calibration=batches)), nl=False)
 
 
@@ -274,6 +275,9 @@ def calibration_text(
 ) -> "Sequence[Tensor] | Sequence[Mapping[str, Tensor]] | None":
     """Batches of the text or records at ``place``, as many and as long as was given, or else as the spec says."""
     if place is None:
+        for option, value in (("--calibration-field", field), ("--shuffle", shuffle), ("--windows", windows)):
+            if value not in (None, "packed"):
+                raise typer.BadParameter("is of records, and no --calibration is given", param_hint=option)
         return None
     samples, length = samples or run.samples or 128, length or run.sequence_length or 256
     return calibration_batches(model, place, samples, length, field, windows, shuffle)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from graphq.cli.arguments import Debug, ExampleInputs
+from graphq.cli.arguments import CalibrationField, Debug, ExampleInputs
 from graphq.cli.errors import one_line_errors
 from graphq.cli.models import example_inputs
 from graphq.data.model_text import calibration_batches
@@ -32,6 +32,7 @@ def report(
     calibration: Annotated[
         Path | None, typer.Option(metavar="FILE|DIR", help="Text, for histograms of the inputs of layers.")
     ] = None,
+    calibration_field: CalibrationField = None,
     samples: Annotated[int, typer.Option(min=1, help="Windows of it, fewer if the text ends before.")] = 8,
     sequence_length: Annotated[int, typer.Option("--sequence-length", min=2, help="Tokens in a window.")] = 256,
     inputs: ExampleInputs = None,
@@ -69,7 +70,7 @@ def report(
     if calibration is not None:
         if of is None:
             raise typer.BadParameter("none is given, whose tokenizer reads the text", param_hint="--model")
-        batches = list(calibration_batches(of, calibration, samples, sequence_length))
+        batches = list(calibration_batches(of, calibration, samples, sequence_length, calibration_field))
     made = page_of(
         given,
         spec,

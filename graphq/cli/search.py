@@ -6,7 +6,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from graphq.cli.arguments import Debug, Model
+from graphq.cli.arguments import CalibrationField, Debug, Model
 from graphq.cli.errors import one_line_errors
 from graphq.data.model_text import calibration_batches, check_fit, file_windows
 from graphq.errors import TargetError
@@ -35,6 +35,7 @@ def search(
         typer.Option(metavar="FILE", help="Text for --max-drop; default: modules of Python's standard library."),
     ] = None,
     eval_windows: Annotated[int, typer.Option(min=1, help="Windows of it.")] = 64,
+    calibration_field: CalibrationField = None,
     samples: Annotated[int, typer.Option(min=1, help="Windows of the calibration text.")] = 16,
     sequence_length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 256,
     sensitivity: Annotated[
@@ -77,7 +78,7 @@ def search(
         model,
         options,
         budget,
-        calibration=calibration_batches(model, calibration, samples, sequence_length),
+        calibration=calibration_batches(model, calibration, samples, sequence_length, calibration_field),
         max_drop=max_drop,
         evaluate=windows,
         sensitivity=cast(Any, sensitivity),
