@@ -125,6 +125,12 @@ def test_text_that_is_none(model):
     assert done.stderr == "prompt: not UTF-8 text: surrogates not allowed\n"
 
 
+def test_options_of_tasks_without_any(model):
+    for option in ("--limit", "--shots"):
+        done = graphq_("eval", model, option, 3, "--windows", 1, status=2)
+        assert f"Invalid value for {option}: is of tasks, and no --task is given" in done.stderr
+
+
 def test_refused(model, artifacts):
     done = graphq_("eval", artifacts / "ascend", status=1)
     assert "--against MODEL_DIR reads it back into its model's graph" in done.stderr

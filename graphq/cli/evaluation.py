@@ -55,6 +55,9 @@ def eval_(
     from graphq.data import evaluate
     from graphq.data.language_model import language_model
 
+    for option, value in (("--limit", limit), ("--shots", shots)):
+        if value is not None and not task:
+            raise typer.BadParameter("is of tasks, and no --task is given", param_hint=option)
     calls = [(model, _language_model(model, against))]
     if against is not None:
         calls.append((against, _language_model(against, None)))

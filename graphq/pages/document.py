@@ -78,7 +78,8 @@ def page_of(
 
     model: what an artifact or a compiled model is of: with it there are histograms of weights. calibration: batches,
     with which, and the model, there are histograms of the inputs of layers, too. search, evaluations, differences: what
-    ``graphq search``, ``eval`` and ``diff`` print with ``--json``. Raises ``SpecError`` for a model without a spec.
+    ``graphq search``, ``eval`` and ``diff`` print with ``--json``. Raises ``SpecError`` for a model without a
+    spec, for an artifact with one, and for differences of another model.
     """
     batches = list(calibration or ())
     checked = _checked(search, evaluations, differences)
@@ -87,6 +88,8 @@ def page_of(
         side = None if model is None else Side(given.graph, given.spec, given.seed)
         sources = Sources(model, batches, inputs)
     elif isinstance(given, str | Path) and (Path(given) / manifest.NAME).is_file():
+        if spec is not None:
+            raise SpecError("spec: an artifact has its own; leave it out, or give the model")
         made, sources = _of_artifact(Path(given)), Sources(model, batches, inputs)
         is_static = any(row["input"] is not None and not row["input"]["dynamic"] for row in made.rows)
         can_read = model is not None and (bool(batches) or not is_static)
@@ -100,6 +103,7 @@ def page_of(
         sources = Sources(given, batches, inputs)
         compiled, side = spec_side(spec, sources)
         made = _of_compiled(compiled, str(given) if isinstance(given, str | Path) else type(given).__name__)
+    _check_same_layers(differences, made.rows)
     weights, activations = ({}, {}) if side is None else _histograms(side, sources)
     return Page(
         made.title,
@@ -127,6 +131,17 @@ def _checked(
             if one is not None and not all(key in one for key in keys):
                 raise SpecError(f"{name}: not what graphq {name} --json prints: it has no {' or '.join(keys)}")
     return search, tuple(evaluations), differences
+
+
+def _check_same_layers(differences: Mapping[str, Any] | None, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ``SpecError`` where the differences are those of another model."""
+    own = {row["layer"] for row in rows}
+    try:
+        compared = [str(one["layer"]) for one in (differences or {}).get("layers", ())]
+    except (KeyError, TypeError) as error:
+        raise SpecError("diff: not what graphq diff --json prints: a layer without a name") from error
+    if compared and own.isdisjoint(compared):
+        raise SpecError(f"diff: of another model: it compares {compared[0]}, which this one has not")
 
 
 def _of_compiled(compiled: Compiled, title: str) -> Page:

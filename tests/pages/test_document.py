@@ -85,6 +85,19 @@ def test_numbers_that_json_has_not(tmp_path):
         read_json(tmp_path / "eval.json")
 
 
+def test_what_is_of_something_else(artifact):
+    """What would be left out of the page is refused."""
+    other = {"layers": [{"layer": "nothing.like.it"}], "outputs": {}}
+    with pytest.raises(
+        SpecError, match=r"^diff: of another model: it compares nothing\.like\.it, which this one has not$"
+    ):
+        page_of(artifact, differences=other)
+    with pytest.raises(SpecError, match=r"^diff: not what graphq diff --json prints: a layer without a name$"):
+        page_of(artifact, differences=other | {"layers": [{}]})
+    with pytest.raises(SpecError, match=r"^spec: an artifact has its own"):
+        page_of(artifact, "w8a8")
+
+
 def test_refused(model, artifact):
     with pytest.raises(SpecError, match="spec: none given"):
         page_of(model, inputs=X)
