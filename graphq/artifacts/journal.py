@@ -22,17 +22,13 @@ from graphq.files import sync_directory, write_durably
 
 JOURNAL: Final = "graphq.journal"  # of a graph: its journal
 ANEW: Final = "start anew with --restart, or remove the folder"
+_AT_WORK: Final = "another compile is at work there"
 _INPUTS: Final = "inputs.json"
 _LOCK: Final = "lock"
 _STEPS: Final = "steps"
 _ARTIFACT: Final = "artifact"
 _BEGUN: Final = "artifact.json"  # with what options
 _SHARD: Final = "shard"
-
-
-@final
-class AtWorkError(TargetError):
-    """Another process has the folder."""
 
 
 @final
@@ -279,10 +275,9 @@ def told_how_to_go_on(folder: Path) -> Generator[None]:
     """An error says what is kept in the folder of an interrupted compile."""
     try:
         yield
-    except AtWorkError:
-        raise  # nothing was interrupted
     except BaseException as error:
-        if line := how_to_go_on(folder):
+        is_of_another = isinstance(error, TargetError) and str(error).endswith(_AT_WORK)  # and not interrupted
+        if not is_of_another and (line := how_to_go_on(folder)):
             error.add_note(line)
         raise
 
@@ -362,5 +357,5 @@ def _locked(folder: Path) -> Any:
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             opened.close()
-            raise AtWorkError(f"{folder}: another compile is at work there") from error
+            raise TargetError(f"{folder}: {_AT_WORK}") from error
     return opened
