@@ -232,7 +232,7 @@ def test_a_limit_is_a_reason() -> None:
 
 
 def test_without_the_library_torch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(native, "_loaded", lambda: (None, native.NOT_BUILT))
     monkeypatch.setattr(native, "levels", lambda: frozenset[str]())
     module, x = linear(), random(4, 96)
     assert str(module.choice) == f"rows expanded by torch: {native.NOT_BUILT}"

@@ -107,7 +107,7 @@ def choose(inputs: str, device: torch.device, *, size: int, group: int, is_integ
     if device.type != "cpu":
         return Choice(TORCH, f"no kernel for {device.type}")
     if native.library() is None:
-        return Choice(TORCH, native.NOT_BUILT)
+        return Choice(TORCH, native.absence())
     limit = _limit.get() or _from_environment()
     if limit == "torch":
         return Choice(TORCH, "asked for")

@@ -55,18 +55,28 @@ def _file() -> Path | None:
     return next((path for suffix in EXTENSION_SUFFIXES if (path := here / f"_native{suffix}").is_file()), None)
 
 
-@cache
 def library() -> Any:
-    """The library, whose threads are torch's; None where it was not built, or not from these sources."""
+    """The library, whose threads are torch's; None where it was not built, or not from these sources (``absence``)."""
+    return _loaded()[0]
+
+
+def absence() -> str:
+    """Why there is no library; "" where there is one."""
+    return _loaded()[1]
+
+
+@cache
+def _loaded() -> tuple[Any, str]:
     path = _file()
     if path is None:
-        return None
+        return None, NOT_BUILT
     try:
         found = ctypes.CDLL(str(path))
-        if found.graphq_abi() != _ABI:
-            return None
-    except (OSError, AttributeError):
-        return None
+        abi = int(found.graphq_abi())
+    except (OSError, AttributeError) as error:
+        return None, f"graphq's kernels cannot be loaded: {error}"
+    if abi != _ABI:
+        return None, f"graphq's kernels were built from other sources (version {abi}, not {_ABI}): install graphq again"
     found.graphq_linear.argtypes = (
         POINTER(Weight), c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int32, c_int32, c_int32, c_int32, c_int64,
     )  # fmt: skip
@@ -83,7 +93,7 @@ def library() -> Any:
     found.graphq_tiles_size.argtypes = (POINTER(Weight),)
     found.graphq_pack.argtypes = found.graphq_unpack.argtypes = (POINTER(Packing), c_int64)
     _share_threads(found)
-    return found
+    return found, ""
 
 
 def _share_threads(found: Any) -> None:

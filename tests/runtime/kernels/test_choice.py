@@ -1,6 +1,9 @@
 """Which kernel is chosen, by the table alone: as if the processor had other instructions than it has."""
 
+import ctypes
+from collections.abc import Generator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,6 +60,7 @@ def test_rows_of_torch(processor: pytest.MonkeyPatch) -> None:
     assert chosen("int8", is_integer=False).why == "its codes are floats"
     assert chosen("float32", size=0).why == "it has no codes"
     processor.setattr(native, "library", lambda: None)
+    processor.setattr(native, "absence", lambda: native.NOT_BUILT)
     assert chosen("float32").why == native.NOT_BUILT
 
 
@@ -86,11 +90,32 @@ def test_onednn_has_int8_by_int8_with_amx(monkeypatch: pytest.MonkeyPatch) -> No
     assert choice.integer_kernel(weight) is None
 
 
-def test_a_library_of_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for broken in (tmp_path / "missing.so", Path(__file__)):
-        monkeypatch.setattr(native, "_file", lambda path=broken: path)
-        native.library.cache_clear()
-        try:
-            assert native.library() is None
-        finally:
-            native.library.cache_clear()
+@pytest.fixture
+def unloaded(monkeypatch: pytest.MonkeyPatch) -> Generator[pytest.MonkeyPatch]:
+    native._loaded.cache_clear()
+    yield monkeypatch
+    monkeypatch.undo()
+    native._loaded.cache_clear()
+
+
+@pytest.mark.parametrize("found", ["missing.so", "text.so"])
+def test_a_library_that_cannot_be_loaded_is_told(unloaded: pytest.MonkeyPatch, tmp_path: Path, found: str) -> None:
+    (tmp_path / "text.so").write_text("no library")
+    unloaded.setattr(native, "_file", lambda: tmp_path / found)
+    assert native.library() is None
+    assert chosen("float32").why.startswith(f"graphq's kernels cannot be loaded: {tmp_path / found}")
+
+
+@pytest.mark.parametrize("version", [2, native._ABI + 1])
+def test_a_library_of_other_sources_is_told(unloaded: pytest.MonkeyPatch, tmp_path: Path, version: int) -> None:
+    unloaded.setattr(native, "_file", lambda: tmp_path / "old.so")
+    unloaded.setattr(ctypes, "CDLL", lambda path: SimpleNamespace(graphq_abi=lambda: version))
+    assert native.library() is None
+    why = f"were built from other sources (version {version}, not {native._ABI}): install graphq again"
+    assert str(chosen("float32")) == f"rows expanded by torch: graphq's kernels {why}"
+
+
+def test_without_a_library_it_was_not_built(unloaded: pytest.MonkeyPatch) -> None:
+    unloaded.setattr(native, "_file", lambda: None)
+    assert native.library() is None
+    assert chosen("float32").why == native.NOT_BUILT
