@@ -8,7 +8,7 @@ from torch import Tensor
 
 from graphq.runtime import kernels, ops
 from graphq.runtime.kernels import Product, Rows
-from graphq.runtime.modules import dequantized, scales_of
+from graphq.runtime.modules import scales_of
 from graphq.runtime.packed_op import numbers_of, packed_linear
 from graphq.runtime.packed_product import PackedProduct
 
@@ -40,11 +40,12 @@ class PackedExperts(PackedProduct):
     ) -> Tensor:
         """See the class. Raises ``PassError`` for offsets that do not cut the rows."""
         form = self.graphq_form
-        if type(x) is not Tensor or torch.compiler.is_compiling():
+        if kernels.is_traced(x):
             how = (str(form.settings["format"]), form.block, form.shape, 1, form.dtype, offsets)
             return packed_linear(x, scale, zero_point, self.weight, *scales_of(self), None, self.is_tiled, *how)
-        if x.requires_grad and torch.is_grad_enabled():
-            return ops.REFERENCES[ops.grouped_linear](x.to(form.dtype), dequantized(self), offsets)
+        if (x.requires_grad and torch.is_grad_enabled()) or kernels.is_transformed():
+            x = numbers_of(x, scale, zero_point, form.dtype)
+            return ops.REFERENCES[ops.grouped_linear](x, self.differentiated(), offsets)
         ready = self.ready(zero_point is not None)
         if isinstance(ready.product, Product):
             return ready.product(x, form.dtype, scale, zero_point, offsets)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from graphq.runtime import kernels
 from graphq.runtime.kernels import Product, Rows
-from graphq.runtime.modules import Int8Linear, PackedWeight, dequantized, has_integer_kernel, scales_of
+from graphq.runtime.modules import Int8Linear, PackedWeight, has_integer_kernel, scales_of
 from graphq.runtime.packed_op import numbers_of, packed_linear
 from graphq.runtime.packed_product import PackedProduct
 from graphq.runtime.quantized_module import QuantizedModule
@@ -46,14 +46,15 @@ class PackedLinear(PackedProduct):
     ) -> Tensor:
         """See the class."""
         form, has_zero = self.graphq_form, zero_point is not None
-        if type(x) is not Tensor or torch.compiler.is_compiling():
+        if kernels.is_traced(x):
             how = (str(form.settings["format"]), form.block, form.shape, form.rows_first[0], form.dtype)
             return packed_linear(
                 x, scale, zero_point, self.weight, *scales_of(self), self.held_bias, self.is_tiled, *how
             )
-        if x.requires_grad and torch.is_grad_enabled():
-            w = dequantized(self)
-            return F.linear(x.to(form.dtype), w.t() if form.rows_first[0] else w, self._bias)
+        if (x.requires_grad and torch.is_grad_enabled()) or kernels.is_transformed():
+            w = self.differentiated()
+            x = numbers_of(x, scale, zero_point, form.dtype)
+            return F.linear(x, w.t() if form.rows_first[0] else w, self._bias)
         ready = self.ready(has_zero)
         if isinstance(ready.product, Product):
             return ready.product(x, form.dtype, scale, zero_point)

@@ -180,7 +180,7 @@ class Int8Linear(TiledModule):
         weight, ready = held["weight"], self._graphq_ready
         if q.dtype != torch.int8 or q.shape[-1:] != tuple(form.shape[1:]):  # which the kernel takes for granted
             raise PassError(f"codes {q.dtype}{list(q.shape)} for a weight int8{form.shape}")
-        if type(q) is not Tensor or torch.compiler.is_compiling():
+        if kernels.is_traced(q) or kernels.is_transformed():
             return self._traced(q, scale, zero_point)
         if ready is None or not ready.of.is_current():
             if (

@@ -5,14 +5,14 @@ import threading
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Final, final
+from typing import Any, Final, cast, final
 
 import torch
 from torch import Tensor
 
 from graphq.runtime import kernels
 from graphq.runtime.kernels import Choice, Product, Rows
-from graphq.runtime.modules import PackedWeight, scales_of
+from graphq.runtime.modules import PackedWeight, dequantized, scales_of
 from graphq.runtime.tiled import Snapshot, TiledModule
 
 _PREPARING: Final = threading.Lock()
@@ -82,6 +82,11 @@ class PackedProduct(TiledModule, PackedWeight):
     @abstractmethod
     def rows(self, codes: Tensor) -> Rows:
         """The rows of the weight with these codes, packed."""
+
+    def differentiated(self) -> Tensor:
+        """The weight in its dtype, for products that torch differentiates or transforms: a constant of these."""
+        with cast(Any, torch)._C._DisableFuncTorch():
+            return dequantized(self)
 
     def product(self, has_input_zero: bool) -> Product | None:
         product = self.ready(has_input_zero).product

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
+from graphq.runtime.kernels import is_watched
 from graphq.runtime.modules import Int8Linear
 from graphq.runtime.packed_product import PackedProduct
 from graphq.runtime.region_steps import Lowered, NoSteps, lowered
@@ -59,7 +60,7 @@ class _Plan:
 
     def run(self, inputs: Sequence[Any]) -> tuple[Tensor, ...] | None:
         """What the region gives; None where an input that is quantized is not finite."""
-        taken = [x if x.is_contiguous() else x.contiguous() for x in inputs if type(x) is not int]
+        taken = [x.contiguous().resolve_neg() for x in inputs if type(x) is not int]
         made = [torch.empty(shape, dtype=dtype) for shape, dtype in self.made.made]
         if not self.made.program.run([*taken, *made]):
             return None
@@ -84,7 +85,7 @@ class RegionCall:
 
     def __call__(self, ops: Ops, modules: tuple[nn.Module, ...], inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
         """``ops``: the region op by op, of the modules and the inputs."""
-        if _is_watched() or (torch.is_grad_enabled() and any(x.requires_grad for x in inputs if type(x) in _PLAIN)):
+        if is_watched() or (torch.is_grad_enabled() and any(x.requires_grad for x in inputs if type(x) in _PLAIN)):
             return ops(*modules, *inputs)
         plan = self._last
         if plan is None or not plan.fits(modules, inputs) or not plan.is_current():
@@ -113,9 +114,3 @@ class RegionCall:
             plan = None
         self._plans[key] = plan
         return plan
-
-
-def _is_watched() -> bool:
-    """Whether something is to see each op of torch, or to change it."""
-    private: Any = cast(Any, torch)._C
-    return bool(private._len_torch_dispatch_stack() or torch.is_autocast_enabled("cpu"))

@@ -7,6 +7,7 @@ from graphq.runtime.kernels.offsets import bounds
 from graphq.runtime.kernels.quantize import quantized_rows
 from graphq.runtime.kernels.rows import Rows, is_integer, is_supported, part_of, rows_of, stacked_rows
 from graphq.runtime.kernels.tiles import Product, group_sums, tile, untile
+from graphq.runtime.kernels.watched import is_traced, is_transformed, is_watched
 
 __all__ = [
     "KERNELS",
@@ -24,6 +25,9 @@ __all__ = [
     "integer_kernel",
     "is_integer",
     "is_supported",
+    "is_traced",
+    "is_transformed",
+    "is_watched",
     "part_of",
     "quantized_rows",
     "rows_of",

@@ -1,7 +1,7 @@
 """Attention of a few queries over a cache: keys and values are read once for all query heads that share them."""
 
 import struct
-from typing import Any, Final, cast
+from typing import Final
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from graphq.runtime.kernels import native
 from graphq.runtime.kernels.choice import features
+from graphq.runtime.kernels.watched import is_watched
 
 MOST_QUERIES: Final = 4  # tokens of a step; more are the work of torch's products of matrices
 LEAST: Final = {torch.float32: 1 << 16, torch.bfloat16: 1 << 12}  # elements of keys from which on torch is slower
@@ -36,7 +37,8 @@ def scaled_dot_product_attention(
     float32, and rounds once. A query to which the mask leaves no token gives 0.
     """
     made = None
-    if type(query) in _PLAIN and query.dim() == 4 and query.shape[2] <= MOST_QUERIES and not (dropout_p or is_causal):
+    is_plain = type(query) in _PLAIN and not torch.compiler.is_compiling()
+    if is_plain and query.dim() == 4 and query.shape[2] <= MOST_QUERIES and not (dropout_p or is_causal):
         made = _by_library(query, key, value, attn_mask, scale, enable_gqa)
     if made is not None:
         return made
@@ -68,6 +70,8 @@ def _by_library(
     *k_strides, k_last = k.stride()
     *v_strides, v_last = v.stride()
     if q_last != 1 or k_last != 1 or v_last != 1 or _is_watched(q, k, v, mask):
+        return None
+    if q.is_neg() or k.is_neg() or v.is_neg() or (mask is not None and mask.is_neg()):  # memory holds the negatives
         return None
     mask_place, mask_type, mask_strides = 0, 0, [0, 0, 0, 0]
     if mask is not None:
@@ -101,7 +105,6 @@ def _level() -> int:
 
 def _is_watched(*tensors: Tensor | None) -> bool:
     """Whether something is to see the op of torch, to change it, or to differentiate it."""
-    private: Any = cast(Any, torch)._C
-    if private._len_torch_dispatch_stack() or torch.is_autocast_enabled("cpu"):
+    if is_watched():
         return True
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)

@@ -168,7 +168,7 @@ class Product:
         x_type = _TYPES.get(x.dtype)
         if x_type is None:
             x, x_type = x.float(), 0
-        x = x.contiguous()
+        x = x.contiguous().resolve_neg()
         x_scale = None if scale is None else _of_rows(scale, torch.float32, m)
         x_zero = None if zero_point is None else _of_rows(zero_point, torch.int8, m)
         is_half = dtype == torch.bfloat16
