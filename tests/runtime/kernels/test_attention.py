@@ -123,6 +123,71 @@ def test_what_is_not_finite_stays_so() -> None:
     assert y[1].isfinite().logical_not().nonzero().tolist() == [[2, 0, 5], [3, 0, 5]]
 
 
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("limit", LEVELS)
+def test_a_mask_hides_what_torchs_hides(kind: torch.dtype, value: float, limit: kernels.Limit) -> None:
+    """Scores that are no numbers stay so under it, of one chunk and of several."""
+    for tokens in (20, 300):
+        q, k, v = operands(tokens=tokens)
+        k[0, 0, 3], v[1, 1, 3, 5], k[0, 1, 4, 0] = value, value, -value
+        mask = torch.ones(2, 1, 1, tokens, dtype=torch.bool)
+        mask[..., 3:5] = False
+        mask = mask if kind == torch.bool else torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+        with kernels.using(limit), calls() as ran:
+            y = attend(q, k, v, mask, enable_gqa=True)
+        assert ran
+        assert torch.equal(y.isfinite(), wanted(q, k, v, mask).isfinite())
+        assert torch.equal(y.isnan(), wanted(q, k, v, mask).isnan())
+
+
+def test_hidden_chunks_take_no_part() -> None:
+    """The first ones, whose largest score is that of no token, and the last ones."""
+    q, k, v = operands(queries=2, tokens=900)
+    for first in (0, 15, 255, 256, 257, 600, 899):
+        mask = torch.zeros(2, 1, 2, 900, dtype=torch.bool)
+        mask[0, :, 0, first], mask[0, :, 1, first:], mask[1, :, 0, : first + 1] = True, True, True
+        y = attend(q, k, v, mask, enable_gqa=True)
+        assert not y[1, :, 1].any()
+        assert_near(y, wanted(q, k, v, mask), 2e-6)
+
+
+def test_views_of_a_cache_are_read_as_they_lie() -> None:
+    q, k, v = operands(queries=2)
+    room, one = random(2, 2, 40, 33, seed=7), random(1, 2, 20, 32, seed=8)
+    views = [
+        room[:, :, :20, 1:], room[:, :, ::2, :32], room.flip(3)[:, :, 20:, :32], one.expand(2, 2, 20, 32),
+        k[:, :1].expand(2, 2, 20, 32), k[:, :, :1].expand(2, 2, 20, 32), room.transpose(0, 1)[:, :, 5:25, :32],
+        random(2, 20, 2, 32).transpose(1, 2), random(20, 2, 2, 32).permute(1, 2, 0, 3),
+    ]  # fmt: skip
+    mask = random(1, 1, 1, 60)[..., ::3]
+    for view in views:
+        for keys, values in ((view, v), (k, view), (view, view)):
+            with calls() as ran:
+                y = attend(q, keys, values, mask, enable_gqa=True)
+            assert ran
+            assert_near(y, wanted(q, keys, values, mask), 2e-6)
+
+
+def test_threads_change_no_bytes() -> None:
+    q, k, v = operands(heads=12, groups=2, queries=4, tokens=500)
+    before, found = torch.get_num_threads(), list[Tensor]()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(attend(q, k, v, enable_gqa=True))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_a_compiled_call_is_one_graph() -> None:
+    q, k, v = operands()
+    compiled: Any = torch.compile(attend, backend="eager", fullgraph=True)
+    assert_near(compiled(q, k, v, enable_gqa=True), wanted(q, k, v), 2e-6)
+
+
 def test_large_scores_do_not_overflow() -> None:
     q, k, v = operands(tokens=400)
     k[:, :, 300] = q[:, ::2, 0] * 100

@@ -44,7 +44,7 @@ INLINE const float *rows_of(const void *p, int32_t type, int64_t at, int64_t str
 static void mask_scores(const Attention &a, int64_t at, int64_t count, float *scores) {
   const int64_t by = a.mask_token;
   const uint8_t *kept = (const uint8_t *)a.mask + at;
-  if (a.mask_type == INT8) for (int64_t t = 0; t < count; t++) scores[t] = kept[t * by] ? scores[t] : -__builtin_inff();
+  if (a.mask_type == INT8) for (int64_t t = 0; t < count; t++) scores[t] += kept[t * by] ? 0 : -__builtin_inff();
   else if (a.mask_type == FLOAT32) for (int64_t t = 0; t < count; t++) scores[t] += ((const float *)a.mask)[at + t * by];
   else for (int64_t t = 0; t < count; t++) scores[t] += bf16_to_float(((const uint16_t *)a.mask)[at + t * by]);
 }
