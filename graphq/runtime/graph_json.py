@@ -281,7 +281,7 @@ def _check_settings(path: str, module: QuantizedModule) -> None:
         raise TargetError(f"graph.json: {path}: row_axes: {row_axes} are not axes of {shape}")
     if isinstance(module, PackedLinear) and (len(shape) != 2 or len(row_axes) != 1):
         raise TargetError(f"graph.json: {path}: shape: {shape} is not that of a linear")
-    if isinstance(module, PackedExperts) and (len(shape) != 3 or list(row_axes) != [0, 1]):
+    if isinstance(module, PackedExperts) and (len(shape) != 3 or not shape[0] or list(row_axes) != [0, 1]):
         raise TargetError(f"graph.json: {path}: shape: {shape} is not that of experts")
     if len(block) != len(shape) or not all(b == -1 or b > 0 for b in block):
         raise TargetError(f"graph.json: {path}: block: {block} does not divide {shape}")

@@ -1,6 +1,7 @@
 """Experts' linears on packed codes: what they compute, hold, store and copy, whatever kernel they have."""
 
 import copy
+import json
 import operator
 from typing import Any
 
@@ -12,11 +13,12 @@ from torch import Tensor, fx, nn
 
 import graphq
 from graphq import numerics
-from graphq.errors import PassError
+from graphq.errors import PassError, TargetError
 from graphq.numerics import Scales
 from graphq.runtime import kernels, ops
 from graphq.runtime.experts import PackedExperts
-from graphq.runtime.modules import codes_of, dequantized, hold_weight, scales_of
+from graphq.runtime.graph_json import graph_from_json, graph_to_json
+from graphq.runtime.modules import PackedWeight, codes_of, dequantized, hold_weight, scales_of
 from graphq.runtime.program import Program
 from graphq.runtime.region_steps import MOST_OF_EXPERTS
 from graphq.spec.formats import has_global_scale, parse_format
@@ -112,7 +114,8 @@ def test_computes_in_its_dtype(dtype: torch.dtype, bound: float) -> None:
 
 
 @needs_library
-def test_threads_change_no_bytes() -> None:
+@pytest.mark.parametrize("limit", LIMITS[1:])
+def test_threads_change_no_bytes(limit: kernels.Limit) -> None:
     """Of many experts each is one thread's, of few all threads'."""
     module, before = experts(count=8, n=272, k=256, takes_codes=False), torch.get_num_threads()
     for sizes in ([3, 1, 0, 5, 2, 2, 7, 1], [0, 0, 0, 30, 0, 0, 0, 0]):
@@ -121,7 +124,8 @@ def test_threads_change_no_bytes() -> None:
             found = []
             for threads in (1, 2):
                 torch.set_num_threads(threads)
-                found.append(module(x, offsets))
+                with kernels.using(limit):
+                    found.append(module(x, offsets))
         finally:
             torch.set_num_threads(before)
         assert torch.equal(*found)
@@ -183,6 +187,62 @@ def test_gradients_go_through_the_reference() -> None:
     module(x, offsets).sum().backward()
     assert x.grad is not None
     assert torch.allclose(x.grad[4], dequantized(module)[2].sum(0), atol=1e-5)
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+@pytest.mark.parametrize("format", ["int4", "int8", "mxfp4", "float8_e4m3fn"])
+def test_what_is_no_number_stays_in_its_row(limit: kernels.Limit, format: str) -> None:
+    module, x, offsets = experts(format, k=93, n=37), random(6, 93), cut([2, 0, 3])  # the last row is no expert's
+    x[0], x[3, 2], x[4, 5], x[5, 1] = torch.nan, torch.inf, -torch.inf, torch.nan
+    with kernels.using(limit):
+        y, other = module(x, offsets), module(x.nan_to_num(0, 0, 0), offsets)
+    assert torch.equal(y[1:3], other[1:3])
+    assert torch.equal(y.isnan(), expected(module, x, offsets).isnan())
+    assert torch.equal(y.isfinite(), expected(module, x, offsets).isfinite())
+    assert not y[5].any()
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_a_scale_that_is_no_number_stays_in_its_row(limit: kernels.Limit) -> None:
+    module, offsets = experts(takes_codes=True), cut([2, 0, 3])
+    q, scale = (random(5, 96) * 30).to(torch.int8), torch.ones(5, 1)
+    scale[3] = torch.nan
+    with kernels.using(limit):
+        y = module(q, offsets, scale)
+    assert y[3].isnan().all()
+    assert y[[0, 1, 2, 4]].isfinite().all()
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_views_are_read_as_they_lie(limit: kernels.Limit) -> None:
+    module = experts(k=93, n=37, block=(1, 1, 13))
+    room, offsets = random(93, 12), torch.tensor([2, 9, 2, 9, 5, 9])[::2]
+    for x in (room.t()[:5], room.t()[:10:2], room.t()[:1].expand(5, 93), room.t().flip(0)[2:7]):
+        with kernels.using(limit):
+            assert_near(module(x, offsets), expected(module, x, offsets), 2e-6)
+
+
+def test_no_experts_are_refused() -> None:
+    gm = mixture("int4", None)
+    given = graph_to_json(gm)
+    given["modules"]["gate"]["settings"]["shape"] = [0, 48, 32]
+    with pytest.raises(TargetError, match=r"gate: shape: \[0, 48, 32\] is not that of experts"):
+        graph_from_json(given, gm.state_dict())
+
+
+def test_an_artifact_of_before_is_read() -> None:
+    """Experts were weights, dequantized for ``graphq::grouped_linear``."""
+    module = experts("int4/asym", n=37)
+    form, root, graph = module.graphq_form, nn.Module(), fx.Graph()
+    old = PackedWeight("int4/asym", form.block, form.shape, (0, 1), torch.float32)
+    root.add_module("gate", hold_weight(old, codes_of(module), scales_of(module)))
+    x, offsets = graph.placeholder("x"), graph.placeholder("offsets")
+    graph.output([graph.call_function(ops.grouped_linear, (x, graph.call_module("gate"), offsets))])
+    gm = fx.GraphModule(root, graph)
+    read = graph_from_json(json.loads(json.dumps(graph_to_json(gm))), gm.state_dict())
+    given = random(5, 96), cut([2, 0, 3])
+    assert_near(read(*given)[0], expected(module, *given), 2e-6)
+    assert_near(Program(read)(*given)[0], expected(module, *given), 2e-6)
 
 
 # -- in a graph --------------------------------------------------------------------------------------------------------
