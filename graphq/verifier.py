@@ -2,10 +2,10 @@
 gives the integers and scales.
 
 What the artifact holds, unpacked (ONNX: UINT4 lowered by 8), is compared bit for bit with the digests in
-``graphq.json``. With a model directory it is also compared with what the manifest's spec makes of that: codes and
-scales of weights bit for bit where they are rounded to nearest, with the artifact's scale of an input that a weight's
-depends on; else each weight by its signal to quantization noise ratio beside the folded one (``refold``); float tensors
-in any case.
+``graphq.json``. With a model directory, quantized or not, it is also compared with what the manifest's spec makes of
+that: codes and scales of weights bit for bit where they are kept or rounded to nearest, with the artifact's scale of an
+input that a weight's depends on; else each weight by its signal to quantization noise ratio beside the folded one
+(``refold``); float tensors in any case.
 Files are compared by their digests: what a graph computes is what was written. A file that the target reads and that
 has no digest differs. A file of tensors that is not what was written is named only where no tensor in it is.
 """
@@ -13,6 +13,7 @@ has no digest differs. A file of tensors that is not what was written is named o
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -27,6 +28,7 @@ from graphq.artifacts.source import dtype_named
 from graphq.capture import hugging_face
 from graphq.capture.source import KEY, record_stored, source_of
 from graphq.capture.unread import capture_unread
+from graphq.deferred import Stacked
 from graphq.errors import SpecError, TargetError
 from graphq.frontends import load_spec
 from graphq.ir import edit
@@ -34,6 +36,7 @@ from graphq.ir.edit import copy_graph
 from graphq.ir.layers import LAYER, PLAN, sites
 from graphq.ir.pipeline import Pipeline
 from graphq.ir.views import Op
+from graphq.lowering.checkpoints.sources.read import quantized_source
 from graphq.lowering.targets import TARGETS
 from graphq.numerics import Scales
 from graphq.observers.observer import ObserverRequest
@@ -46,7 +49,7 @@ from graphq.pipelines import canonical_passes, placed_for
 from graphq.spec.plan import weight_quants
 from graphq.spec.quant import Ofmr, Quant
 from graphq.spec.rules import Spec
-from graphq.state import put_tensor
+from graphq.state import as_parameter, deferred_of, held_tensor, put_tensor
 
 _INPUT: Final = ("input_scale", "input_zero_point", "input_global_scale")
 _CACHE: Final = tuple(f"{role}_{part}" for role in ("key", "value", "state") for part in ("scale", "zero_point"))
@@ -206,7 +209,7 @@ def _against(
             )
         chosen = read_choices(directory) if described["choices"] is not None else {}
     source = manifest.source_of_artifact(directory, described)
-    gm = hugging_face.capture_directory(model, dtype, cache=bool(source.caches), unread=capture_unread)
+    gm = _captured(model, dtype, cache=bool(source.caches))
     target = str(described["target"])
     alone = [name for name in recorded if name.rpartition(".")[2] not in _WEIGHTS]
     weights = recorded.keys() - set(alone)
@@ -214,14 +217,14 @@ def _against(
         Pipeline(canonical_passes()).run(gm)
         if dtype == torch.float32 and described.get("stored", "") is not None:
             record_stored(gm)
-        anew = _rounded(copy_graph(gm), spec, target, held)
+        ratios = refold.recorded_ratios(described, file)
+        anew = _rounded(copy_graph(gm), spec, target, held, ratios)
         folded = refold.folded(gm, spec, seed, chosen, target)
         lines: dict[str, str | None] = {}
         if anew is not None:
             made = manifest.stored_names(anew, held)
             lines |= {name: _difference(name, made.get(name), held.get(name)) for name in weights | made.keys()}
         else:
-            ratios = refold.recorded_ratios(described, file)
             found = dict(refold.weight_differences(folded, held, ratios))
             lines |= {f"{path}.weight": line for path, line in found.items()}
             lost = sorted(name for name in weights if name.rpartition(".")[0] not in found)
@@ -230,9 +233,43 @@ def _against(
     return [line for _, line in sorted(lines.items()) if line is not None], alone
 
 
-def _rounded(gm: fx.GraphModule, spec: Spec, target: str, held: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+def _captured(model: Path, dtype: torch.dtype, cache: bool) -> fx.GraphModule:
+    """The graph of a directory whose weights are float or quantized; matrices stay in their files where they can."""
+    quantized = quantized_source(model)
+    if quantized is None:
+        return hugging_face.capture_directory(model, dtype, cache=cache, unread=capture_unread)
+    unread = partial(capture_unread, quantized=quantized.tensors)
+    gm = hugging_face.capture_directory(model, dtype, cache=cache, unread=unread, quantized=True)
+    gm.meta[KEY] = dataclasses.replace(source_of(gm), dtype=quantized.dtype)
+    return gm
+
+
+def _keep_no_codes(gm: fx.GraphModule, ratios: Mapping[str, float | None]) -> None:
+    """Weights that are stored as codes are the numbers that these stand for, where the artifact's are others: those of
+    ``ratios``, which an artifact that keeps codes has none of.
+    """
+    for site in sites(gm):
+        fqn = site.param.fqn
+        deferred = deferred_of(held_tensor(gm, fqn))
+        rounded = [ratios.get(layer) is not None for layer in site.fqns]
+        if isinstance(deferred, Stacked) and len(deferred.parts) == len(rounded):
+            each = zip(deferred.parts, rounded, strict=True)
+            parts = Stacked(tuple(part.changed(_itself) if is_other else part for part, is_other in each))
+            put_tensor(gm, fqn, as_parameter(edit.deferred_tensor(gm, parts, held_tensor(gm, fqn).dtype)))
+        elif deferred is not None and any(rounded):
+            edit.set_param(gm, fqn, _itself, "verify")
+
+
+def _itself(w: Tensor) -> Tensor:
+    return w
+
+
+def _rounded(
+    gm: fx.GraphModule, spec: Spec, target: str, held: Mapping[str, Tensor], ratios: Mapping[str, float | None]
+) -> dict[str, Tensor] | None:
     """The codes, scales and zero points of weights that are rounded to nearest, for inputs with the scales of the
     artifact's tensors ``held``; None where data or an algorithm chose them, or the whole graph's quantizers.
+    ``ratios``: of signal to noise when layers were compiled, None where codes were kept.
     """
     if any(algorithm.name != "rtn" for algorithm in spec.algorithms) or placed_for(spec) is not None:
         return None
@@ -243,5 +280,6 @@ def _rounded(gm: fx.GraphModule, spec: Spec, target: str, held: Mapping[str, Ten
     if any(quant is not None and isinstance(quant.method, Ofmr) for quant in quants):
         return None
     _observe_stored(gm, held)
+    _keep_no_codes(gm, ratios)
     Pipeline([QuantizeWeights(), StopObserving()]).run(gm)
     return manifest.named_tensors(manifest.quantized_tensors(TARGETS[target].form(gm)))

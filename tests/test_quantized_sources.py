@@ -13,6 +13,7 @@ import graphq
 from graphq.errors import GraphError, GraphqError
 from graphq.explanation import graph_after
 from graphq.ir.views import Dequantize, ops_of
+from graphq.verifier import verify
 from tests.quantized_checkpoints import (
     EVERY_FORMAT,
     changed,
@@ -89,6 +90,45 @@ def test_calibrated_as_the_dequantized_model(checkpoint: Path, dequantized: Path
     )
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+VERIFIED: dict[str, tuple[str, dict[str, Any]]] = {
+    "kept": ("compressed-tensors", {}),
+    "rounded": ("torch", {"weight": "int8/asym/channel"}),
+    "held whole": ("compressed-tensors", {"weight": "int8/half/channel", "input": "int8/half/tensor"}),
+    "folded": ("torch", {"weight": "int8/half/channel", "algorithms": [{"equalize": {}}]}),
+    "by data": ("compressed-tensors", {"weight": "int4/half/g32", "algorithms": [{"gptq": {}}]}),
+}
+
+
+@pytest.mark.parametrize("how", VERIFIED)
+def test_artifacts_are_verified_against_the_checkpoint(checkpoint: Path, how: str, tmp_path: Path) -> None:
+    """Codes that were kept, codes that were rounded anew, and those that an algorithm had a say in."""
+    target, plan = VERIFIED[how]
+    needs_data = how in ("held whole", "by data")
+    made = graphq.compile(
+        checkpoint,
+        {"graphq": 1, **plan} if plan else EVERY_FORMAT,
+        target=target,
+        target_options={"consumer": "any"} if target != "torch" else None,
+        calibration=[(IDS,)] if needs_data else None,
+    )
+    made.emit(target, tmp_path / "out", **({"consumer": "any"} if target != "torch" else {}))
+    assert verify(tmp_path / "out", checkpoint).differences == ()
+
+
+def test_artifacts_of_another_checkpoint_differ(checkpoint: Path, tmp_path: Path) -> None:
+    made = graphq.compile(checkpoint, EVERY_FORMAT, target="compressed-tensors", target_options={"consumer": "any"})
+    made.emit("compressed-tensors", tmp_path / "out", consumer="any")
+    other = Path(shutil.copytree(checkpoint, tmp_path / "other"))
+    name = "model.layers.1.self_attn.q_proj.weight"
+    tensors = held(other)
+    assert tensors[name].dtype == torch.int8
+    tensors[name][3, 5] ^= 1
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    assert verify(tmp_path / "out", other).differences == (
+        f"{name}: 1 of {tensors[name].numel()} elements differ ({other})",
+    )
 
 
 @pytest.mark.parametrize("weight", ["int8/half/channel/mse", "int8/half/channel"])
