@@ -180,7 +180,7 @@ def test_explain_says_what_a_server_has_no_kernel_for(model, spec):
 def test_an_artifact_is_no_model(artifacts, spec):
     for target in ("torch", "onnx"):
         place = artifacts / target
-        message = f"{place}: a graphq artifact, which is quantized already; graphq compiles float models\n"
+        message = f"{place}: a graphq artifact, which is quantized already; give the model that it was made of\n"
         assert graphq_("explain", place, "--spec", spec, status=1).stderr == message
         command = ("compile", place, "--spec", spec, "--target", "torch", "--out", spec.parent / "o")
         assert graphq_(*command, status=1).stderr == message

@@ -37,6 +37,11 @@ if TYPE_CHECKING:
 
 Unread = Callable[[Path, torch.dtype, bool, Mapping[str, int] | None], fx.GraphModule | None]
 _QUANTIZATION: Final = "quantization_config"
+_BY_PATH: Final = "its codes are read from files alone: give the path of its directory instead of the module"
+_BY_OTHERS: Final = (
+    "graphq compile, convert, inspect and verify --against read quantized directories; here a float model is needed, or"
+    " an artifact that is compiled from this one"
+)
 _UNTRUSTED: Final = (
     "auto_map names code that the directory brings along, which is run only with trust_remote_code=True"
     " (--trust-remote-code)"
@@ -151,14 +156,14 @@ def settings_of(model: "PreTrainedModel") -> dict[str, Any]:
     return {"config": json.dumps(config, default=str, sort_keys=True), "generation_config": own}
 
 
-def refuse_quantized(config: "PreTrainedConfig") -> None:
-    """Raises ``GraphError`` if the configuration says that the weights are quantized already."""
+def refuse_quantized(config: "PreTrainedConfig", instead: str = _BY_PATH) -> None:
+    """Raises ``GraphError`` if the configuration says that the weights are quantized already, ending in ``instead``."""
     found = getattr(config, _QUANTIZATION, None)
     if found is not None:
         settings = cast(dict[str, Any], found if isinstance(found, dict) else found.to_dict())
         raise GraphError(
             f"quantization_config: this model is quantized already ({settings.get('quant_method', 'unknown method')});"
-            " graphq compiles float models"
+            f" {instead}"
         )
 
 
@@ -212,7 +217,7 @@ def read_config(path: Path, trust: bool = False, quantized: bool = False) -> "Pr
     if not path.is_dir():
         raise GraphError(f"{path}: no such model directory")
     if (path / MANIFEST).is_file() and not quantized:
-        raise GraphError(f"{path}: a graphq artifact, which is quantized already; graphq compiles float models")
+        raise GraphError(f"{path}: a graphq artifact, which is quantized already; give the model that it was made of")
     if not (path / "config.json").is_file():
         adapters.refuse_adapter_alone(path)
         raise GraphError(f"{path}: not a Hugging Face model directory: config.json is missing")
@@ -229,7 +234,7 @@ def read_config(path: Path, trust: bool = False, quantized: bool = False) -> "Pr
     if quantized and hasattr(config, _QUANTIZATION):
         delattr(config, _QUANTIZATION)
     try:
-        refuse_quantized(config)
+        refuse_quantized(config, _BY_OTHERS)
     except GraphError as error:
         raise GraphError(f"{path / 'config.json'}: {error}") from None
     return config

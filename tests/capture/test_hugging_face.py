@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from graphq import compiler
-from graphq.capture.hugging_face import capture_config, capture_pretrained, is_pretrained
+from graphq.capture.hugging_face import capture_config, capture_pretrained, is_pretrained, read_config
 from graphq.capture.source import source_of
 from graphq.data.batches import complete
 from graphq.errors import GraphError
@@ -327,7 +327,20 @@ def test_a_model_that_is_quantized_already_is_refused() -> None:
     with pytest.raises(GraphError) as caught:
         capture_pretrained(model)
     assert str(caught.value) == (
-        "quantization_config: this model is quantized already (awq); graphq compiles float models"
+        "quantization_config: this model is quantized already (awq); its codes are read from files alone: give the path"
+        " of its directory instead of the module"
+    )
+
+
+def test_where_a_float_directory_is_needed_those_who_read_others_are_named(tmp_path: Path) -> None:
+    config = {"model_type": "llama", "quantization_config": {"quant_method": "compressed-tensors"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(GraphError) as caught:
+        read_config(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path / 'config.json'}: quantization_config: this model is quantized already (compressed-tensors); graphq"
+        " compile, convert, inspect and verify --against read quantized directories; here a float model is needed, or an"
+        " artifact that is compiled from this one"
     )
 
 
