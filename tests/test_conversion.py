@@ -19,6 +19,7 @@ from tests.quantized_checkpoints import (
     changed,
     decompressed,
     float8,
+    gpt_oss,
     held,
     same_bytes,
     source,
@@ -155,6 +156,19 @@ def test_what_the_other_format_cannot_hold_is_named(tmp_path: Path) -> None:
         f"ascend: codes are carried over as they are; to quantize it anew: graphq compile {checkpoint} --target ascend"
         " --spec ..."
     )
+    assert not (tmp_path / "out").exists()
+
+
+def test_experts_that_lie_the_other_way_are_named(tmp_path: Path) -> None:
+    """gpt-oss holds its stacks as [inputs, outputs], gate and up interleaved."""
+    gpt_oss(tmp_path / "model")
+    with pytest.raises(TargetError) as caught:
+        graphq.convert_checkpoint(tmp_path / "model", "compressed-tensors", tmp_path / "out", consumer="any")
+    lines = str(caught.value).splitlines()
+    way = "a linear whose weight is stored as [inputs, outputs] has no place among quantized linears; keep it float"
+    roles = ("gate_up_proj", "down_proj")
+    layers = [f"model.layers.{n}.mlp.experts.{e}.{role}" for n in range(2) for role in roles for e in range(4)]
+    assert sorted(lines[:-1]) == sorted(f"compressed-tensors: {layer}: {way}" for layer in layers)
     assert not (tmp_path / "out").exists()
 
 
