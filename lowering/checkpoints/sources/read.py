@@ -25,7 +25,7 @@ def is_quantized(directory: Path) -> bool:
     if (directory / DESCRIPTION).is_file():
         return True
     try:
-        return _config(directory / _CONFIG, ()).get("quantization_config") is not None
+        return _config(directory / _CONFIG).get("quantization_config") is not None
     except TargetError:  # which is told where it is read
         return False
 
@@ -48,13 +48,15 @@ def read_quantized(directory: Path) -> QuantizedCheckpoint:
     damaged, with the file and the key, the layer or the tensor.
     """
     if (directory / DESCRIPTION).is_file():
-        config = _config(directory / _CONFIG, ()) if (directory / _CONFIG).is_file() else {}
+        config = _config(directory / _CONFIG) if (directory / _CONFIG).is_file() else {}
         return modelslim.read(directory, config, read_headers(directory, stem_of(directory)))
     file = directory / _CONFIG
     if not file.is_file():
         raise TargetError(f"{file}: no such file")
-    config = _config(file, ("quantization_config",))
-    settings: object = config["quantization_config"]
+    config = _config(file)
+    settings: object = config.get("quantization_config")
+    if settings is None:
+        raise TargetError(f"{file}: has no quantization_config: this is no quantized checkpoint")
     if not isinstance(settings, dict):
         raise TargetError(f"{file}: damaged: quantization_config: is no object")
     method = cast(dict[str, Any], settings).get("quant_method")
@@ -67,11 +69,11 @@ def read_quantized(directory: Path) -> QuantizedCheckpoint:
     return READERS[method](directory, config, read_headers(directory))
 
 
-def _config(file: Path, keys: tuple[str, ...]) -> dict[str, Any]:
+def _config(file: Path) -> dict[str, Any]:
     try:
         found: Any = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
             raise TypeError("no object")
-        return {**cast(dict[str, Any], found), **{key: found[key] for key in keys}}
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        return cast(dict[str, Any], found)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise TargetError(f"{file}: damaged: {type(error).__name__}: {error}") from error

@@ -25,6 +25,16 @@ def test_float_models_are_none(model: Path) -> None:
     assert not is_quantized(model)
 
 
+def test_float_models_are_not_called_damaged(tmp_path: Path) -> None:
+    for config in ({"model_type": "llama"}, {"model_type": "llama", "quantization_config": None}):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(GraphqError) as caught:
+            read_quantized(tmp_path)
+        assert (
+            str(caught.value) == f"{tmp_path}/config.json: has no quantization_config: this is no quantized checkpoint"
+        )
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "modelopt", None])
 def test_other_ways_of_quantization_are_named(model: Path, method: Any) -> None:
     with_config(model, {"quant_method": method})
