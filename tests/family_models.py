@@ -301,7 +301,7 @@ def _recurrent() -> list[Family]:
         ("qwen3-next", "Qwen3NextForCausalLM", None, _LINEAR),
         ("olmo-hybrid", "OlmoHybridForCausalLM", None, _LINEAR),
         ("kimi-linear", "KimiLinearForCausalLM", None, _LINEAR | _EXPERTS | {"q_lora_rank": None}),
-        ("minimax", "MiniMaxForCausalLM", None, _LINEAR | {"block_size": 8}),
+        ("minimax", "MiniMaxForCausalLM", None, _LINEAR | {"block_size": 8, "sliding_window": None}),
         ("nemotron-h", "NemotronHForCausalLM", None,
          {"layers_block_type": ["mamba", "attention", "mlp"], "moe_shared_expert_intermediate_size": 48}),
         ("granite4", "GraniteMoeHybridForCausalLM", None,

@@ -75,12 +75,23 @@ class Caches:
         return not all(one.grows for one in self.held)
 
     def filled(self, tensors: Mapping[str, Tensor]) -> Any:
-        """A cache of the model's kind that holds these. States, which models change in place, are copies."""
+        """A cache of the model's kind that holds these. States, which models change in place, are copies.
+
+        Layers of attention that keep nothing say of the text's length what the first that keeps keys does.
+        """
         own: dict[int, Any] = {
             id(one.tensor): tensors[one.wanted.name] if one.grows else tensors[one.wanted.name].clone()
             for one in self.held
         }
-        return copy.deepcopy(self.observed, own)
+        made = copy.deepcopy(self.observed, own)
+        layers = {str(place): layer for place, layer in enumerate(getattr(made, "layers", ()))}
+        first = next((layers[one.path[0]] for one in self.held if one.grows and one.path[0] in layers), None)
+        with_keys = {one.path[0] for one in self.held if one.grows}
+        for place, layer in layers.items():
+            if first is not None and place not in with_keys and hasattr(layer, "keys"):
+                # A layer that keeps its states elsewhere; masks ask it for the length of the text if it is the first.
+                layer.get_seq_length, layer.get_mask_sizes = first.get_seq_length, first.get_mask_sizes
+        return made
 
     def outputs(self, cache: Any, before: Mapping[str, Tensor], kept: Tensor | None = None) -> dict[str, Tensor]:
         """What a cache holds after a call, by the names of outputs.

@@ -119,6 +119,22 @@ def test_padding_leaves_states_of_a_step_alone(recurrence: Any) -> None:
         torch.testing.assert_close(padded[name], alone[name], msg=name)
 
 
+@pytest.mark.parametrize("window", [8, pytest.param(None, marks=pytest.mark.slow)])
+def test_masks_cover_what_the_first_layer_with_keys_holds(window: int | None) -> None:
+    """MiniMax asks its first layer, which keeps no keys, how long the text is: padding and windows went wrong."""
+    model = BY_NAME["minimax"].build()
+    model.config.sliding_window = window
+    compiled = CompiledModel(capture_pretrained(model, check=True))
+    ids, mask = text(2, 19), torch.ones(2, 19, dtype=torch.long)
+    mask[0, :4] = 0
+    with torch.no_grad():
+        whole, alone = model(ids).logits, model(ids[:1, 4:]).logits
+        padded = compiled(ids, attention_mask=mask).logits
+        torch.testing.assert_close(compiled(ids).logits, whole, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(padded[:1, 4:], alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(padded[1], whole[1], atol=1e-5, rtol=1e-5)
+
+
 def test_without_a_cache_a_loop_is_refused_by_its_name(recurrence: Any) -> None:
     with pytest.raises(GraphError, match=r"backbone\.layers\.0\.mixer \(MambaMixer\) is a loop over tokens") as refused:
         capture_pretrained(recurrence, cache=False)
