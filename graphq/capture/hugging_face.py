@@ -28,6 +28,7 @@ from graphq.capture.remote_code import class_of_code, has_code
 from graphq.capture.rope import frequencies_held, growing_frequencies
 from graphq.capture.sizes import MAX_SIZE, fixed_sizes, position_limit
 from graphq.capture.source import BATCH, KEY, PAST, SEQUENCE, TOTAL, Source, TensorInput, source_of, with_total
+from graphq.capture.text_proof import prove_text
 from graphq.capture.weight_files import check_weight_files, first_names
 from graphq.errors import GraphError, SpecError
 from graphq.files import MANIFEST
@@ -96,7 +97,8 @@ def capture_pretrained(
             ' length of all texts with shapes={"sequence": ...}'
         )
     gm = _captured(model, *causal_lm(model, caches, True), {**given, SEQUENCE: 1}, check, caches)
-    gm.meta[KEY] = replace(source_of(gm), notes=(*source_of(gm).notes, f"texts are read token by token: {loop}"))
+    notes = (f"texts are read token by token: {loop}", *(prove_text(gm, model, run_of(model)) if check else ()))
+    gm.meta[KEY] = replace(source_of(gm), notes=(*source_of(gm).notes, *notes))
     return gm
 
 

@@ -37,12 +37,12 @@ def prove(gm: fx.GraphModule, flat: FlatModel, samples: Sequence[Sequence[Tensor
             try:
                 wanted = flat(*(x.clone() for x in given))
             except Exception as error:  # noqa: BLE001 - whatever its code raises, at sizes that it does not take
-                return (f"capture: not compared with the model at {_sizes(gm, given)}: it fails: {_line(error)}",)
+                return (f"capture: not compared with the model at {_sizes(gm, given)}: it fails: {first_line(error)}",)
             try:
                 found = gm.forward(*given)
             except Exception as error:
                 name = type(flat.model).__name__
-                raise PassError(f"capture: the graph of {name} fails where it does not: {_line(error)}") from error
+                raise PassError(f"capture: the graph of {name} fails where it does not: {first_line(error)}") from error
             problem = _difference(gm, wanted, found)
             if not problem:
                 continue
@@ -56,7 +56,8 @@ def prove(gm: fx.GraphModule, flat: FlatModel, samples: Sequence[Sequence[Tensor
     return ()
 
 
-def _line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What the error says first; its class where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -81,7 +82,7 @@ def _difference(gm: fx.GraphModule, wanted: Sequence[Tensor], found: Sequence[Te
     pairs = list(zip(source_of(gm).outputs, wanted, _listed(found), strict=True))
     numbers = [pair for pair in pairs if pair[1].is_floating_point() or pair[1].is_complex()]
     for name, a, b in numbers or pairs:
-        if (share := _share(a, b)) > tolerance:
+        if (share := largest_share(a, b)) > tolerance:
             return f"{name} differs by {share:.2g} of its largest value"
     return ""
 
@@ -96,7 +97,7 @@ def _tolerance(outputs: Sequence[Tensor]) -> float:
     return min(_LOOSEST, max(_TIGHTEST, _ROUNDINGS * eps))
 
 
-def _share(wanted: Tensor, found: Tensor) -> float:
+def largest_share(wanted: Tensor, found: Tensor) -> float:
     """The largest difference as a share of the largest value; 1 where shapes or what is infinite differ."""
     if wanted.shape != found.shape or wanted.dtype != found.dtype:
         return 1.0
@@ -147,7 +148,7 @@ def _first_module(gm: fx.GraphModule, flat: FlatModel, given: Sequence[Tensor]) 
             hook.remove()
     for name, module, output in returned:
         inside = [x for x in recorder.values.get(name, []) if x.shape == output.shape]
-        if inside and all(_share(output, x) > _tolerance([output]) for x in inside):
+        if inside and all(largest_share(output, x) > _tolerance([output]) for x in inside):
             return f"the first module whose outputs differ is {name} ({type(module).__name__})"
     return "it differs outside of all modules"
 
@@ -229,7 +230,7 @@ def _drawn(config: Any, wanted: TensorInput, sizes: Mapping[str, int], generator
     if wanted.dtype.is_floating_point:
         return torch.randn(shape, generator=generator).to(wanted.dtype)
     if wanted.name == "input_ids":
-        return _ids(config, shape, generator)
+        return drawn_ids(config, shape, generator)
     if wanted.name == "position_ids":
         past = sizes.get(PAST, 0)
         return torch.arange(past, past + shape[-1]).expand(shape).contiguous()
@@ -238,7 +239,7 @@ def _drawn(config: Any, wanted: TensorInput, sizes: Mapping[str, int], generator
     return torch.ones(shape, dtype=wanted.dtype)
 
 
-def _ids(config: Any, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+def drawn_ids(config: Any, shape: Sequence[int], generator: torch.Generator) -> Tensor:
     """Tokens without those that the configuration gives a meaning: padding, and places of images and sounds."""
     vocabulary = getattr(config, "vocab_size", None) or 2
     special = {v for k, v in vars(config).items() if k.endswith(("token_id", "token_index")) and isinstance(v, int)}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import graphq
 from graphq.capture.modules import capture_module
-from graphq.capture.proof import _share, resized, samples_of  # pyright: ignore[reportPrivateUsage]
+from graphq.capture.proof import largest_share, resized, samples_of
 from graphq.capture.source import SEQUENCE, source_of
 from graphq.compiler import capture
 from graphq.errors import GraphError
@@ -105,7 +105,7 @@ def test_the_proof_draws_no_numbers_and_changes_no_mode():
     ],
 )
 def test_how_far_apart_two_outputs_are(wanted, found, share):
-    assert _share(wanted, found) == share
+    assert largest_share(wanted, found) == share
 
 
 def test_examples_at_other_sizes():
