@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, cast, final
 import torch
 from torch import Tensor
 
+from graphq.capture.proof import first_line
 from graphq.capture.source import BATCH, PAST, CachePair, TensorInput
 from graphq.errors import GraphError
 
@@ -144,10 +145,14 @@ def _observed(model: "PreTrainedModel", argument: str, run: Callable[..., Any]) 
     try:
         found = run(input_ids=ids, use_cache=True, **({} if made is None else {argument: made}))
     except (ValueError, TypeError, AttributeError, KeyError):
-        if not has_others:
-            raise
         made = None
-        found = run(input_ids=ids, use_cache=True)  # it takes caches of a class of its own alone
+        try:
+            found = run(input_ids=ids, use_cache=True)  # it takes caches of a class of its own alone
+        except Exception as error:  # whatever its code raises
+            raise GraphError(
+                f"{type(model).__name__} cannot be called with a cache ({first_line(error)}); pass cache=False to"
+                " compile it without one"
+            ) from error
     returned = getattr(found, argument, None)
     if returned is None and made is None:
         raise GraphError(f"{type(model).__name__} gives no {argument} back; pass cache=False to compile it without one")

@@ -141,6 +141,32 @@ def test_without_a_cache_a_loop_is_refused_by_its_name(recurrence: Any) -> None:
     assert 'shapes={"sequence": ...}' in str(refused.value)
 
 
+def test_a_model_takes_caches_of_its_own_class_alone(short_convolutions: Any) -> None:
+    """As xLSTM does, which looks for its states in the plain cache that it is given."""
+
+    def run(**given: Any) -> Any:
+        if "past_key_values" in given:
+            raise AttributeError("'DynamicCache' object has no attribute 'rnn_state'")
+        return run_of(short_convolutions)(**given)
+
+    assert [one.wanted.name for one in caches_of(short_convolutions, run).held] == [
+        CONV,
+        "past_key_values.1.key",
+        "past_key_values.1.value",
+    ]
+
+
+def test_a_model_that_fails_with_any_cache_is_refused(short_convolutions: Any) -> None:
+    def run(**given: Any) -> Any:
+        raise AttributeError("no\nsuch thing")
+
+    with pytest.raises(GraphError) as caught:
+        caches_of(short_convolutions, run)
+    assert str(caught.value) == (
+        "Lfm2ForCausalLM cannot be called with a cache (no); pass cache=False to compile it without one"
+    )
+
+
 def test_a_cache_of_another_kind_is_refused(short_convolutions: Any) -> None:
     class Own:
         def __init__(self) -> None:
