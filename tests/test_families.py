@@ -15,6 +15,8 @@ _ERROR = 0.3  # how far a W8A8 error may be from the one that is kept, on anothe
 
 
 KEPT = families.known()
+# Families without a row, each with its reason.
+UNMEASURED: dict[str, str] = {}
 
 
 @pytest.mark.parametrize(
@@ -34,15 +36,15 @@ def test_what_comes_of_a_family(family: Family) -> None:
     assert found.generates is not False
 
 
-def test_families_have_names_of_their_own_and_most_are_kept() -> None:
+def test_families_have_names_of_their_own_and_rows_or_a_reason() -> None:
     names = [one.name for one in FAMILIES]
     assert len(set(names)) == len(names)
-    assert set(KEPT) <= set(names)
-    assert len(KEPT) >= 140
+    assert set(KEPT) | UNMEASURED.keys() == set(names)
+    assert not KEPT.keys() & UNMEASURED.keys()
 
 
 def test_most_families_are_captured() -> None:
-    assert sum(row.is_captured for row in KEPT.values()) >= 110
+    assert sum(row.is_captured for row in KEPT.values()) >= 165
 
 
 def test_what_is_refused_says_what_to_do() -> None:
