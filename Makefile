@@ -36,13 +36,13 @@ $(STAMP): pyproject.toml constraints.txt $(wildcard graphq/runtime/kernels/nativ
 demo: $(STAMP) ## quantize the example model, emit every target, compare [2 minutes, 2 GB of memory]
 	$(BIN)/python examples/demo.py
 
-test: $(STAMP) ## the tests, without the slow ones [14 minutes, 4 GB of memory]
+test: $(STAMP) ## the tests, without the slow ones [12 minutes, 4 GB of memory]
 	$(PYTEST)
 
-test-all: $(STAMP) ## all tests, and the properties on ten times as many random examples, new ones in every run [about 1 hour, 4 GB of memory]
+test-all: $(STAMP) ## all tests, and the properties on ten times as many random examples, new ones in every run [about 2 hours, 4 GB of memory]
 	$(PYTEST) -m 'slow or not slow' --hypothesis-profile fuzz
 
-check: $(STAMP) ## all that CI checks, types beside the tests: lint, types, test [15 minutes, 5 GB of memory]
+check: $(STAMP) ## all that CI checks, types beside the tests: lint, types, test [14 minutes, 5 GB of memory]
 	+$(MAKE) -f $(firstword $(MAKEFILE_LIST)) --no-print-directory --jobs 2 lint types test
 
 lint: $(STAMP) ## style, imports, formatting [seconds]

@@ -35,6 +35,7 @@ from graphq.ir import edit
 from graphq.ir.edit import copy_graph
 from graphq.ir.layers import LAYER, PLAN, sites
 from graphq.ir.pipeline import Pipeline
+from graphq.ir.stored_codes import stored_weights
 from graphq.ir.views import Op
 from graphq.lowering.checkpoints.sources.read import quantized_source
 from graphq.lowering.targets import TARGETS
@@ -251,12 +252,14 @@ def _keep_no_codes(gm: fx.GraphModule, ratios: Mapping[str, float | None]) -> No
     for site in sites(gm):
         fqn = site.param.fqn
         deferred = deferred_of(held_tensor(gm, fqn))
+        if not any(stored_weights(deferred)):  # numbers as they are, which may be those of several names
+            continue
         rounded = [ratios.get(layer) is not None for layer in site.fqns]
         if isinstance(deferred, Stacked) and len(deferred.parts) == len(rounded):
             each = zip(deferred.parts, rounded, strict=True)
             parts = Stacked(tuple(part.changed(_itself) if is_other else part for part, is_other in each))
             put_tensor(gm, fqn, as_parameter(edit.deferred_tensor(gm, parts, held_tensor(gm, fqn).dtype)))
-        elif deferred is not None and any(rounded):
+        elif any(rounded):
             edit.set_param(gm, fqn, _itself, "verify")
 
 
