@@ -309,7 +309,7 @@ def compile(  # noqa: A001
             given = {"target": target, "target options": target_options or {}, "example inputs": inputs, "seed": seed}
             given |= {"dtype": dtype, "cache": cache, "shapes": shapes or {}, "matmul precision": matmul_precision}
             made_from = inputs_of(Path(cast(Any, model)), parsed, cast(Any, batches), given)
-            journal = Journal(Path(cast(Any, work_dir)), made_from, pass_notes, sqnr)
+            journal = Journal(Path(cast(Any, work_dir)), made_from, pass_notes, sqnr, chosen)
         with kept(gm, journal):
             Pipeline(passes, after=lambda step, _: timer.end(step.name)).run(gm, batches)
         if not reads:

@@ -138,6 +138,18 @@ def test_other_models_and_specs(family: str, more: Any, target: str, tmp_path: P
     assert files_of(tmp_path / "stopped" / "out") == files_of(tmp_path / "whole" / "out")
 
 
+def test_what_algorithms_chose_for_finished_blocks_is_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    tiny("llama", num_hidden_layers=2).to(torch.bfloat16).save_pretrained(folder)
+    spec = {"graphq": 1, "weight": "int4/g32", "algorithms": ["awq"]}
+    compiled(folder, tmp_path / "whole", spec)
+    stop(folder, tmp_path / "stopped", "blocks", 2, spec=spec)
+    compiled(folder, tmp_path / "stopped", spec)
+    found, wanted = (files_of(tmp_path / one / "out") for one in ("stopped", "whole"))
+    assert "graphq.choices" in wanted
+    assert found == wanted
+
+
 def test_the_command_says_how_to_go_on(tmp_path: Path) -> None:
     model, out, work = save_checkpoint(tmp_path / "llama"), tmp_path / "out", tmp_path / ".out.work"
     (tmp_path / "text").write_text(text(200))
@@ -275,14 +287,14 @@ def test_other_inputs_are_refused(model: Path, tmp_path: Path) -> None:
 
 def test_two_at_once(model: Path, tmp_path: Path) -> None:
     inputs = {"model": "a"}
-    first = Journal(tmp_path / "work", inputs, [], {})
+    first = Journal(tmp_path / "work", inputs, [], {}, {})
     with pytest.raises(TargetError, match=f"^{tmp_path}/work: another compile is at work there$"):
-        Journal(tmp_path / "work", inputs, [], {})
+        Journal(tmp_path / "work", inputs, [], {}, {})
     with pytest.raises(TargetError, match="another compile is at work"):
         discard(tmp_path / "work")
     (tmp_path / "work" / "steps" / "0-00001.json").write_text("{}")
     with pytest.raises(TargetError) as caught, told_how_to_go_on(tmp_path / "work"):
-        Journal(tmp_path / "work", inputs, [], {})
+        Journal(tmp_path / "work", inputs, [], {}, {})
     assert not hasattr(caught.value, "__notes__")  # nothing was interrupted
     (tmp_path / "work" / "steps" / "0-00001.json").unlink()
     first.close()
@@ -290,17 +302,17 @@ def test_two_at_once(model: Path, tmp_path: Path) -> None:
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "mine").write_text("")
     with pytest.raises(TargetError, match="exists and is not what an interrupted compile left"):
-        Journal(tmp_path / "work", inputs, [], {})
+        Journal(tmp_path / "work", inputs, [], {}, {})
     with pytest.raises(TargetError, match="exists and is not what an interrupted compile left"):
         discard(tmp_path / "work")
 
 
 def test_what_holds_nothing_finished_is_begun_anew(tmp_path: Path) -> None:
     """A process that was killed before its first block was finished keeps nobody from another compile."""
-    first = Journal(tmp_path / "work", {"seed": "0"}, [], {})
+    first = Journal(tmp_path / "work", {"seed": "0"}, [], {}, {})
     (tmp_path / "work" / "values-0").mkdir()
     first._lock.close()  # pyright: ignore[reportPrivateUsage] as when the process is killed
-    second = Journal(tmp_path / "work", {"seed": "1"}, [], {})
+    second = Journal(tmp_path / "work", {"seed": "1"}, [], {}, {})
     assert json.loads((tmp_path / "work" / "inputs.json").read_text()) == {"seed": "1"}
     assert not (tmp_path / "work" / "values-0").exists()
     second.close()
@@ -310,7 +322,7 @@ def test_what_holds_nothing_finished_is_begun_anew(tmp_path: Path) -> None:
 def test_killed_while_it_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removed: int) -> None:
     """At whatever file the removal stops: nothing is kept, and what is left is no obstacle to any compile."""
     work, gone, unlink = tmp_path / "work", 0, os.unlink
-    first = Journal(work, {"seed": "0"}, [], {})
+    first = Journal(work, {"seed": "0"}, [], {}, {})
 
     def make(place: Path) -> dict[str, Any]:
         place.mkdir()
@@ -337,7 +349,7 @@ def test_killed_while_it_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (how_to_go_on(work) == "") == (removed > 0)
     assert (work / "lock").exists()
     if removed:
-        Journal(work, {"seed": "1"}, [], {}).close()
+        Journal(work, {"seed": "1"}, [], {}, {}).close()
     else:
         discard(work)
     assert not work.exists()

@@ -13,9 +13,10 @@ from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any, Final, final
 
-from torch import fx
+from torch import Tensor, fx
 
 from graphq.artifacts.activations import Activations
+from graphq.artifacts.choices import CHOICES_FILE, read_choices, write_choices
 from graphq.artifacts.manifest import file_digest
 from graphq.errors import SpecError, TargetError
 from graphq.files import sync_directory, write_durably
@@ -34,16 +35,25 @@ _SHARD: Final = "shard"
 @final
 class Journal:
     """The journal in ``folder`` of a compile that is made from ``inputs``, each in words or a digest by its name, and
-    that tells its report ``notes``, and the layers' ratios ``sqnr``.
+    that tells its report ``notes``, the layers' ratios ``sqnr`` and what algorithms chose, ``choices``.
 
     Raises ``SpecError`` where the folder holds a compile of other inputs, and says which; ``TargetError`` where another
     process is at work there, where it is no such folder or damaged, and where it cannot be written.
     """
 
-    def __init__(self, folder: Path, inputs: Mapping[str, str], notes: list[str], sqnr: dict[str, float]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        inputs: Mapping[str, str],
+        notes: list[str],
+        sqnr: dict[str, float],
+        choices: dict[str, Tensor],
+    ) -> None:
         self.folder = folder
         self.notes = notes
         self.sqnr = sqnr
+        self.choices = choices
+        self._chosen: dict[str, Tensor] = {}
         self.is_done = False
         self._shards: list[dict[str, Any]] = []
         self._walks = 0
@@ -119,13 +129,21 @@ class Journal:
         self.notes += record["notes"]
         self._noted = len(self.notes)
         self.sqnr |= record["sqnr"]
-        return self.folder / _STEPS / name, record
+        place = self.folder / _STEPS / name
+        if CHOICES_FILE in record["files"]:
+            self.choices |= read_choices(place)
+        self._chosen = dict(self.choices)
+        return place, record
 
     def commit(self, name: str, make: Callable[[Path], Mapping[str, Any]]) -> None:
         """``make``, which writes files to a new folder of this path, gives a record; the step is finished."""
         place = self.folder / _STEPS / name
         with _writing(self.folder):
             record = dict(make(place))
+            new = {of: tensor for of, tensor in self.choices.items() if self._chosen.get(of) is not tensor}
+            if new:
+                place.mkdir(exist_ok=True)
+                write_choices(place, new)
             files = sorted(place.iterdir()) if place.exists() else []
             if files:
                 sync_directory(place)
@@ -133,6 +151,7 @@ class Journal:
         record["files"] = {file.name: file_digest(file) for file in files}
         record["notes"] = self.notes[self._noted :]
         record["sqnr"] = dict(self.sqnr)
+        self._chosen = dict(self.choices)
         write_durably(self.folder / _STEPS / f"{name}.json", json.dumps(record))
         self._records[name] = record
         self._noted = len(self.notes)
