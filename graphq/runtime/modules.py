@@ -180,7 +180,7 @@ class Int8Linear(TiledModule):
         weight, ready = held["weight"], self._graphq_ready
         if q.dtype != torch.int8 or q.shape[-1:] != tuple(form.shape[1:]):  # which the kernel takes for granted
             raise PassError(f"codes {q.dtype}{list(q.shape)} for a weight int8{form.shape}")
-        if kernels.is_traced(q) or kernels.is_transformed():
+        if type(q) is not Tensor or torch.compiler.is_dynamo_compiling():
             return self._traced(q, scale, zero_point)
         if ready is None or not ready.of.is_current():
             if (
@@ -194,7 +194,11 @@ class Int8Linear(TiledModule):
                 y = (_row_product(q.reshape(1, -1), weight.t()) * scale).mul_(held["weight_scale"].flatten())
                 y = (y + held["bias"] if form.bias else y).view(*q.shape[:-1], -1)
                 return y if y.dtype == form.dtype else y.to(form.dtype)
+            if kernels.is_transformed():  # all above is torch's own, from here on memory is read
+                return self._traced(q, scale, zero_point)
             ready = self._prepare()
+        elif kernels.is_transformed():
+            return self._traced(q, scale, zero_point)
         if ready.product is not None:
             return ready.product(q, form.dtype, scale, zero_point)
         return self._computed(_integer_product(q, weight, ready.packed), q, scale, zero_point, ready.row_sums)

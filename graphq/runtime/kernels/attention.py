@@ -37,7 +37,7 @@ def scaled_dot_product_attention(
     float32, and rounds once. A query to which the mask leaves no token gives 0.
     """
     made = None
-    is_plain = type(query) in _PLAIN and not torch.compiler.is_compiling()
+    is_plain = type(query) in _PLAIN and not torch.compiler.is_dynamo_compiling()
     if is_plain and query.dim() == 4 and query.shape[2] <= MOST_QUERIES and not (dropout_p or is_causal):
         made = _by_library(query, key, value, attn_mask, scale, enable_gqa)
     if made is not None:

@@ -12,7 +12,7 @@ _FORWARD: Final[Any] = forward_ad
 
 def is_traced(x: Tensor) -> bool:
     """Whether ops on ``x`` are collected in a graph."""
-    return type(x) is not Tensor or torch.compiler.is_compiling() or _C._is_tracing()
+    return type(x) is not Tensor or torch.compiler.is_dynamo_compiling() or _C._is_tracing()
 
 
 def is_transformed() -> bool:
