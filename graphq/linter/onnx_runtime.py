@@ -157,7 +157,7 @@ def _names_behind(graph: Graph, tensor: str) -> Iterator[str]:
     """The tensor, and what is made of it by only readers that may run with its maker."""
     yield tensor
     node = only_reader(graph, tensor)
-    while node is not None and node.kind in (QUANTIZE, DEQUANTIZE, "BatchNormalization", "Add", "Relu", "Clip"):
+    while node is not None and node.kind in (QUANTIZE, DEQUANTIZE, "BatchNormalization", "Mul", "Add", "Relu", "Clip"):
         yield node.outputs[0]
         node = only_reader(graph, node.outputs[0])
 

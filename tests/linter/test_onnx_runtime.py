@@ -64,6 +64,17 @@ def test_names_that_onnx_runtime_s_passes_have_written(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("channels", [4, 16])  # 16: in blocks of channels
+def test_a_frozen_batch_norm_is_fused_into_the_convolution_in_front(tmp_path, channels):
+    m = QdqModel()
+    y = m.op("Conv", m.input(1, channels, 8, 8), m.constant(np.ones((channels, channels, 3, 3), np.float32)))
+    m.nodes[-1].name = "conv"
+    for kind in ("Mul", "Add"):
+        y = m.op(kind, y, m.constant(np.full((1, channels, 1, 1), 0.5, np.float32)))
+    ran, _ = observe(Graph(m.save(tmp_path / "m.onnx", m.op("Relu", y))))
+    assert ran["conv"] == "float"
+
+
 def test_a_file_that_it_does_not_load(tmp_path):
     nodes = [helper.make_node("Absent", ["x"], ["y"], domain="nowhere")]
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy"]

@@ -80,8 +80,7 @@ def test_conforms(name: str, profile: str, scheme: str, tmp_path: Path) -> None:
     seen = [op for op in report.ops if op.ran is not None]
     assert seen
     assert not [str(op) for op in seen if op.counted and op.ran != op.runs], "prediction and observation differ"
-    # Floats may be fused under other names, as a convolution with the batch norm behind it is.
-    assert sum(op.ran is None for op in report.counted if op.kind not in MOVES and op.runs != "float") <= UNSEEN
+    assert sum(op.ran is None for op in report.counted if op.kind not in MOVES) <= UNSEEN
     if scheme == "w8a8" and name in WHOLE:
         layers = [op for op in report.ops if op.kind in ("Conv", "Linear", "Gemm")]
         assert len(layers) == sum(one.weight is not None and one.input is not None for one in compiled.report.layers)
