@@ -34,6 +34,7 @@ SHARES = {
     "awq": 10,
     "blockwise": 8,
 }
+RARE = 2  # passes of which a hundred graphs may have no work: the fifty of a quick run have some for each
 ALGORITHMS: dict[str, list[dict[str, Any]]] = {  # and options to draw from
     "fold-batch-norm": [{}],
     "rotate": [{}, {"r3": True, "r4": True, "kind": "orthogonal"}],
@@ -75,7 +76,8 @@ def test_passes_leave_the_function_of_random_graphs_alone() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("hundred", range(10))
 def test_passes_leave_the_function_of_a_thousand_random_graphs_alone(hundred: int) -> None:
-    check(range(100 * hundred, 100 * hundred + 100))
+    changed = check(range(100 * hundred, 100 * hundred + 100))
+    assert not {name: changed[name] for name, share in SHARES.items() if share > RARE and changed[name] < share}
 
 
 def compile_graphs(seeds: Iterable[int]) -> int:

@@ -176,7 +176,7 @@ def made(drawn: list[tuple[int, int, float]]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("text", KINDS)
-@settings(max_examples=settings().max_examples // 10)
+@settings(max_examples=settings().max_examples // 5)
 @given(BATCHES, BATCHES)
 def test_two_halves_merge_into_the_whole(text: str, first, second) -> None:
     halves, whole = (observer(text), observer(text)), observer(text)
@@ -205,7 +205,6 @@ def test_two_halves_merge_into_the_whole(text: str, first, second) -> None:
     assert (ours.zero_point is None) == (theirs.zero_point is None)
 
 
-@settings(max_examples=settings().max_examples // 4)
 @given(BATCHES, BATCHES)
 def test_weight_losses_merge_into_the_whole(first, second) -> None:
     halves = [look_at(weight_observer("hifloat8/channel/ofmr"), made(drawn)) for drawn in (first, second)]
