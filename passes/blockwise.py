@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, fx
 
 from graphq.artifacts.activations import Activations
-from graphq.artifacts.journal import ANEW, Walk, journal_of
+from graphq.artifacts.journal import Walk, journal_of
 from graphq.artifacts.scratch import put_aside, set_aside, take_back
+from graphq.artifacts.work_folder import ANEW
 from graphq.capture.source import KEY, source_of
 from graphq.data.masks import MaskedBatch, Validity, masked_batch
 from graphq.errors import SpecError, TargetError

@@ -19,7 +19,8 @@ import torch
 from typer.testing import CliRunner
 
 import graphq
-from graphq.artifacts.journal import Journal, changes, discard, how_to_go_on, told_how_to_go_on
+from graphq.artifacts.journal import Journal, changes
+from graphq.artifacts.work_folder import discard, how_to_go_on, told_how_to_go_on
 from graphq.cli import app
 from graphq.errors import TargetError
 from graphq.progress import Progress, listening
@@ -103,7 +104,9 @@ def test_each_block_is_done_once(model: Path, whole: dict[str, bytes], tmp_path:
 @pytest.mark.parametrize("done", [3, pytest.param(9, marks=pytest.mark.slow), 20])
 def test_finished_files_of_weights_stay(model: Path, whole: dict[str, bytes], tmp_path: Path, done: int) -> None:
     stop(model, tmp_path, "tensors", done)
-    kept = [json.loads(file.read_text())["names"] for file in sorted((tmp_path / "work").glob("shard-*.json"))]
+    kept = [
+        json.loads(file.read_text())["record"]["names"] for file in sorted((tmp_path / "work").glob("shard-*.json"))
+    ]
     assert (done > 3) == bool(kept)
     before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "work" / "artifact").glob("*.partial")}
     compiled(model, tmp_path)
@@ -364,9 +367,11 @@ def test_a_damaged_record(model: Path, tmp_path: Path) -> None:
     with pytest.raises(TargetError, match=rf"^{file}: damaged; start anew with --restart"):
         compiled(model, tmp_path)
     file = tmp_path / "work" / "steps" / "0-00001.json"
-    file.write_text(file.read_text()[:-9])
-    with pytest.raises(TargetError, match=rf"^{file}: damaged; start anew with --restart"):
-        compiled(model, tmp_path)
+    text = file.read_text()
+    for damaged in (text[:-9], "{}", '{"record": {}, "sha256": ""}', text.replace('"count": ', '"count": 1', 1)):
+        file.write_text(damaged)
+        with pytest.raises(TargetError, match=rf"^{file}: damaged; start anew with --restart"):
+            compiled(model, tmp_path)
 
 
 @pytest.mark.parametrize(

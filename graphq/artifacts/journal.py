@@ -18,18 +18,26 @@ from torch import Tensor, fx
 from graphq.artifacts.activations import Activations
 from graphq.artifacts.choices import CHOICES_FILE, read_choices, write_choices
 from graphq.artifacts.manifest import file_digest
+from graphq.artifacts.work_folder import (
+    ANEW,
+    INPUTS,
+    SHARD,
+    STEPS,
+    check_own,
+    has_finished,
+    keep_record,
+    locked,
+    read_json,
+    read_record,
+    remove,
+    writing,
+)
 from graphq.errors import SpecError, TargetError
 from graphq.files import sync_directory, write_durably
 
 JOURNAL: Final = "graphq.journal"  # of a graph: its journal
-ANEW: Final = "start anew with --restart, or remove the folder"
-_AT_WORK: Final = "another compile is at work there"
-_INPUTS: Final = "inputs.json"
-_LOCK: Final = "lock"
-_STEPS: Final = "steps"
 _ARTIFACT: Final = "artifact"
 _BEGUN: Final = "artifact.json"  # with what options
-_SHARD: Final = "shard"
 
 
 @final
@@ -54,14 +62,15 @@ class Journal:
         self.sqnr = sqnr
         self.choices = choices
         self._chosen: dict[str, Tensor] = {}
+        self._told: dict[str, float] = {}
         self.is_done = False
         self._shards: list[dict[str, Any]] = []
         self._walks = 0
         self._noted = 0
-        with _writing(folder):
+        with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            _check_own(folder)
-            self._lock = _locked(folder)
+            check_own(folder)
+            self._lock = locked(folder)
             try:
                 self._open(inputs)
             except BaseException:
@@ -72,35 +81,26 @@ class Journal:
         return self
 
     def _open(self, inputs: Mapping[str, str]) -> None:
-        kept = self.folder / _INPUTS
-        if not kept.exists() or not _has_finished(self.folder):  # a process was killed as it began, or as it removed
-            _remove(self.folder, with_lock=False)
-            (self.folder / _STEPS).mkdir(exist_ok=True)
+        kept = self.folder / INPUTS
+        if not kept.exists() or not has_finished(self.folder):  # a process was killed as it began, or as it removed
+            remove(self.folder, with_lock=False)
+            (self.folder / STEPS).mkdir(exist_ok=True)
             write_durably(kept, json.dumps(inputs, indent=1))
             sync_directory(self.folder.parent)
-        before = self._json(kept)
+        before = read_json(kept)
         if changed := changes(before, inputs):
             lines = [f"{self.folder}: holds an interrupted compile of something else; {ANEW}"]
             raise SpecError([*lines, *changed])
-        self._records = {file.stem: self._json(file) for file in sorted((self.folder / _STEPS).glob("*.json"))}
-        for place in (self.folder / _STEPS).iterdir():
+        self._records = {file.stem: read_record(file) for file in sorted((self.folder / STEPS).glob("*.json"))}
+        for place in (self.folder / STEPS).iterdir():
             if place.is_dir() and place.name not in self._records:
                 shutil.rmtree(place)
         for name, record in self._records.items():
             self._check(name, record)
 
-    def _json(self, file: Path) -> dict[str, Any]:
-        try:
-            found: Any = json.loads(file.read_text(encoding="utf-8"))
-            if isinstance(found, dict):
-                return found
-        except (OSError, ValueError, RecursionError):
-            pass
-        raise TargetError(f"{file}: damaged; {ANEW}")
-
     def _check(self, name: str, record: Mapping[str, Any]) -> None:
         for file, digest in record["files"].items():
-            path = self.folder / _STEPS / name / file
+            path = self.folder / STEPS / name / file
             try:
                 is_same = file_digest(path) == digest
             except OSError:
@@ -129,7 +129,8 @@ class Journal:
         self.notes += record["notes"]
         self._noted = len(self.notes)
         self.sqnr |= record["sqnr"]
-        place = self.folder / _STEPS / name
+        self._told = dict(self.sqnr)
+        place = self.folder / STEPS / name
         if CHOICES_FILE in record["files"]:
             self.choices |= read_choices(place)
         self._chosen = dict(self.choices)
@@ -137,8 +138,8 @@ class Journal:
 
     def commit(self, name: str, make: Callable[[Path], Mapping[str, Any]]) -> None:
         """``make``, which writes files to a new folder of this path, gives a record; the step is finished."""
-        place = self.folder / _STEPS / name
-        with _writing(self.folder):
+        place = self.folder / STEPS / name
+        with writing(self.folder):
             record = dict(make(place))
             new = {of: tensor for of, tensor in self.choices.items() if self._chosen.get(of) is not tensor}
             if new:
@@ -147,12 +148,13 @@ class Journal:
             files = sorted(place.iterdir()) if place.exists() else []
             if files:
                 sync_directory(place)
-            sync_directory(self.folder / _STEPS)
+            sync_directory(self.folder / STEPS)
         record["files"] = {file.name: file_digest(file) for file in files}
         record["notes"] = self.notes[self._noted :]
-        record["sqnr"] = dict(self.sqnr)
+        record["sqnr"] = {layer: ratio for layer, ratio in self.sqnr.items() if self._told.get(layer) != ratio}
+        self._told = dict(self.sqnr)
         self._chosen = dict(self.choices)
-        write_durably(self.folder / _STEPS / f"{name}.json", json.dumps(record))
+        keep_record(self.folder / STEPS / f"{name}.json", record)
         self._records[name] = record
         self._noted = len(self.notes)
 
@@ -172,9 +174,9 @@ class Journal:
         were, and nothing else.
         """
         begun = self.folder / _BEGUN
-        if not begun.exists() or self._json(begun) != dict(options):
+        if not begun.exists() or read_json(begun) != dict(options):
             self.end_artifact()
-        records = [self._json(file) for file in sorted(self.folder.glob(f"{_SHARD}-*.json"))]
+        records = [read_record(file) for file in sorted(self.folder.glob(f"{SHARD}-*.json"))]
         if all(self._has_shard(number, record["sha256"]) for number, record in enumerate(records)):
             self._shards = records
         else:  # it was in its place, or exchanged with another one, already
@@ -204,11 +206,11 @@ class Journal:
         """The next shard is finished."""
         sync_directory(self.artifact)
         self._shards.append({**record, "sqnr": dict(self.sqnr)})
-        write_durably(self.folder / f"{_SHARD}-{len(self._shards):05}.json", json.dumps(self._shards[-1]))
+        keep_record(self.folder / f"{SHARD}-{len(self._shards):05}.json", self._shards[-1])
 
     def end_artifact(self) -> None:
         """Nothing is kept of an artifact."""
-        for file in (self.folder / _BEGUN, *self.folder.glob(f"{_SHARD}-*.json")):
+        for file in (self.folder / _BEGUN, *self.folder.glob(f"{SHARD}-*.json")):
             file.unlink(missing_ok=True)
         shutil.rmtree(self.artifact, ignore_errors=True)
         self._shards = []
@@ -221,7 +223,7 @@ class Journal:
             return
         if self.is_done or not (self.steps or self._shards):
             with contextlib.suppress(OSError):
-                _remove(self.folder)
+                remove(self.folder)
         self._lock.close()
 
 
@@ -239,7 +241,7 @@ class Walk:
     def values(self) -> Path:
         """The folder for what blocks give."""
         place = self._journal.folder / f"values-{self._number}"
-        with _writing(self._journal.folder):
+        with writing(self._journal.folder):
             place.mkdir(exist_ok=True)
         return place
 
@@ -271,46 +273,6 @@ def kept(gm: fx.GraphModule, journal: Journal | None) -> Generator[None]:
         raise
 
 
-def work_folder(out: Path) -> Path:
-    """The folder beside ``out`` in which a compile to it is kept."""
-    final = out.absolute()
-    return final.with_name(f".{final.name}.work")
-
-
-def discard(folder: Path) -> None:
-    """Nothing is kept in the folder any more. Raises ``TargetError`` where a compile is at work there, and where it is
-    none of a compile.
-    """
-    if not folder.exists():
-        return
-    _check_own(folder)
-    lock = _locked(folder)
-    _remove(folder)
-    lock.close()
-
-
-@contextlib.contextmanager
-def told_how_to_go_on(folder: Path) -> Generator[None]:
-    """An error says what is kept in the folder of an interrupted compile."""
-    try:
-        yield
-    except BaseException as error:
-        is_of_another = isinstance(error, TargetError) and str(error).endswith(_AT_WORK)  # and not interrupted
-        if not is_of_another and (line := how_to_go_on(folder)):
-            error.add_note(line)
-        raise
-
-
-def how_to_go_on(folder: Path) -> str:
-    """A line on what an interrupted compile left in its folder; empty where it left nothing."""
-    if not (folder / _INPUTS).exists() or not _has_finished(folder):
-        return ""
-    steps, shards = len(list((folder / _STEPS).glob("*.json"))), len(list(folder.glob(f"{_SHARD}-*.json")))
-    counts = ((steps, "blocks"), (shards, "files of weights"))
-    finished = " and ".join(f"{count} finished {kind}" for count, kind in counts if count)
-    return f"{folder}: {finished} are kept; the same command goes on from there, with --restart anew"
-
-
 def journal_of(gm: fx.GraphModule) -> Journal | None:
     """The journal of a graph that has one."""
     return gm.meta.get(JOURNAL)
@@ -329,52 +291,3 @@ def changes(before: Mapping[str, Any], now: Mapping[str, str]) -> list[str]:
             a, b = pairs[0] if pairs else (("", extra[0]) if len(found) > len(was) else (extra[0], ""))
             lines.append(f"{name}: was {a.strip() or 'nothing'}, is {b.strip() or 'nothing'}")
     return lines
-
-
-@contextlib.contextmanager
-def _writing(folder: Path) -> Generator[None]:
-    """What the system refuses is a ``TargetError``."""
-    try:
-        yield
-    except OSError as error:
-        raise TargetError(f"{folder}: cannot be written to: {error.strerror}") from error
-
-
-def _has_finished(folder: Path) -> bool:
-    """Whether a block or a file of weights is finished there."""
-    return any((folder / _STEPS).glob("*.json")) or any(folder.glob(f"{_SHARD}-*.json"))
-
-
-def _remove(folder: Path, with_lock: bool = True) -> None:
-    """The folder is gone, or all of it but the lock. Where a process is stopped meanwhile, nothing of it is kept: what
-    tells the inputs goes first, and the lock, which tells whose folder it is, last.
-    """
-    (folder / _INPUTS).unlink(missing_ok=True)
-    for place in folder.iterdir():
-        if place.is_dir():
-            shutil.rmtree(place)
-        elif place.name != _LOCK:
-            place.unlink()
-    if with_lock:
-        (folder / _LOCK).unlink()
-        folder.rmdir()
-
-
-def _check_own(folder: Path) -> None:
-    """Raises ``TargetError`` for a folder that holds something, but nothing of a compile."""
-    if not (folder / _LOCK).exists() and any(folder.iterdir()):
-        raise TargetError(f"{folder}: exists and is not what an interrupted compile left")
-
-
-def _locked(folder: Path) -> Any:
-    """The open file that only one process has locked."""
-    opened = (folder / _LOCK).open("w")
-    with contextlib.suppress(ImportError):  # no such locks there
-        import fcntl
-
-        try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            opened.close()
-            raise TargetError(f"{folder}: {_AT_WORK}") from error
-    return opened

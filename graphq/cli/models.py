@@ -118,7 +118,7 @@ def compile_(
     read = [model, *specs, *filter(None, [calibration, inputs])]
     check_place(out, options.get("overwrite") is True, read)
     from graphq import compiler
-    from graphq.artifacts.journal import discard, told_how_to_go_on, work_folder
+    from graphq.artifacts.work_folder import discard, told_how_to_go_on, work_folder
 
     batches = calibration_text(model, calibration, samples, sequence_length, run, calibration_field, windows, shuffle)
     sizes = options.get("shapes")
