@@ -20,7 +20,7 @@ from graphq.cli.search import search
 from graphq.cli.specs import convert, presets
 
 app: Final = typer.Typer(
-    help="Compile PyTorch models into quantized artifacts: any spec dialect in, torch or ONNX out.",
+    help="Compile PyTorch models into quantized artifacts: any spec dialect in, any target out.",
     context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
     no_args_is_help=True,

@@ -33,6 +33,8 @@ def calibration_batches(
     from graphq.data.evaluate import load_tokenizer
 
     if records := record_files(place):
+        if text := sorted(place.glob("*.txt")):
+            raise SpecError(f"{place}: holds records ({records[0].name}) and text ({text[0].name}); give one of them")
         texts = texts_of(records, field, model, shuffle)
         return _of_records(model, records, texts, samples, length, windows)
     given = (("--calibration-field", field), ("--windows", windows if windows != "packed" else None))

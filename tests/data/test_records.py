@@ -182,6 +182,15 @@ def test_a_chat_template_writes_the_special_tokens_itself(model: Path, tmp_path:
         assert packed[0].tolist() == [[*first, 0, 5, 6]]
 
 
+def test_text_beside_records_is_not_left_out(model: Path, tmp_path: Path) -> None:
+    lines(tmp_path / "a.jsonl", {"text": "w1 w2 w3"})
+    (tmp_path / "README.md").write_text("what records are of")
+    assert len(calibration_batches(model, tmp_path, 1, 2)) == 1
+    (tmp_path / "b.txt").write_text("more text")
+    with pytest.raises(SpecError, match=r"holds records \(a\.jsonl\) and text \(b\.txt\); give one of them$"):
+        calibration_batches(model, tmp_path, 1, 2)
+
+
 def test_options_of_records_beside_text(model: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("w1 w2 w3")
     for option, more in (("--windows padded", {"windows": "padded"}), ("--shuffle 0", {"shuffle": 0})):
